@@ -1,0 +1,48 @@
+# Everything runs in .venv, which the first target that needs it creates; a second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# type checkers do not follow pip's editable installs; they follow links
+TYPES := $(VENV)/types/offtrace
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: train test check format bench build clean
+
+train: $(VENV)/.installed
+	$(BIN)/python recipes/impala_atari.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@mkdir -p $(TYPES) && ln -sfn $(CURDIR)/agents $(CURDIR)/modules $(CURDIR)/recipes $(TYPES)
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p offtrace.agents -p offtrace.modules -p offtrace.recipes
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/returns.py $(ARGS)
+	$(BIN)/python benchmarks/impala_throughput.py $(ARGS)
+
+build: $(VENV)/.dev
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "offtrace needs Python 3.11 or newer; '$(PYTHON)' is older: run make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,187 @@
+"""One Lightning module for every algorithm: it is composed, not inherited from."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchrl.objectives.common import LossModule
+
+from offtrace.agents.checkpoint import CHECKPOINT_KEY
+from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor
+
+
+class TrainingDivergedError(RuntimeError):
+    """The gradient is no longer finite; the weights before this update are still good."""
+
+
+class Agent(pl.LightningModule):
+    """A loss, an optimiser and a schedule, trained under manual optimisation.
+
+    Every ``training_step`` is one update: the loss in one call, one backward pass, the clip, the step. The frame counter
+    belongs to the data module (``trainer.datamodule.frames``), which knows about ranks and repeated minibatches.
+
+    Under several ranks only gradients cross them, and DDP averages those. So that the average equals the gradient of the
+    joined batch, a summed loss is multiplied by the number of ranks, and an averaged one by the rank's share of the
+    valid steps.
+
+    Args:
+        loss: a TorchRL loss: TensorDict in; scalars ``loss_*``, which are summed, and diagnostics out. It needs
+            ``reduction`` (``"sum"`` or ``"mean"``), and ``valid_count`` among its diagnostics where that is ``"mean"``.
+        policy: the acting policy inside the loss, what actors and evaluations get.
+        optimizer: builds the optimiser over the loss's parameters.
+        total_frames: environment frames of the whole training, over all ranks; the schedule's end.
+        schedule: ``"linear"`` (to 0 at ``total_frames``) or ``"constant"``.
+        clip_grad_norm: maximum of the global norm, or ``None``.
+        description: plain values that rebuild the policy; written into checkpoints for
+            :func:`offtrace.agents.load_policy`.
+
+    Raises:
+        TrainingDivergedError: in ``training_step``, when the gradient's norm is not finite. The weights stay as they were.
+    """
+
+    def __init__(
+        self,
+        loss: LossModule,
+        policy: nn.Module,
+        *,
+        optimizer: OptimizerFactory,
+        total_frames: int,
+        schedule: ScheduleName = "linear",
+        clip_grad_norm: float | None = None,
+        description: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.loss = loss
+        self.policy = policy
+        self.updates = 0
+        self.total_frames = total_frames
+        self.schedule: ScheduleName = schedule
+        self.clip_grad_norm = float("inf") if clip_grad_norm is None else clip_grad_norm
+        self.description = description or {}
+        self._make_optimizer = optimizer
+        self._frames_before = 0  # frames already learned from: the first update has the full learning rate
+        self._random_state: dict[str, Any] | None = None
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._count = 0
+        # a list made once: walking the modules costs more than a small update's clip
+        self._parameters_to_train = [p for p in loss.parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The one optimiser, over every parameter of the loss."""
+        optimizer = self._make_optimizer(self._parameters_to_train)
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+        return optimizer
+
+    @property
+    def frames(self) -> int:
+        """Environment frames so far, over all ranks."""
+        return int(self.trainer.datamodule.frames)
+
+    def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
+        """One update on ``batch``, which the data module yields in the loss's layout."""
+        optimizer = self.optimizers()
+        factor = learning_rate_factor(self.schedule, self._frames_before, self.total_frames)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        out = self.loss(batch)
+        total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
+        optimizer.zero_grad()
+        self.manual_backward(total * self._rank_scale(out))
+        norm = nn.utils.clip_grad_norm_(self._parameters_to_train, self.clip_grad_norm, foreach=True)
+        if not torch.isfinite(norm):
+            raise TrainingDivergedError(
+                f"the gradient's norm is {norm.item()} at update {self.updates} ({self.frames} frames); "
+                "the weights were left as they were before this update"
+            )
+        optimizer.step()
+        self.updates += 1
+        self._frames_before = self.frames
+        self._add_metrics(out, norm)
+
+    def _rank_scale(self, out: TensorDictBase) -> Tensor | float:
+        ranks = self.trainer.world_size
+        if ranks == 1:
+            return 1.0
+        if self.loss.reduction == "sum":
+            return float(ranks)
+        count = out["valid_count"].to(torch.float32)
+        joined = count.clone()
+        torch.distributed.all_reduce(joined)
+        return ranks * count / joined.clamp(min=1)
+
+    def _add_metrics(self, out: TensorDictBase, norm: Tensor) -> None:
+        self._names = [*(str(name) for name in out.keys()), "grad_norm"]  # noqa: SIM118 - a TensorDict
+        values = torch.stack([*(value.detach().float() for value in out.values()), norm.detach().float()])
+        self._sums = values if self._sums is None else self._sums + values
+        self._count += 1
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Means of the loss's outputs and the gradient norm over the updates since the last call; waits for the device."""
+        if self._sums is None:
+            return {}
+        means = dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
+        self._sums, self._count = None, 0
+        return means
+
+    def policy_weights(self) -> TensorDict:
+        """The policy's parameters and buffers, detached; the same memory, so copy before keeping them."""
+        return TensorDict.from_module(self.policy).data
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds counters, random state and the policy's description, all loadable with ``weights_only=True``."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "updates": self.updates,
+            "frames": self.frames,
+            "random": random_state(),
+            **self.description,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the counters; the random state is set when training starts, after everything is built."""
+        saved = checkpoint[CHECKPOINT_KEY]
+        self.updates = saved["updates"]
+        self._random_state = saved["random"]
+        # Progress is the data module's frame count. Lightning's own would make it skip batches of a stream that
+        # already continues where it stopped.
+        checkpoint.pop("loops", None)
+
+    def on_train_start(self) -> None:
+        """Sets the random state of a resumed run."""
+        self._frames_before = self.frames
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
+
+
+def random_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's generators as plain values and tensors."""
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    state = {
+        "python": [version, list(internal), gauss],
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts back what :func:`random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

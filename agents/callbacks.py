@@ -1,0 +1,282 @@
+"""What happens between updates: weights to the actors, evaluation, checkpoints, meters, a clean stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.envs import EnvBase
+
+from offtrace.agents.agent import Agent
+from offtrace.agents.evaluation import EvaluationMode, EvaluationResult, evaluate
+from offtrace.modules.keys import NEXT, POLICY_VERSION
+
+
+class WeightSync(pl.Callback):
+    """Gives the actors the learner's weights, and measures how old the data is.
+
+    Args:
+        every: updates between two pushes.
+        lag: forced age in updates: what is pushed are the weights of at least ``lag`` updates ago. 0 pushes the newest.
+            A study tool: with 0 the lag is what the pipeline makes it.
+
+    Attributes:
+        lag_mean, lag_max: age in updates of the last batch's behaviour weights, counted from the update the weights
+            were copied at to the update that trains on them.
+    """
+
+    def __init__(self, every: int = 1, lag: int = 0) -> None:
+        if every < 1 or lag < 0:
+            raise ValueError(f"every must be at least 1 and lag at least 0, got {every} and {lag}")
+        self.every = every
+        self.lag = lag
+        self.lag_mean = 0.0
+        self.lag_max = 0
+        self._old: deque[tuple[int, TensorDict]] = deque()
+        self._copied_at: list[int] = []
+        self._first_version = 0
+
+    def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Notes that the collector starts with the learner's present weights."""
+        self._copied_at = [agent.updates]
+        self._first_version = trainer.datamodule.collector.version
+        self._old.clear()
+        self._remember(agent)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, agent: Agent, batch: TensorDictBase, batch_idx: int) -> None:
+        """Reads the batch's versions."""
+        versions = batch[NEXT, POLICY_VERSION].to("cpu", torch.int64)
+        copied = torch.tensor(self._copied_at)[versions - self._first_version]
+        self.lag_mean = agent.updates - float(copied.double().mean())
+        self.lag_max = agent.updates - int(copied.min())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
+    ) -> None:
+        """Pushes, every ``every`` updates."""
+        self._remember(agent)
+        if agent.updates % self.every:
+            return
+        updates, weights = (agent.updates, agent.policy_weights()) if not self.lag else self._old[0]
+        self._copied_at.append(updates)
+        trainer.datamodule.collector.update_policy(weights)
+
+    def _remember(self, agent: Agent) -> None:
+        if not self.lag:
+            return
+        self._old.append((agent.updates, agent.policy_weights().clone()))
+        while len(self._old) > 1 and self._old[1][0] <= agent.updates - self.lag:
+            self._old.popleft()
+
+
+class Evaluation(pl.Callback):
+    """Plays whole games every so many frames, on rank 0, in the learner's process.
+
+    Args:
+        make_env: builds the evaluation environment, once.
+        every: environment frames between evaluations; the last one is at the end of training.
+        episodes: games of one evaluation.
+        mode: ``"sample"`` or ``"greedy"``.
+        on_result: called with the frames and the result.
+
+    Attributes:
+        results: ``(frames, result)`` of every evaluation of this run, kept across a resume as means.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[], EnvBase],
+        *,
+        every: int,
+        episodes: int,
+        mode: EvaluationMode = "sample",
+        on_result: Callable[[int, EvaluationResult], None] | None = None,
+    ) -> None:
+        self.make_env = make_env
+        self.every = every
+        self.episodes = episodes
+        self.mode: EvaluationMode = mode
+        self.on_result = on_result
+        self.scores: list[tuple[int, float]] = []
+        self.seconds = 0.0
+        self._env: EnvBase | None = None
+        self._next = every
+
+    def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Sets the next evaluation behind the frames already trained."""
+        self._next = (agent.frames // self.every + 1) * self.every
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
+    ) -> None:
+        """Evaluates when it is time."""
+        if agent.frames >= self._next:
+            self._next += self.every
+            self._run(trainer, agent)
+
+    def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """The final score, unless it was just measured or the run was stopped."""
+        stopped = any(isinstance(callback, GracefulStop) and callback.signal for callback in trainer.callbacks)
+        if not stopped and (not self.scores or self.scores[-1][0] != agent.frames):
+            self._run(trainer, agent)
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores so far."""
+        return {"scores": [[frames, score] for frames, score in self.scores]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Puts the scores back."""
+        self.scores = [(int(frames), float(score)) for frames, score in state_dict["scores"]]
+
+    @property
+    def best(self) -> float:
+        """The best mean score so far; minus infinity before the first."""
+        return max((score for _, score in self.scores), default=float("-inf"))
+
+    def _run(self, trainer: pl.Trainer, agent: Agent) -> None:
+        if not trainer.is_global_zero:
+            return
+        start = time.perf_counter()
+        if self._env is None:
+            self._env = self.make_env()
+        # Sampled games draw from the same generator as training: put it back, so that evaluating changes nothing.
+        state = torch.get_rng_state()
+        training = agent.policy.training
+        agent.policy.eval()
+        try:
+            result = evaluate(agent.policy, self._env, self.episodes, mode=self.mode)
+        finally:
+            agent.policy.train(training)
+            torch.set_rng_state(state)
+        self.seconds += time.perf_counter() - start
+        self.scores.append((agent.frames, result.mean))
+        metrics = {"eval/return": result.mean, "eval/return_std": result.std}
+        metrics["eval/length"] = sum(result.lengths) / len(result.lengths)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=agent.frames)
+        for callback in trainer.callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.on_score(trainer, agent, result.mean, best=self.best)
+        if self.on_result is not None:
+            self.on_result(agent.frames, result)
+
+
+class Checkpoints(pl.Callback):
+    """``last.ckpt`` every so many frames, at the end and when anything stops the run; ``best.ckpt`` after a best score.
+
+    Files appear whole or not at all, and never hold weights that are not finite. Every rank may call it; rank 0 writes,
+    and nobody waits for anybody, so a failure on one rank cannot hang the others.
+
+    Args:
+        folder: where the files go.
+        every: environment frames between two writings of ``last.ckpt``.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder = folder
+        self.every = every
+        self._next = every
+
+    def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Sets the next checkpoint behind the frames already trained."""
+        self._next = (agent.frames // self.every + 1) * self.every
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
+    ) -> None:
+        """Writes ``last.ckpt`` when it is time."""
+        if agent.frames >= self._next:
+            self._next += self.every
+            self.save(trainer, agent, "last.ckpt")
+
+    def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Writes the final ``last.ckpt``."""
+        self.save(trainer, agent, "last.ckpt")
+
+    def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
+        """Keeps what was learned, whatever ended the run."""
+        if agent.updates and trainer.state.stage is not None:
+            self.save(trainer, agent, "last.ckpt")
+
+    def on_score(self, trainer: pl.Trainer, agent: Agent, score: float, *, best: float) -> None:
+        """Writes ``best.ckpt`` when ``score`` is the best."""
+        if score >= best:
+            self.save(trainer, agent, "best.ckpt")
+
+    def save(self, trainer: pl.Trainer, agent: Agent, name: str) -> None:
+        """Writes one file, through a temporary one beside it."""
+        if not trainer.is_global_zero:
+            return
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in agent.parameters()):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        # Trainer.save_checkpoint would wait for all ranks, which a failing rank never reaches.
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        torch.save(checkpoint, temporary)
+        temporary.replace(self.folder / name)
+
+
+class GracefulStop(pl.Callback):
+    """Ends a run at the next update after Ctrl-C or SIGTERM, and at once if the update does not come.
+
+    Attributes:
+        signal: the signal's number, 0 while none came.
+    """
+
+    patience_s = 8.0
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Takes the signals over from Lightning, whose handling loses the exit code."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
+    ) -> None:
+        """Stops the loop when a signal came."""
+        if self.signal:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Gives the signals back."""
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self._restore()
+
+    def _restore(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        self._before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, self._expire))
+        signal.setitimer(signal.ITIMER_REAL, self.patience_s)
+
+    def _expire(self, number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt

@@ -1,0 +1,191 @@
+"""Where the learner's batches come from: a Lightning data module that owns a collector."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from offtrace.modules.collectors import RolloutCollector
+from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT
+
+__all__ = ["OnPolicyData"]
+
+
+class OnPolicyData(LightningDataModule):
+    """Batches ``[B / minibatches, T]`` from rollouts ``[B, T]``, each rollout used ``epochs`` times and then let go.
+
+    Every rank owns a collector, built by ``collector_fn(rank)`` when training begins, so that it starts from the
+    weights a checkpoint brought back. The environments of a rollout are dealt to the minibatches anew in every epoch.
+    That order is a function of (seed, rank, rollout, epoch) alone: a resumed run deals as the uninterrupted one would,
+    and no rank has state of its own to save.
+
+    On a GPU a rollout is copied once, into pinned memory, and crosses once, without waiting.
+
+    Args:
+        collector_fn: gives the collector of a rank.
+        total_frames: environment frames, over all ranks, after which the data ends. The last rollout is whole.
+        frame_skip: environment frames per agent step.
+        minibatches: parts of a rollout; must divide the number of environments of a collector.
+        epochs: passes over a rollout.
+        seed: of the order.
+
+    Attributes:
+        frames: environment frames taken so far, over all ranks.
+        rollouts: rollouts taken so far on this rank.
+        collector: the collector while training runs, else None.
+        episodes: whole games ended in this rank's rollouts.
+        episode_returns: raw returns of the last 100 of them.
+    """
+
+    def __init__(
+        self,
+        collector_fn: Callable[[int], RolloutCollector],
+        *,
+        total_frames: int,
+        frame_skip: int = 1,
+        minibatches: int = 1,
+        epochs: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = {"total_frames": total_frames, "frame_skip": frame_skip, "minibatches": minibatches, "epochs": epochs}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        self.collector_fn = collector_fn
+        self.total_frames = total_frames
+        self.frame_skip = frame_skip
+        self.minibatches = minibatches
+        self.epochs = epochs
+        self.seed = seed
+        self.collector: RolloutCollector | None = None
+        self.frames = 0
+        self.rollouts = 0
+        self.episodes = 0
+        self.episode_returns: deque[float] = deque(maxlen=100)
+        self._version = 0
+
+    def note_games(self, rollout: TensorDictBase) -> None:
+        """Adds the whole games that ended in a rollout to ``episode_returns``; environments without the entry have none."""
+        ends = rollout.get((NEXT, EPISODE_END), None)
+        if ends is None:
+            return
+        returns = rollout[NEXT, EPISODE_REWARD][ends].tolist()
+        self.episodes += len(returns)
+        self.episode_returns.extend(returns)
+
+    def train_dataloader(self) -> RolloutStream:
+        """Start the collector and give the stream of batches."""
+        self.shutdown()
+        rank, world_size, device = self._place()
+        collector = self.collector_fn(rank)
+        self.collector = collector
+        if collector.num_envs % self.minibatches:
+            self.shutdown()
+            raise ValueError(
+                f"minibatches is {self.minibatches}; it must divide the {collector.num_envs} environments of a rollout."
+            )
+        collector.version = self._version
+        collector.pin_memory = device.type == "cuda"
+        return RolloutStream(self, collector, rank=rank, world_size=world_size, device=device)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches are on the device already; anything else is moved as Lightning would."""
+        if isinstance(batch, TensorDictBase):
+            return batch if batch.device == device else batch.to(device, non_blocking=True)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def state_dict(self) -> dict[str, int]:
+        """Counters, equal on all ranks."""
+        version = self._version if self.collector is None else self.collector.version
+        return {"frames": self.frames, "rollouts": self.rollouts, "version": version}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue the counters."""
+        self.frames = int(state_dict["frames"])
+        self.rollouts = int(state_dict["rollouts"])
+        self._version = int(state_dict["version"])
+        if self.collector is not None:
+            self.collector.version = self._version
+
+    def teardown(self, stage: str) -> None:
+        """End the actors."""
+        self.shutdown()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the actors; else the interpreter would wait for them at its exit."""
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """End the actors, if any run."""
+        if self.collector is not None:
+            collector, self.collector = self.collector, None
+            self._version = collector.version
+            collector.shutdown()
+
+    def _place(self) -> tuple[int, int, torch.device]:
+        if self.trainer is None:
+            return 0, 1, torch.device("cpu")
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.root_device
+
+
+class RolloutStream:
+    """The batches of one run, in order. Its length is the number of batches of the whole run, resumed or not.
+
+    The length matters: Lightning fetches one batch ahead, one more batch of policy lag, from what has none.
+    """
+
+    def __init__(
+        self,
+        data: OnPolicyData,
+        collector: RolloutCollector,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self._data = data
+        self._collector = collector
+        self._rank = rank
+        self._device = device
+        self._frames_per_rollout = collector.frames_per_batch * data.frame_skip * world_size
+
+    def __len__(self) -> int:
+        rollouts = math.ceil(self._data.total_frames / self._frames_per_rollout)
+        return rollouts * self._data.epochs * self._data.minibatches
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        data = self._data
+        while data.frames < data.total_frames:
+            # The first order is applied by the copy that takes the rollout out of the actors' memory.
+            self._collector.order = lambda size: self._order(size, epoch=0)
+            rollout = next(self._collector).to(self._device, non_blocking=True)
+            data.note_games(rollout)
+            for epoch in range(data.epochs):
+                if epoch:
+                    rollout = _take(rollout, self._order(rollout.shape[0], epoch=epoch).to(self._device))
+                *parts, last = rollout.split(rollout.shape[0] // data.minibatches)
+                yield from parts
+                if epoch == data.epochs - 1:
+                    # Counted when its last part is handed out: after that update a checkpoint holds whole rollouts,
+                    # and in the middle of one it does not claim what was not learned yet.
+                    data.frames += self._frames_per_rollout
+                    data.rollouts += 1
+                yield last
+
+    def _order(self, size: int, *, epoch: int) -> Tensor:
+        word = np.random.SeedSequence([self._data.seed, self._rank, self._data.rollouts, epoch]).generate_state(1)[0]
+        return torch.randperm(size, generator=torch.Generator().manual_seed(int(word)))
+
+
+def _take(rollout: TensorDictBase, order: Tensor) -> TensorDictBase:
+    # index_select moves whole rows; indexing a TensorDict moves elements, four times slower for images
+    return rollout.apply(lambda tensor: tensor.index_select(0, order))

@@ -1,0 +1,89 @@
+"""IMPALA: V-trace actor-critic (Espeholt et al. 2018, arXiv 1802.01561), from a configuration to an agent and its data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict.nn import ProbabilisticTensorDictSequential
+
+from offtrace.agents.agent import Agent
+from offtrace.agents.config import ImpalaConfig
+from offtrace.agents.data import OnPolicyData
+from offtrace.agents.optim import make_optimizer
+from offtrace.modules.collectors import RolloutCollector, make_collector
+from offtrace.modules.envs import EnvInfo, env_info, make_env
+from offtrace.modules.losses import ImpalaLoss
+from offtrace.modules.networks import build_policy
+
+
+def make_impala(config: ImpalaConfig) -> tuple[Agent, OnPolicyData]:
+    """The agent and the data module of ``config``; nothing is started yet.
+
+    The network is initialised from torch's global generator, so seed it first.
+
+    Raises:
+        ValueError: if the environment is unknown or the agent cannot act in it.
+    """
+    info = env_info(config.env.game, **env_options(config))
+    description = policy_description(config, info)
+    policy = build_policy(**description)
+    options = asdict(config.loss)
+    loss = ImpalaLoss(policy, **options)
+    agent = Agent(
+        loss,
+        policy,
+        optimizer=make_optimizer(config.optim.name, lr=config.optim.lr, eps=config.optim.eps, decay=config.optim.decay),
+        total_frames=config.train.total_frames,
+        schedule=config.optim.schedule,
+        clip_grad_norm=config.optim.clip_grad_norm,
+        description={"policy": description, "env": {"name": config.env.game, "protocol": config.env.protocol}},
+    )
+    data = OnPolicyData(
+        partial(_collector, config, policy),
+        total_frames=config.train.total_frames,
+        frame_skip=info.frame_skip,
+        minibatches=config.train.minibatches,
+        epochs=config.train.epochs,
+        seed=config.train.seed,
+    )
+    return agent, data
+
+
+def env_options(config: ImpalaConfig) -> dict[str, Any]:
+    """What :func:`offtrace.modules.envs.make_env` gets besides name, number and seed."""
+    return {"protocol": config.env.protocol, "last_step": config.network.recurrent > 0}
+
+
+def policy_description(config: ImpalaConfig, info: EnvInfo) -> dict[str, Any]:
+    """Plain values from which :func:`offtrace.modules.networks.build_policy` builds the policy again."""
+    return {
+        "network": config.network.encoder,
+        "observation_shape": list(info.observation_shape),
+        "num_actions": info.num_actions,
+        "action_dim": info.action_dim,
+        "hidden": config.network.hidden,
+        "recurrent": config.network.recurrent or None,
+        "masked": info.masked,
+    }
+
+
+def _collector(config: ImpalaConfig, policy: ProbabilisticTensorDictSequential, rank: int) -> RolloutCollector:
+    env_fn = partial(make_env, config.env.game, config.env.num_envs, **env_options(config))
+    return make_collector(
+        env_fn,
+        policy,
+        frames_per_batch=config.env.num_envs * config.collector.unroll,
+        num_workers=config.collector.num_workers,
+        seed=config.train.seed,
+        rank=rank,
+        step_timeout=config.collector.step_timeout,
+        threads_per_worker=config.collector.threads,
+    )
+
+
+def device_count(accelerator: str) -> int:
+    """How many devices of a kind this machine has; processes on the CPU are not limited."""
+    return torch.cuda.device_count() if accelerator in ("gpu", "cuda") else 1 << 30

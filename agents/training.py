@@ -1,0 +1,146 @@
+"""From a validated configuration to the end of training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torchrl.envs import EnvBase
+
+from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, WeightSync
+from offtrace.agents.checkpoint import read_checkpoint
+from offtrace.agents.config import ImpalaConfig
+from offtrace.agents.impala import env_options, make_impala
+from offtrace.agents.progress import Meters
+from offtrace.modules.envs import make_env
+
+EVALUATION_SEED = 1_000_000
+"""Far from the training environments' seeds."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run ended with.
+
+    Attributes:
+        frames: environment frames over all ranks, since the very beginning.
+        updates: of the learner.
+        frames_per_second: of this process's part of the run, evaluations left out.
+        seconds: wall time of this process's part.
+        scores: ``(frames, mean score)`` of every evaluation.
+        signal: number of the signal that stopped the run; 0 if it ended by itself.
+    """
+
+    frames: int
+    updates: int
+    frames_per_second: float
+    seconds: float
+    scores: list[tuple[int, float]]
+    signal: int
+
+    @property
+    def last_score(self) -> float | None:
+        """The last evaluation's mean; ``None`` before the first."""
+        return self.scores[-1][1] if self.scores else None
+
+    @property
+    def best_score(self) -> float | None:
+        """The best evaluation's mean; ``None`` before the first."""
+        return max((score for _, score in self.scores), default=None)
+
+
+def train(config: ImpalaConfig, run_dir: Path, resume: Path | None = None) -> Summary:
+    """Trains an IMPALA agent and leaves logs, checkpoints and ``summary.json`` in ``run_dir``.
+
+    Args:
+        config: validated.
+        run_dir: exists.
+        resume: a checkpoint to continue from.
+
+    Raises:
+        ValueError: for what the configuration asks for and this machine lacks.
+        CheckpointError: if ``resume`` cannot be read.
+        RuntimeError: if an environment or a worker failed, or training diverged; the last checkpoint is kept.
+    """
+    start = time.perf_counter()
+    if resume is not None:
+        read_checkpoint(resume)
+    _quiet()
+    pl.seed_everything(config.train.seed, verbose=False)
+    agent, data = make_impala(config)
+    sync = WeightSync(
+        config.collector.sync_every or config.train.minibatches * config.train.epochs, config.collector.lag
+    )
+    evaluation = Evaluation(
+        partial(_evaluation_env, config),
+        every=config.train.eval_every,
+        episodes=config.train.eval_episodes,
+        mode=config.train.eval_mode,
+    )
+    meters = Meters(config.train.total_frames, config.train.log_every)
+    stop = GracefulStop()
+    # the order is that of the work after an update
+    callbacks = [sync, meters, evaluation, Checkpoints(run_dir / "checkpoints", config.train.checkpoint_every), stop]
+    trainer = make_trainer(config, run_dir, callbacks)
+    trainer.fit(agent, data, ckpt_path=str(resume) if resume else None, weights_only=True if resume else None)
+    summary = Summary(
+        data.frames,
+        agent.updates,
+        meters.frames_per_second,
+        time.perf_counter() - start,
+        evaluation.scores,
+        stop.signal,
+    )
+    if trainer.is_global_zero:
+        (run_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    return summary
+
+
+def make_trainer(config: ImpalaConfig, run_dir: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """The Lightning trainer of a recipe: own meters and checkpoints, one endless epoch."""
+    loggers = [CSVLogger(run_dir, name=None, version="", flush_logs_every_n_steps=1)]
+    tensorboard = TensorBoardLogger(run_dir, name=None, version="")
+    strategy: Any = "auto"
+    if config.train.devices > 1:
+        # target networks and meters are buffers; gradients are all that crosses ranks
+        strategy = pl.strategies.DDPStrategy(broadcast_buffers=False)
+    return pl.Trainer(
+        accelerator=config.train.accelerator,
+        devices=config.train.devices,
+        strategy=strategy,
+        precision=config.train.precision,
+        max_epochs=1,
+        logger=[*loggers, tensorboard],
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1_000_000_000,
+    )
+
+
+def _evaluation_env(config: ImpalaConfig) -> EnvBase:
+    options = env_options(config)
+    return make_env(
+        config.env.game,
+        config.train.eval_episodes,
+        seed=config.train.seed + EVALUATION_SEED,
+        evaluation=True,
+        **options,
+    )
+
+
+def _quiet() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    torch.set_float32_matmul_precision("high")

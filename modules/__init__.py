@@ -1,0 +1,1 @@
+"""The parts: returns, losses, networks, environments, collectors. None of them needs Lightning."""

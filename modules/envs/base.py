@@ -1,0 +1,200 @@
+"""What all environments share: the TorchRL side of a batch of environments that reset themselves."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Bounded, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.envs import EnvBase
+
+from offtrace.modules import keys as k
+
+
+class EnvironmentFailure(RuntimeError):
+    """An environment raised, or returned what cannot be learned from; the message names it, the step and the reason."""
+
+
+class StepResult(NamedTuple):
+    """What the environments return, ``[N, ...]``; ``observation`` is the true successor, ended episode or not."""
+
+    observation: Tensor
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    episode_end: Tensor
+    action_mask: Tensor | None = None
+
+
+class VectorEnv(EnvBase):
+    """``N`` environments that step together. Subclasses implement ``_start`` and ``_advance``.
+
+    Reads ``"action"``; writes what ``modules/keys.py`` lists: observation, reward, ``terminated``, ``truncated``, ``done``,
+    ``is_init``, the running ``episode_*`` entries and, with ``last_step``, the last action and raw reward.
+
+    Args:
+        name: for messages.
+        num_envs: N.
+        observation: spec of one observation.
+        action: spec of one action.
+        frame_skip: environment frames per step.
+        last_step: also write ``"last_action"`` and ``"last_reward"``, zeros at the start of an episode.
+        masked: the environment gives ``"action_mask"``.
+    """
+
+    batch_locked = True
+    # TorchRL would append a second frame skip to an environment that has the attribute and does not say this.
+    _has_frame_skip = True
+
+    def __init__(
+        self,
+        name: str,
+        num_envs: int,
+        *,
+        observation: TensorSpec,
+        action: TensorSpec,
+        frame_skip: int = 1,
+        last_step: bool = False,
+        masked: bool = False,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
+        super().__init__(device=torch.device("cpu"), batch_size=[num_envs])
+        self.name = name
+        self.frame_skip = frame_skip
+        self.last_step = last_step
+        n = num_envs
+        flag = lambda: Binary(n=1, shape=(n, 1), dtype=torch.bool)  # noqa: E731
+        entries: dict[str, TensorSpec] = {
+            k.OBSERVATION: observation.expand(n, *observation.shape),
+            k.IS_INIT: flag(),
+            k.EPISODE_REWARD: Unbounded((n, 1)),
+            k.EPISODE_LENGTH: Unbounded((n, 1), dtype=torch.int64),
+            k.EPISODE_END: flag(),
+        }
+        self._discrete = isinstance(action, Categorical)
+        if last_step:
+            entries[k.LAST_ACTION] = Unbounded((n, *action.shape), dtype=action.dtype)
+            entries[k.LAST_REWARD] = Unbounded((n, 1))
+        if masked:
+            entries[k.ACTION_MASK] = Binary(n=action.space.n, shape=(n, action.space.n), dtype=torch.bool)
+        self.observation_spec = Composite(entries, shape=(n,))
+        self.action_spec = action.expand(n, *action.shape)
+        self.reward_spec = Unbounded((n, 1))
+        self.done_spec = Composite({key: flag() for key in (k.DONE, k.TERMINATED, k.TRUNCATED)}, shape=(n,))
+        self._steps = 0
+        self._sums = torch.zeros(n, 1)
+        self._lengths = torch.zeros(n, 1, dtype=torch.int64)
+        self._ended = torch.ones(n, 1, dtype=torch.bool)
+        self._false = torch.zeros(n, 1, dtype=torch.bool)
+        self._no_action = torch.zeros(n, *action.shape, dtype=action.dtype)
+        self._successor: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    @abstractmethod
+    def _start(self) -> tuple[Tensor, Tensor | None]:
+        """First observations ``[N, ...]`` of all environments, and masks."""
+
+    @abstractmethod
+    def _advance(self, action: Tensor) -> StepResult:
+        """One step of all environments. Those that end restart by themselves; ``_following`` tells with what."""
+
+    @abstractmethod
+    def _following(self) -> Tensor:
+        """The observations ``[N, ...]`` the next step starts from: the next episode's first where one ended."""
+
+    def _set_seed(self, seed: int | None) -> None:
+        raise EnvironmentFailure(f"{self.name}: environments are seeded when they are made; pass seed to make_env")
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        if mask is None or self._successor is None:
+            observation, self._mask = self._guard(self._start)
+            mask = torch.ones_like(self._false)
+            self._ended.fill_(True)
+        else:
+            observation = self._following()
+            mask = mask.view(-1, 1)
+        fresh = mask & self._ended
+        self._sums.masked_fill_(fresh, 0)
+        self._lengths.masked_fill_(fresh, 0)
+        self._ended = self._ended & ~mask
+        self._successor = observation
+        out = {
+            k.OBSERVATION: observation,
+            k.IS_INIT: mask.clone(),
+            **self._sums_so_far(self._false),
+            **{key: self._false.clone() for key in (k.DONE, k.TERMINATED, k.TRUNCATED)},
+        }
+        if self.last_step:
+            out[k.LAST_ACTION] = self._no_action.clone()
+            out[k.LAST_REWARD] = torch.zeros_like(self._sums)
+        if self._mask is not None:
+            out[k.ACTION_MASK] = self._mask
+        return TensorDict(out, self.batch_size, device=self.device)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        action = tensordict.get(k.ACTION)
+        self._steps += 1
+        result = self._guard(self._advance, action)
+        reward = result.reward.view(-1, 1)
+        self._check(k.REWARD, reward)
+        self._check(k.OBSERVATION, result.observation)
+        terminated, truncated = result.terminated.view(-1, 1), result.truncated.view(-1, 1)
+        self._sums = self._sums + reward
+        self._lengths = self._lengths + 1
+        self._ended = result.episode_end.view(-1, 1)
+        self._successor = result.observation
+        self._mask = result.action_mask
+        out = {
+            k.OBSERVATION: result.observation,
+            k.IS_INIT: self._false.clone(),
+            **self._sums_so_far(self._ended),
+            k.REWARD: reward,
+            k.TERMINATED: terminated,
+            k.TRUNCATED: truncated,
+            k.DONE: terminated | truncated,
+        }
+        if self.last_step:
+            out[k.LAST_ACTION] = action.clone()
+            out[k.LAST_REWARD] = reward.clone()
+        if self._mask is not None:
+            out[k.ACTION_MASK] = self._mask
+        return TensorDict(out, self.batch_size, device=self.device)
+
+    def _sums_so_far(self, ended: Tensor) -> dict[str, Tensor]:
+        return {
+            k.EPISODE_REWARD: self._sums.clone(),
+            k.EPISODE_LENGTH: self._lengths.clone(),
+            k.EPISODE_END: ended.clone(),
+        }
+
+    def _guard(self, function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except EnvironmentFailure:
+            raise
+        except Exception as error:
+            raise EnvironmentFailure(
+                f"{self.name}: the environment raised {type(error).__name__} at step {self._steps}: {error}"
+            ) from error
+
+    def _check(self, what: str, value: Tensor) -> None:
+        if not value.is_floating_point():
+            return
+        # one pass: a sum is finite unless an entry is not, or the entries overflow it
+        if torch.isfinite(value.sum()):
+            return
+        bad = (~torch.isfinite(value)).flatten(1).any(-1).nonzero().flatten().tolist()
+        if bad:
+            raise EnvironmentFailure(
+                f"{self.name}: environment {bad[0]} returned a {what} that is not finite at step {self._steps}"
+            )
+
+
+def bounded(low: Any, high: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Bounded:
+    """A bounded spec from numbers or arrays."""
+    return Bounded(torch.as_tensor(low, dtype=dtype), torch.as_tensor(high, dtype=dtype), shape=shape, dtype=dtype)

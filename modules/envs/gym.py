@@ -1,0 +1,151 @@
+"""Any Gymnasium environment, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, TensorSpec, Unbounded
+
+from offtrace.modules.envs.base import EnvironmentFailure, StepResult, VectorEnv
+from offtrace.modules.envs.names import unknown
+
+
+class GymEnv(VectorEnv):
+    """``N`` Gymnasium environments stepped one after the other.
+
+    Observations: ``Box``, integers of 8 bits kept, everything else float32; vectors ``[D]``, images as they come.
+    Actions: ``Discrete`` as int64 indices from 0, ``Box`` as float32 that is clipped to its bounds here, so that a policy
+    may sample outside of them. ``info["action_mask"]`` is passed on where the environment gives one.
+
+    Args:
+        env: a Gymnasium id, or a function that makes one environment.
+        num_envs: N.
+        seed: environment i is seeded with ``seed + i`` at its first reset.
+        last_step: also write the last action and reward.
+        name: for messages; the id by default.
+        kwargs: passed to ``gymnasium.make``.
+
+    Raises:
+        ValueError: on an unknown id, or a space the agents cannot deal with.
+    """
+
+    def __init__(
+        self,
+        env: str | Callable[[], gymnasium.Env[Any, Any]],
+        num_envs: int,
+        *,
+        seed: int = 0,
+        last_step: bool = False,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        make = partial(_make, env, kwargs) if isinstance(env, str) else env
+        if num_envs < 1:
+            raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
+        self._envs = [make() for _ in range(num_envs)]
+        name = name or (env if isinstance(env, str) else getattr(env, "__name__", "environment"))
+        first = self._envs[0]
+        observation, self._image = _observation_spec(name, first.observation_space)
+        action, self._low, self._high = _action_spec(name, first.action_space)
+        self._offset = int(getattr(first.action_space, "start", 0))
+        mask = first.reset(seed=seed)[1].get("action_mask")
+        super().__init__(
+            name, num_envs, observation=observation, action=action, last_step=last_step, masked=mask is not None
+        )
+        self._seed = seed
+        self._started = False
+        self._current = torch.empty(0)
+        self._masks: list[Any] = [None] * num_envs
+
+    def _start(self) -> tuple[Tensor, Tensor | None]:
+        seeds = [None if self._started else self._seed + index for index in range(len(self._envs))]
+        self._started = True
+        resets = [env.reset(seed=seed) for env, seed in zip(self._envs, seeds, strict=True)]
+        self._current = self._stack([observation for observation, _ in resets])
+        self._masks = [info.get("action_mask") for _, info in resets]
+        return self._current, self._mask_tensor()
+
+    def _advance(self, action: Tensor) -> StepResult:
+        numbers = action.numpy()
+        if self._low is not None:
+            numbers = np.clip(numbers, self._low, self._high)
+        else:
+            numbers = numbers + self._offset
+        successors, currents, rewards, terminated, truncated = [], [], [], [], []
+        for index, env in enumerate(self._envs):
+            try:
+                observation, reward, term, trunc, info = env.step(numbers[index])
+                successors.append(observation)
+                if term or trunc:
+                    observation, info = env.reset()
+            except Exception as error:
+                raise EnvironmentFailure(
+                    f"{self.name}: environment {index} raised {type(error).__name__} at step {self._steps}: {error}"
+                ) from error
+            currents.append(observation)
+            rewards.append(float(reward))
+            terminated.append(bool(term))
+            truncated.append(bool(trunc))
+            self._masks[index] = info.get("action_mask")
+        successor = self._stack(successors)
+        ended = torch.tensor(terminated) | torch.tensor(truncated)
+        self._current = self._stack(currents) if bool(ended.any()) else successor
+        return StepResult(
+            successor,
+            torch.tensor(rewards),
+            torch.tensor(terminated),
+            torch.tensor(truncated),
+            ended,
+            self._mask_tensor(),
+        )
+
+    def _following(self) -> Tensor:
+        return self._current
+
+    def _stack(self, observations: list[Any]) -> Tensor:
+        return torch.from_numpy(np.stack(observations).astype(np.uint8 if self._image else np.float32, copy=False))
+
+    def _mask_tensor(self) -> Tensor | None:
+        if self._masks[0] is None:
+            return None
+        return torch.from_numpy(np.stack(self._masks).astype(bool))
+
+    def close(self, *, raise_if_closed: bool = True, **_: Any) -> None:
+        """Closes all environments."""
+        if not self.is_closed:
+            for env in self._envs:
+                env.close()
+        super().close(raise_if_closed=raise_if_closed)
+
+
+def _make(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
+    try:
+        return gymnasium.make(env_id, **kwargs)
+    except gymnasium.error.UnregisteredEnv as error:
+        raise ValueError(unknown(env_id)) from error
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(f"the environment {env_id!r} cannot be made: {error}") from error
+
+
+def _observation_spec(name: str, space: spaces.Space[Any]) -> tuple[TensorSpec, bool]:
+    if not isinstance(space, spaces.Box):
+        raise ValueError(f"{name} has observations of {space}; the agents read Box spaces only: wrap the environment")
+    if space.dtype == np.uint8:
+        return Bounded(0, 255, shape=space.shape, dtype=torch.uint8), True
+    return Unbounded(space.shape, dtype=torch.float32), False
+
+
+def _action_spec(name: str, space: spaces.Space[Any]) -> tuple[TensorSpec, Any, Any]:
+    if isinstance(space, spaces.Discrete):
+        return Categorical(int(space.n), dtype=torch.int64), None, None
+    if isinstance(space, spaces.Box) and len(space.shape) == 1:
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+        return Unbounded(space.shape, dtype=torch.float32), low, high
+    raise ValueError(f"{name} has actions of {space}; the agents act in Discrete and one-dimensional Box spaces only")

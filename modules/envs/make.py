@@ -1,0 +1,105 @@
+"""Environments by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+from torchrl.data import Categorical
+from torchrl.envs import EnvBase
+
+from offtrace.modules.envs.atari import AtariEnv
+from offtrace.modules.envs.gym import GymEnv
+from offtrace.modules.envs.names import atari_name, check_name
+from offtrace.modules.keys import ACTION_MASK, OBSERVATION
+
+
+@dataclass(frozen=True)
+class EnvInfo:
+    """What an agent has to know of an environment; exactly one of ``num_actions`` and ``action_dim`` is set."""
+
+    observation_shape: tuple[int, ...]
+    num_actions: int | None
+    action_dim: int | None
+    frame_skip: int
+    masked: bool
+
+
+def make_env(
+    name: str,
+    num_envs: int,
+    *,
+    seed: int = 0,
+    evaluation: bool = False,
+    last_step: bool = False,
+    protocol: str = "classic",
+    num_threads: int = 1,
+    **kwargs: Any,
+) -> EnvBase:
+    """A batched environment ``[num_envs]``.
+
+    Args:
+        name: an Atari game (``"pong"``), a Gymnasium id (``"CartPole-v1"``), or the import path
+            ``"package.module:function"`` of your own: a function ``(num_envs, seed) -> EnvBase``, or one without
+            arguments that makes a Gymnasium environment.
+        num_envs: how many.
+        seed: of the first; the others follow it.
+        evaluation: Atari: whole games.
+        last_step: also write the last action and reward, which recurrent networks read.
+        protocol, num_threads: Atari only, see :class:`AtariEnv`.
+        kwargs: for ``gymnasium.make``.
+
+    Raises:
+        ValueError: on an unknown name, or spaces the agents cannot deal with.
+    """
+    check_name(name)
+    if ":" in name:
+        return _imported(name, num_envs, seed, last_step)
+    if atari_name(name) is not None:
+        return AtariEnv(
+            name, num_envs, protocol=protocol, evaluation=evaluation, seed=seed, num_threads=num_threads,
+            last_step=last_step,
+        )  # fmt: skip
+    return GymEnv(name, num_envs, seed=seed, last_step=last_step, **kwargs)
+
+
+def env_info(name: str, **kwargs: Any) -> EnvInfo:
+    """Shapes of an environment, from one that is made and closed again.
+
+    Raises:
+        ValueError: as :func:`make_env`.
+    """
+    env = make_env(name, 1, **kwargs)
+    try:
+        action = env.action_spec
+        discrete = isinstance(action, Categorical)
+        return EnvInfo(
+            observation_shape=tuple(env.observation_spec[OBSERVATION].shape[1:]),
+            num_actions=int(action.space.n) if discrete else None,
+            action_dim=None if discrete else int(action.shape[-1]),
+            frame_skip=int(getattr(env, "frame_skip", 1)),
+            masked=ACTION_MASK in env.observation_spec.keys(),  # noqa: SIM118 - a spec
+        )
+    finally:
+        env.close()
+
+
+def _imported(path: str, num_envs: int, seed: int, last_step: bool) -> EnvBase:
+    module, _, function = path.partition(":")
+    try:
+        make: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the environment {path!r} cannot be imported: {error}") from error
+    try:
+        made = make(num_envs=num_envs, seed=seed)
+    except TypeError:
+        made = make()
+    if isinstance(made, EnvBase):
+        return made
+    if isinstance(made, gymnasium.Env):
+        made.close()
+        return GymEnv(make, num_envs, seed=seed, last_step=last_step, name=path)
+    raise ValueError(f"{path!r} returned {type(made).__name__}; it must return a TorchRL EnvBase or a gymnasium.Env")

@@ -1,0 +1,46 @@
+"""Names of the TensorDict entries, listed once.
+
+The names are TorchRL's defaults where it has one. ``NEXT`` entries live in the ``"next"`` sub-tensordict.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+OBSERVATION: Final = "observation"
+ACTION: Final = "action"
+ACTION_MASK: Final = "action_mask"
+"""bool ``[*B, A]``, True where the action is legal."""
+LOG_PROB: Final = "action_log_prob"
+"""Behaviour log-probability of the action, ``[*B]``."""
+TARGET_LOG_PROB: Final = "target_log_prob"
+"""Target policy's log-probability of the batch's action, ``[*B]``."""
+LOGITS: Final = "logits"
+LOC: Final = "loc"
+SCALE: Final = "scale"
+VALUE: Final = "state_value"
+VALUE_TARGET: Final = "value_target"
+ADVANTAGE: Final = "advantage"
+VALID: Final = "valid"
+"""bool ``[*B, 1]``: False where the successor of the step is unknown; such a step gets no weight."""
+
+NEXT: Final = "next"
+REWARD: Final = "reward"
+DONE: Final = "done"
+TERMINATED: Final = "terminated"
+TRUNCATED: Final = "truncated"
+IS_INIT: Final = "is_init"
+"""bool ``[*B, 1]``: True on the first step of an episode."""
+
+LAST_ACTION: Final = "last_action"
+LAST_REWARD: Final = "last_reward"
+RECURRENT_H: Final = "recurrent_h"
+RECURRENT_C: Final = "recurrent_c"
+
+EPISODE_REWARD: Final = "episode_reward"
+"""Raw reward summed over the whole game so far, across life losses, ``[*B, 1]``."""
+EPISODE_LENGTH: Final = "episode_length"
+"""Agent steps of the whole game so far, ``[*B, 1]``."""
+EPISODE_END: Final = "episode_end"
+"""bool ``[*B, 1]``: the whole game ends with this step (a life loss is only ``done``)."""
+POLICY_VERSION: Final = "policy_version"

@@ -1,0 +1,77 @@
+"""The recurrent core."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrl.data import Unbounded
+from torchrl.envs.transforms import TensorDictPrimer
+
+from offtrace.modules.keys import RECURRENT_C, RECURRENT_H
+
+
+class LSTMCore(nn.Module):
+    """LSTM over encoded observations and, as in the paper, the last action and the last reward.
+
+    Espeholt et al. 2018, arXiv 1802.01561. The state is set to zero *before* the first observation of an episode, and
+    there the last action and reward count as zero (no action, not action 0). It always computes in float32: the cell
+    adds up over time. Weights orthogonal, biases zero except the forget gate's, which is 1.
+
+    Args:
+        in_features: size of the encoded observation.
+        hidden_size: of the state, and features out.
+        num_actions: last action comes as int64 [*B] and enters one-hot.
+        action_dim: last action comes as float [*B, action_dim]. With neither, no last action or reward is read.
+    """
+
+    def __init__(
+        self, in_features: int, hidden_size: int, *, num_actions: int | None = None, action_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size of the recurrent core is {hidden_size}; it must be at least 1")
+        if num_actions is not None and action_dim is not None:
+            raise ValueError("give the core num_actions or action_dim, not both")
+        self.num_actions = num_actions
+        self.last_step = num_actions is not None or action_dim is not None
+        extra = (num_actions or action_dim or 0) + 1 if self.last_step else 0
+        self.out_features = self.hidden_size = hidden_size
+        self.cell = nn.LSTMCell(in_features + extra, hidden_size)
+        for name, parameter in self.cell.named_parameters():
+            if name.startswith("weight"):
+                for gate in parameter.data.chunk(4):
+                    nn.init.orthogonal_(gate)
+            else:
+                nn.init.zeros_(parameter)
+        # the cell adds two biases; the gates are input, forget, cell, output
+        self.cell.bias_ih.data[hidden_size : 2 * hidden_size] = 1.0
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """The transform by which an environment carries the state; TorchRL's collectors look for this method."""
+        spec = {key: Unbounded(shape=(self.hidden_size,)) for key in (RECURRENT_H, RECURRENT_C)}
+        return TensorDictPrimer(spec, expand_specs=True)
+
+    def inputs(self, x: Tensor, is_init: Tensor, last_action: Tensor | None, last_reward: Tensor | None) -> Tensor:
+        """What the cell reads, [*B, in_features + ...]; reward clipped to [-1, 1], zeros where an episode starts."""
+        x = x.to(self.cell.weight_ih.dtype)
+        if not self.last_step:
+            return x
+        assert last_action is not None
+        assert last_reward is not None
+        if self.num_actions is not None:
+            last_action = F.one_hot(last_action.long(), self.num_actions)
+        extra = torch.cat([last_action.to(x.dtype), last_reward.to(x.dtype).clamp(-1, 1)], -1)
+        return torch.cat([x, extra.masked_fill(is_init, 0)], -1)
+
+    def step(self, x: Tensor, is_init: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """State after one step. ``x`` [N, F] from :meth:`inputs`, ``is_init`` bool [N, 1], ``h`` and ``c`` [N, H]."""
+        return self.cell(x, (h.masked_fill(is_init, 0), c.masked_fill(is_init, 0)))
+
+    def unroll(self, x: Tensor, is_init: Tensor, h: Tensor, c: Tensor) -> Tensor:
+        """Features [B, T, H] of a sequence ``x`` [B, T, F], ``is_init`` [B, T, 1], from the state [B, H] before it."""
+        outputs = []
+        for now, first in zip(x.unbind(1), is_init.unbind(1), strict=True):
+            h, c = self.step(now, first, h, c)
+            outputs.append(h)
+        return torch.stack(outputs, 1)

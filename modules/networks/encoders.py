@@ -1,0 +1,164 @@
+"""Encoders: an observation ``[N, *shape]`` in, features ``[N, out_features]`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from offtrace.modules.networks.initialise import TORSO_GAIN, orthogonal
+
+_ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "silu": nn.SiLU, "gelu": nn.GELU}
+
+
+def _compute_dtype(reference: Tensor) -> torch.dtype:
+    """The dtype in which a layer with weights like ``reference`` computes: autocast's where that is on."""
+    kind = reference.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else reference.dtype
+
+
+class _Image(nn.Module):
+    """What the two image encoders share: cast, scale, and the memory format."""
+
+    def __init__(self, in_channels: int, image: Sequence[int], channels_last: bool) -> None:
+        super().__init__()
+        if in_channels < 1 or len(image) != 2:
+            raise ValueError(f"an image is [channels, height, width], got {in_channels} channels of {tuple(image)}")
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def _set_format(self) -> None:
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=self._format)
+
+    def _floats(self, x: Tensor, weight: Tensor) -> Tensor:
+        """uint8 becomes [0, 1] at once in the dtype of the convolution: under autocast half the bytes move."""
+        dtype = _compute_dtype(weight)
+        if x.dtype == torch.uint8:
+            return x.to(dtype, memory_format=self._format).mul_(1 / 255)
+        return x.to(dtype, memory_format=self._format)
+
+
+class ShallowConv(_Image):
+    """The small net of the paper: 16 filters 8x8 stride 4, 32 filters 4x4 stride 2, a linear layer; ReLU after each.
+
+    Espeholt et al. 2018, arXiv 1802.01561, figure 3 left; Mnih et al. 2016, arXiv 1602.01783.
+
+    Args:
+        in_channels: channels (stacked frames) of an image.
+        hidden: features out.
+        image: height and width.
+        channels_last: memory format of activations and weights. Faster on CUDA under autocast, slower on a CPU.
+
+    Shapes: ``[N, in_channels, *image]`` uint8 (scaled here by 1/255) or floating (taken as it is) to ``[N, hidden]``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        hidden: int = 256,
+        image: Sequence[int] = (84, 84),
+        *,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(in_channels, image, channels_last)
+        height, width = (((size - 8) // 4 + 1 - 4) // 2 + 1 for size in image)
+        if height < 1 or width < 1:
+            raise ValueError(f"the shallow encoder needs images of at least 20x20, got {tuple(image)}; use 'mlp'")
+        self.conv1 = nn.Conv2d(in_channels, 16, 8, 4)
+        self.conv2 = nn.Conv2d(16, 32, 4, 2)
+        self.linear = nn.Linear(32 * height * width, hidden)
+        self.out_features = hidden
+        orthogonal(self, TORSO_GAIN)
+        self._set_format()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``[N, hidden]``."""
+        # in-place is safe here: a convolution's backward pass does not read its own output
+        x = self.conv1(self._floats(x, self.conv1.weight)).relu_()
+        x = self.conv2(x).relu_()
+        return self.linear(x.flatten(1)).relu_()
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the first ReLU must not be in place: x is also the skip path
+        return x + self.conv2(self.conv1(F.relu(x)).relu_())
+
+
+class ResNetConv(_Image):
+    """The deep net of the paper: three stages of convolution, max-pool and two residual blocks; 15 convolutions.
+
+    Espeholt et al. 2018, arXiv 1802.01561, figure 3 right. Pooling pads both sides, where TensorFlow's SAME pads the
+    bottom and right of even sizes: the same shapes, shifted by a pixel.
+
+    Args and shapes as :class:`ShallowConv`; ``channels`` are the filters of the stages.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        hidden: int = 256,
+        image: Sequence[int] = (84, 84),
+        *,
+        channels: Sequence[int] = (16, 32, 32),
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(in_channels, image, channels_last)
+        stages: list[nn.Module] = []
+        height, width = image
+        for filters in channels:
+            conv = nn.Conv2d(in_channels, filters, 3, padding=1)
+            stages.append(nn.Sequential(conv, nn.MaxPool2d(3, 2, 1), _Residual(filters), _Residual(filters)))
+            in_channels, height, width = filters, (height + 1) // 2, (width + 1) // 2
+        self.stages = nn.ModuleList(stages)
+        self.linear = nn.Linear(in_channels * height * width, hidden)
+        self.out_features = hidden
+        orthogonal(self, TORSO_GAIN)
+        self._set_format()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``[N, hidden]``."""
+        x = self._floats(x, self.linear.weight)
+        for stage in self.stages:
+            x = stage(x)
+        return F.relu(self.linear(F.relu(x).flatten(1)))
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation after each.
+
+    Args:
+        in_features: numbers in an observation, over all its dimensions.
+        hidden: sizes of the layers; the last is the number of features out.
+        activation: ``"tanh"``, ``"relu"``, ``"elu"``, ``"silu"`` or ``"gelu"``.
+
+    Shapes: ``[N, *shape]`` of any dtype, flattened, to ``[N, hidden[-1]]``.
+    """
+
+    def __init__(self, in_features: int, hidden: Sequence[int] = (64, 64), activation: str = "tanh") -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
+        if not hidden or min(hidden) < 1 or in_features < 1:
+            raise ValueError(f"an MLP needs positive sizes, got in_features {in_features} and hidden {tuple(hidden)}")
+        layers: list[nn.Module] = []
+        for size in hidden:
+            layers += [nn.Linear(in_features, size), _ACTIVATIONS[activation]()]
+            in_features = size
+        self.layers = nn.Sequential(*layers)
+        self.out_features = in_features
+        orthogonal(self, TORSO_GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``[N, hidden[-1]]``."""
+        weight = self.layers[0].weight
+        assert isinstance(weight, Tensor)
+        return self.layers(x.flatten(1).to(_compute_dtype(weight)))

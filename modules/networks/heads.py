@@ -1,0 +1,81 @@
+"""Heads: features ``[*B, F]`` in, parameters of the action distribution or a value out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from offtrace.modules.keys import LOC, LOGITS, SCALE
+from offtrace.modules.networks.distributions import Categorical, DiagonalNormal, mask_logits
+from offtrace.modules.networks.initialise import POLICY_GAIN, VALUE_GAIN, orthogonal
+
+_LOG_SCALE_RANGE = (-5.0, 2.0)
+
+
+class CategoricalHead(nn.Module):
+    """Logits of ``num_actions`` actions. Weights orthogonal with gain 0.01, biases zero.
+
+    Args:
+        masked: read a mask of legal actions; illegal ones get probability exactly 0.
+    """
+
+    out_keys = (LOGITS,)
+    distribution = Categorical
+
+    def __init__(self, in_features: int, num_actions: int, *, masked: bool = False) -> None:
+        super().__init__()
+        if num_actions < 1:
+            raise ValueError(f"num_actions is {num_actions}; it must be at least 1")
+        self.masked = masked
+        self.linear = nn.Linear(in_features, num_actions)
+        orthogonal(self, POLICY_GAIN)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """``(logits,)`` [*B, A]; ``mask`` bool [*B, A], True = legal."""
+        logits = self.linear(x)
+        return (logits if mask is None else mask_logits(logits, mask),)
+
+
+class NormalHead(nn.Module):
+    """Mean and standard deviation of ``action_dim`` independent normals. Mean orthogonal with gain 0.01, biases zero.
+
+    Args:
+        init_scale: standard deviation at the start, in units of the action.
+        state_dependent: compute the scale from the features; otherwise it is a parameter of its own.
+
+    The log of the scale is kept in [-5, 2].
+    """
+
+    out_keys = (LOC, SCALE)
+    distribution = DiagonalNormal
+    masked = False
+
+    def __init__(
+        self, in_features: int, action_dim: int, *, init_scale: float = 1.0, state_dependent: bool = False
+    ) -> None:
+        super().__init__()
+        if action_dim < 1 or init_scale <= 0:
+            raise ValueError(f"action_dim {action_dim} and init_scale {init_scale} must both be positive")
+        self.loc = nn.Linear(in_features, action_dim)
+        self.scale = nn.Linear(in_features, action_dim) if state_dependent else None
+        orthogonal(self, POLICY_GAIN)
+        self.log_scale = nn.Parameter(torch.full((action_dim,), init_scale).log())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """``(loc, scale)``, both [*B, A]."""
+        loc = self.loc(x)
+        log_scale = self.log_scale if self.scale is None else self.log_scale + self.scale(x)
+        return loc, log_scale.clamp(*_LOG_SCALE_RANGE).exp().expand_as(loc)
+
+
+class ValueHead(nn.Module):
+    """A state value ``[*B, 1]``. Weights orthogonal with gain 1, bias zero."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, 1)
+        orthogonal(self, VALUE_GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[*B, 1]``."""
+        return self.linear(x)

@@ -1,0 +1,152 @@
+"""The learner's end of the actor processes: takes their rollouts in turn, watches over them, and ends them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.resource_tracker
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tensordict import TensorDictBase
+from torchrl.collectors import MultiAsyncCollector
+
+from offtrace.modules.actors import Link
+from offtrace.modules.envs import EnvironmentFailure
+
+_POLL = 0.1  # seconds between two looks at the workers' health while a rollout is awaited
+_START_ALLOWANCE = 120.0  # seconds for importing the libraries, on top of the time one step may take
+_SHUTDOWN_TIMEOUT = 4.0
+
+
+class RoundRobinCollector(MultiAsyncCollector):
+    """TorchRL's asynchronous collector with a place in the queue for every worker, emptied in turn.
+
+    TorchRL's queue holds one rollout; a worker that cannot put its own within a second collects again over it. A
+    worker has at most one rollout waiting, so with one place for each no put ever waits and none is lost: a worker
+    stands still until its rollout was copied out, which is the backpressure.
+    """
+
+    def __init__(self, *args: Any, link: Link, step_timeout: float, **kwargs: Any) -> None:
+        self._link = link
+        self._step_timeout = step_timeout
+        self.copy_out: Callable[[TensorDictBase], TensorDictBase] = TensorDictBase.clone
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _queue_len(self) -> int:
+        return int(self.num_workers)
+
+    def _run_processes(self) -> None:
+        # Workers must not see Ctrl-C while they import: a blocked signal stays blocked in the child. The tracker is
+        # started first because its start unblocks the signal.
+        multiprocessing.resource_tracker.ensure_running()
+        allowance = _START_ALLOWANCE + self._step_timeout
+        watchdog = threading.Timer(allowance, self.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            with _sigint_blocked():
+                super()._run_processes()
+        except BaseException:  # a Ctrl-C arrives when the signal is let through again
+            self.kill()
+            self.release()
+            raise
+        finally:
+            watchdog.cancel()
+
+    def kill(self) -> None:
+        """End the workers without asking."""
+        for process in getattr(self, "procs", ()):
+            with contextlib.suppress(Exception):
+                process.kill()
+
+    def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
+        """As TorchRL's, with a shorter time by default."""
+        super().shutdown(_SHUTDOWN_TIMEOUT if timeout is None else timeout, close_env, raise_on_error)
+
+    def release(self) -> None:
+        """After shutdown: let go of semaphores and shared memory, which last as long as somebody holds them."""
+        for name in ("queue_out", "_traj_pool", "collector_class", "copy_out"):
+            self.__dict__.pop(name, None)
+
+    def iterator(self) -> Iterator[TensorDictBase]:
+        """Rollouts [N, T] of worker 0, 1, ..., 0, 1, ... without end, each a copy."""
+        resumed = [0.0] * self.num_workers
+        for worker in range(self.num_workers):
+            resumed[worker] = self._resume(worker)
+        self.running = True
+        arrived: set[int] = set()
+        turn = 0
+        while True:
+            while turn not in arrived:
+                arrived |= self._arrivals()
+                if turn not in arrived:
+                    self._check(turn, resumed[turn])
+            arrived.remove(turn)
+            rollout = self.copy_out(self.out_tensordicts[turn])
+            resumed[turn] = self._resume(turn)
+            yield rollout
+            turn = (turn + 1) % self.num_workers
+
+    def _resume(self, worker: int) -> float:
+        self.pipes[worker].send((None, "continue"))
+        return time.monotonic()
+
+    def _arrivals(self) -> set[int]:
+        try:
+            data, count = self.queue_out.get(timeout=_POLL)
+        except queue.Empty:
+            return set()
+        if count:
+            return {data}
+        rollout, worker = data  # the first message carries the shared memory
+        self.out_tensordicts[worker] = rollout
+        return {worker}
+
+    def _check(self, awaited: int, resumed: float) -> None:
+        try:
+            self._raise_if_unwell(awaited, resumed)
+        except EnvironmentFailure:
+            self.kill()  # a worker that hangs would use up all the time it is given to leave
+            raise
+
+    def _raise_if_unwell(self, awaited: int, resumed: float) -> None:
+        for worker, process in enumerate(self.procs):
+            message = self._link.errors_of(worker)
+            if message is not None or not process.is_alive():
+                process.join(0.2)
+                message = message or self._link.errors_of(worker)
+                raise EnvironmentFailure(describe(self._link, worker, message, process.exitcode))
+        idle = time.monotonic() - max(resumed, float(self._link.beats[awaited]))
+        if idle > self._step_timeout:
+            step = int(self._link.steps[awaited])
+            raise EnvironmentFailure(
+                f"actor process {awaited} has made no step for {idle:.1f} s (step {step} hangs; the limit step_timeout "
+                f"is {self._step_timeout:g} s)."
+            )
+
+
+def describe(link: Link, worker: int, message: str | None, exitcode: int | None) -> str:
+    """One sentence, then the worker's own traceback."""
+    step = int(link.steps[worker])
+    if message is None:
+        cause = f"signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"
+        return f"actor process {worker} ended by itself at step {step} ({cause})."
+    reason = message.strip().splitlines()[-1]
+    return f"actor process {worker} failed at step {step}: {reason}\n\nIn the actor process:\n{message}"
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

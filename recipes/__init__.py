@@ -1,0 +1,1 @@
+"""Runnable scripts: task, budget, devices."""

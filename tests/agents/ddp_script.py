@@ -1,0 +1,157 @@
+"""Run by test_ddp.py: one Lightning fit on two gloo ranks, or on one. Writes what each rank saw into a folder.
+
+python ddp_script.py train FOLDER        two ranks, each with its own CartPole environments
+python ddp_script.py gradient FOLDER REDUCTION RANKS        one SGD step on fixed batches with unequal masks
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from offtrace.agents.agent import Agent
+from offtrace.agents.callbacks import WeightSync
+from offtrace.agents.config import control_config
+from offtrace.agents.impala import make_impala
+from offtrace.modules.losses import ImpalaLoss
+from offtrace.modules.networks import build_policy
+
+ENVS, STEPS = 3, 5
+
+
+def fit(agent: Agent, data: Any, ranks: int, callbacks: list[pl.Callback] | None = None) -> pl.Trainer:
+    strategy = pl.strategies.DDPStrategy(process_group_backend="gloo", broadcast_buffers=False) if ranks > 1 else "auto"
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=ranks, strategy=strategy, max_epochs=1, logger=False, callbacks=callbacks or [],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(agent, data)
+    return trainer
+
+
+class Spy(pl.Callback):
+    """Keeps the first observation of every batch."""
+
+    def __init__(self) -> None:
+        self.first: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, agent: Any, batch: TensorDictBase, batch_idx: int) -> None:
+        self.first.append(batch["observation"][0, 0].clone())
+
+
+def train(folder: Path) -> None:
+    config = control_config()
+    config.collector.num_workers = 0
+    config.env.num_envs, config.collector.unroll, config.train.minibatches = 4, 8, 2
+    config.train.total_frames = 4 * 8 * 2 * 6
+    pl.seed_everything(config.train.seed, verbose=False)
+    agent, data = make_impala(config)
+    spy = Spy()
+    trainer = fit(agent, data, 2, [WeightSync(2), spy])
+    torch.save(
+        {
+            "weights": {name: value.clone() for name, value in agent.state_dict().items()},
+            "optimizer": agent.optimizers().optimizer.state_dict(),  # type: ignore[union-attr]
+            "frames": data.frames,
+            "updates": agent.updates,
+            "first": torch.stack(spy.first),
+            "configured": config.train.total_frames,
+        },
+        folder / f"rank{trainer.global_rank}.pt",
+    )
+
+
+def batches() -> list[TensorDict]:
+    """One batch per rank; the second has fewer valid steps."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    out = []
+    for masked in (1, 9):
+        shape = (ENVS, STEPS)
+        valid = torch.ones(ENVS * STEPS, 1, dtype=torch.bool)
+        valid[:masked] = False
+        done = torch.zeros(*shape, 1, dtype=torch.bool)
+        out.append(
+            TensorDict(
+                {
+                    "observation": random(*shape, 4),
+                    "action": torch.randint(2, shape, generator=generator),
+                    "action_log_prob": random(*shape) * 0.1 - 0.7,
+                    "logits": random(*shape, 2),
+                    "is_init": done.clone(),
+                    "valid": valid.view(*shape, 1),
+                    "next": {
+                        "observation": random(*shape, 4),
+                        "reward": random(*shape, 1),
+                        "done": done.clone(),
+                        "terminated": done.clone(),
+                    },
+                },
+                batch_size=shape,
+            )
+        )
+    return out
+
+
+class Once:
+    """A stream of one batch."""
+
+    def __init__(self, batch: TensorDictBase) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        yield self.batch
+
+
+class FixedData(pl.LightningDataModule):
+    """One batch: the rank's own, or the joined one."""
+
+    frames = 0
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def train_dataloader(self) -> Once:
+        own = batches()
+        return Once(own[self.trainer.global_rank] if self.ranks > 1 else torch.cat(own))
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
+def sgd(params: Iterator[torch.Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=1.0)
+
+
+def gradient(folder: Path, reduction: str, ranks: int) -> None:
+    torch.manual_seed(0)
+    policy = build_policy(network="mlp", observation_shape=[4], num_actions=2, action_dim=None, hidden=[8])
+    loss = ImpalaLoss(policy, reduction=reduction)
+    before = {name: value.detach().clone() for name, value in policy.named_parameters()}
+    agent = Agent(loss, policy, optimizer=partial(sgd), total_frames=1, schedule="constant")
+    trainer = fit(agent, FixedData(ranks), ranks)
+    moved = {name: before[name] - value.detach() for name, value in policy.named_parameters()}
+    torch.save(moved, folder / f"gradient{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out = Path(sys.argv[2])
+    if sys.argv[1] == "train":
+        train(out)
+    else:
+        gradient(out, sys.argv[3], int(sys.argv[4]))

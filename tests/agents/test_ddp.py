@@ -1,0 +1,45 @@
+"""Two gloo ranks on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("ddp_script.py")
+
+
+def run(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_ranks_collect_for_themselves_and_stay_identical(tmp_path: Path) -> None:
+    run("train", str(tmp_path))
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+    for name, value in ranks[0]["weights"].items():
+        assert torch.equal(value, ranks[1]["weights"][name]), name
+    for state, other in zip(*(rank["optimizer"]["state"].values() for rank in ranks), strict=True):
+        assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(other[key])) for key in state)
+    assert not torch.isclose(ranks[0]["first"], ranks[1]["first"]).all(-1).any(), "the ranks' environments are the same"
+    assert ranks[0]["frames"] == ranks[1]["frames"] == ranks[0]["configured"]
+    assert ranks[0]["updates"] == ranks[1]["updates"] == 12
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_gradient_is_that_of_the_joined_batch(tmp_path: Path, reduction: str) -> None:
+    """Before clipping, with 14 valid steps on one rank and 6 on the other."""
+    run("gradient", str(tmp_path), reduction, "1")
+    joined = torch.load(tmp_path / "gradient0.pt")
+    run("gradient", str(tmp_path), reduction, "2")
+    for rank in (0, 1):
+        gradient = torch.load(tmp_path / f"gradient{rank}.pt")
+        for name, value in joined.items():
+            assert value.abs().max() > 0
+            torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=2e-6)

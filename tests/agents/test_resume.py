@@ -1,0 +1,115 @@
+"""A run that was stopped and continued is the run that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from offtrace.agents.callbacks import Checkpoints, WeightSync
+from offtrace.agents.config import ImpalaConfig, control_config
+from offtrace.agents.data import OnPolicyData
+from offtrace.agents.impala import make_impala
+
+ENVS, UNROLL, MINIBATCHES, EPOCHS = 4, 8, 2, 2
+ROLLOUT = ENVS * UNROLL
+
+
+def config_for(rollouts: int, recurrent: int = 0) -> ImpalaConfig:
+    config = control_config()
+    config.collector.num_workers = 0
+    config.env.num_envs, config.collector.unroll = ENVS, UNROLL
+    config.train.minibatches, config.train.epochs = MINIBATCHES, EPOCHS
+    config.train.total_frames = rollouts * ROLLOUT
+    config.optim.schedule = "linear"
+    config.network.recurrent = recurrent
+    return config
+
+
+class StopAfter(pl.Callback):
+    """Ends the run after some rollouts, as a machine that goes down would."""
+
+    def __init__(self, rollouts: int) -> None:
+        self.frames = rollouts * ROLLOUT
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.datamodule.frames >= self.frames:
+            trainer.should_stop = True
+
+
+class NewEnvironments(pl.Callback):
+    """Puts fresh environments under a running stream after some rollouts, and touches nothing else."""
+
+    def __init__(self, data: OnPolicyData, rollouts: int) -> None:
+        self.frames = rollouts * ROLLOUT
+        self.streams: list[Any] = []
+        make = data.train_dataloader
+        data.train_dataloader = lambda: self.streams.append(make()) or self.streams[-1]  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        data = trainer.datamodule
+        if data.frames == self.frames:
+            state = torch.get_rng_state()
+            version, old = data.collector.version, data.collector
+            old.shutdown()
+            data.collector = self.streams[-1]._collector = data.collector_fn(0)
+            data.collector.version = version
+            torch.set_rng_state(state)
+            self.frames = -1
+
+
+def run(config: ImpalaConfig, folder: Path, *, stop: int, resume: Path | None = None, renew: int = 0) -> Any:
+    pl.seed_everything(3 if resume is None else 99, verbose=False)  # a resumed run takes nothing from its own seed
+    agent, data = make_impala(config)
+    callbacks = [WeightSync(MINIBATCHES * EPOCHS), Checkpoints(folder, every=10**9), StopAfter(stop)]
+    if renew:
+        callbacks.append(NewEnvironments(data, renew))
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+    )  # fmt: skip
+    trainer.fit(agent, data, ckpt_path=str(resume) if resume else None, weights_only=True if resume else None)
+    return agent, data, trainer
+
+
+@pytest.mark.parametrize("recurrent", [0, 8])
+def test_k_and_k_updates_are_2k(tmp_path: Path, recurrent: int) -> None:
+    """Both arms get new environments after k rollouts, because an emulator's state is not in a checkpoint.
+
+    Bit for bit the same weights, moments, frames, updates and learning rate.
+    """
+    k, config = 3, config_for(6, recurrent)
+    half, half_data, _ = run(config, tmp_path / "a", stop=k)
+    assert half_data.frames == k * ROLLOUT
+    resumed, resumed_data, resumed_trainer = run(
+        config, tmp_path / "b", stop=2 * k, resume=tmp_path / "a" / "last.ckpt"
+    )
+    whole, data, trainer = run(config, tmp_path / "c", stop=2 * k, renew=k)
+
+    assert resumed_data.frames == data.frames == 2 * k * ROLLOUT
+    assert resumed.updates == whole.updates == 2 * k * MINIBATCHES * EPOCHS
+    assert any(not torch.equal(half.state_dict()[name], value) for name, value in whole.state_dict().items())
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    ours, theirs = trainer.optimizers[0].state_dict(), resumed_trainer.optimizers[0].state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for index, moments in ours["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][index][name])), name
+
+
+def test_resuming_is_not_starting_again(tmp_path: Path) -> None:
+    """The test above could pass if nothing were restored but the weights: without the random state it must fail."""
+    config = config_for(4)
+    run(config, tmp_path / "a", stop=2)
+    path = tmp_path / "a" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    resumed, *_ = run(config, tmp_path / "b", stop=4, resume=path)
+    checkpoint["offtrace"]["random"]["torch"] = torch.Generator().manual_seed(5).get_state()
+    other = tmp_path / "other.ckpt"
+    torch.save(checkpoint, other)
+    different, *_ = run(config, tmp_path / "c", stop=4, resume=other)
+    assert any(not torch.equal(v, different.state_dict()[n]) for n, v in resumed.state_dict().items())

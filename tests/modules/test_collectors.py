@@ -1,0 +1,436 @@
+"""The collectors: nothing lost, nothing shared, lag bounded, failures found, and nothing left behind.
+
+The environment's observations carry (environment, step, seed), so that a lost or repeated step shows. The policy writes
+its only weight beside each action; the tests set the weight to the number of the push, so that weight and version in
+the batch must agree at every single step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.collectors import MultiAsyncCollector
+from torchrl.data import Binary, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from offtrace.modules import processes
+from offtrace.modules.actors import actor_seed
+from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector
+from offtrace.modules.envs import EnvironmentFailure
+from offtrace.modules.recycling import Recycler
+
+ENVS, STEPS = 4, 5
+_PREFIX = f"offtrace{os.getpid()}"
+
+
+class StampEnv(EnvBase):
+    """Endless; observations float64 [N, 3]: environment, step, seed. May raise, hang or be slow at a step."""
+
+    def __init__(self, seed: int, envs: int = ENVS, fail: str = "", at: int = 7, delay: float = 0.0) -> None:
+        super().__init__(device="cpu", batch_size=[envs])
+        flags = {k: Binary(1, (envs, 1), dtype=torch.bool) for k in ("done", "terminated", "truncated")}
+        self.observation_spec = Composite(
+            observation=Unbounded((envs, 3), dtype=torch.float64),
+            is_init=Binary(1, (envs, 1), dtype=torch.bool),
+            shape=(envs,),
+        )
+        self.action_spec = Categorical(1000, shape=(envs,))
+        self.reward_spec = Unbounded((envs, 1))
+        self.done_spec = Composite(**flags, shape=(envs,))
+        self.seed_value, self.fail, self.at, self.delay, self.step_number = seed, fail, at, delay, 0
+
+    def _observe(self) -> dict[str, Tensor]:
+        (n,) = self.batch_size
+        columns = [torch.arange(n), torch.full((n,), self.step_number), torch.full((n,), self.seed_value)]
+        no = torch.zeros(n, 1, dtype=torch.bool)
+        flags = dict.fromkeys(("done", "terminated", "truncated", "is_init"), no)
+        return {"observation": torch.stack(columns, -1).double(), **flags}
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
+        return TensorDict(self._observe(), self.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        self.step_number += 1
+        time.sleep(self.delay)
+        if self.step_number == self.at and self.fail == "raise":
+            raise ValueError("the gripper fell off")
+        if self.step_number == self.at and self.fail == "hang":
+            time.sleep(1000)
+        reward = torch.ones(*self.batch_size, 1)
+        return TensorDict({**self._observe(), "reward": reward}, self.batch_size)
+
+    def _set_seed(self, seed: int | None) -> None:
+        pass
+
+
+class WeightPolicy(TensorDictModuleBase):
+    """Random actions; writes its only weight as "weight" [N]."""
+
+    in_keys: list[str] = ["observation"]  # noqa: RUF012
+    out_keys: list[str] = ["action", "weight"]  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        tensordict["action"] = torch.randint(1000, tensordict.shape)
+        tensordict["weight"] = self.weight.expand(tensordict.shape).clone()
+        return tensordict
+
+
+def make(workers: int, *, policy: nn.Module | None = None, env: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    env_fn = partial(StampEnv, **(env or {}))
+    return make_collector(
+        env_fn, policy or WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=workers, **kwargs
+    )
+
+
+def push(collector: RolloutCollector, policy: WeightPolicy) -> None:
+    """Raise the learner's weight by one, as an optimiser would, and publish."""
+    with torch.no_grad():
+        policy.weight += 1
+    collector.update_policy(policy)
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    return "spawn_main" in " ".join(process.cmdline())
+
+
+def children() -> set[int]:
+    return {p.pid for p in psutil.Process().children(recursive=True) if _is_worker(p)}
+
+
+def shared_memory() -> set[str]:
+    """Names left in shared memory by this process and its workers, which inherit the prefix of their semaphores."""
+    folder = Path("/dev/shm")
+    return {p.name for p in folder.iterdir() if _PREFIX in p.name} if folder.exists() else set()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_names() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(multiprocessing.current_process()._config, "semprefix", "/" + _PREFIX)  # type: ignore[attr-defined]
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    processes, memory = children(), shared_memory()
+    yield
+    assert children() == processes
+    assert shared_memory() <= memory
+
+
+# In process
+
+
+def test_layout_and_versions_in_process() -> None:
+    policy = WeightPolicy()
+    with make(0, policy=policy) as collector:
+        assert collector.num_envs == ENVS
+        for version in range(3):
+            rollout = next(collector)
+            assert rollout.shape == (ENVS, STEPS)
+            assert (rollout["policy_version"] == version).all()
+            assert (rollout["next", "policy_version"] == version).all()
+            assert (rollout["weight"] == version).all()
+            expected = torch.arange(version * STEPS, (version + 1) * STEPS).double().expand(ENVS, STEPS)
+            torch.testing.assert_close(rollout["observation"][..., 1], expected)
+            torch.testing.assert_close(rollout["next", "observation"][..., 1], expected + 1)
+            assert "done" not in rollout
+            assert ("next", "done") in rollout.keys(True)
+            push(collector, policy)
+        assert collector.version == 3
+
+
+@pytest.mark.parametrize("source", ["module", "tensordict", "state_dict"])
+def test_weights_are_copied_from_every_form(source: str) -> None:
+    policy = WeightPolicy()
+    forms: dict[str, Callable[[], Any]] = {
+        "module": lambda: policy,
+        "tensordict": lambda: TensorDict.from_module(policy).data,
+        "state_dict": policy.state_dict,
+    }
+    with make(0, policy=policy) as collector:
+        with torch.no_grad():
+            policy.weight.fill_(5.0)
+        assert (next(collector)["weight"] == 0).all(), "the actor saw the learner's parameter without a push"
+        collector.update_policy(forms[source]())
+        with torch.no_grad():
+            policy.weight.fill_(7.0)
+        assert (next(collector)["weight"] == 5).all()
+        with pytest.raises(KeyError, match="do not fit"):
+            collector.update_policy({"wieght": torch.zeros(())})
+
+
+def test_rollouts_are_never_aliased() -> None:
+    with make(0) as collector:
+        first = next(collector)
+        kept = first.clone()
+        second = next(collector)
+        assert (first == kept).all()
+        assert first["observation"].data_ptr() != second["observation"].data_ptr()
+
+
+def test_large_memory_is_recycled_only_when_nobody_holds_it() -> None:
+    source = torch.zeros(1 << 20, dtype=torch.uint8)
+    recycler = Recycler()
+    one = recycler.empty_like(source)
+    address = one.data_ptr()
+    view = one[5:9].view(2, 2)
+    del one
+    two = recycler.empty_like(source)
+    assert two.data_ptr() != address, "a view still uses it"
+    array = view.numpy()
+    del view
+    assert recycler.empty_like(source).data_ptr() != address, "an array still uses it"
+    del array
+    assert recycler.empty_like(source).data_ptr() == address
+
+
+def test_order_is_applied_to_every_entry() -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    with make(0) as collector:
+        collector.order = lambda size: order[:size]
+        rollout = next(collector)
+        for key in ("observation", ("next", "observation")):
+            torch.testing.assert_close(rollout[key][:, 0, 0], order.double())
+
+
+def test_an_error_in_process_names_its_cause() -> None:
+    collector = make(0, env={"fail": "raise"})
+    next(collector)
+    with pytest.raises(EnvironmentFailure, match="the gripper fell off"):
+        next(collector)
+    with pytest.raises(RuntimeError, match="shut down"):
+        next(collector)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"frames_per_batch": 0}, "frames_per_batch is 0"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"threads_per_worker": 0}, "threads_per_worker is 0"),
+        ({"step_timeout": 0.0}, "step_timeout is 0"),
+        ({"frames_per_batch": ENVS * STEPS + 1, "num_workers": 0}, "multiple of the 4 environments"),
+    ],
+)
+def test_wrong_sizes_are_refused_at_the_door(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_collector(StampEnv, WeightPolicy(), **{"frames_per_batch": ENVS * STEPS, **arguments})
+
+
+def test_seeds_differ_by_seed_rank_and_worker_and_repeat() -> None:
+    places = [(s, r, w) for s in range(4) for r in range(4) for w in range(4)]
+    seeds = [actor_seed(*place) for place in places]
+    assert seeds == [actor_seed(*place) for place in places]
+    gaps = torch.tensor(sorted(seeds)).diff()
+    assert gaps.min() > 1024, "environment i of one actor would share a seed with environment j of another"
+    assert max(seeds) + 1024 < 2**31
+
+
+def test_lag_bound_in_the_cases_one_can_count_by_hand() -> None:
+    assert lag_bound(0, 1) == 0  # collect, update, collect: always on policy
+    assert lag_bound(1, 1) == 1  # collected during the update before
+    assert lag_bound(1, 4) == 7
+    assert lag_bound(2, 3, push_interval=4) == 11
+
+
+# Two actor processes and a slow learner
+
+WORKERS, UPDATES, ROLLOUTS = 2, 2, 8
+
+
+class SlowRun:
+    """What a learner saw that stands still for 3 seconds in two of its updates."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[TensorDictBase] = []
+        self.lags: list[int] = []
+        self.spawned: set[int] = set()
+        before, memory = children(), shared_memory()
+        policy = WeightPolicy()
+        with make(WORKERS, policy=policy, seed=3, env={"delay": 0.005}) as collector:
+            self.spawned = children() - before
+            for number in range(ROLLOUTS):
+                rollout = next(collector)
+                self.rollouts.append(rollout)
+                for update in range(UPDATES):
+                    if update == 0 and number in (2, 5):
+                        time.sleep(3.0)
+                    self.lags.append(collector.version - int(rollout["policy_version"].min()))
+                    push(collector, policy)
+            started = time.monotonic()
+        self.shutdown_seconds = time.monotonic() - started
+        self.left = (children() - before, shared_memory() - memory)
+
+    def steps(self) -> dict[tuple[int, int], list[int]]:
+        """Steps in the order of arrival by (seed, environment)."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for rollout in self.rollouts:
+            for env, step, seed in rollout["observation"].flatten(0, 1).long().tolist():
+                found.setdefault((seed, env), []).append(step)
+        return found
+
+    def whole(self) -> bool:
+        return all(steps == list(range(len(steps))) for steps in self.steps().values())
+
+
+@pytest.fixture(scope="module")
+def slow_run() -> SlowRun:
+    return SlowRun()
+
+
+@pytest.fixture(scope="module")
+def slow_run_on_torchrl_queue() -> Iterator[SlowRun]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_queue_len", "iterator"):
+            patch.setattr(processes.RoundRobinCollector, name, getattr(MultiAsyncCollector, name))
+        yield SlowRun()
+
+
+def test_every_step_arrives_once(slow_run: SlowRun) -> None:
+    assert slow_run.whole()
+    assert {len(steps) for steps in slow_run.steps().values()} == {ROLLOUTS // WORKERS * STEPS}
+
+
+def test_the_queue_of_torchrl_would_lose_steps(slow_run_on_torchrl_queue: SlowRun) -> None:
+    assert not slow_run_on_torchrl_queue.whole()
+
+
+def test_lag_stays_below_its_bound_and_is_not_zero(slow_run: SlowRun) -> None:
+    assert 0 < max(slow_run.lags) <= lag_bound(WORKERS, UPDATES)
+
+
+def test_the_version_is_that_of_the_weights_that_acted(slow_run: SlowRun) -> None:
+    versions = set()
+    for rollout in slow_run.rollouts:
+        torch.testing.assert_close(rollout["weight"].long(), rollout["policy_version"])
+        versions |= set(rollout["policy_version"].unique().tolist())
+    assert len(versions) > 2
+
+
+def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun, slow_run_on_torchrl_queue: SlowRun) -> None:
+    seeds = [int(rollout["observation"][0, 0, 2]) for rollout in slow_run.rollouts]
+    assert seeds == [actor_seed(3, 0, 0), actor_seed(3, 0, 1)] * (ROLLOUTS // WORKERS)
+    first, second = slow_run.rollouts[:2]
+    assert (first["action"] != second["action"]).any()
+    again = {int(r["observation"][0, 0, 2]): r for r in reversed(slow_run_on_torchrl_queue.rollouts)}  # first of each
+    for rollout, seed in zip((first, second), seeds[:2], strict=True):
+        torch.testing.assert_close(rollout["action"], again[seed]["action"])
+
+
+def test_shutdown_is_quick_and_leaves_nothing(slow_run: SlowRun) -> None:
+    assert len(slow_run.spawned) == WORKERS
+    assert slow_run.left == (set(), set())
+    assert slow_run.shutdown_seconds < 5.0
+
+
+# Failures of an actor process
+
+
+def _no_environment(seed: int) -> EnvBase:
+    raise ValueError("there is no game 'pogn'")
+
+
+def test_an_environment_that_cannot_be_made_is_quoted() -> None:
+    with pytest.raises(EnvironmentFailure, match="actor process 0 failed at step 0: ValueError: there is no game"):
+        make_collector(_no_environment, WeightPolicy(), frames_per_batch=ENVS * STEPS)
+
+
+def test_a_raising_environment_is_quoted(capfd: pytest.CaptureFixture[str]) -> None:
+    collector = make(1, env={"fail": "raise"})
+    next(collector)
+    with pytest.raises(EnvironmentFailure, match=r"(?s)step 7: ValueError: the gripper fell off.*in _step"):
+        next(collector)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_hanging_environment_is_found() -> None:
+    collector = make(1, env={"fail": "hang"}, step_timeout=3.0)
+    next(collector)
+    started = time.monotonic()
+    with pytest.raises(EnvironmentFailure, match="step 7 hangs"):
+        next(collector)
+    assert 2.9 < time.monotonic() - started < 9.0
+
+
+def test_a_killed_worker_is_found() -> None:
+    collector = make(1, env={"delay": 0.2})
+    next(collector)
+    os.kill(collector.collector.procs[0].pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(EnvironmentFailure, match="signal 9"):  # noqa: PT012
+        next(collector)  # may have been on its way already
+        next(collector)
+    assert time.monotonic() - started < 5.0
+
+
+# Ends of the learner's process: (how it ends, its exit code)
+
+_SCRIPT = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from test_collectors import make
+if __name__ == "__main__":
+    env = {{"fail": "hang"}} if sys.argv[1] == "kill" else {{"delay": 0.01}}
+    print("starting", flush=True)
+    collector = make(1, env=env)
+    next(collector)
+    print("worker", collector.collector.procs[0].pid, flush=True)
+    if sys.argv[1] == "raise":
+        raise RuntimeError("the learner failed")
+    while True:
+        next(collector)
+"""
+
+
+@pytest.mark.parametrize("end", ["raise", "interrupt", "interrupt while starting", "kill"])
+def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
+    script = tmp_path / "learner.py"
+    script.write_text(_SCRIPT.format(folder=str(Path(__file__).parent)))
+    learner = subprocess.Popen(
+        [sys.executable, str(script), end],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert learner.stdout is not None
+    assert learner.stdout.readline() == "starting\n"
+    if end == "interrupt while starting":
+        while not (workers := [p for p in psutil.Process(learner.pid).children() if _is_worker(p)]):
+            time.sleep(0.01)
+        time.sleep(1.0)  # it imports
+        worker = workers[0].pid
+    else:
+        worker = int(learner.stdout.readline().split()[1])
+    if end.startswith("interrupt"):
+        os.killpg(learner.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+    elif end == "kill":
+        learner.kill()
+    _, errors = learner.communicate(timeout=20)
+    assert learner.returncode not in (0, None)
+    gone = time.monotonic() + 5.0
+    while psutil.pid_exists(worker) and time.monotonic() < gone:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(worker)
+    if end != "kill":
+        assert errors.count("Traceback") == 1, errors
