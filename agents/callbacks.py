@@ -84,13 +84,15 @@ class Evaluation(pl.Callback):
 
     Args:
         make_env: builds the evaluation environment, once.
-        every: environment frames between evaluations; the last one is at the end of training.
+        every: environment frames between evaluations.
         episodes: games of one evaluation.
         mode: ``"sample"`` or ``"greedy"``.
+        final: also at the end of training.
         on_result: called with the frames and the result.
 
     Attributes:
-        results: ``(frames, result)`` of every evaluation of this run, kept across a resume as means.
+        scores: ``(frames, mean score)`` of every evaluation, kept across a resume.
+        seconds: spent evaluating.
     """
 
     def __init__(
@@ -100,12 +102,14 @@ class Evaluation(pl.Callback):
         every: int,
         episodes: int,
         mode: EvaluationMode = "sample",
+        final: bool = True,
         on_result: Callable[[int, EvaluationResult], None] | None = None,
     ) -> None:
         self.make_env = make_env
         self.every = every
         self.episodes = episodes
         self.mode: EvaluationMode = mode
+        self.final = final
         self.on_result = on_result
         self.scores: list[tuple[int, float]] = []
         self.seconds = 0.0
@@ -127,7 +131,7 @@ class Evaluation(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
         """The final score, unless it was just measured or the run was stopped."""
         stopped = any(isinstance(callback, GracefulStop) and callback.signal for callback in trainer.callbacks)
-        if not stopped and (not self.scores or self.scores[-1][0] != agent.frames):
+        if self.final and not stopped and (not self.scores or self.scores[-1][0] != agent.frames):
             self._run(trainer, agent)
         if self._env is not None:
             self._env.close()
@@ -253,8 +257,8 @@ class GracefulStop(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
     ) -> None:
-        """Stops the loop when a signal came."""
-        if self.signal:
+        """Stops the loop when a signal came, on all ranks or on none."""
+        if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:

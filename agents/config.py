@@ -127,6 +127,8 @@ class TrainConfig:
     """Frames between two evaluations."""
     eval_episodes: int = 10
     """Whole games of an evaluation."""
+    final_eval: bool = True
+    """Evaluate at the end as well."""
     eval_mode: Literal["sample", "greedy"] = "sample"
     """Actions in evaluations: drawn from the policy, or its mode."""
     checkpoint_every: int = 1_000_000
@@ -208,9 +210,20 @@ def control_config() -> ImpalaConfig:
         env=EnvConfig(game="CartPole-v1", num_envs=16),
         network=NetworkConfig(encoder="mlp", hidden=[64, 64]),
         collector=CollectorConfig(unroll=32),
-        loss=LossConfig(lmbda=0.95, reward_clip=None, normalize_advantage=True),
+        # returns of hundreds: the value error must not drown the policy's gradient in the shared layers
+        loss=LossConfig(reward_clip=None, value_coef=0.01, policy_clip=0.2),
         optim=OptimConfig(lr=2.5e-3),
         train=TrainConfig(
-            total_frames=300_000, minibatches=4, eval_every=50_000, checkpoint_every=50_000, precision="32-true"
+            total_frames=150_000, minibatches=4, eval_every=50_000, checkpoint_every=50_000, precision="32-true"
         ),
     )
+
+
+def pendulum_config() -> ImpalaConfig:
+    """Pendulum: continuous actions."""
+    config = control_config()
+    config.env.game = "Pendulum-v1"
+    config.loss.gamma = 0.9
+    config.loss.entropy_coef = 0.0
+    config.train.total_frames = 500_000
+    return config

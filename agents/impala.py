@@ -6,7 +6,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
 from tensordict.nn import ProbabilisticTensorDictSequential
 
 from offtrace.agents.agent import Agent
@@ -82,8 +81,3 @@ def _collector(config: ImpalaConfig, policy: ProbabilisticTensorDictSequential, 
         step_timeout=config.collector.step_timeout,
         threads_per_worker=config.collector.threads,
     )
-
-
-def device_count(accelerator: str) -> int:
-    """How many devices of a kind this machine has; processes on the CPU are not limited."""
-    return torch.cuda.device_count() if accelerator in ("gpu", "cuda") else 1 << 30

@@ -31,7 +31,7 @@ class Meters(pl.Callback):
         self.every_s = every_s
         self.console = console or Console(stderr=True, highlight=False)
         self.frames_per_second = 0.0
-        self.first_update_s: float | None = None
+        self.first_update_at = 0.0
         self._bar: Progress | None = None
         self._lag_max = 0
         self._lag_sum = 0.0
@@ -54,6 +54,7 @@ class Meters(pl.Callback):
         self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
     ) -> None:
         """Notes the lag; logs when it is time."""
+        self.first_update_at = self.first_update_at or time.time()
         if self._sync is not None:
             self._lag_max = max(self._lag_max, self._sync.lag_max)
             self._lag_sum += self._sync.lag_mean

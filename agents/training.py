@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -14,11 +15,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
 from torchrl.envs import EnvBase
+from torchrl.modules.utils import get_env_transforms_from_module
 
 from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, WeightSync
 from offtrace.agents.checkpoint import read_checkpoint
-from offtrace.agents.config import ImpalaConfig
+from offtrace.agents.config import ConfigError, ImpalaConfig
 from offtrace.agents.impala import env_options, make_impala
 from offtrace.agents.progress import Meters
 from offtrace.modules.envs import make_env
@@ -38,6 +41,7 @@ class Summary:
         seconds: wall time of this process's part.
         scores: ``(frames, mean score)`` of every evaluation.
         signal: number of the signal that stopped the run; 0 if it ended by itself.
+        first_update_at: seconds since the epoch when the first update was done.
     """
 
     frames: int
@@ -46,6 +50,7 @@ class Summary:
     seconds: float
     scores: list[tuple[int, float]]
     signal: int
+    first_update_at: float
 
     @property
     def last_score(self) -> float | None:
@@ -74,6 +79,7 @@ def train(config: ImpalaConfig, run_dir: Path, resume: Path | None = None) -> Su
     start = time.perf_counter()
     if resume is not None:
         read_checkpoint(resume)
+    check_devices(config)
     _quiet()
     pl.seed_everything(config.train.seed, verbose=False)
     agent, data = make_impala(config)
@@ -81,10 +87,11 @@ def train(config: ImpalaConfig, run_dir: Path, resume: Path | None = None) -> Su
         config.collector.sync_every or config.train.minibatches * config.train.epochs, config.collector.lag
     )
     evaluation = Evaluation(
-        partial(_evaluation_env, config),
+        partial(evaluation_env, config, config.train.eval_episodes, agent.policy),
         every=config.train.eval_every,
         episodes=config.train.eval_episodes,
         mode=config.train.eval_mode,
+        final=config.train.final_eval,
     )
     meters = Meters(config.train.total_frames, config.train.log_every)
     stop = GracefulStop()
@@ -99,10 +106,24 @@ def train(config: ImpalaConfig, run_dir: Path, resume: Path | None = None) -> Su
         time.perf_counter() - start,
         evaluation.scores,
         stop.signal,
+        meters.first_update_at,
     )
     if trainer.is_global_zero:
         (run_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
+
+
+def check_devices(config: ImpalaConfig) -> None:
+    """Raises :class:`ConfigError` if the machine lacks what ``config.train`` asks for."""
+    wanted, accelerator = config.train.devices, config.train.accelerator
+    gpus = torch.cuda.device_count()
+    if accelerator == "gpu" and not gpus:
+        raise ConfigError("train.accelerator is gpu; this machine has none that torch can use")
+    if wanted > gpus and (accelerator == "gpu" or (accelerator == "auto" and gpus)):
+        raise ConfigError(f"train.devices is {wanted}; this machine has {gpus}")
+    cores = os.cpu_count() or 1
+    if wanted > cores and not (gpus and accelerator != "cpu"):
+        raise ConfigError(f"train.devices is {wanted}; this machine has {cores} cores for learners on the CPU")
 
 
 def make_trainer(config: ImpalaConfig, run_dir: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -129,15 +150,18 @@ def make_trainer(config: ImpalaConfig, run_dir: Path, callbacks: list[pl.Callbac
     )
 
 
-def _evaluation_env(config: ImpalaConfig) -> EnvBase:
-    options = env_options(config)
-    return make_env(
-        config.env.game,
-        config.train.eval_episodes,
-        seed=config.train.seed + EVALUATION_SEED,
-        evaluation=True,
-        **options,
-    )
+def evaluation_env(config: ImpalaConfig, episodes: int, policy: nn.Module | None = None) -> EnvBase:
+    """The evaluation form of the task, with as many environments as divide ``episodes`` evenly, 16 at the most."""
+    number = max(n for n in range(1, 17) if episodes % n == 0)
+    seed = config.train.seed + EVALUATION_SEED
+    env = make_env(config.env.game, number, seed=seed, evaluation=True, **env_options(config))
+    return env if policy is None else with_policy_transforms(env, policy)
+
+
+def with_policy_transforms(env: EnvBase, policy: nn.Module) -> EnvBase:
+    """``env``, carrying the recurrent state where ``policy`` has one."""
+    transform = get_env_transforms_from_module(policy)
+    return env if transform is None else env.append_transform(transform)
 
 
 def _quiet() -> None:

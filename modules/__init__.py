@@ -1,1 +1,31 @@
-"""The parts: returns, losses, networks, environments, collectors. None of them needs Lightning."""
+"""The parts: returns, estimators, losses, networks, environments, collectors. None of them needs Lightning.
+
+Names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offtrace.modules.collectors import make_collector as make_collector
+    from offtrace.modules.envs.make import make_env as make_env
+    from offtrace.modules.estimators import VTrace as VTrace
+    from offtrace.modules.losses import ImpalaLoss as ImpalaLoss
+    from offtrace.modules.networks import build_policy as build_policy
+
+_MODULE = {
+    "ImpalaLoss": "losses",
+    "VTrace": "estimators",
+    "build_policy": "networks",
+    "make_collector": "collectors",
+    "make_env": "envs",
+}
+__all__ = sorted(_MODULE)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'offtrace.modules' has no attribute {name!r}")
+    return getattr(import_module(f"offtrace.modules.{_MODULE[name]}"), name)

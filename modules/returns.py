@@ -72,6 +72,7 @@ def vtrace(
     reward, value, next_value, log_rho, terminated, done = _masked(
         valid, reward, value, next_value, log_rho, terminated, done
     )
+    next_value = next_value.masked_fill(terminated, 0)  # whatever stands behind the end of an MDP is not a value
     # beyond this the exponential overflows, and 0 * inf is NaN where leak is 1
     rho = log_rho.clamp(max=_LOG_MAX[value.dtype]).exp()
 

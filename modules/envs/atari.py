@@ -58,6 +58,9 @@ class AtariEnv(VectorEnv):
             raise ValueError(unknown(game))
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be 'classic' or 'sticky', got {protocol!r}")
+        for argument, number in (("num_envs", num_envs), ("num_threads", num_threads), ("max_frames", max_frames)):
+            if number < 1:  # ale-py would crash the process
+                raise ValueError(f"{argument} is {number}; it must be at least 1")
         classic = protocol == "classic"
         self._env = AtariVectorEnv(
             rom,

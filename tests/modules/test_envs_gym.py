@@ -1,0 +1,169 @@
+"""Gymnasium environments and the user's own, against the same environments stepped by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from offtrace.modules.envs import EnvironmentFailure, GymEnv, check_name, env_info, make_env
+from torchrl.envs.utils import check_env_specs
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("last_step", [False, True])
+def test_specs(name: str, last_step: bool) -> None:
+    check_env_specs(make_env(name, 2, last_step=last_step))
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1"])
+def test_it_is_the_environment_stepped_by_hand(name: str) -> None:
+    """500 steps of three environments, through ends and time limits, with the true final observation each time."""
+    env = make_env(name, 3, seed=5, last_step=True)
+    singles = [gymnasium.make(name) for _ in range(3)]
+    current = [single.reset(seed=5 + index)[0] for index, single in enumerate(singles)]
+    state, rng, ends = env.reset(), np.random.default_rng(0), 0
+    init, sums = [True] * 3, [0.0] * 3
+    for _ in range(500):
+        torch.testing.assert_close(state["observation"], torch.tensor(np.stack(current), dtype=torch.float32))
+        assert state["is_init"].flatten().tolist() == init
+        if name == "CartPole-v1":
+            actions = torch.tensor(rng.integers(2, size=3))
+        else:
+            actions = torch.tensor(rng.normal(size=(3, 1)) * 3, dtype=torch.float32)  # out of bounds: clipped
+        state["action"] = actions
+        step, state = env.step_and_maybe_reset(state)
+        for index, single in enumerate(singles):
+            action = actions[index].numpy() if name == "Pendulum-v1" else int(actions[index])
+            if name == "Pendulum-v1":
+                action = np.clip(action, -2, 2)
+            observation, reward, terminated, truncated, _ = single.step(action)
+            got, sums[index] = step["next"][index], sums[index] + float(reward)
+            torch.testing.assert_close(got["observation"], torch.tensor(observation, dtype=torch.float32))
+            assert float(got["reward"]) == pytest.approx(float(reward), rel=1e-6)
+            assert (bool(got["terminated"]), bool(got["truncated"])) == (terminated, truncated)
+            assert float(got["episode_reward"]) == pytest.approx(sums[index], rel=1e-4)
+            assert torch.equal(got["last_action"], actions[index])
+            init[index] = terminated or truncated
+            if init[index]:
+                ends += 1
+                assert bool(got["episode_end"])
+                observation, sums[index] = single.reset()[0], 0.0
+                assert float(state["last_reward"][index]) == 0
+            current[index] = observation
+    assert ends >= 6
+
+
+class Broken(gymnasium.Env[Any, Any]):
+    """Fails in a chosen way at its fifth step."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space: Any = spaces.Discrete(2)
+
+    def __init__(self, how: str) -> None:
+        self.how, self.steps = how, 0
+
+    def reset(self, **kwargs: Any) -> Any:
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        observation, reward = np.zeros(2, np.float32), 1.0
+        if self.steps == 5:
+            if self.how == "raise":
+                raise KeyError("no such wall")
+            if self.how == "observation":
+                observation = np.array([0, np.nan], np.float32)
+            if self.how == "reward":
+                reward = float("inf")
+        return observation, reward, False, False, {}
+
+
+def broken() -> gymnasium.Env[Any, Any]:
+    return Broken("raise")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raise", "broken: environment 0 raised KeyError at step 5: 'no such wall'"),
+        ("observation", "environment 0 returned a observation that is not finite at step 5"),
+        ("reward", "environment 0 returned a reward that is not finite at step 5"),
+    ],
+)
+def test_failures_name_environment_step_and_reason(how: str, words: str) -> None:
+    env = GymEnv(lambda: Broken(how), 2, name="broken")
+    state = env.reset()
+    with pytest.raises(EnvironmentFailure, match=words):
+        for _ in range(6):
+            state["action"] = torch.zeros(2, dtype=torch.int64)
+            _, state = env.step_and_maybe_reset(state)
+
+
+OWN = """
+import gymnasium
+from offtrace.modules.envs import GymEnv
+def single(): return gymnasium.make("CartPole-v1")
+def batched(num_envs, seed): return GymEnv("CartPole-v1", num_envs, seed=seed)
+def typo(): return wrong_name
+def nothing(): return 3
+"""
+
+
+def test_own_environments_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_envs.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reference = make_env("CartPole-v1", 3, seed=4).reset()["observation"]
+    for function in ("single", "batched"):
+        env = make_env(f"own_envs:{function}", 3, seed=4)
+        assert env.batch_size == (3,)
+        assert torch.equal(env.reset()["observation"], reference)
+    with pytest.raises(NameError, match="wrong_name"):
+        make_env("own_envs:typo", 1)
+    with pytest.raises(ValueError, match="'own_envs:nothing' returned int; it must return a TorchRL EnvBase or a gymnasium"):
+        make_env("own_envs:nothing", 1)
+    with pytest.raises(ValueError, match="'own_envs:missing' cannot be imported: module 'own_envs' has no attribute"):
+        make_env("own_envs:missing", 1)
+    sys.modules.pop("own_envs")
+
+
+class Spaces(Broken):
+    """With other spaces."""
+
+    def __init__(self, observation: Any, action: Any) -> None:
+        super().__init__("")
+        self.observation_space, self.action_space = observation, action
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "words"),
+    [
+        (spaces.Discrete(3), spaces.Discrete(2), "has observations of Discrete"),
+        (spaces.Box(-1, 1, (2,)), spaces.MultiDiscrete([2, 2]), "has actions of MultiDiscrete"),
+        (spaces.Box(-1, 1, (2,)), spaces.Dict({}), "has actions of Dict"),
+    ],
+)
+def test_spaces_nobody_can_act_in(observation: Any, action: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        GymEnv(lambda: Spaces(observation, action), 1, name="mine")
+
+
+def test_descriptions() -> None:
+    cartpole, pendulum, pong = (env_info(name) for name in ("CartPole-v1", "Pendulum-v1", "pong"))
+    assert (cartpole.observation_shape, cartpole.num_actions, cartpole.action_dim) == ((4,), 2, None)
+    assert (pendulum.observation_shape, pendulum.num_actions, pendulum.action_dim) == ((3,), None, 1)
+    assert (pong.observation_shape, pong.num_actions, pong.frame_skip) == ((4, 84, 84), 6, 4)
+
+
+def test_names_are_checked_without_making_anything() -> None:
+    for name in ("pong", "CartPole-v1", "package.module:function"):
+        check_name(name)
+    with pytest.raises(ValueError, match="did you mean 'CartPole-v1'"):
+        check_name("CartPol-v1")
+    with pytest.raises(ValueError, match="'package.module:function', got 'a.b:'"):
+        check_name("a.b:")
