@@ -23,11 +23,11 @@ class TrainingDivergedError(RuntimeError):
 class Agent(pl.LightningModule):
     """A loss, an optimiser and a schedule, trained under manual optimisation.
 
-    Every ``training_step`` is one update: the loss in one call, one backward pass, the clip, the step. The frame counter
-    belongs to the data module (``trainer.datamodule.frames``), which knows about ranks and repeated minibatches.
+    Every ``training_step`` is one update: the loss in one call, one backward pass, the clip, the step. The frame
+    counter belongs to the data module (``trainer.datamodule.frames``), which knows about ranks and repeated passes.
 
-    Under several ranks only gradients cross them, and DDP averages those. So that the average equals the gradient of the
-    joined batch, a summed loss is multiplied by the number of ranks, and an averaged one by the rank's share of the
+    Under several ranks only gradients cross them, and DDP averages those. For the average to equal the gradient of
+    the joined batch, a summed loss is multiplied by the number of ranks, and an averaged one by the rank's share of the
     valid steps.
 
     Args:
@@ -42,7 +42,7 @@ class Agent(pl.LightningModule):
             :func:`offtrace.agents.load_policy`.
 
     Raises:
-        TrainingDivergedError: in ``training_step``, when the gradient's norm is not finite. The weights stay as they were.
+        TrainingDivergedError: in ``training_step``, when the gradient's norm is not finite; the weights stay.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Agent(pl.LightningModule):
         self._count += 1
 
     def pop_metrics(self) -> dict[str, float]:
-        """Means of the loss's outputs and the gradient norm over the updates since the last call; waits for the device."""
+        """Means of the loss's outputs and the gradient norm since the last call; waits for the device."""
         if self._sums is None:
             return {}
         means = dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))

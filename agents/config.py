@@ -80,7 +80,7 @@ class LossConfig:
     normalize_advantage: bool = True
     """Advantages of an update are shifted and scaled to mean 0 and deviation 1."""
     policy_clip: float | None = 0.1
-    """Trust region of several passes over a rollout: ratios beyond 1 plus or minus this get no gradient; null for none."""
+    """Trust region: steps whose ratio has moved further than this get no policy gradient; null for none."""
     correction: bool = True
     """False takes every ratio as 1: no off-policy correction, for studies."""
 

@@ -74,7 +74,7 @@ class OnPolicyData(LightningDataModule):
         self._version = 0
 
     def note_games(self, rollout: TensorDictBase) -> None:
-        """Adds the whole games that ended in a rollout to ``episode_returns``; environments without the entry have none."""
+        """Adds the whole games that ended in a rollout to ``episode_returns``, where the environment tells of games."""
         ends = rollout.get((NEXT, EPISODE_END), None)
         if ends is None:
             return

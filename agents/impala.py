@@ -1,4 +1,4 @@
-"""IMPALA: V-trace actor-critic (Espeholt et al. 2018, arXiv 1802.01561), from a configuration to an agent and its data."""
+"""IMPALA, a V-trace actor-critic (Espeholt et al. 2018, arXiv 1802.01561): from a configuration to agent and data."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def _occupied(folder: Path) -> str:
 
 
 def write_config(config: ImpalaConfig, folder: Path, *, resumed: bool = False) -> None:
-    """Writes ``config.yaml`` and ``versions.json``; of a resumed run the first versions stay, the new ones are added."""
+    """Writes ``config.yaml`` and ``versions.json``; a resumed run keeps the first versions and adds the new ones."""
     found = versions()
     if resumed:
         found = _with_resumption(folder / "versions.json", found)
@@ -88,7 +88,7 @@ def keep_metrics(folder: Path) -> None:
 
 def metric_parts(metrics: Path) -> list[Path]:
     """The files :func:`keep_metrics` put aside beside ``metrics.csv``, the oldest first."""
-    parts = []
+    parts: list[str] = []
     while (part := metrics.with_name(f"metrics.part{len(parts)}.csv")).exists():
         parts.append(part)
     return parts

@@ -1,4 +1,4 @@
-"""IMPALA with nothing around it: vector environment, network, update, one process. The yardstick of impala_throughput.py.
+"""IMPALA with nothing around it: vector environment, network, update, one process. The yardstick of the recipe.
 
     python benchmarks/bare_impala.py --frames 400000 --precision bf16
 

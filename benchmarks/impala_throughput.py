@@ -72,7 +72,8 @@ def recipe(frames: int, flags: list[str]) -> dict[str, float]:
         command = [
             sys.executable, str(ROOT / "recipes" / "impala_atari.py"), "--train.name", "bench",
             "--train.total_frames", str(frames), "--train.eval_every", "1000000000", "--train.log_every", "3",
-            "--train.eval_episodes", "1", "--train.checkpoint_every", "1000000000", "--train.final_eval", "false", *flags,
+            "--train.eval_episodes", "1", "--train.checkpoint_every", "1000000000", "--train.final_eval", "false",
+            *flags,
         ]  # fmt: skip
         start = time.perf_counter()
         with open(Path(folder) / "out.txt", "w") as out:

@@ -22,7 +22,7 @@ _MODULE = {
     "make_collector": "collectors",
     "make_env": "envs",
 }
-__all__ = sorted(_MODULE)  # noqa: PLE0605
+__all__ = sorted(_MODULE)
 
 
 def __getattr__(name: str) -> Any:

@@ -24,8 +24,8 @@ class VTrace(ValueEstimatorBase):
     ``"state_value"``, ``("next", "state_value")`` ``[*B, T, 1]`` and ``"target_log_prob"`` ``[*B, T]``.
 
     Works alone, and as an instance in TorchRL's losses: ``loss.make_value_estimator(VTrace(...))`` for ``A2CLoss``,
-    ``PPOLoss`` and relatives. A loss forwards its renamed keys to an instance at the next ``loss.set_keys``, and not all of
-    them (A2C keeps ``sample_log_prob``, both keep ``action``): rename those on the instance.
+    ``PPOLoss`` and relatives. A loss forwards its renamed keys to an instance at the next ``loss.set_keys``, and not
+    all of them (A2C keeps ``sample_log_prob``, both keep ``action``): rename those on the instance.
 
     Reads ``"action_log_prob"`` (``sample_log_prob``), ``("next", "reward")``, ``("next", "done")``,
     ``("next", "terminated")``, and ``"valid"`` where there is one. Writes ``"advantage"`` and ``"value_target"``
@@ -34,7 +34,7 @@ class VTrace(ValueEstimatorBase):
     Args:
         gamma: discount per step.
         value_network: writes ``"state_value"`` from the observation; called on the steps and on their true successors.
-        actor_network: a probabilistic TensorDict module; gives the target policy's log-probability of the batch's action.
+        actor_network: a probabilistic TensorDict module; gives the target log-probability of the batch's action.
         lmbda, rho_clip, c_clip, pg_rho_clip, leak: of :func:`offtrace.modules.returns.vtrace`.
         validate: also check values: finite, log-probabilities of a discrete policy not above 0. Costs a device sync.
 
@@ -166,7 +166,9 @@ class VTrace(ValueEstimatorBase):
         if network is None:
             value = tensordict.get(self.tensor_keys.value, None)
             if value is None:
-                raise KeyError(f"{self.tensor_keys.value!r} is missing, and there is no value_network to compute it with")
+                raise KeyError(
+                    f"{self.tensor_keys.value!r} is missing, and there is no value_network to compute it with"
+                )
             return value.detach()
         inputs = tensordict.select(*network.in_keys)
         with nullcontext() if params is None else params.to_module(network), hold_out_net(network):
@@ -178,7 +180,9 @@ class VTrace(ValueEstimatorBase):
         if actor is None:
             found = tensordict.get(names.target_log_prob, None)
             if found is None:
-                raise KeyError(f"{names.target_log_prob!r} is missing, and there is no actor_network to compute it with")
+                raise KeyError(
+                    f"{names.target_log_prob!r} is missing, and there is no actor_network to compute it with"
+                )
         else:
             found = actor.get_dist(tensordict.select(*actor.in_keys)).log_prob(tensordict.get(names.action))
             if self.validate and not tensordict.get(names.action).is_floating_point() and bool((found > 1e-6).any()):
@@ -188,4 +192,6 @@ class VTrace(ValueEstimatorBase):
     def _check(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(tensor)).sum())} entries that are not")
+                raise ValueError(
+                    f"{name} must be finite, got {int((~torch.isfinite(tensor)).sum())} entries that are not"
+                )

@@ -3,28 +3,69 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from offtrace.agents.atari_scores import human_normalised
-from offtrace.recipes.cli import fail
+from offtrace.agents.config import ConfigError
+from offtrace.agents.runs import RunError
+from offtrace.modules.envs.names import atari_name
+from offtrace.recipes.cli import checkpoint_file, fail
+from offtrace.recipes.flags import check_flags
+
+if TYPE_CHECKING:
+    from offtrace.agents.evaluation import EvaluationResult
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluates and prints one line per figure; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Evaluates and prints one line per figure.
+
+    Returns:
+        the exit code: 0, 2 for a wrong command line or checkpoint, 1 for games that could not be played to the end.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parse(argv)
+        return _evaluate(args)
+    except (ConfigError, RunError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence instead of usage and exit."""
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments, as far as they can be checked without torch.
+
+    Raises:
+        ConfigError: an unknown flag (with the nearest one), or a value that does not fit.
+        RunError: if the checkpoint is missing or damaged.
+    """
+    parser = _Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--episodes", type=int, default=10, help="whole games (default 10)")
     parser.add_argument("--mode", choices=["sample", "greedy"], default="sample", help="draw actions, or take the mode")
     parser.add_argument("--protocol", choices=["classic", "sticky"], help="Atari protocol (default: that of training)")
     parser.add_argument("--seed", type=int, default=2_000_000, help="of the first environment; the others follow it")
-    parser.add_argument("--gif", type=Path, help="also write the first game here")
+    parser.add_argument("--device", default="cpu", help="of the policy: cpu (default), cuda or cuda:<n>")
+    parser.add_argument("--gif", type=Path, help="also write the first game here, if its observations are images")
+    check_flags(argv, [option for option in parser._option_string_actions if option.startswith("--")])
     args = parser.parse_args(argv)
-    if args.episodes < 1:
-        return fail(f"--episodes is {args.episodes}; it must be at least 1")
-    if not args.checkpoint.is_file():
-        return fail(f"there is no checkpoint file at {args.checkpoint}")
-    return _evaluate(args)
+    for name, least in (("episodes", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    if args.gif is not None and not args.gif.absolute().parent.is_dir():
+        raise ConfigError(f"--gif is {args.gif}; there is no folder {args.gif.absolute().parent}")
+    checkpoint_file(args.checkpoint)
+    return args
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -32,56 +73,76 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from offtrace.agents.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
     from offtrace.agents.evaluation import evaluate
-    from offtrace.agents.media import save_gif
+    from offtrace.agents.media import Recorder, save_gif
     from offtrace.agents.training import with_policy_transforms
-    from offtrace.modules.envs import make_env
+    from offtrace.modules.envs import env_info, make_env
 
     try:
+        policy = load_policy(args.checkpoint).to(_device(args.device))
         saved = read_checkpoint(args.checkpoint)[CHECKPOINT_KEY]
-        policy = load_policy(args.checkpoint)
     except CheckpointError as error:
         return fail(str(error))
     name, protocol = saved["env"]["name"], args.protocol or saved["env"]["protocol"]
+    if args.gif and len(saved["policy"]["observation_shape"]) != 3:
+        return fail(f"--gif is {args.gif}; the observations of {name} are no images")
     torch.manual_seed(args.seed)
-    number = max(n for n in range(1, 11) if args.episodes % n == 0)
+    number = max(n for n in range(1, 17) if args.episodes % n == 0)
+    recurrent = bool(saved["policy"]["recurrent"])
     try:
-        env = make_env(
-            name,
-            number,
-            seed=args.seed,
-            evaluation=True,
-            protocol=protocol,
-            last_step=bool(saved["policy"]["recurrent"]),
-        )
-        env = with_policy_transforms(env, policy)
+        actions, own = env_info(name, protocol=protocol).num_actions, saved["policy"]["num_actions"]
+        if actions != own:  # the same numbers would mean other actions
+            return fail(f"the policy knows {own} actions of {name}; it has {actions} under the {protocol} protocol")
+        env = make_env(name, number, seed=args.seed, evaluation=True, protocol=protocol, last_step=recurrent)
     except ValueError as error:
         return fail(str(error))
-    frames = []
-
-    def keep(step: object) -> None:
-        frame = step["observation"][0]  # type: ignore[index]
-        frames.append(frame[-1].numpy().copy())
-
+    recorder = Recorder() if args.gif else None
     try:
-        result = evaluate(policy, env, args.episodes, mode=args.mode, observer=keep if args.gif else None)
+        env = with_policy_transforms(env, policy)
+        result = evaluate(policy, env, args.episodes, mode=args.mode, observer=recorder)
     except (RuntimeError, ValueError) as error:
-        return fail(f"the policy cannot play {name}: {str(error).splitlines()[0]}")
+        print(f"error: the games of {name} were not played to the end: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     finally:
         env.close()
-    error = result.std / len(result.returns) ** 0.5
-    ordered = sorted(result.returns)
-    atari = human_normalised(name, result.mean)
-    print(
-        f"{name}, {f'{protocol} protocol, ' if atari is not None else ''}{args.mode} actions, {args.episodes} whole games"
-    )
-    print(f"mean {result.mean:.2f} +- {error:.2f} (standard error), std {result.std:.2f}")
-    print(f"median {ordered[len(ordered) // 2]:g}, min {ordered[0]:g}, max {ordered[-1]:g}")
-    print(f"mean length {sum(result.lengths) / len(result.lengths):.0f} agent steps")
-    if atari is not None:
-        print(f"human-normalised score {100 * atari:.1f} %")
-    if args.gif:
-        save_gif(frames[: result.lengths[0]], args.gif)
+    print("\n".join(report(result, name, protocol)))
+    if recorder is not None:
+        try:
+            save_gif(recorder.frames, args.gif)
+        except (OSError, ValueError) as error:
+            print(f"error: the GIF {args.gif} was not written: {error}", file=sys.stderr)
+            return 1
     return 0
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {name}; it must be cpu, cuda or cuda:<n>") from error
+    gpus = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
+        raise ConfigError(f"--device is {name}; this machine has cpu and {gpus} CUDA devices")
+    return name
+
+
+def report(result: EvaluationResult, name: str, protocol: str) -> list[str]:
+    """The lines that are printed: what was played, the score and its spread, for Atari the human-normalised score."""
+    atari = f"{protocol} protocol, " if atari_name(name) else ""
+    spread = f"std {result.std:.2f}"
+    if len(result.returns) > 1:
+        spread = f"standard error {result.std / len(result.returns) ** 0.5:.2f}, {spread} between games"
+    lines = [
+        f"{name}, {atari}{result.mode} actions, {len(result.returns)} whole games, raw scores",
+        f"mean {result.mean:.2f}, {spread}",
+        f"median {statistics.median(result.returns):g}, min {min(result.returns):g}, max {max(result.returns):g}",
+        f"mean length {statistics.mean(result.lengths):.0f} agent steps",
+    ]
+    normalised = human_normalised(name, result.mean)
+    if normalised is not None:
+        lines.append(f"human-normalised score {100 * normalised:.1f} % (0 at random, 100 a human tester)")
+    return lines
 
 
 if __name__ == "__main__":

@@ -2,51 +2,94 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from tensordict import TensorDictBase
-
-from offtrace.agents.checkpoint import CheckpointError, load_policy
+from offtrace.agents.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
 from offtrace.agents.config import ConfigError, ImpalaConfig
 from offtrace.agents.evaluation import evaluate
-from offtrace.agents.media import plot_curve, save_gif
-from offtrace.agents.training import Summary, evaluation_env, train
-from offtrace.modules.envs import EnvironmentFailure
+from offtrace.agents.impala import env_options, policy_description
+from offtrace.agents.media import Recorder, plot_curve, save_gif
+from offtrace.agents.runs import discard, keep_metrics, write_config
+from offtrace.agents.training import Summary, check_devices, evaluation_env, train
+from offtrace.modules.envs import env_info
 from offtrace.recipes.cli import fail
 
 
 def run(config: ImpalaConfig, folder: Path, resume: Path | None) -> int:
-    """Trains in ``folder``, then draws curve and game. Returns the exit code as :func:`offtrace.recipes.cli.run_recipe`."""
-    print(
-        f"{config.env.game}, {config.train.total_frames:,} frames, seed {config.train.seed}: {folder}", file=sys.stderr
-    )
+    """Trains in ``folder``, then draws curve and game.
+
+    Returns:
+        the exit code, as :func:`offtrace.recipes.cli.run_recipe`.
+    """
     try:
+        prepare(config, folder, resume)
+        print(
+            f"{config.env.game}, {config.train.total_frames:,} frames, seed {config.train.seed}: {folder}",
+            file=sys.stderr,
+        )
         summary = train(config, folder, resume)
-    except (ConfigError, CheckpointError, ValueError) as error:
+    except (ConfigError, CheckpointError) as error:
+        if resume is None:
+            discard(folder)
         return fail(_one_line(error))
-    except (EnvironmentFailure, RuntimeError) as error:
-        print(f"error: training stopped: {_one_line(error)}", file=sys.stderr)
-        (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
-        last = folder / "checkpoints" / "last.ckpt"
-        if last.exists():
-            print(f"the last checkpoint is kept: {last}; the whole error is in {folder / 'error.txt'}", file=sys.stderr)
-        return 1
-    if summary is None:  # a rank that neither evaluates nor writes
-        return 0
-    _safely(
-        "the learning curve",
-        lambda: plot_curve(
-            {f"seed {config.train.seed}": folder / "metrics.csv"}, folder / "curve.png", title=config.env.game
-        ),
-    )
-    if not summary.signal:
+    except Exception as error:
+        # the task or the network was refused, and nothing had begun
+        if isinstance(error, ValueError) and resume is None and discard(folder):
+            return fail(_one_line(error))
+        return _stopped(error, folder)
+    if int(os.environ.get("LOCAL_RANK", 0)):  # only the first of several learners draws and sums up
+        return 128 + summary.signal if summary.signal else 0
+    label = f"seed {config.train.seed}"
+    curve = folder / "curve.png"
+    _safely("the learning curve", lambda: plot_curve({label: folder / "metrics.csv"}, curve, title=config.env.game))
+    if not summary.signal and config.network.encoder != "mlp":  # which reads vectors: nothing to see
         _safely("the recorded game", lambda: _record(config, folder))
     print(_line(summary, folder))
     return 128 + summary.signal if summary.signal else 0
+
+
+def prepare(config: ImpalaConfig, folder: Path, resume: Path | None) -> None:
+    """The checks that need torch, before any process starts; for a resumed run also its folder.
+
+    Raises:
+        ConfigError: if the machine lacks what is asked for, or the frames are trained already.
+        CheckpointError: if the checkpoint cannot be read, or is of another network.
+    """
+    check_devices(config)
+    if resume is None:
+        return
+    load_policy(resume)
+    checkpoint = read_checkpoint(resume)
+    saved = checkpoint[CHECKPOINT_KEY]["policy"]
+    for name, own in policy_description(config, env_info(config.env.game, **env_options(config))).items():
+        if saved.get(name) != own:
+            raise CheckpointError(
+                f"{resume} is of another network: its {name} is {saved.get(name)}, the run's is {own}"
+            )
+    frames = int(checkpoint[CHECKPOINT_KEY]["frames"])
+    if frames >= config.train.total_frames:
+        raise ConfigError(
+            f"{folder} has trained {frames:,} of {config.train.total_frames:,} frames; "
+            "give more by --train.total_frames to go on"
+        )
+    if not int(os.environ.get("LOCAL_RANK", 0)):
+        keep_metrics(folder)
+        write_config(config, folder, resumed=True)
+
+
+def _stopped(error: Exception, folder: Path) -> int:
+    print(f"error: training stopped: {_one_line(error)}", file=sys.stderr)
+    (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+    kept = ""
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.exists():
+        kept = f"the last checkpoint is kept: {last}; "
+    print(f"{kept}the whole error is in {folder / 'error.txt'}", file=sys.stderr)
+    return 1
 
 
 def _line(summary: Summary, folder: Path) -> str:
@@ -68,20 +111,14 @@ def record_game(config: ImpalaConfig, checkpoint: Path, out: Path) -> None:
     Raises:
         ValueError: if the observations are no images.
     """
-    env = evaluation_env(config, 1)
-    frames: list[Any] = []
-
-    def keep(step: TensorDictBase) -> None:
-        frame = step["observation"][0]
-        if frame.ndim != 3:
-            raise ValueError("the task's observations are no images")
-        frames.append(frame[-1].numpy().copy())
-
+    policy = load_policy(checkpoint)
+    env = evaluation_env(config, 1, policy)
+    recorder = Recorder()
     try:
-        evaluate(load_policy(checkpoint), env, 1, mode=config.train.eval_mode, observer=keep)
+        evaluate(policy, env, 1, mode=config.train.eval_mode, observer=recorder)
     finally:
         env.close()
-    save_gif(frames, out)
+    save_gif(recorder.frames, out)
 
 
 def _safely(what: str, action: Callable[[], None]) -> None:

@@ -22,10 +22,11 @@ class AtariEnv(VectorEnv):
     """``N`` games of one kind: four stacked 84x84 grey frames, four emulator frames a step, the last two of them maxed.
 
     ``classic`` is the protocol of Mnih et al. 2015 and of all scores in the literature up to 2018: up to 30 no-ops at
-    the start, no sticky actions, the game's minimal actions; in training a lost life is ``terminated`` but the game goes
-    on. ``sticky`` is that of Machado et al. 2018 (arXiv 1709.06009): an action is repeated with probability 0.25, all 18
-    actions, no life signal, no no-ops. Both end a game after 108,000 frames, as truncation. FIRE is pressed after a
-    reset where the game needs it, as the wrappers of the published baselines do. Rewards are raw: clip them in the loss.
+    the start, no sticky actions, the game's minimal actions; in training a lost life is ``terminated`` but the game
+    goes on. ``sticky`` is that of Machado et al. 2018 (arXiv 1709.06009): an action is repeated with probability 0.25,
+    all 18 actions, no life signal, no no-ops. Both end a game after 108,000 frames, as truncation. FIRE is pressed
+    after a reset where the game needs it, as the wrappers of the published baselines do. Rewards are raw: the loss
+    clips them.
 
     Args:
         game: ``"pong"``, ``"Pong"`` or ``"ALE/Pong-v5"``.

@@ -32,8 +32,8 @@ class StepResult(NamedTuple):
 class VectorEnv(EnvBase):
     """``N`` environments that step together. Subclasses implement ``_start`` and ``_advance``.
 
-    Reads ``"action"``; writes what ``modules/keys.py`` lists: observation, reward, ``terminated``, ``truncated``, ``done``,
-    ``is_init``, the running ``episode_*`` entries and, with ``last_step``, the last action and raw reward.
+    Reads ``"action"``; writes what ``modules/keys.py`` lists: observation, reward, ``terminated``, ``truncated``,
+    ``done``, ``is_init``, the running ``episode_*`` entries and, with ``last_step``, the last action and raw reward.
 
     Args:
         name: for messages.

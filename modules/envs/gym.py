@@ -21,8 +21,8 @@ class GymEnv(VectorEnv):
     """``N`` Gymnasium environments stepped one after the other.
 
     Observations: ``Box``, integers of 8 bits kept, everything else float32; vectors ``[D]``, images as they come.
-    Actions: ``Discrete`` as int64 indices from 0, ``Box`` as float32 that is clipped to its bounds here, so that a policy
-    may sample outside of them. ``info["action_mask"]`` is passed on where the environment gives one.
+    Actions: ``Discrete`` as int64 indices from 0, ``Box`` as float32 that is clipped to its bounds here, so that a
+    policy may sample outside of them. ``info["action_mask"]`` is passed on where the environment gives one.
 
     Args:
         env: a Gymnasium id, or a function that makes one environment.
@@ -50,14 +50,14 @@ class GymEnv(VectorEnv):
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
         self._envs = [make() for _ in range(num_envs)]
-        name = name or (env if isinstance(env, str) else getattr(env, "__name__", "environment"))
+        label = name or (env if isinstance(env, str) else str(getattr(env, "__name__", "environment")))
         first = self._envs[0]
-        observation, self._image = _observation_spec(name, first.observation_space)
-        action, self._low, self._high = _action_spec(name, first.action_space)
+        observation, self._image = _observation_spec(label, first.observation_space)
+        action, self._low, self._high = _action_spec(label, first.action_space)
         self._offset = int(getattr(first.action_space, "start", 0))
         mask = first.reset(seed=seed)[1].get("action_mask")
         super().__init__(
-            name, num_envs, observation=observation, action=action, last_step=last_step, masked=mask is not None
+            label, num_envs, observation=observation, action=action, last_step=last_step, masked=mask is not None
         )
         self._seed = seed
         self._started = False

@@ -11,7 +11,7 @@ import gymnasium
 from torchrl.data import Categorical
 from torchrl.envs import EnvBase
 
-from offtrace.modules.envs.atari import AtariEnv
+from offtrace.modules.envs.atari import AtariEnv, Protocol
 from offtrace.modules.envs.gym import GymEnv
 from offtrace.modules.envs.names import atari_name, check_name
 from offtrace.modules.keys import ACTION_MASK, OBSERVATION
@@ -35,7 +35,7 @@ def make_env(
     seed: int = 0,
     evaluation: bool = False,
     last_step: bool = False,
-    protocol: str = "classic",
+    protocol: Protocol = "classic",
     num_threads: int = 1,
     **kwargs: Any,
 ) -> EnvBase:

@@ -16,7 +16,7 @@ def atari_games() -> tuple[str, ...]:
 
 
 def atari_name(name: str) -> str | None:
-    """The game in snake case for ``pong``, ``Pong``, ``ALE/Pong-v5`` or ``PongNoFrameskip-v4``; ``None`` if it is none."""
+    """The game in snake case for ``Pong``, ``ALE/Pong-v5`` or ``PongNoFrameskip-v4``; ``None`` if it is none."""
     short = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", name.removeprefix("ALE/"))
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", short).lower()
     for candidate in (snake, snake.replace("_", "")):

@@ -55,8 +55,8 @@ class ImpalaLoss(LossModule):
         lmbda, rho_clip, c_clip, pg_rho_clip, leak: of :func:`offtrace.modules.returns.vtrace`.
         reward_clip: clip rewards to [-reward_clip, reward_clip]; None leaves them.
         normalize_advantage: (A - mean) / (std + 1e-8) over the valid steps of the batch passed in.
-        policy_clip: where pi/mu has already moved beyond 1 +- policy_clip in the direction the advantage asks for, the step
-            gives no policy gradient: the trust region of PPO (Schulman et al. 2017, arXiv 1707.06347) on V-trace
+        policy_clip: where pi/mu has already moved beyond 1 +- policy_clip in the direction the advantage asks for, the
+            step gives no policy gradient: the trust region of PPO (Schulman et al. 2017, arXiv 1707.06347) on V-trace
             advantages, which makes several passes over a rollout safe. None: as in the paper.
         correction: False takes every ratio as 1 in the targets, for studies of what the correction does. The
             diagnostics still show the true ratios.
@@ -250,7 +250,7 @@ class ImpalaLoss(LossModule):
         return out.target.t(), out.advantage.t()
 
     def _trust_region(self, advantage: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
-        """The advantage, 0 where the ratio left the trust region in its direction; and those steps as 0 and 1, [B, T]."""
+        """The advantage, 0 where the ratio left the trust region in its direction; and those steps as 0 and 1."""
         if self.policy_clip is None:
             return advantage, torch.zeros_like(advantage)
         moved = torch.where(advantage > 0, log_rho, -log_rho)

@@ -30,7 +30,8 @@ def fit(agent: Agent, data: Any, ranks: int, callbacks: list[pl.Callback] | None
     strategy = pl.strategies.DDPStrategy(process_group_backend="gloo", broadcast_buffers=False) if ranks > 1 else "auto"
     trainer = pl.Trainer(
         accelerator="cpu", devices=ranks, strategy=strategy, max_epochs=1, logger=False, callbacks=callbacks or [],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(agent, data)
     return trainer

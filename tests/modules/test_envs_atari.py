@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import gymnasium
@@ -11,8 +12,9 @@ import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
-from offtrace.modules.envs import AtariEnv, make_env
 from torchrl.envs.utils import check_env_specs
+
+from offtrace.modules.envs import AtariEnv, make_env
 
 
 def play(env: Any, steps: int, seed: int = 0) -> list[Any]:
@@ -43,7 +45,9 @@ def test_names(name: str) -> None:
     env.close()
 
 
-@pytest.mark.parametrize(("name", "near"), [("pnog", "pong"), ("MsPackman", "ms_pacman"), ("Acrobott-v1", "Acrobot-v1")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("pnog", "pong"), ("MsPackman", "ms_pacman"), ("Acrobott-v1", "Acrobot-v1")]
+)
 def test_unknown_names_are_answered_with_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=f"unknown environment '{name}'; did you mean '{near}'"):
         make_env(name, 1)
@@ -94,7 +98,7 @@ def test_frames_are_gymnasiums() -> None:
 def test_a_lost_life_terminates_and_the_game_goes_on() -> None:
     steps = play(AtariEnv("breakout", 3, seed=1), 400)
     lost = whole = 0
-    for before, step in zip(steps[:-1], steps[1:], strict=True):
+    for before, step in pairwise(steps):
         ended, over = before["next", "done"], before["next", "episode_end"]
         assert not (over & ~ended).any()
         goes_on = ended & ~over
@@ -159,7 +163,10 @@ def test_sticky_actions_stick() -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"num_envs": 0}, "num_envs is 0; it must be at least 1"), ({"protocol": "clasic"}, "protocol must be 'classic' or")],
+    [
+        ({"num_envs": 0}, "num_envs is 0; it must be at least 1"),
+        ({"protocol": "clasic"}, "protocol must be 'classic' or"),
+    ],
 )
 def test_bad_arguments(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from offtrace.modules import VTrace
-from offtrace.modules.returns import vtrace
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import A2CLoss, ClipPPOLoss
+
+from offtrace.modules import VTrace
+from offtrace.modules.returns import vtrace
 
 B, T, A = 3, 7, 4
 
@@ -52,7 +53,9 @@ def rollout(action: str = "action", log_prob: str = "action_log_prob", reward: s
     )
 
 
-def by_hand(data: TensorDict, actor: Any, critic: Any, actions: torch.Tensor, mu: torch.Tensor, reward: torch.Tensor) -> Any:
+def by_hand(
+    data: TensorDict, actor: Any, critic: Any, actions: torch.Tensor, mu: torch.Tensor, reward: torch.Tensor
+) -> Any:
     """Advantage and target [B, T, 1] from log-probabilities computed without the estimator."""
     log_pi = actor.module[0].module(data["observation"]).log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
@@ -67,9 +70,7 @@ def by_hand(data: TensorDict, actor: Any, critic: Any, actions: torch.Tensor, mu
 def test_it_is_vtrace_on_the_batchs_actions_and_changes_with_them() -> None:
     actor, critic = networks()
     data = rollout()
-    advantage, target = by_hand(
-        data, actor, critic, data["action"], data["action_log_prob"], data["next", "reward"]
-    )
+    advantage, target = by_hand(data, actor, critic, data["action"], data["action_log_prob"], data["next", "reward"])
     out = VTrace(gamma=0.9, value_network=critic, actor_network=actor)(data.clone())
     torch.testing.assert_close(out["advantage"], advantage)
     torch.testing.assert_close(out["value_target"], target)
@@ -99,7 +100,9 @@ def test_inside_torchrls_losses(kind: Any, renamed: bool) -> None:
     """The loss with our estimator is the loss with the advantage put in by hand."""
     names = {"action": "a", "log_prob": "mu", "value": "v"} if renamed else {}
     actor, critic = networks(**names)
-    data = rollout(names.get("action", "action"), names.get("log_prob", "action_log_prob"), "r" if renamed else "reward")
+    data = rollout(
+        names.get("action", "action"), names.get("log_prob", "action_log_prob"), "r" if renamed else "reward"
+    )
     loss = kind(actor, critic)
     keys = {"action": "a", "sample_log_prob": "mu", "value": "v", "reward": "r"} if renamed else {}
     estimator = VTrace(gamma=0.9, value_network=critic, actor_network=actor)

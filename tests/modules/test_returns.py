@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offtrace.modules import returns
 from offtrace.modules.returns import lambda_return, vtrace
-
 from tests.modules.reference import vtrace_sums
 
 INF = math.inf
@@ -35,7 +35,10 @@ def case(seed: int, length: int, *batch: int, spread: float = 1.0) -> dict[str, 
 
 
 def direct(inputs: dict[str, torch.Tensor], **options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    arrays = {name: tensor.double().numpy() if tensor.dtype != torch.bool else tensor.numpy() for name, tensor in inputs.items()}
+    arrays = {
+        name: tensor.double().numpy() if tensor.dtype != torch.bool else tensor.numpy()
+        for name, tensor in inputs.items()
+    }
     arrays["rho"] = np.exp(arrays.pop("log_rho"))
     length, *batch = arrays["value"].shape
     out = np.zeros((3, length, *batch))
@@ -60,7 +63,9 @@ OPTIONS = st.fixed_dictionaries(
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 24), OPTIONS, st.booleans(), st.sampled_from([0.5, 3.0]))
-def test_vtrace_is_the_sum_of_the_paper(seed: int, length: int, options: dict[str, float], masked: bool, spread: float) -> None:
+def test_vtrace_is_the_sum_of_the_paper(
+    seed: int, length: int, options: dict[str, float], masked: bool, spread: float
+) -> None:
     """Six sequences a case, with ends anywhere, invalid steps anywhere, ratios on both sides of every clip."""
     inputs = case(seed, length, 2, 3, spread=spread)
     if masked:

@@ -1,0 +1,144 @@
+"""Flags and configuration files in the user's words: numbers in any spelling, one sentence for a mistake."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from offtrace.agents.config import ConfigError, ImpalaConfig
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean ...?`` or nothing."""
+    known = list(known)
+    name = word.lstrip("-").split(".")[-1]
+    # the right name without its group, or in the wrong one, before a name that merely looks alike
+    near = [flag for flag in known if flag.lstrip("-").split(".")[-1] == name]
+    near = near or difflib.get_close_matches(word, known, 1, 0.4)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_flags(argv: Sequence[str], known: Iterable[str]) -> None:
+    """Raises ``ConfigError`` for a flag that is not ``known``, with the nearest one that is."""
+    known = list(known)
+    for word in argv:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag not in known and not flag.startswith("--print_config"):
+            raise ConfigError(f"there is no flag {flag}{nearest(flag, known)}")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The groups of a configuration file, its keys known, its numbers as the parser reads them.
+
+    Raises:
+        ConfigError: if the file cannot be read, is no YAML, or has an unknown key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
+    types_of = _types()
+    groups = {key.split(".")[0] for key in types_of}
+    for group, values in content.items():
+        if group not in groups:
+            raise ConfigError(f"{path} has an unknown key {group}{nearest(str(group), [*groups, *types_of])}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {group} is {values!r}; it must hold keys and values")
+        for name in values:
+            if f"{group}.{name}" not in types_of:
+                raise ConfigError(f"{path} has an unknown key {group}.{name}{nearest(f'{group}.{name}', types_of)}")
+            values[name] = _number(values[name], types_of[f"{group}.{name}"])
+    return content
+
+
+def numbers(argv: Sequence[str]) -> list[str]:
+    """``argv`` with counts such as ``1e6`` and the limit ``inf`` as the parser reads them."""
+    types_of = _types()
+    words: list[str] = []
+    key = ""  # that the next word is the value of
+    for word in argv:
+        if word.startswith("--"):
+            key, equals, value = word.removeprefix("--").partition("=")
+            words.append(f"--{key}={_spelt(value, types_of.get(key))}" if equals else word)
+            key = "" if equals else key
+        else:
+            words.append(_spelt(word, types_of.get(key)))
+            key = ""
+    return words
+
+
+def _spelt(value: str, wanted: Any) -> str:
+    number = _number(value, wanted)
+    return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(str(number), str(number))
+
+
+def _number(value: Any, wanted: Any) -> Any:
+    """``value`` as the number that a key of type ``wanted`` takes, if it is one in another spelling; else as it is.
+
+    YAML takes ``1e6`` and ``inf`` for text, and ``1e6`` is no whole number to Python.
+    """
+    choices = set(get_args(wanted)) or {wanted}
+    if isinstance(value, bool) or not choices & {int, float}:
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value
+    if float in choices:
+        return number
+    return int(number) if number.is_integer() else value
+
+
+def sentence(text: str, argv: Sequence[str] = (), source: str | None = None) -> str:
+    """The gist of jsonargparse's message, which spans lines and speaks of classes.
+
+    Args:
+        text: the message.
+        argv: the command line, to tell its values from those of the file.
+        source: the configuration file, if there is one.
+    """
+    flat = " ".join(text.split())
+    types_of = _types()
+    keys = [key for key in re.findall(r'key "([\w.]+)"', flat) if key in types_of]
+    value = re.search(r"(?:Got|Given) value: (.*)$", flat)
+    if keys and value:
+        flags = {word.split("=")[0] for word in argv}
+        in_file = source is not None and not flags & {f"--{keys[-1]}", f"--{keys[-1].split('.')[0]}"}
+        where = f" in {source}" if in_file else ""
+        return f"{keys[-1]} is {value[1]}{where}; it must be {_in_words(types_of[keys[-1]])}"
+    unloadable = re.search(r"key \"(\w+)\": Unable to load config '([^']*)'", flat)
+    if unloadable:
+        return (
+            f"--{unloadable[1]} is {unloadable[2]}; it must be a YAML file, or keys and values such as {{key: value}}"
+        )
+    stray = re.search(r"[Uu]nrecognized arguments: (.*)$", flat)
+    if stray:
+        return f"{stray[1]} stands behind no flag; flags are written --group.name value"
+    return flat.removeprefix("error: ")
+
+
+def _types() -> dict[str, Any]:
+    """The type of every key, such as ``train.seed``."""
+    groups = get_type_hints(ImpalaConfig)
+    return {f"{group}.{name}": wanted for group in groups for name, wanted in get_type_hints(groups[group]).items()}
+
+
+def _in_words(wanted: Any) -> str:
+    if get_origin(wanted) is Literal:
+        return f"one of {', '.join(map(str, get_args(wanted)))}"
+    if get_origin(wanted) is list:
+        return "a list of whole numbers, such as [256]"
+    if isinstance(wanted, types.UnionType):
+        return " or ".join(map(_in_words, get_args(wanted)))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words[wanted]

@@ -1,0 +1,143 @@
+"""The agent and its callbacks: lag counted exactly, diverging updates refused, weights never saved when not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from offtrace.agents.agent import TrainingDivergedError, random_state, set_random_state
+from offtrace.agents.callbacks import Checkpoints, Evaluation, WeightSync
+from offtrace.agents.config import ImpalaConfig, control_config
+from offtrace.agents.impala import make_impala
+from offtrace.agents.training import evaluation_env
+
+MINIBATCHES, EPOCHS, ROLLOUTS = 2, 2, 6
+
+
+def tiny() -> ImpalaConfig:
+    config = control_config()
+    config.collector.num_workers = 0
+    config.env.num_envs, config.collector.unroll = 4, 8
+    config.train.minibatches, config.train.epochs = MINIBATCHES, EPOCHS
+    config.train.total_frames = 32 * ROLLOUTS
+    return config
+
+
+def fit(config: ImpalaConfig, *callbacks: pl.Callback) -> Any:
+    torch.manual_seed(0)
+    agent, data = make_impala(config)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(agent, data)
+    return agent, data
+
+
+class LagSpy(pl.Callback):
+    """Compares each batch's behaviour log-probabilities with those of every weights the learner ever had."""
+
+    def __init__(self, sync: WeightSync) -> None:
+        self.sync = sync
+        self.history: list[Any] = []
+        self.told: list[tuple[float, int]] = []
+        self.found: list[int] = []
+
+    def on_train_batch_start(self, trainer: Any, agent: Any, batch: Any, batch_idx: int) -> None:
+        self.history.append({name: value.clone() for name, value in agent.policy.state_dict().items()})
+        self.told.append((self.sync.lag_mean, self.sync.lag_max))
+        now = len(self.history) - 1
+        for age in range(now + 1):
+            if self._fits(agent.policy, self.history[now - age], batch):
+                self.found.append(age)
+                return
+        raise AssertionError("no weights of the past gave these log-probabilities")
+
+    @staticmethod
+    def _fits(policy: Any, weights: Any, batch: Any) -> bool:
+        from copy import deepcopy
+
+        policy = deepcopy(policy)
+        policy.load_state_dict(weights)
+        with torch.no_grad():
+            dist = policy.build_dist_from_params(policy.get_dist_params(batch.select("observation").clone()))
+            return bool(torch.allclose(dist.log_prob(batch["action"]), batch["action_log_prob"], atol=1e-6))
+
+
+@pytest.mark.parametrize(("every", "lag"), [(1, 0), (4, 0), (1, 4), (2, 6)])
+def test_the_lag_told_is_the_lag_there_is(every: int, lag: int) -> None:
+    sync = WeightSync(every, lag)
+    spy = LagSpy(sync)
+    fit(tiny(), sync, spy)
+    assert len(spy.found) == ROLLOUTS * MINIBATCHES * EPOCHS
+    for (mean, most), age in zip(spy.told, spy.found, strict=True):
+        assert mean == most == age
+    settled = spy.told[lag + 4 :]
+    assert min(most for _, most in settled) >= lag
+    per_rollout = MINIBATCHES * EPOCHS
+    assert max(most for _, most in spy.told) <= lag + (per_rollout - 1) + (every - 1) + (every if lag else 0)
+
+
+class Poison(pl.Callback):
+    """Makes one reward infinite."""
+
+    def on_train_batch_start(self, trainer: Any, agent: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 5:
+            self.before = {name: value.clone() for name, value in agent.state_dict().items()}
+            batch["next", "reward"][0, 0] = torch.inf
+
+
+def test_a_diverging_update_is_refused(tmp_path: Path) -> None:
+    poison = Poison()
+    with pytest.raises(TrainingDivergedError, match="the gradient's norm is nan at update 5"):
+        fit(tiny(), WeightSync(4), Checkpoints(tmp_path, 10**9), poison)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in poison.before.items())
+
+
+class NotFinite(pl.Callback):
+    """Breaks a weight behind the agent's back."""
+
+    def on_train_batch_end(self, trainer: Any, agent: Any, *_: Any) -> None:
+        if agent.updates == 3:
+            next(agent.parameters()).data[0] = torch.nan
+            trainer.should_stop = True
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    fit(tiny(), WeightSync(4), NotFinite(), Checkpoints(tmp_path, 10**9))
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluating_changes_nothing_in_training() -> None:
+    config = tiny()
+    without, _ = fit(config, WeightSync(4))
+    evaluation = Evaluation(lambda: evaluation_env(config, 2), every=64, episodes=2)
+    with_it, data = fit(config, WeightSync(4), evaluation)
+    assert [frames for frames, _ in evaluation.scores] == [64, 128, 192]
+    assert data.frames == 192
+    for name, value in without.state_dict().items():
+        assert torch.equal(value, with_it.state_dict()[name]), name
+
+
+def test_random_state_comes_back() -> None:
+    import random
+
+    import numpy as np
+
+    state = random_state()
+    first = (torch.rand(3), np.random.rand(3), random.random())
+    set_random_state(state)
+    assert torch.equal(torch.rand(3), first[0])
+    assert np.array_equal(np.random.rand(3), first[1])
+    assert random.random() == first[2]
+
+
+@pytest.mark.parametrize(("every", "lag"), [(0, 0), (1, -1)])
+def test_bad_arguments(every: int, lag: int) -> None:
+    with pytest.raises(ValueError, match="every must be at least 1 and lag at least 0"):
+        WeightSync(every, lag)

@@ -1,0 +1,128 @@
+"""Curve, recorded game and reference scores."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensordict import TensorDict
+
+from offtrace.agents.atari_scores import RANDOM_HUMAN, human_normalised
+from offtrace.agents.evaluation import EvaluationResult
+from offtrace.agents.media import Recorder, plot_curve, save_gif
+from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION
+from offtrace.recipes.evaluate import report
+from tests.agents.published_scores import IMPALA
+
+
+def test_a_curve_of_several_seeds(tmp_path: Path) -> None:
+    runs = {}
+    for seed in range(2):
+        path = tmp_path / f"{seed}.csv"
+        path.write_text("step,train/return,eval/return\n0,-21,\n1000000,-20,-19\n2000000,5,\n3000000,18,20\n")
+        runs[f"seed {seed}"] = path
+    plot_curve(runs, tmp_path / "curve.png", title="pong", goal=18)
+    pixels = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB"))
+    assert pixels.shape[1] > 600
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, "lines of two colours"
+
+
+@pytest.mark.parametrize("rows", ["", "1000,5,\n"])
+def test_a_curve_without_evaluations(tmp_path: Path, rows: str) -> None:
+    (tmp_path / "m.csv").write_text("step,train/return,eval/return\n" + rows)
+    plot_curve({"seed 0": tmp_path / "m.csv"}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_the_curve_needs_no_display(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("step,train/return,eval/return\n1000,5,6\n")
+    code = (
+        "from pathlib import Path\nfrom offtrace.agents.media import plot_curve\n"
+        "plot_curve({'a': Path('m.csv')}, Path('c.png'))"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")} | {"MPLBACKEND": "TkAgg"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+
+
+@pytest.mark.parametrize("shape", [(84, 84), (50, 30, 3)])
+def test_a_gif_shows_the_frames(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    frames = [np.full(shape, 40 * index, np.uint8) for index in range(5)]
+    save_gif(frames, tmp_path / "game.gif", fps=10, scale=2)
+    with Image.open(tmp_path / "game.gif") as gif:
+        assert gif.n_frames == 5
+        assert gif.size == (2 * shape[1], 2 * shape[0])
+        assert gif.info["duration"] == 100
+        for index in range(5):
+            gif.seek(index)
+            assert abs(int(np.asarray(gif.convert("L"))[3, 3]) - 40 * index) <= 2
+
+
+def test_a_long_game_is_thinned_evenly(tmp_path: Path) -> None:
+    frames = [np.full((8, 8), index % 251, np.uint8) for index in range(250)]
+    save_gif(frames, tmp_path / "game.gif", limit=100)
+    with Image.open(tmp_path / "game.gif") as gif:
+        assert 80 <= gif.n_frames <= 100
+        gif.seek(1)
+        assert abs(int(np.asarray(gif.convert("L"))[0, 0]) - 3) <= 1
+
+
+def test_a_gif_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one frame, got none"):
+        save_gif([], tmp_path / "game.gif")
+
+
+def step(value: int, over: bool, shape: tuple[int, ...] = (4, 8, 8)) -> TensorDict:
+    """Environment 0 shows ``value`` in its newest frame; everything else is noise."""
+    images = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
+    images[0, -1] = value
+    end = torch.tensor([[over], [not over]])
+    return TensorDict({OBSERVATION: images, NEXT: TensorDict({EPISODE_END: end}, [2])}, [2])
+
+
+def test_the_recorder_keeps_the_first_game_of_the_first_environment() -> None:
+    recorder = Recorder()
+    for value, over in ((1, False), (2, False), (3, True), (4, False), (5, True)):
+        recorder(step(value, over))
+    assert [int(frame[0, 0]) for frame in recorder.frames] == [1, 2, 3]
+    assert recorder.frames[0].shape == (8, 8)
+
+
+def test_the_recorder_wants_images() -> None:
+    with pytest.raises(ValueError, match="no images"):
+        Recorder()(step(1, False, (4,)))
+
+
+@pytest.mark.parametrize(("column", "median", "mean"), [(0, 0.932, 7.074), (1, 1.918, 15.925)])
+def test_reference_scores_reproduce_the_published_medians(column: int, median: float, mean: float) -> None:
+    """IMPALA shallow and deep, 57 games: every random and human score enters."""
+    assert RANDOM_HUMAN.keys() == IMPALA.keys()
+    assert len(IMPALA) == 57
+    normalised = [human_normalised(game, scores[column]) for game, scores in IMPALA.items()]
+    values = [value for value in normalised if value is not None]
+    assert statistics.median(values) == pytest.approx(median, abs=5e-4)
+    # the median hangs on one game, the mean on all; the table of published scores gives these to the digit
+    assert statistics.mean(values) == pytest.approx(mean, abs=5e-4)
+
+
+def test_human_normalised_score() -> None:
+    assert human_normalised("pong", -20.7) == 0
+    assert human_normalised("ALE/Pong-v5", 14.6) == pytest.approx(1)
+    assert human_normalised("CartPole-v1", 500) is None
+    assert human_normalised("adventure", 1) is None, "an Atari game without published scores"
+
+
+def test_the_report_of_an_evaluation() -> None:
+    lines = report(EvaluationResult([1.0, 2.0, 4.0, 9.0], [10, 10, 20, 20], "greedy"), "pong", "classic")
+    assert lines[0] == "pong, classic protocol, greedy actions, 4 whole games, raw scores"
+    assert lines[1] == "mean 4.00, standard error 1.78, std 3.56 between games"
+    assert lines[2] == "median 3, min 1, max 9"
+    assert lines[3] == "mean length 15 agent steps"
+    assert lines[4].startswith("human-normalised score 70.0 %")
+    assert len(report(EvaluationResult([5.0], [3], "sample"), "CartPole-v1", "classic")) == 4

@@ -1,0 +1,162 @@
+"""From a right configuration to the summary line, in this process: resuming, refusing, drawing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from offtrace.agents.media import read_curves
+from offtrace.recipes import evaluate, impala_atari, impala_control, running
+
+TINY = [
+    "--collector.num_workers=0", "--env.num_envs=4", "--collector.unroll=8", "--train.minibatches=2",
+    "--train.epochs=1", "--train.eval_episodes=2", "--train.eval_every=64", "--train.log_every=0",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder to run in; what a recipe sets for its whole process is put back."""
+    monkeypatch.chdir(tmp_path)
+    environment = dict(os.environ)
+    precision, level = torch.get_float32_matmul_precision(), logging.getLogger("lightning.pytorch").level
+    with warnings.catch_warnings():
+        yield
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_float32_matmul_precision(precision)
+    logging.getLogger("lightning.pytorch").setLevel(level)
+
+
+def train(*argv: str) -> int:
+    return impala_control.main([*TINY, "--train.name=a", *argv])
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_resumed_run_keeps_its_curve_and_its_new_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path("runs/a")
+    assert train("--train.total_frames=128") == 0
+    training, scores = read_curves(run / "metrics.csv")
+    assert scores[-1][0] == 128
+    capsys.readouterr()
+
+    assert impala_control.main(["--resume", "runs/a"]) == 2
+    assert "runs/a has trained 128 of 128 frames; give more by --train.total_frames" in error_line(capsys)
+    assert read_curves(run / "metrics.csv") == (training, scores), "a refused resume changes nothing"
+
+    assert impala_control.main(["--resume", "runs/a", "--train.total_frames", "256"]) == 0
+    longer, more = read_curves(run / "metrics.csv")
+    assert longer[: len(training)] == training
+    assert more[: len(scores)] == scores
+    assert more[-1][0] == 256
+    steps = [frames for frames, _ in longer]
+    assert steps == sorted(steps)
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["total_frames"] == 256
+    assert len(json.loads((run / "versions.json").read_text())["resumed"]) == 1
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--train.total_frames=64") == 0
+    capsys.readouterr()
+    last = Path("runs/a/checkpoints/last.ckpt")
+    good = last.read_bytes()
+    content = yaml.safe_load(Path("runs/a/config.yaml").read_text())
+    content["network"]["hidden"] = [8, 8]
+    Path("runs/a/config.yaml").write_text(yaml.safe_dump(content))
+    assert impala_control.main(["--resume", "runs/a", "--train.total_frames=640"]) == 2
+    assert "last.ckpt is of another network: its hidden is [64, 64], the run's is [8, 8]" in error_line(capsys)
+    last.write_bytes(good[: len(good) // 2])
+    assert impala_control.main(["--resume", "runs/a", "--train.total_frames=640"]) == 2
+    assert "last.ckpt is truncated or not a checkpoint" in error_line(capsys)
+    assert Path("runs/a/metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--train.devices=4096", "--train.accelerator=cpu"], "train.devices is 4096"),
+        (["--network.encoder=shallow"], "needs observations [channels, height, width], got (4,)"),
+        (["--env.game=no_such_module:make"], "no_such_module"),
+    ],
+)
+def test_a_refused_start_leaves_no_folder(argv: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(*argv) == 2
+    assert told in error_line(capsys)
+    assert not Path("runs/a").exists()
+
+
+def test_a_failure_in_training_is_no_refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even a ValueError: once a run has begun, its folder and the whole error stay."""
+
+    def fail(config: Any, folder: Path, resume: Path | None) -> None:
+        (folder / "metrics.csv").touch()
+        raise ValueError("the sky fell\nand more")
+
+    monkeypatch.setattr(running, "train", fail)
+    assert train() == 1
+    assert "training stopped: the sky fell" in error_line(capsys)
+    assert "and more" in Path("runs/a/error.txt").read_text()
+
+
+def test_a_picture_that_fails_does_not_lose_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(running, "plot_curve", fail)
+    assert train("--train.total_frames=64") == 0
+    out, err = capsys.readouterr()
+    assert "the learning curve was not made: no space left" in err
+    assert "after 64 frames" in out
+
+
+def test_ctrl_c_before_training_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "run", interrupt)
+    assert train() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_pendulum_trains_and_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert impala_control.main(["--preset=pendulum", *TINY, "--train.name=a", "--train.total_frames=64"]) == 0
+    capsys.readouterr()
+    last = "runs/a/checkpoints/last.ckpt"
+    assert evaluate.main([last, "--episodes=3", "--mode=greedy", "--seed=5"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("Pendulum-v1, greedy actions, 3 whole games")
+    assert evaluate.main([last, "--episodes=3", "--mode=greedy", "--seed=5"]) == 0
+    assert capsys.readouterr().out == first, "the seed decides everything"
+    assert evaluate.main([last, "--gif=game.gif"]) == 2
+    assert "the observations of Pendulum-v1 are no images" in error_line(capsys)
+    assert evaluate.main([last, "--device=cuda:77"]) == 2
+    assert "--device is cuda:77; this machine has cpu and" in error_line(capsys)
+
+
+def test_the_actions_of_a_protocol_are_not_those_of_another(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--train.name=p", "--train.total_frames=128", "--train.final_eval=false", "--train.eval_every=1000000"]
+    assert impala_atari.main([*TINY, *argv, "--env.num_envs=2", "--train.eval_episodes=1"]) == 0
+    assert Path("runs/p/game.gif").read_bytes().startswith(b"GIF")
+    capsys.readouterr()
+    assert evaluate.main(["runs/p/checkpoints/last.ckpt", "--protocol=sticky"]) == 2
+    assert "the policy knows 6 actions of pong; it has 18 under the sticky protocol" in error_line(capsys)

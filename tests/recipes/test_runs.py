@@ -1,0 +1,186 @@
+"""Every recipe end to end at a tiny budget: files, resume, evaluation, signals, failures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tensordict import TensorDict
+
+from offtrace.agents import load_policy
+
+RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
+TINY = ["--env.num_envs", "4", "--collector.unroll", "8", "--train.minibatches", "2", "--train.epochs", "1",
+        "--train.eval_episodes", "2", "--train.log_every", "0"]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def recipe(name: str, folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(RECIPES / f"{name}.py"), *argv],
+        cwd=folder, capture_output=True, text=True, timeout=200, check=False, env=environment(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cartpole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished CartPole run, from a folder of its own."""
+    folder = tmp_path_factory.mktemp("cartpole")
+    done = recipe("impala_control", folder, *TINY, "--train.name", "a", "--train.total_frames", "640")
+    assert done.returncode == 0, done.stderr
+    assert "score" in done.stdout
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(cartpole: Path) -> None:
+    run = cartpole / "runs" / "a"
+    for name in ("config.yaml", "versions.json", "metrics.csv", "summary.json", "curve.png"):
+        assert (run / name).stat().st_size > 0, name
+    assert list(run.glob("events.out.tfevents.*"))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["frames"] == 640
+    assert summary["updates"] == 640 // 32 * 2
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for key in (
+        "train/lag",
+        "train/lag_max",
+        "train/entropy",
+        "train/rho_clipped",
+        "train/frames_per_second",
+        "eval/return",
+    ):
+        assert any(row[key] for row in rows), key
+    # one worker, two updates a rollout, pushed once a rollout: 2 + 1 + 1
+    assert max(float(row["train/lag_max"] or 0) for row in rows) <= 4
+
+
+def test_the_policy_acts_without_lightning(cartpole: Path) -> None:
+    path = cartpole / "runs/a/checkpoints/last.ckpt"
+    assert "state_dict" in torch.load(path, weights_only=True)
+    policy = load_policy(path)
+    step = policy(TensorDict({"observation": torch.zeros(5, 4)}, [5]))
+    assert step["action"].shape == (5,)
+
+
+def test_evaluate(cartpole: Path) -> None:
+    done = recipe("evaluate", cartpole, "runs/a/checkpoints/last.ckpt", "--episodes", "4")
+    assert done.returncode == 0, done.stderr
+    assert "CartPole-v1, sample actions, 4 whole games" in done.stdout
+    damaged = cartpole / "cut.ckpt"
+    damaged.write_bytes((cartpole / "runs/a/checkpoints/last.ckpt").read_bytes()[:5000])
+    done = recipe("evaluate", cartpole, "cut.ckpt")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cut.ckpt is truncated or not a checkpoint")
+
+
+def test_a_checkpoint_of_another_network(cartpole: Path) -> None:
+    content = torch.load(cartpole / "runs/a/checkpoints/last.ckpt", weights_only=True)
+    content["offtrace"]["policy"]["hidden"] = [8, 8]
+    torch.save(content, cartpole / "other.ckpt")
+    done = recipe("evaluate", cartpole, "other.ckpt")
+    assert done.returncode == 2
+    assert "holds the weights of another network" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_resume_goes_on(cartpole: Path) -> None:
+    done = recipe("impala_control", cartpole, "--resume", "runs/a", "--train.total_frames", "960")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((cartpole / "runs/a/summary.json").read_text())
+    assert summary["frames"] == 960
+    assert summary["updates"] == 960 // 32 * 2
+
+
+def test_atari_with_a_video(tmp_path: Path) -> None:
+    done = recipe(
+        "impala_atari", tmp_path, *TINY, "--train.name", "p", "--train.total_frames", "512",
+        "--train.eval_episodes", "1",
+        "--train.final_eval", "false", "--network.recurrent", "16", "--train.precision", "bf16-mixed",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/p/game.gif").read_bytes()[:3] == b"GIF"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_end_quickly(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(RECIPES / "impala_control.py"), *TINY, "--train.name", "s",
+         "--train.total_frames", "100000000"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    metrics = tmp_path / "runs/s/metrics.csv"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    start = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert time.monotonic() - start < 30
+    assert "go on with --resume runs/s" in out
+    assert (tmp_path / "runs/s/checkpoints/last.ckpt").exists()
+    assert children
+    _, left = psutil.wait_procs(children, timeout=5)
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE], "processes are left behind"
+
+
+OWN = """
+import time, numpy as np, gymnasium
+class Env(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+    steps = 0
+    def reset(self, **kwargs): return np.zeros(2, np.float32), {}
+    def step(self, action):
+        self.steps += 1
+        if self.steps > 40 and HOW == "raise": raise KeyError("no such wall")
+        if self.steps > 40 and HOW == "hang": time.sleep(1000)
+        reward = float("nan") if self.steps > 40 and HOW == "nan" else 1.0
+        return np.zeros(2, np.float32), reward, self.steps % 7 == 0, False, {}
+def make(): return Env()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raise", "environment 0 raised KeyError at step 41: 'no such wall'"),
+        ("nan", "environment 0 returned a reward that is not finite at step 41"),
+        ("hang", "has made no step for"),
+    ],
+)
+def test_an_environment_that_fails_stops_the_run(tmp_path: Path, how: str, words: str) -> None:
+    (tmp_path / "own_env.py").write_text(f"HOW = {how!r}\n{OWN}")
+    argv = [*TINY, "--env.game", "own_env:make", "--train.name", "f", "--train.total_frames", "100000",
+            "--train.checkpoint_every", "64", "--collector.step_timeout", "5"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "impala_control.py"), *argv], cwd=tmp_path, capture_output=True, text=True,
+        timeout=200, check=False, env={**environment(), "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert words in done.stderr
+    assert "the last checkpoint is kept: runs/f/checkpoints/last.ckpt" in done.stderr
+    content: Any = torch.load(tmp_path / "runs/f/checkpoints/last.ckpt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
+
+
+def test_more_devices_than_there_are(tmp_path: Path) -> None:
+    done = recipe("impala_control", tmp_path, "--train.devices", "4096", "--train.accelerator", "cpu")
+    assert done.returncode == 2
+    assert "error: train.devices is 4096; this machine has" in done.stderr
