@@ -32,7 +32,8 @@ def read_curves(metrics: Path) -> tuple[Curve, Curve]:
         with open(part, newline="") as file:
             later = [row for row in csv.DictReader(file) if row.get("step")]
         if later:
-            rows = [row for row in rows if int(row["step"]) < int(later[0]["step"])] + later
+            # the first row of a part stands at the frames of its checkpoint, where the part before may end with a score
+            rows = [row for row in rows if int(row["step"]) <= int(later[0]["step"])] + later
     training = [(int(row["step"]), float(row["train/return"])) for row in rows if row.get("train/return")]
     scores = [(int(row["step"]), float(row["eval/return"])) for row in rows if row.get("eval/return")]
     return training, scores

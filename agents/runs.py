@@ -88,7 +88,7 @@ def keep_metrics(folder: Path) -> None:
 
 def metric_parts(metrics: Path) -> list[Path]:
     """The files :func:`keep_metrics` put aside beside ``metrics.csv``, the oldest first."""
-    parts: list[str] = []
+    parts: list[Path] = []
     while (part := metrics.with_name(f"metrics.part{len(parts)}.csv")).exists():
         parts.append(part)
     return parts

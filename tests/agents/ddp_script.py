@@ -51,6 +51,7 @@ def train(folder: Path) -> None:
     config = control_config()
     config.collector.num_workers = 0
     config.env.num_envs, config.collector.unroll, config.train.minibatches = 4, 8, 2
+    config.train.epochs = 1
     config.train.total_frames = 4 * 8 * 2 * 6
     pl.seed_everything(config.train.seed, verbose=False)
     agent, data = make_impala(config)

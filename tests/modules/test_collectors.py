@@ -299,11 +299,12 @@ def slow_run() -> SlowRun:
 
 
 @pytest.fixture(scope="module")
-def slow_run_on_torchrl_queue() -> Iterator[SlowRun]:
+def slow_run_on_torchrl_queue() -> SlowRun:
+    # undone before the fixture is handed out: a module's fixture lives on through the tests of our own queue
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_queue_len", "iterator"):
             patch.setattr(processes.RoundRobinCollector, name, getattr(MultiAsyncCollector, name))
-        yield SlowRun()
+        return SlowRun()
 
 
 def test_every_step_arrives_once(slow_run: SlowRun) -> None:

@@ -46,6 +46,7 @@ def test_numbers_in_other_spellings() -> None:
         "--train.seed=10",
     ]
     assert numbers(["--loss.rho_clip", "inf", "--loss.c_clip=inf"]) == ["--loss.rho_clip", ".inf", "--loss.c_clip=.inf"]
+    assert numbers(["--train.seed=1", "1e6"]) == ["--train.seed=1", "1e6"], "what follows a whole flag is not its value"
     # text stays text, what is no whole number stays what was written, and values of no flag are left alone
     assert numbers(["--train.name", "1e6", "--train.epochs", "1.5", "1e6"]) == [
         "--train.name",

@@ -111,7 +111,7 @@ def test_metrics_of_all_parts_make_one_curve(folder: Path) -> None:
     # stopped after 300, resumed from the checkpoint at 200: what was trained twice counts as of the second time
     write(metrics, [(250, "3", ""), (350, "4", "40")])
     keep_metrics(folder)
-    write(metrics, [(400, "5", "")])
+    write(metrics, [(350, "", ""), (400, "5", "")])  # a part begins at its checkpoint
     assert read_curves(metrics) == (
         [(100, 1.0), (200, 2.0), (250, 3.0), (350, 4.0), (400, 5.0)],
         [(200, 20.0), (350, 40.0)],
