@@ -15,6 +15,19 @@ from offtrace.modules.networks import build_policy
 CHECKPOINT_KEY = "offtrace"
 
 
+# all that torch.load lets out for files that are no checkpoint
+_NOT_A_CHECKPOINT = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
 class CheckpointError(ValueError):
     """A file that cannot be used as a checkpoint; the message is one sentence that names the file and the reason."""
 
@@ -31,7 +44,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no checkpoint file at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except _NOT_A_CHECKPOINT as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is truncated or not a checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint or "state_dict" not in checkpoint:

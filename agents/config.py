@@ -19,7 +19,7 @@ class EnvConfig:
     """Atari game, Gymnasium id, or import path package.module:function of an own environment."""
     protocol: Literal["classic", "sticky"] = "classic"
     """Atari only: classic (no-op starts, life loss ends an episode in training) or sticky (Machado et al. 2018)."""
-    num_envs: int = 32
+    num_envs: int = 16
     """Environments per actor process."""
 
 
@@ -91,7 +91,7 @@ class OptimConfig:
 
     name: Literal["adam", "rmsprop", "rmsprop_tf"] = "adam"
     """adam, torch's rmsprop, or the paper's rmsprop_tf."""
-    lr: float = 2.5e-4
+    lr: float = 4e-4
     """Step size at the start."""
     eps: float = 1e-5
     """Added to the root (inside it in rmsprop_tf)."""
@@ -111,7 +111,7 @@ class TrainConfig:
     """Folder under runs/; made from game, seed and time if not given."""
     total_frames: int = 10_000_000
     """Environment frames (four per Atari step), over all ranks."""
-    minibatches: int = 8
+    minibatches: int = 4
     """Updates a rollout is dealt to."""
     epochs: int = 4
     """Passes over a rollout."""
@@ -197,6 +197,7 @@ def default_config() -> ImpalaConfig:
 def paper_config() -> ImpalaConfig:
     """The published form: 32 unrolls of 20 per update, summed loss, TensorFlow's RMSProp, 200 million frames."""
     return ImpalaConfig(
+        env=EnvConfig(num_envs=32),
         collector=CollectorConfig(unroll=20),
         loss=LossConfig(lmbda=1.0, reduction="sum", normalize_advantage=False, policy_clip=None),
         optim=OptimConfig(name="rmsprop_tf", lr=6e-4, eps=0.01, decay=0.99, clip_grad_norm=40.0),

@@ -24,6 +24,7 @@ from offtrace.agents.checkpoint import read_checkpoint
 from offtrace.agents.config import ConfigError, ImpalaConfig
 from offtrace.agents.impala import env_options, make_impala
 from offtrace.agents.progress import Meters
+from offtrace.agents.runs import keep_metrics
 from offtrace.modules.envs import make_env
 
 EVALUATION_SEED = 1_000_000
@@ -79,6 +80,8 @@ def train(config: ImpalaConfig, run_dir: Path, resume: Path | None = None) -> Su
     start = time.perf_counter()
     if resume is not None:
         read_checkpoint(resume)
+        if not int(os.environ.get("LOCAL_RANK", 0)):
+            keep_metrics(run_dir)
     check_devices(config)
     _quiet()
     pl.seed_everything(config.train.seed, verbose=False)

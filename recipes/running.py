@@ -13,7 +13,7 @@ from offtrace.agents.config import ConfigError, ImpalaConfig
 from offtrace.agents.evaluation import evaluate
 from offtrace.agents.impala import env_options, policy_description
 from offtrace.agents.media import Recorder, plot_curve, save_gif
-from offtrace.agents.runs import discard, keep_metrics, write_config
+from offtrace.agents.runs import discard, write_config
 from offtrace.agents.training import Summary, check_devices, evaluation_env, train
 from offtrace.modules.envs import env_info
 from offtrace.recipes.cli import fail
@@ -76,8 +76,6 @@ def prepare(config: ImpalaConfig, folder: Path, resume: Path | None) -> None:
             f"{folder} has trained {frames:,} of {config.train.total_frames:,} frames; "
             "give more by --train.total_frames to go on"
         )
-    if not int(os.environ.get("LOCAL_RANK", 0)):
-        keep_metrics(folder)
         write_config(config, folder, resumed=True)
 
 

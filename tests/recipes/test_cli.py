@@ -89,7 +89,7 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, words: str) -> None:
     [
         (["--env.num_envs", "0"], "env.num_envs is 0; it must be at least 1"),
         (["--collector.unroll", "-3"], "collector.unroll is -3; it must be at least 1"),
-        (["--train.minibatches", "5"], "train.minibatches is 5; it must divide env.num_envs, 32"),
+        (["--train.minibatches", "5"], "train.minibatches is 5; it must divide env.num_envs, 16"),
         (["--loss.lmbda", "1.5"], "loss.lmbda is 1.5; it must be between 0 and 1"),
         (["--loss.c_clip", "2"], "loss.c_clip is 2; it must not be above loss.rho_clip, 1"),
         (["--optim.lr", "nan"], "optim.lr is nan; it must be above 0"),
