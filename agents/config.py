@@ -226,5 +226,7 @@ def pendulum_config() -> ImpalaConfig:
     config.env.game = "Pendulum-v1"
     config.loss.gamma = 0.9
     config.loss.entropy_coef = 0.0
-    config.train.total_frames = 500_000
+    config.loss.value_coef = 0.05
+    config.optim.lr = 1e-3
+    config.train.total_frames = 400_000
     return config
