@@ -25,7 +25,6 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/returns.py $(ARGS)
 	$(BIN)/python benchmarks/impala_throughput.py $(ARGS)
 
 build: $(VENV)/.dev

@@ -109,7 +109,7 @@ class TrainConfig:
 
     name: str | None = None
     """Folder under runs/; made from game, seed and time if not given."""
-    total_frames: int = 10_000_000
+    total_frames: int = 15_000_000
     """Environment frames (four per Atari step), over all ranks."""
     minibatches: int = 4
     """Updates a rollout is dealt to."""

@@ -84,6 +84,7 @@ def train(config: ImpalaConfig, run_dir: Path, resume: Path | None = None) -> Su
             keep_metrics(run_dir)
     check_devices(config)
     _quiet()
+    torch.set_num_threads(learner_threads(config))
     pl.seed_everything(config.train.seed, verbose=False)
     agent, data = make_impala(config)
     sync = WeightSync(
@@ -127,6 +128,16 @@ def check_devices(config: ImpalaConfig) -> None:
     cores = os.cpu_count() or 1
     if wanted > cores and not (gpus and accelerator != "cpu"):
         raise ConfigError(f"train.devices is {wanted}; this machine has {cores} cores for learners on the CPU")
+
+
+def learner_threads(config: ImpalaConfig) -> int:
+    """Torch threads of a learner: the cores that the actors leave over.
+
+    A thread too many costs more than it brings: on two cores, one actor beside a learner of two threads made a quarter
+    fewer frames than beside one of a single thread.
+    """
+    busy = config.collector.num_workers * config.collector.threads
+    return max(1, (os.cpu_count() or 1) // max(1, config.train.devices) - busy)
 
 
 def make_trainer(config: ImpalaConfig, run_dir: Path, callbacks: list[pl.Callback]) -> pl.Trainer:

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_recipe(
         argv,
         presets={"default": default_config, "paper": paper_config},
-        description="IMPALA on Atari. Without flags: Pong, ten million frames, this machine's devices.",
+        description="IMPALA on Atari. Without flags: Pong, fifteen million frames, this machine's devices.",
     )
 
 
