@@ -76,6 +76,7 @@ def prepare(config: ImpalaConfig, folder: Path, resume: Path | None) -> None:
             f"{folder} has trained {frames:,} of {config.train.total_frames:,} frames; "
             "give more by --train.total_frames to go on"
         )
+    if not int(os.environ.get("LOCAL_RANK", 0)):
         write_config(config, folder, resumed=True)
 
 
