@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from offtrace.modules import keys as k
+from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.unroll import Unroll
 from offtrace.modules.returns import vtrace
 
@@ -190,7 +191,7 @@ class ImpalaLoss(LossModule):
             reward = reward.clamp(-self.reward_clip, self.reward_clip)
         target, advantage = self._targets(reward, value, next_value, log_rho, terminated, done, valid)
 
-        stats = _Stats(valid, reward)
+        stats = Stats(valid, reward)
         spread = stats.std(advantage)
         if self.normalize_advantage:
             advantage = (advantage - stats.mean(advantage)) / (spread + 1e-8)
@@ -266,24 +267,3 @@ class ImpalaLoss(LossModule):
             return -log_rho
         behaviour = sampler.build_dist_from_params(TensorDict(params, tensordict.batch_size))
         return torch.distributions.kl_divergence(behaviour, dist)
-
-
-class _Stats:
-    """Sums and moments over the valid steps of [B, T]. What stands in other steps, NaN included, has no effect."""
-
-    def __init__(self, valid: Tensor | None, like: Tensor) -> None:
-        self._valid = valid
-        self.count = torch.full((), float(like.numel()), device=like.device) if valid is None else valid.sum().float()
-        self._number: Any = like.numel() if valid is None else self.count.clamp(min=1)
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x.sum() if self._valid is None else torch.where(self._valid, x, 0).sum()
-
-    def mean(self, x: Tensor) -> Tensor:
-        return self.sum(x) / self._number
-
-    def variance(self, x: Tensor) -> Tensor:
-        return self.mean((x - self.mean(x)).square())
-
-    def std(self, x: Tensor) -> Tensor:
-        return self.variance(x).sqrt()

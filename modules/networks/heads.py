@@ -27,6 +27,7 @@ class CategoricalHead(nn.Module):
         if num_actions < 1:
             raise ValueError(f"num_actions is {num_actions}; it must be at least 1")
         self.masked = masked
+        self.num_actions = num_actions
         self.linear = nn.Linear(in_features, num_actions)
         orthogonal(self, POLICY_GAIN)
 

@@ -1,0 +1,41 @@
+"""Sums and moments over the steps of a batch that count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Stats:
+    """Sums and moments over the valid steps of a batch [*B]. What stands in other steps, NaN included, has no effect.
+
+    Args:
+        valid: bool [*B], or None where every step counts.
+        like: a tensor [*B]: its device and its number of elements.
+
+    Attributes:
+        count: number of valid steps, a scalar tensor.
+    """
+
+    def __init__(self, valid: Tensor | None, like: Tensor) -> None:
+        self._valid = valid
+        self.count = torch.full((), float(like.numel()), device=like.device) if valid is None else valid.sum().float()
+        self._number: Any = like.numel() if valid is None else self.count.clamp(min=1)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Scalar, of ``x`` [*B]."""
+        return x.sum() if self._valid is None else torch.where(self._valid, x, 0).sum()
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Scalar, of ``x`` [*B]; 0 where no step is valid."""
+        return x.mean() if self._valid is None else self.sum(x) / self._number
+
+    def variance(self, x: Tensor) -> Tensor:
+        """Scalar, divided by the count."""
+        return self.mean((x - self.mean(x)).square())
+
+    def std(self, x: Tensor) -> Tensor:
+        """Scalar."""
+        return self.variance(x).sqrt()

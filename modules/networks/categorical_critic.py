@@ -1,0 +1,86 @@
+"""A critic that gives a distribution over returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from offtrace.modules.keys import ACTION, OBSERVATION, VALUE_LOGITS
+from offtrace.modules.networks.normalise import ObservationNormalizer
+from offtrace.modules.networks.torsos import EnsembleMLP
+
+
+class CategoricalCritic(TensorDictModuleBase):
+    """Distributions of the return over fixed atoms, of K critics evaluated as one batched network.
+
+    Reads ``"observation"`` and ``"action"`` [*B, A], writes ``"value_logits"`` [*B, K, atoms]. The buffer ``support``
+    [atoms] holds the returns that the atoms stand for; Q(x, a) is ``value_logits.softmax(-1) @ support``.
+
+    Bellemare et al. 2017, arXiv 1707.06887; with continuous actions Barth-Maron et al. 2018, arXiv 1804.08617.
+
+    Args:
+        ensemble: [N, features + A] to [K, N, atoms].
+        low, high: least and greatest return that can be told apart; Acme takes 150 either way for dm_control, whose
+            discounted returns are at most 100 at gamma 0.99.
+        atoms: how many.
+        encoder: observation [N, *shape] to features, shared by the K critics; None: the flattened observation.
+        normalizer: applied to the observation first.
+        observation_key: name of the observation.
+    """
+
+    support: Tensor
+
+    def __init__(
+        self,
+        ensemble: EnsembleMLP,
+        *,
+        low: float = -150.0,
+        high: float = 150.0,
+        atoms: int = 51,
+        encoder: nn.Module | None = None,
+        normalizer: ObservationNormalizer | None = None,
+        observation_key: Any = OBSERVATION,
+    ) -> None:
+        super().__init__()
+        if not low < high or atoms < 2:
+            raise ValueError(f"a support needs low < high and atoms >= 2, got low={low}, high={high}, atoms={atoms}")
+        self.ensemble = ensemble
+        self.encoder = encoder
+        self.normalizer = normalizer
+        self.register_buffer("support", torch.linspace(low, high, atoms))
+        self.in_keys = [observation_key, ACTION]
+        self.out_keys = [VALUE_LOGITS]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Add the logits to ``tensordict`` [*B] and return it."""
+        batch = tensordict.batch_size
+        x = tensordict.get(self.in_keys[0])
+        if self.normalizer is not None:
+            x = self.normalizer(x)
+        x = x.reshape(-1, *x.shape[len(batch) :])
+        x = x.flatten(1) if self.encoder is None else self.encoder(x)
+        action = tensordict.get(ACTION)
+        action = action.reshape(-1, action.shape[-1]).to(x.dtype)
+        logits = self.ensemble(torch.cat([x, action], -1)).transpose(0, 1)
+        return tensordict.set(VALUE_LOGITS, logits.reshape(*batch, *logits.shape[1:]))
+
+
+def build_categorical_critic(
+    *,
+    observation_features: int,
+    action_dim: int,
+    hidden: tuple[int, ...] = (256, 256),
+    critics: int = 1,
+    low: float = -150.0,
+    high: float = 150.0,
+    atoms: int = 51,
+    layer_norm: bool = True,
+    normalizer: ObservationNormalizer | None = None,
+) -> CategoricalCritic:
+    """The categorical critic of flat observations of ``observation_features`` numbers; see the class."""
+    ensemble = EnsembleMLP(critics, observation_features + action_dim, hidden, atoms, layer_norm=layer_norm)
+    return CategoricalCritic(ensemble, low=low, high=high, atoms=atoms, normalizer=normalizer)

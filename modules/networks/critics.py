@@ -1,0 +1,128 @@
+"""Critics: K value functions evaluated as one batched network, and the state value of the first SAC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from offtrace.modules.keys import ACTION, ACTION_VALUE, OBSERVATION, STATE_ACTION_VALUE, VALUE
+from offtrace.modules.networks.normalise import ObservationNormalizer
+from offtrace.modules.networks.torsos import EnsembleMLP
+
+
+class Critic(TensorDictModuleBase):
+    """Q(x, a) of K critics. Reads ``"observation"`` and ``"action"`` [*B, A], writes ``"state_action_value"`` [*B, K].
+
+    Args:
+        ensemble: [N, features + A] to [K, N, 1].
+        encoder: observation [N, *shape] to features, shared by the K critics; None: the flattened observation.
+        normalizer: applied to the observation first.
+        clip_action: clip actions to [-1, 1] first, for policies whose samples lie outside the bounds.
+        observation_key: name of the observation.
+    """
+
+    def __init__(
+        self,
+        ensemble: EnsembleMLP,
+        encoder: nn.Module | None = None,
+        normalizer: ObservationNormalizer | None = None,
+        *,
+        clip_action: bool = False,
+        observation_key: Any = OBSERVATION,
+    ) -> None:
+        super().__init__()
+        self.normalizer = normalizer
+        self.encoder = encoder
+        self.ensemble = ensemble
+        self.clip_action = clip_action
+        self.in_keys = [observation_key, ACTION]
+        self.out_keys = [STATE_ACTION_VALUE]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Add the values to ``tensordict`` [*B] and return it."""
+        batch = tensordict.batch_size
+        features = _features(tensordict, self.in_keys[0], self.normalizer, self.encoder)
+        action = tensordict.get(ACTION).to(features.dtype)
+        if len(batch) != 1:
+            action = action.reshape(-1, action.shape[-1])
+        if self.clip_action:
+            action = action.clamp(-1, 1)
+        values = self.ensemble(torch.cat([features, action], -1)).squeeze(-1).t()
+        return tensordict.set(STATE_ACTION_VALUE, values if len(batch) == 1 else values.reshape(*batch, -1))
+
+
+class DiscreteCritic(TensorDictModuleBase):
+    """Q(x, .) of K critics. Reads ``"observation"`` [*B, *shape], writes ``"action_value"`` [*B, K, A].
+
+    Args:
+        ensemble: [N, features] to [K, N, A].
+        encoder, normalizer, observation_key: as :class:`Critic`.
+    """
+
+    def __init__(
+        self,
+        ensemble: EnsembleMLP,
+        encoder: nn.Module | None = None,
+        normalizer: ObservationNormalizer | None = None,
+        *,
+        observation_key: Any = OBSERVATION,
+    ) -> None:
+        super().__init__()
+        self.normalizer = normalizer
+        self.encoder = encoder
+        self.ensemble = ensemble
+        self.in_keys = [observation_key]
+        self.out_keys = [ACTION_VALUE]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Add the values to ``tensordict`` [*B] and return it."""
+        features = _features(tensordict, self.in_keys[0], self.normalizer, self.encoder)
+        values = self.ensemble(features).transpose(0, 1)
+        return tensordict.set(ACTION_VALUE, values.reshape(*tensordict.batch_size, *values.shape[1:]))
+
+
+class StateValue(TensorDictModuleBase):
+    """V(x). Reads ``"observation"`` [*B, *shape], writes ``"state_value"`` [*B, 1].
+
+    Args:
+        torso: [N, *shape] to [N, F].
+        head: [N, F] to [N, 1].
+        normalizer, observation_key: as :class:`Critic`.
+    """
+
+    def __init__(
+        self,
+        torso: nn.Module,
+        head: nn.Module,
+        normalizer: ObservationNormalizer | None = None,
+        *,
+        observation_key: Any = OBSERVATION,
+    ) -> None:
+        super().__init__()
+        self.normalizer = normalizer
+        self.torso = torso
+        self.head = head
+        self.in_keys = [observation_key]
+        self.out_keys = [VALUE]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Add the value to ``tensordict`` [*B] and return it."""
+        features = _features(tensordict, self.in_keys[0], self.normalizer, self.torso)
+        return tensordict.set(VALUE, self.head(features).view(*tensordict.batch_size, 1))
+
+
+def _features(
+    tensordict: TensorDictBase, key: Any, normalizer: ObservationNormalizer | None, encoder: nn.Module | None
+) -> Tensor:
+    """Features [N, F] of the observation [*B, *shape]."""
+    x = tensordict.get(key)
+    if normalizer is not None:
+        x = normalizer(x)
+    if x.ndim == 2 and len(tensordict.batch_size) == 1:  # the most frequent case needs no reshape
+        return x if encoder is None else encoder(x)
+    x = x.reshape(-1, *x.shape[len(tensordict.batch_size) :])
+    return x.flatten(1) if encoder is None else encoder(x)
