@@ -17,7 +17,7 @@ from torchrl.envs import EnvBase
 
 from offtrace.modules.actors import ActorCollector, Link, actor_seed, initialise_process, named_tensors
 from offtrace.modules.envs import EnvironmentFailure
-from offtrace.modules.keys import NEXT, POLICY_VERSION
+from offtrace.modules.keys import NEXT, POLICY_VERSION, VALID
 from offtrace.modules.processes import RoundRobinCollector, describe
 from offtrace.modules.recycling import Recycler
 
@@ -47,7 +47,8 @@ class RolloutCollector:
 
     Each rollout is a TensorDict ``[N, T]`` (N environments of one actor, time last) that shares memory with nobody. It
     holds what environment and policy wrote, ``"policy_version"`` and ``("next", "policy_version")``: int64 ``[N, T]``,
-    the number of pushes whose weights chose the action of the step.
+    the number of pushes whose weights chose the action of the step. Environments whose simulator may fail give
+    ``"valid"``, bool ``[N, T, 1]``: False where it failed in the step.
 
     Attributes:
         collector: the TorchRL collector.
@@ -111,6 +112,8 @@ class RolloutCollector:
         if not self.num_workers:
             rollout = self._copy_out(rollout)
         rollout[NEXT, POLICY_VERSION] = rollout[POLICY_VERSION]
+        if (NEXT, VALID) in rollout.keys(True):  # a simulator's word on the step; at the root it was on the one before
+            rollout[VALID] = rollout.pop((NEXT, VALID))
         return rollout
 
     def update_policy(self, policy_or_weights: nn.Module | TensorDictBase | Mapping[str, Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""Environments: Atari, any Gymnasium id, your own; all batched ``[N]``.
+"""Environments: Atari, dm_control, any Gymnasium id, your own; all batched ``[N]``.
 
 Names are imported when they are first used: checking an environment's name needs no torch.
 """
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from offtrace.modules.envs.base import EnvironmentFailure as EnvironmentFailure
     from offtrace.modules.envs.base import StepResult as StepResult
     from offtrace.modules.envs.base import VectorEnv as VectorEnv
+    from offtrace.modules.envs.control import ControlEnv as ControlEnv
     from offtrace.modules.envs.gym import GymEnv as GymEnv
     from offtrace.modules.envs.make import EnvInfo as EnvInfo
     from offtrace.modules.envs.make import env_info as env_info
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _MODULE = {
     "AtariEnv": "atari",
+    "ControlEnv": "control",
     "EnvInfo": "make",
     "EnvironmentFailure": "base",
     "GymEnv": "gym",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -19,14 +20,18 @@ class EnvironmentFailure(RuntimeError):
 
 
 class StepResult(NamedTuple):
-    """What the environments return, ``[N, ...]``; ``observation`` is the true successor, ended episode or not."""
+    """What the environments return, ``[N, ...]``; ``observation`` is the true successor, ended episode or not.
 
-    observation: Tensor
+    ``valid`` is False where the simulator failed: the step is no data, its episode is dropped and counts nowhere.
+    """
+
+    observation: Tensor | TensorDictBase
     reward: Tensor
     terminated: Tensor
     truncated: Tensor
     episode_end: Tensor
     action_mask: Tensor | None = None
+    valid: Tensor | None = None
 
 
 class VectorEnv(EnvBase):
@@ -43,6 +48,10 @@ class VectorEnv(EnvBase):
         frame_skip: environment frames per step.
         last_step: also write ``"last_action"`` and ``"last_reward"``, zeros at the start of an episode.
         masked: the environment gives ``"action_mask"``.
+        fallible: a simulator may fail: also write ``"valid"``, False under ``"next"`` where it did in the step.
+
+    Attributes:
+        dropped: episodes that a simulator's failure ended.
     """
 
     batch_locked = True
@@ -59,6 +68,7 @@ class VectorEnv(EnvBase):
         frame_skip: int = 1,
         last_step: bool = False,
         masked: bool = False,
+        fallible: bool = False,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
@@ -81,6 +91,10 @@ class VectorEnv(EnvBase):
             entries[k.LAST_REWARD] = Unbounded((n, 1))
         if masked:
             entries[k.ACTION_MASK] = Binary(n=action.space.n, shape=(n, action.space.n), dtype=torch.bool)
+        if fallible:
+            entries[k.VALID] = flag()
+        self.fallible = fallible
+        self.dropped = 0
         self.observation_spec = Composite(entries, shape=(n,))
         self.action_spec = action.expand(n, *action.shape)
         self.reward_spec = Unbounded((n, 1))
@@ -91,11 +105,11 @@ class VectorEnv(EnvBase):
         self._ended = torch.ones(n, 1, dtype=torch.bool)
         self._false = torch.zeros(n, 1, dtype=torch.bool)
         self._no_action = torch.zeros(n, *action.shape, dtype=action.dtype)
-        self._successor: Tensor | None = None
+        self._successor: Tensor | TensorDictBase | None = None
         self._mask: Tensor | None = None
 
     @abstractmethod
-    def _start(self) -> tuple[Tensor, Tensor | None]:
+    def _start(self) -> tuple[Tensor | TensorDictBase, Tensor | None]:
         """First observations ``[N, ...]`` of all environments, and masks."""
 
     @abstractmethod
@@ -103,7 +117,7 @@ class VectorEnv(EnvBase):
         """One step of all environments. Those that end restart by themselves; ``_following`` tells with what."""
 
     @abstractmethod
-    def _following(self) -> Tensor:
+    def _following(self) -> Tensor | TensorDictBase:
         """The observations ``[N, ...]`` the next step starts from: the next episode's first where one ended."""
 
     def _set_seed(self, seed: int | None) -> None:
@@ -134,6 +148,8 @@ class VectorEnv(EnvBase):
             out[k.LAST_REWARD] = torch.zeros_like(self._sums)
         if self._mask is not None:
             out[k.ACTION_MASK] = self._mask
+        if self.fallible:
+            out[k.VALID] = ~self._false
         return TensorDict(out, self.batch_size, device=self.device)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -149,10 +165,11 @@ class VectorEnv(EnvBase):
         self._ended = result.episode_end.view(-1, 1)
         self._successor = result.observation
         self._mask = result.action_mask
+        finished = self._ended if result.valid is None else self._ended & result.valid.view(-1, 1)
         out = {
             k.OBSERVATION: result.observation,
             k.IS_INIT: self._false.clone(),
-            **self._sums_so_far(self._ended),
+            **self._sums_so_far(finished),
             k.REWARD: reward,
             k.TERMINATED: terminated,
             k.TRUNCATED: truncated,
@@ -163,6 +180,8 @@ class VectorEnv(EnvBase):
             out[k.LAST_REWARD] = reward.clone()
         if self._mask is not None:
             out[k.ACTION_MASK] = self._mask
+        if result.valid is not None:
+            out[k.VALID] = result.valid.view(-1, 1)
         return TensorDict(out, self.batch_size, device=self.device)
 
     def _sums_so_far(self, ended: Tensor) -> dict[str, Tensor]:
@@ -171,6 +190,16 @@ class VectorEnv(EnvBase):
             k.EPISODE_LENGTH: self._lengths.clone(),
             k.EPISODE_END: ended.clone(),
         }
+
+    def _drop(self, index: int, reason: str) -> None:
+        """Counts a dropped episode and says so."""
+        self.dropped += 1
+        warnings.warn(
+            f"{self.name}: environment {index} failed at step {self._steps} ({reason}); its episode was dropped, "
+            f"number {self.dropped} so far",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _guard(self, function: Any, *arguments: Any) -> Any:
         try:
@@ -182,7 +211,11 @@ class VectorEnv(EnvBase):
                 f"{self.name}: the environment raised {type(error).__name__} at step {self._steps}: {error}"
             ) from error
 
-    def _check(self, what: str, value: Tensor) -> None:
+    def _check(self, what: str, value: Tensor | TensorDictBase) -> None:
+        if isinstance(value, TensorDictBase):
+            for leaf in value.values(True, True):
+                self._check(what, leaf)
+            return
         if not value.is_floating_point():
             return
         # one pass: a sum is finite unless an entry is not, or the entries overflow it

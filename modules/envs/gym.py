@@ -24,11 +24,16 @@ class GymEnv(VectorEnv):
     Actions: ``Discrete`` as int64 indices from 0, ``Box`` as float32 that is clipped to its bounds here, so that a
     policy may sample outside of them. ``info["action_mask"]`` is passed on where the environment gives one.
 
+    Where MuJoCo diverges it warns and starts in the middle of an episode, and Gymnasium goes on as if nothing had
+    happened. Here the episode of such an environment is dropped, as it is in :class:`ControlEnv`.
+
     Args:
         env: a Gymnasium id, or a function that makes one environment.
         num_envs: N.
         seed: environment i is seeded with ``seed + i`` at its first reset.
         last_step: also write the last action and reward.
+        rescale_actions: ``Box`` actions in [-1, 1], clipped to that and mapped linearly to the bounds. A bound that is
+            infinite leaves the clipped action as it is.
         name: for messages; the id by default.
         kwargs: passed to ``gymnasium.make``.
 
@@ -43,6 +48,7 @@ class GymEnv(VectorEnv):
         *,
         seed: int = 0,
         last_step: bool = False,
+        rescale_actions: bool = False,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -54,10 +60,24 @@ class GymEnv(VectorEnv):
         first = self._envs[0]
         observation, self._image = _observation_spec(label, first.observation_space)
         action, self._low, self._high = _action_spec(label, first.action_space)
+        self._scale: tuple[Any, Any] | None = None
+        if rescale_actions and self._low is not None:
+            bounded = np.isfinite(self._high) & np.isfinite(self._low)
+            middle = np.where(bounded, (self._low + self._high) / 2, 0)
+            self._scale = middle, np.where(bounded, (self._high - self._low) / 2, 1)
+            action = Bounded(-1.0, 1.0, shape=action.shape, dtype=torch.float32)
+        self._mujoco = any(base.__name__ == "MujocoEnv" for base in type(first.unwrapped).__mro__)
+        self._warnings = _divergence_warnings() if self._mujoco else []
         self._offset = int(getattr(first.action_space, "start", 0))
         mask = first.reset(seed=seed)[1].get("action_mask")
         super().__init__(
-            label, num_envs, observation=observation, action=action, last_step=last_step, masked=mask is not None
+            label,
+            num_envs,
+            observation=observation,
+            action=action,
+            last_step=last_step,
+            masked=mask is not None,
+            fallible=self._mujoco,
         )
         self._seed = seed
         self._started = False
@@ -74,14 +94,23 @@ class GymEnv(VectorEnv):
 
     def _advance(self, action: Tensor) -> StepResult:
         numbers = action.numpy()
+        if self._scale is not None:
+            middle, half = self._scale
+            numbers = middle + np.clip(numbers, -1.0, 1.0) * half
         if self._low is not None:
             numbers = np.clip(numbers, self._low, self._high)
         else:
             numbers = numbers + self._offset
-        successors, currents, rewards, terminated, truncated = [], [], [], [], []
+        if self._mujoco and not np.isfinite(numbers).all():  # not the simulator's fault
+            raise EnvironmentFailure(f"{self.name}: the policy gave an action that is not finite at step {self._steps}")
+        successors, currents, rewards, terminated, truncated, valid = [], [], [], [], [], []
         for index, env in enumerate(self._envs):
             try:
                 observation, reward, term, trunc, info = env.step(numbers[index])
+                valid.append(not self._mujoco or self._sound(env, observation, reward))
+                if not valid[-1]:
+                    observation, reward, term, trunc = self._current[index].numpy(), 0.0, False, True
+                    self._drop(index, "MuJoCo's state diverged")
                 successors.append(observation)
                 if term or trunc:
                     observation, info = env.reset()
@@ -104,7 +133,12 @@ class GymEnv(VectorEnv):
             torch.tensor(truncated),
             ended,
             self._mask_tensor(),
+            torch.tensor(valid) if self._mujoco else None,
         )
+
+    def _sound(self, env: gymnasium.Env[Any, Any], observation: Any, reward: Any) -> bool:
+        raised = env.unwrapped.data.warning.number[self._warnings]  # counted from the last reset on
+        return bool(np.isfinite(reward) and np.isfinite(observation).all() and not raised.any())
 
     def _following(self) -> Tensor:
         return self._current
@@ -132,6 +166,12 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
         raise ValueError(unknown(env_id)) from error
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"the environment {env_id!r} cannot be made: {error}") from error
+
+
+def _divergence_warnings() -> list[int]:
+    import mujoco
+
+    return [int(number) for name, number in mujoco.mjtWarning.__members__.items() if "BAD" in name]
 
 
 def _observation_spec(name: str, space: spaces.Space[Any]) -> tuple[TensorSpec, bool]:

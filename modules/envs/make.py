@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 from offtrace.modules.envs.atari import AtariEnv, Protocol
 from offtrace.modules.envs.gym import GymEnv
 from offtrace.modules.envs.names import atari_name, check_name
+from offtrace.modules.envs.suite import control_name
 from offtrace.modules.keys import ACTION_MASK, OBSERVATION
 
 
@@ -37,33 +38,39 @@ def make_env(
     last_step: bool = False,
     protocol: Protocol = "classic",
     num_threads: int = 1,
+    rescale_actions: bool = False,
     **kwargs: Any,
 ) -> EnvBase:
     """A batched environment ``[num_envs]``.
 
     Args:
-        name: an Atari game (``"pong"``), a Gymnasium id (``"CartPole-v1"``), or the import path
-            ``"package.module:function"`` of your own: a function ``(num_envs, seed) -> EnvBase``, or one without
-            arguments that makes a Gymnasium environment.
+        name: an Atari game (``"pong"``), a Gymnasium id (``"CartPole-v1"``), a task of dm_control (``"walker-walk"``),
+            or the import path ``"package.module:function"`` of your own: a function ``(num_envs, seed) -> EnvBase``, or
+            one without arguments that makes a Gymnasium environment.
         num_envs: how many.
         seed: of the first; the others follow it.
         evaluation: Atari: whole games.
         last_step: also write the last action and reward, which recurrent networks read.
         protocol, num_threads: Atari only, see :class:`AtariEnv`.
-        kwargs: for ``gymnasium.make``.
+        rescale_actions: Gymnasium only: actions in [-1, 1] are mapped to the bounds. Those of dm_control always are.
+        kwargs: for :class:`GymEnv` and ``gymnasium.make``, or for :class:`ControlEnv`.
 
     Raises:
         ValueError: on an unknown name, or spaces the agents cannot deal with.
     """
     check_name(name)
     if ":" in name:
-        return _imported(name, num_envs, seed, last_step)
+        return _imported(name, num_envs, seed, last_step, rescale_actions)
     if atari_name(name) is not None:
         return AtariEnv(
             name, num_envs, protocol=protocol, evaluation=evaluation, seed=seed, num_threads=num_threads,
             last_step=last_step,
         )  # fmt: skip
-    return GymEnv(name, num_envs, seed=seed, last_step=last_step, **kwargs)
+    if control_name(name) is not None:
+        from offtrace.modules.envs.control import ControlEnv  # MuJoCo takes half a second, and memory in each actor
+
+        return ControlEnv(name, num_envs, seed=seed, last_step=last_step, **kwargs)
+    return GymEnv(name, num_envs, seed=seed, last_step=last_step, rescale_actions=rescale_actions, **kwargs)
 
 
 def env_info(name: str, **kwargs: Any) -> EnvInfo:
@@ -87,7 +94,7 @@ def env_info(name: str, **kwargs: Any) -> EnvInfo:
         env.close()
 
 
-def _imported(path: str, num_envs: int, seed: int, last_step: bool) -> EnvBase:
+def _imported(path: str, num_envs: int, seed: int, last_step: bool, rescale_actions: bool) -> EnvBase:
     module, _, function = path.partition(":")
     try:
         make: Callable[..., Any] = getattr(importlib.import_module(module), function)
@@ -101,5 +108,5 @@ def _imported(path: str, num_envs: int, seed: int, last_step: bool) -> EnvBase:
         return made
     if isinstance(made, gymnasium.Env):
         made.close()
-        return GymEnv(make, num_envs, seed=seed, last_step=last_step, name=path)
+        return GymEnv(make, num_envs, seed=seed, last_step=last_step, rescale_actions=rescale_actions, name=path)
     raise ValueError(f"{path!r} returned {type(made).__name__}; it must return a TorchRL EnvBase or a gymnasium.Env")

@@ -6,6 +6,8 @@ import difflib
 import re
 from functools import cache
 
+from offtrace.modules.envs.suite import control_name, control_tasks, unknown_task
+
 
 @cache
 def atari_games() -> tuple[str, ...]:
@@ -28,13 +30,20 @@ def atari_name(name: str) -> str | None:
 
 def unknown(name: str) -> str:
     """The message for a name nobody knows, with the nearest known ones."""
+    task = unknown_task(name)
+    if task is not None:
+        return f"unknown environment {name!r}: {task}"
     known = {game: game for game in atari_games()}
     import gymnasium
 
     known.update({env_id.lower(): env_id for env_id in gymnasium.registry})
+    known.update({task.lower(): task for task in control_tasks()})
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f"; did you mean {known[near[0]]!r}?" if near else ""
-    return f"unknown environment {name!r}{hint} (an Atari game, a Gymnasium id, or package.module:function)"
+    return (
+        f"unknown environment {name!r}{hint} "
+        "(an Atari game, a Gymnasium id, domain-task of dm_control, or package.module:function)"
+    )
 
 
 def check_name(name: str) -> None:
@@ -51,5 +60,5 @@ def check_name(name: str) -> None:
         return
     import gymnasium
 
-    if name not in gymnasium.registry:
+    if name not in gymnasium.registry and control_name(name) is None:
         raise ValueError(unknown(name))
