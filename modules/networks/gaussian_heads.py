@@ -99,7 +99,7 @@ class CholeskyHead(nn.Module):
         super().__init__()
         if action_dim < 1 or init_scale <= 0 or min_scale < 0:
             raise ValueError(
-                f"need action_dim and init_scale above 0 and min_scale >= 0, got {action_dim}, {init_scale}, {min_scale}"
+                f"need action_dim > 0, init_scale > 0, min_scale >= 0; got {action_dim}, {init_scale}, {min_scale}"
             )
         self.action_dim = action_dim
         self.min_scale = min_scale

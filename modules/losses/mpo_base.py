@@ -1,0 +1,268 @@
+"""What the off-policy MPO losses share: the states they look at, and the critic's targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictParams, dispatch
+from torch import Tensor, nn
+
+from offtrace.modules import keys as k
+from offtrace.modules.losses.mpo_states import Batch, Sites, States, read_sites
+from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
+from offtrace.modules.losses.stats import Stats
+from offtrace.modules.returns import categorical_projection, distributional_return, q_return, retrace_trace
+
+TARGETS = ("one_step", "n_step", "retrace")
+
+
+class Proposal(NamedTuple):
+    """S actions tried in R states: ``value`` [S, R]; what the critic ``bootstrap``s from [R] or [R, atoms]; samples."""
+
+    value: Tensor
+    bootstrap: Tensor
+    action: Tensor | None = None
+
+
+class MPOBase(OffPolicyLoss):
+    """Networks, targets and the critic's term; subclasses add the step that improves the policy.
+
+    Args are those of the subclasses.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        action: Any = k.ACTION
+        sample_log_prob: Any = k.LOG_PROB
+        valid: Any = k.VALID
+        reward: Any = k.REWARD
+        done: Any = k.DONE
+        terminated: Any = k.TERMINATED
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
+    policy: ProbabilisticTensorDictSequential
+    policy_params: TensorDictParams
+    target_policy_params: TensorDictParams
+    critic: TensorDictModule
+    critic_params: TensorDictParams
+    target_critic_params: TensorDictParams
+    support: Tensor | None
+
+    def __init__(
+        self,
+        policy: ProbabilisticTensorDictSequential,
+        critic: TensorDictModule,
+        *,
+        value_keys: Sequence[str],
+        gamma: float,
+        target: str,
+        n_step: int,
+        lmbda: float,
+        policy_states: str,
+        reduction: str,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("target", target, TARGETS),
+            ("policy_states", policy_states, ("next", "root")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        check_arguments(reduction=reduction, gamma=gamma, lmbda=lmbda)
+        if n_step < 1:
+            raise ValueError(f"n_step must be 1 or more, got {n_step}")
+        self.gamma = gamma
+        self.target_kind = target
+        self.n_step = n_step
+        self.lmbda = lmbda
+        self.policy_states = policy_states
+        self.reduction = reduction
+        self.add_network("policy", policy, target=True)
+        self.add_network("critic", critic, target=True)
+        self._dist_keys = list(policy[-1].in_keys)
+        # of a policy only the part before the sampling runs here: what else it reads when it acts is of no concern
+        self._policy_keys = list(policy.det_part.in_keys)
+        self._state_keys = list(dict.fromkeys([*self._policy_keys, *(x for x in critic.in_keys if x != k.ACTION)]))
+        self._value_key = next((key for key in value_keys if key in critic.out_keys), None)
+        if self._value_key is None:
+            raise ValueError(f"{type(self).__name__} needs a critic that writes {value_keys}, got {critic.out_keys}")
+        self.register_buffer("support", self._support(critic) if self._value_key == k.VALUE_LOGITS else None)
+        self._set_in_keys()
+
+    @staticmethod
+    def _support(critic: TensorDictModule) -> Tensor:
+        for name, buffer in critic.named_buffers():
+            if name.rpartition(".")[2] == "support":
+                return buffer.detach().clone()
+        raise ValueError(f"a critic that writes {k.VALUE_LOGITS!r} must have a buffer 'support' [atoms]")
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by what they belong to, for different learning rates: ``"actor"``, ``"critic"``, ``"duals"``."""
+        groups = {"actor": list(self.policy_params.parameters()), "critic": list(self.critic_params.parameters())}
+        taken = {id(p) for parameters in groups.values() for p in parameters}
+        return groups | {"duals": [p for p in self.parameters() if id(p) not in taken]}
+
+    def set_keys(self, **kwargs: Any) -> None:
+        """Rename entries, see ``_AcceptedKeys``."""
+        super().set_keys(**kwargs)
+        self._set_in_keys()
+
+    def _set_in_keys(self) -> None:
+        names = self.tensor_keys
+        ends = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
+        self._in_keys = [*self._state_keys, *((k.NEXT, key) for key in self._state_keys), names.action, *ends]
+        if self.target_kind == "retrace":
+            self._in_keys.append(names.sample_log_prob)
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
+        batch = self._batch(tensordict)
+        sites = read_sites(
+            tensordict,
+            batch,
+            state_keys=self._state_keys,
+            action_key=self.tensor_keys.action,
+            gamma=self.gamma,
+            n=self.n_step if self.target_kind == "n_step" else None,
+        )
+        size, at_root = len(sites.reward), self.policy_states == "root"
+        with torch.no_grad():
+            both = at_root or self.target_kind == "retrace"
+            states = (
+                {key: torch.cat([sites.after[key], sites.root[key]]) for key in sites.root} if both else sites.after
+            )
+            policy = self._policy_at(self.target("policy"), states)
+            proposed = policy
+            if both and not at_root:
+                states, proposed = sites.after, tuple(x[:size] for x in policy)
+            proposal = self._propose(states, proposed)
+            bootstrap = proposal.bootstrap[:size]
+            if self.target_kind == "retrace":
+                value = self._retrace(tensordict, batch, sites, tuple(x[size:] for x in policy), bootstrap)
+            elif self.support is not None:
+                atoms = sites.reward.unsqueeze(-1) + sites.discount.unsqueeze(-1) * self.support
+                value = categorical_projection(atoms=atoms, probs=bootstrap, support=self.support)
+            else:
+                value = sites.reward + sites.discount * bootstrap
+        stats = Stats(sites.valid, sites.reward)
+        out = {"valid_count": stats.count}
+        self._add_critic(out, sites, value, stats)
+        if at_root:
+            states, proposed = sites.root, tuple(x[size:] for x in proposed)
+            action = None if proposal.action is None else proposal.action[:, size:]
+            proposal = proposal._replace(action=action, value=proposal.value[:, size:])
+        online = self._policy_at(self.policy, states)
+        self._add_policy(out, online, proposed, proposal, stats)
+        return TensorDict(out, [])
+
+    # what subclasses define
+    def _propose(self, states: States, policy: Sequence[Tensor]) -> Proposal:
+        raise NotImplementedError
+
+    def _chosen(self, critic: Any, states: States, action: Tensor) -> Tensor:
+        """Value [M, K] or logits [M, K, atoms] of the batch's actions."""
+        raise NotImplementedError
+
+    def _log_prob(self, policy: Sequence[Tensor], action: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _add_policy(
+        self,
+        out: dict[str, Tensor],
+        online: Sequence[Tensor],
+        target: Sequence[Tensor],
+        proposal: Proposal,
+        stats: Stats,
+    ) -> None:
+        raise NotImplementedError
+
+    def _policy_at(self, policy: Any, states: States) -> tuple[Tensor, ...]:
+        """Parameters of the action distribution in ``states`` [M]."""
+        size = len(next(iter(states.values())))
+        found = policy.get_dist_params(TensorDict({key: states[key] for key in self._policy_keys}, [size]))
+        return tuple(found.get(key) for key in self._dist_keys)
+
+    def _critic_at(self, critic: Any, states: States, action: Tensor | None = None) -> Tensor:
+        """What the critic writes for ``states`` [M], or for ``action`` [M, A] or [S, M, A] in them."""
+        batch = next(iter(states.values())).shape[:1] if action is None else action.shape[:-1]
+        keys = [key for key in self.critic.in_keys if key != k.ACTION]
+        inputs = {key: states[key].expand(*batch, *states[key].shape[1:]) for key in keys}
+        if action is not None:
+            inputs[k.ACTION] = action
+        return critic(TensorDict(inputs, batch)).get(self._value_key)
+
+    def _pessimist(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Of [*, K] or logits [*, K, atoms]: the least value [*]; that again, or its distribution [*, atoms]."""
+        if self.support is None:
+            value = found.squeeze(-1) if found.shape[-1] == 1 else found.amin(-1)
+            return value, value
+        probs = found.softmax(-1)
+        means = probs @ self.support
+        if found.shape[-2] == 1:
+            return means.squeeze(-1), probs.squeeze(-2)
+        value, which = means.min(-1)
+        index = which[..., None, None].expand(*which.shape, 1, probs.shape[-1])
+        return value, probs.gather(-2, index).squeeze(-2)
+
+    def _batch(self, tensordict: TensorDictBase) -> Batch:
+        if tensordict.ndim not in (1, 2):
+            raise ValueError(f"the batch must be [N] or [N, T], got {list(tensordict.batch_size)}")
+        single = tensordict.ndim == 1
+        if single and self.target_kind != "one_step":
+            raise ValueError(f"target {self.target_kind!r} needs sequences [N, T], got {list(tensordict.batch_size)}")
+        shape = (len(tensordict), 1) if single else tensordict.batch_size
+        if self.target_kind == "n_step" and shape[1] < self.n_step:
+            raise ValueError(f"n_step={self.n_step} needs sequences of that many steps, got {shape[1]}")
+        names, valid = self.tensor_keys, self._valid(tensordict)
+        reward, terminated, done = (
+            tensordict.get((k.NEXT, key)).reshape(shape) for key in (names.reward, names.terminated, names.done)
+        )
+        return Batch(reward, terminated, done, None if valid is None else valid.view(shape))
+
+    def _retrace(
+        self, tensordict: TensorDictBase, batch: Batch, sites: Sites, policy: Sequence[Tensor], bootstrap: Tensor
+    ) -> Tensor:
+        """Retrace targets of every step, [M] or [M, atoms]; the one place where time changes its dimension."""
+        shape = batch.reward.shape
+        _, chosen = self._pessimist(self._chosen(self.target("critic"), sites.root, sites.action))
+        behaviour = tensordict.get(self.tensor_keys.sample_log_prob)
+        log_rho = cleared(self._log_prob(policy, sites.action).view(shape) - behaviour, batch.valid)
+        common: dict[str, Any] = {
+            "reward": sites.reward.view(shape).t(),
+            "trace": retrace_trace(log_rho=log_rho.t(), lmbda=self.lmbda),
+            "terminated": batch.terminated.t(),
+            "done": batch.done.t(),
+            "gamma": self.gamma,
+            "valid": None if batch.valid is None else batch.valid.t(),
+        }
+        q, following = (x.unflatten(0, shape).transpose(0, 1) for x in (chosen, bootstrap))
+        if self.support is None:
+            out = q_return(q_value=q, next_state_value=following, **common)
+        else:
+            out = distributional_return(q_dist=q, next_state_dist=following, support=self.support, **common)
+        return out.transpose(0, 1).flatten(0, 1)
+
+    def _reduce(self, x: Tensor, stats: Stats) -> Tensor:
+        return stats.sum(x) if self.reduction == "sum" else stats.mean(x)
+
+    def _add_critic(self, out: dict[str, Tensor], sites: Sites, target: Tensor, stats: Stats) -> None:
+        """Adds ``loss_critic``, summed over the K critics, and its diagnostics."""
+        found = self._chosen(self.critic, sites.root, sites.action)
+        if self.support is None:
+            value = found.detach()
+            loss = 0.5 * (target.unsqueeze(-1) - found).square().sum(-1)
+        else:
+            loss = -(target.unsqueeze(-2) * found.log_softmax(-1)).sum((-2, -1))
+            value, target = found.detach().softmax(-1) @ self.support, target @ self.support
+        out["loss_critic"] = self._reduce(loss, stats)
+        with torch.no_grad():
+            out["q_value"] = stats.mean(value.mean(-1))
+            out["target_value"] = stats.mean(target)
+            out["td_error"] = stats.mean((target.unsqueeze(-1) - value).abs().mean(-1))
