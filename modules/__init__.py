@@ -12,12 +12,22 @@ if TYPE_CHECKING:
     from offtrace.modules.collectors import make_collector as make_collector
     from offtrace.modules.envs.make import make_env as make_env
     from offtrace.modules.estimators import VTrace as VTrace
+    from offtrace.modules.losses import DiscreteSACLoss as DiscreteSACLoss
     from offtrace.modules.losses import ImpalaLoss as ImpalaLoss
+    from offtrace.modules.losses import SACLoss as SACLoss
+    from offtrace.modules.losses import SACv1Loss as SACv1Loss
+    from offtrace.modules.networks import build_actor as build_actor
+    from offtrace.modules.networks import build_critic as build_critic
     from offtrace.modules.networks import build_policy as build_policy
 
 _MODULE = {
+    "DiscreteSACLoss": "losses",
     "ImpalaLoss": "losses",
+    "SACLoss": "losses",
+    "SACv1Loss": "losses",
     "VTrace": "estimators",
+    "build_actor": "networks",
+    "build_critic": "networks",
     "build_policy": "networks",
     "make_collector": "collectors",
     "make_env": "envs",

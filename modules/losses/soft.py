@@ -1,0 +1,278 @@
+"""What the SAC losses share: temperature, targets, and the order of the terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictParams, dispatch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from offtrace.modules import keys as k
+from offtrace.modules.losses.mpo_states import Batch, Sites, States, read_sites
+from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
+from offtrace.modules.losses.stats import Stats
+from offtrace.modules.networks.control_heads import TanhNormal
+from offtrace.modules.returns import (
+    clipped_fraction,
+    effective_sample_size,
+    mean_trace_length,
+    q_return,
+    retrace_trace,
+)
+
+TARGETS = ("one_step", "n_step", "retrace")
+ALPHA_LOSSES = ("alpha", "log_alpha")
+Network = Callable[[TensorDictBase], TensorDictBase]
+
+
+class SoftLoss(OffPolicyLoss):
+    """Actor, K critics and temperature; subclasses say how an action is valued and what the actor's term is.
+
+    Args are those of the subclasses.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        action: Any = k.ACTION
+        sample_log_prob: Any = k.LOG_PROB
+        pre_tanh: Any = k.PRE_TANH
+        valid: Any = k.VALID
+        reward: Any = k.REWARD
+        done: Any = k.DONE
+        terminated: Any = k.TERMINATED
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
+    actor: ProbabilisticTensorDictSequential
+    actor_params: TensorDictParams
+    target_actor_params: TensorDictParams
+    critic: TensorDictModule
+    critic_params: TensorDictParams
+    target_critic_params: TensorDictParams
+    log_alpha: Tensor
+
+    critic_key: str
+    """What the critic must write."""
+
+    def __init__(
+        self,
+        actor: ProbabilisticTensorDictSequential,
+        critic: TensorDictModule,
+        *,
+        gamma: float,
+        target: str,
+        n_step: int,
+        lmbda: float,
+        reward_scale: float,
+        alpha: float,
+        learn_alpha: bool,
+        alpha_loss: str,
+        target_entropy: float,
+        reduction: str,
+        target_critic: bool,
+        frozen_critic: bool,
+    ) -> None:
+        super().__init__()
+        check_arguments(reduction=reduction, gamma=gamma, lmbda=lmbda)
+        for name, value, allowed in (("target", target, TARGETS), ("alpha_loss", alpha_loss, ALPHA_LOSSES)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        if n_step < 1:
+            raise ValueError(f"n_step must be 1 or more, got {n_step}")
+        if alpha < 0 or (learn_alpha and alpha == 0):
+            raise ValueError(f"the temperature must be positive (fixed: at least 0), got {alpha}")
+        if self.critic_key not in critic.out_keys:
+            raise ValueError(
+                f"{type(self).__name__} needs a critic that writes {self.critic_key!r}, got {critic.out_keys}"
+            )
+        self.gamma = gamma
+        self.target_kind = target
+        self.n_step = n_step
+        self.lmbda = lmbda
+        self.reward_scale = reward_scale
+        self.alpha_loss = alpha_loss
+        self.target_entropy = target_entropy
+        self.reduction = reduction
+        self.add_network("actor", actor)
+        self.add_network("critic", critic, target=target_critic, frozen=frozen_critic)
+        log_alpha = torch.tensor(math.log(alpha) if alpha else -math.inf)
+        if learn_alpha:
+            self.log_alpha = nn.Parameter(log_alpha)
+        else:
+            self.register_buffer("log_alpha", log_alpha)
+        self.learn_alpha = learn_alpha
+        states = [*actor.in_keys, *(key for key in critic.in_keys if key != k.ACTION)]
+        self._state_keys = list(dict.fromkeys(states))
+        self._set_in_keys()
+        self.out_keys = self._outputs()
+
+    @property
+    def alpha(self) -> Tensor:
+        """The temperature, a detached scalar."""
+        return self.log_alpha.detach().exp()
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by what they belong to: ``"actor"``, ``"critic"``, ``"alpha"`` if it learns, ``"value"`` in v1."""
+        return {("alpha" if name == "log_alpha" else name): p for name, p in super().param_groups().items()}
+
+    def set_keys(self, **kwargs: Any) -> None:
+        """Rename entries, see ``_AcceptedKeys``."""
+        super().set_keys(**kwargs)
+        self._set_in_keys()
+
+    def _set_in_keys(self) -> None:
+        names = self.tensor_keys
+        ends = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
+        self._in_keys = [*self._state_keys, *((k.NEXT, key) for key in self._state_keys), names.action, *ends]
+        if self.target_kind == "retrace":
+            self._in_keys.append(names.sample_log_prob)
+
+    def _outputs(self) -> list[str]:
+        losses = ["loss_critic", "loss_actor", *(["loss_alpha"] if self.learn_alpha else [])]
+        sequence = ["rho_clipped", "ess", "trace_length"] if self.target_kind == "retrace" else []
+        return [*losses, "entropy", "alpha", "q_value", "td_error", *sequence, "valid_count"]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
+        batch = self._batch(tensordict)
+        n = self.n_step if self.target_kind == "n_step" else None
+        sites = read_sites(
+            tensordict, batch, state_keys=self._state_keys, action_key=self.tensor_keys.action, gamma=self.gamma, n=n
+        )
+        stats = Stats(sites.valid, sites.reward)
+        alpha = self.alpha
+        out = {"alpha": alpha, "valid_count": stats.count}
+        policy = self._policy(sites.root)
+        with torch.no_grad():
+            following = self._state_value(sites.after, alpha)
+            if self.target_kind == "retrace":
+                target = self._retrace(out, tensordict, batch, sites, policy, following)
+            else:
+                target = torch.addcmul(sites.reward, sites.discount, following)
+        values = self._values(self.critic, sites.root, sites.action)
+        chosen = self._chosen(values, sites.action)
+        error = chosen - target.unsqueeze(-1)
+        out["loss_critic"] = 0.5 * self._reduce(error.square().sum(-1), stats)
+        log_prob = self._improve(out, policy, sites, values, alpha, stats)
+        if self.learn_alpha:
+            coefficient = self.log_alpha.exp() if self.alpha_loss == "alpha" else self.log_alpha
+            out["loss_alpha"] = -coefficient * self._reduce(log_prob + self.target_entropy, stats)
+        with torch.no_grad():
+            out["entropy"] = -stats.mean(log_prob)
+            out["q_value"] = stats.mean(chosen.mean(-1))
+            out["td_error"] = stats.mean(error.abs().mean(-1))
+        return TensorDict(out, [])
+
+    # what subclasses define
+    def _values(self, critic: Network, states: States, action: Tensor | None) -> Tensor:
+        """What the critic writes: [M, K] of ``action``, or [M, K, A] of every action."""
+        raise NotImplementedError
+
+    def _chosen(self, values: Tensor, action: Tensor) -> Tensor:
+        """Of what :meth:`_values` gives those of the batch's actions, [M, K]."""
+        raise NotImplementedError
+
+    def _state_value(self, states: States, alpha: Tensor) -> Tensor:
+        """E_pi [min Q - alpha log pi] by the target networks, [M]; called without gradient."""
+        raise NotImplementedError
+
+    def _improve(
+        self, out: dict[str, Tensor], policy: Distribution, sites: Sites, values: Tensor, alpha: Tensor, stats: Stats
+    ) -> Tensor:
+        """Add the actor's term to ``out``; detached log-probability [M] of its actions, whose mean is -entropy."""
+        raise NotImplementedError
+
+    # what they share
+    def _policy(self, states: States) -> Distribution:
+        return self.actor.get_dist(_state_dict(states, self.actor.in_keys))
+
+    def _reduce(self, x: Tensor, stats: Stats) -> Tensor:
+        return stats.sum(x) if self.reduction == "sum" else stats.mean(x)
+
+    def _batch(self, tensordict: TensorDictBase) -> Batch:
+        if tensordict.ndim not in (1, 2):
+            raise ValueError(f"the batch must be [N] or [N, T], got {list(tensordict.batch_size)}")
+        single = tensordict.ndim == 1
+        if single and self.target_kind != "one_step":
+            raise ValueError(f"target {self.target_kind!r} needs sequences [N, T], got {list(tensordict.batch_size)}")
+        shape = (len(tensordict), 1) if single else tensordict.batch_size
+        if self.target_kind == "n_step" and shape[1] < self.n_step:
+            raise ValueError(f"n_step={self.n_step} needs sequences of that many steps, got {shape[1]}")
+        names, valid = self.tensor_keys, self._valid(tensordict)
+        reward, terminated, done = (
+            tensordict.get((k.NEXT, key)).reshape(shape) for key in (names.reward, names.terminated, names.done)
+        )
+        if self.reward_scale != 1:
+            reward = reward * self.reward_scale
+        return Batch(reward, terminated, done, None if valid is None else valid.view(shape))
+
+    def _retrace(
+        self,
+        out: dict[str, Tensor],
+        tensordict: TensorDictBase,
+        batch: Batch,
+        sites: Sites,
+        policy: Distribution,
+        following: Tensor,
+    ) -> Tensor:
+        """Targets of every step, [M]; the one place where time changes its dimension."""
+        shape, valid = batch.reward.shape, None if batch.valid is None else batch.valid.t()
+        values = self._chosen(self._values(self.target("critic"), sites.root, sites.action), sites.action)
+        log_prob = self._log_prob(policy, tensordict, sites).view(shape)
+        log_rho = cleared(log_prob - tensordict.get(self.tensor_keys.sample_log_prob), batch.valid).t()
+        trace = retrace_trace(log_rho=log_rho, lmbda=self.lmbda)
+        done = batch.done.t()
+        out["rho_clipped"] = clipped_fraction(log_rho, 1.0, valid=valid)
+        out["ess"] = effective_sample_size(log_rho, valid=valid)
+        out["trace_length"] = mean_trace_length(trace=trace, done=done, valid=valid)
+        target = q_return(
+            reward=sites.reward.view(shape).t(),
+            q_value=least(values).view(shape).t(),
+            next_state_value=following.view(shape).t(),
+            trace=trace,
+            terminated=batch.terminated.t(),
+            done=done,
+            gamma=self.gamma,
+            valid=valid,
+        )
+        return target.t().flatten()
+
+    def _log_prob(self, policy: Distribution, tensordict: TensorDictBase, sites: Sites) -> Tensor:
+        """log pi of the batch's actions, [M], from what was stored before the tanh where the policy has one."""
+        if not isinstance(policy, TanhNormal):
+            return policy.log_prob(sites.action)
+        pre_tanh = tensordict.get(self.tensor_keys.pre_tanh)
+        return policy.log_prob_pre_tanh(cleared(pre_tanh.flatten(0, tensordict.ndim - 1), sites.valid))
+
+
+def least(values: Tensor) -> Tensor:
+    """The smallest of K values [*, K], [*]."""
+    return values.squeeze(-1) if values.shape[-1] == 1 else values.amin(-1)
+
+
+def entropy_target(given: float | str, auto: float) -> float:
+    """``given``, or ``auto`` where it is ``"auto"``."""
+    if isinstance(given, str):
+        if given != "auto":
+            raise ValueError(f"target_entropy must be a number or 'auto', got {given!r}")
+        return auto
+    return given
+
+
+def _state_dict(states: States, keys: list[Any], **extra: Tensor) -> TensorDict:
+    found = {key: states[key] for key in keys if key in states}
+    found.update(extra)
+    return TensorDict(found, next(iter(states.values())).shape[:1])
+
+
+def call(network: Network, keys: list[Any], states: States, action: Tensor | None = None) -> TensorDictBase:
+    """The output of ``network`` for ``states`` [M] and, where given, ``action`` [M, ...]."""
+    return network(_state_dict(states, keys) if action is None else _state_dict(states, keys, action=action))
