@@ -1,8 +1,11 @@
 """Losses, one to a file."""
 
 from offtrace.modules.losses.impala import ImpalaLoss
+from offtrace.modules.losses.mpo import MPOLoss
+from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
+from offtrace.modules.losses.vmpo import VMPOLoss
 
-__all__ = ["DiscreteSACLoss", "ImpalaLoss", "SACLoss", "SACv1Loss"]
+__all__ = ["DiscreteMPOLoss", "DiscreteSACLoss", "ImpalaLoss", "MPOLoss", "SACLoss", "SACv1Loss", "VMPOLoss"]

@@ -16,6 +16,16 @@ from offtrace.modules.losses.stats import Stats
 
 _PARAMETERS = {"diagonal": [k.LOC, k.SCALE], "full": [k.LOC, k.SCALE_TRIL]}
 _PER_DIMENSION = {"epsilon_mean": 2.5e-3, "epsilon_cov": 1e-6}
+_DIAGNOSTICS = (
+    "temperature",
+    "alpha_mean",
+    "alpha_cov",
+    "kl_improved",
+    "kl_mean",
+    "kl_cov",
+    "scale",
+    "out_of_bounds",
+)
 _JOINT = {"epsilon_mean": 0.1, "epsilon_cov": 1e-4}
 
 
@@ -71,7 +81,8 @@ class MPOLoss(MPOBase):
     (mean over dimensions), ``kl_improved`` (of the weights to uniform; compare ``epsilon``), ``kl_mean``, ``kl_cov``
     (largest over dimensions of the mean over states; compare the bounds), ``scale`` (mean standard deviation),
     ``out_of_bounds`` (fraction of sampled actions with a component outside), ``q_value``, ``target_value``,
-    ``td_error`` (mean absolute), ``valid_count``.
+    ``td_error`` (mean absolute), ``valid_count``; for Retrace ``rho_clipped``, the fraction of ratios above 1, ``ess``,
+    the effective sample size as a fraction, and ``trace_length``, steps that a trace carries.
 
     Raises:
         ValueError: on an argument out of range, networks that do not fit, or a batch of another shape.
@@ -132,6 +143,7 @@ class MPOLoss(MPOBase):
             policy,
             critic,
             value_keys=(k.VALUE_LOGITS, k.STATE_ACTION_VALUE),
+            diagnostics=[*_DIAGNOSTICS, *(["penalty_temperature"] if action_penalty else [])],
             gamma=gamma,
             target=target,
             n_step=n_step,

@@ -15,8 +15,17 @@ from offtrace.modules import keys as k
 from offtrace.modules.losses.mpo_states import Batch, Sites, States, read_sites
 from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.returns import categorical_projection, distributional_return, q_return, retrace_trace
+from offtrace.modules.returns import (
+    categorical_projection,
+    clipped_fraction,
+    distributional_return,
+    effective_sample_size,
+    mean_trace_length,
+    q_return,
+    retrace_trace,
+)
 
+LOSSES = ("loss_policy", "loss_dual", "loss_critic")
 TARGETS = ("one_step", "n_step", "retrace")
 
 
@@ -60,6 +69,7 @@ class MPOBase(OffPolicyLoss):
         critic: TensorDictModule,
         *,
         value_keys: Sequence[str],
+        diagnostics: Sequence[str],
         gamma: float,
         target: str,
         n_step: int,
@@ -94,6 +104,8 @@ class MPOBase(OffPolicyLoss):
             raise ValueError(f"{type(self).__name__} needs a critic that writes {value_keys}, got {critic.out_keys}")
         self.register_buffer("support", self._support(critic) if self._value_key == k.VALUE_LOGITS else None)
         self._set_in_keys()
+        sequence = ["rho_clipped", "ess", "trace_length"] if target == "retrace" else []
+        self.out_keys = [*LOSSES, *diagnostics, "q_value", "target_value", "td_error", *sequence, "valid_count"]
 
     @staticmethod
     def _support(critic: TensorDictModule) -> Tensor:
@@ -133,6 +145,8 @@ class MPOBase(OffPolicyLoss):
             n=self.n_step if self.target_kind == "n_step" else None,
         )
         size, at_root = len(sites.reward), self.policy_states == "root"
+        stats = Stats(sites.valid, sites.reward)
+        out = {"valid_count": stats.count}
         with torch.no_grad():
             both = at_root or self.target_kind == "retrace"
             states = (
@@ -145,14 +159,12 @@ class MPOBase(OffPolicyLoss):
             proposal = self._propose(states, proposed)
             bootstrap = proposal.bootstrap[:size]
             if self.target_kind == "retrace":
-                value = self._retrace(tensordict, batch, sites, tuple(x[size:] for x in policy), bootstrap)
+                value = self._retrace(out, tensordict, batch, sites, tuple(x[size:] for x in policy), bootstrap)
             elif self.support is not None:
                 atoms = sites.reward.unsqueeze(-1) + sites.discount.unsqueeze(-1) * self.support
                 value = categorical_projection(atoms=atoms, probs=bootstrap, support=self.support)
             else:
                 value = sites.reward + sites.discount * bootstrap
-        stats = Stats(sites.valid, sites.reward)
-        out = {"valid_count": stats.count}
         self._add_critic(out, sites, value, stats)
         if at_root:
             states, proposed = sites.root, tuple(x[size:] for x in proposed)
@@ -227,27 +239,37 @@ class MPOBase(OffPolicyLoss):
         return Batch(reward, terminated, done, None if valid is None else valid.view(shape))
 
     def _retrace(
-        self, tensordict: TensorDictBase, batch: Batch, sites: Sites, policy: Sequence[Tensor], bootstrap: Tensor
+        self,
+        out: dict[str, Tensor],
+        tensordict: TensorDictBase,
+        batch: Batch,
+        sites: Sites,
+        policy: Sequence[Tensor],
+        bootstrap: Tensor,
     ) -> Tensor:
         """Retrace targets of every step, [M] or [M, atoms]; the one place where time changes its dimension."""
         shape = batch.reward.shape
         _, chosen = self._pessimist(self._chosen(self.target("critic"), sites.root, sites.action))
         behaviour = tensordict.get(self.tensor_keys.sample_log_prob)
-        log_rho = cleared(self._log_prob(policy, sites.action).view(shape) - behaviour, batch.valid)
+        log_rho = cleared(self._log_prob(policy, sites.action).view(shape) - behaviour, batch.valid).t()
+        valid = None if batch.valid is None else batch.valid.t()
         common: dict[str, Any] = {
             "reward": sites.reward.view(shape).t(),
-            "trace": retrace_trace(log_rho=log_rho.t(), lmbda=self.lmbda),
+            "trace": retrace_trace(log_rho=log_rho, lmbda=self.lmbda),
             "terminated": batch.terminated.t(),
             "done": batch.done.t(),
             "gamma": self.gamma,
-            "valid": None if batch.valid is None else batch.valid.t(),
+            "valid": valid,
         }
+        out["rho_clipped"] = clipped_fraction(log_rho, 1.0, valid=valid)
+        out["ess"] = effective_sample_size(log_rho, valid=valid)
+        out["trace_length"] = mean_trace_length(trace=common["trace"], done=common["done"], valid=valid)
         q, following = (x.unflatten(0, shape).transpose(0, 1) for x in (chosen, bootstrap))
         if self.support is None:
-            out = q_return(q_value=q, next_state_value=following, **common)
+            found = q_return(q_value=q, next_state_value=following, **common)
         else:
-            out = distributional_return(q_dist=q, next_state_dist=following, support=self.support, **common)
-        return out.transpose(0, 1).flatten(0, 1)
+            found = distributional_return(q_dist=q, next_state_dist=following, support=self.support, **common)
+        return found.transpose(0, 1).flatten(0, 1)
 
     def _reduce(self, x: Tensor, stats: Stats) -> Tensor:
         return stats.sum(x) if self.reduction == "sum" else stats.mean(x)

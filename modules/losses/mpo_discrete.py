@@ -35,7 +35,8 @@ class DiscreteMPOLoss(MPOBase):
 
     The other arguments, the layout of the batch and what is returned are those of
     :class:`offtrace.modules.losses.mpo.MPOLoss`; the diagnostics are ``temperature``, ``alpha``, ``kl_improved`` (of q
-    to pi_t), ``kl_policy``, ``entropy`` (nats), ``q_value``, ``target_value``, ``td_error`` and ``valid_count``.
+    to pi_t), ``kl_policy``, ``entropy`` (nats), ``q_value``, ``target_value``, ``td_error``, ``valid_count``, and those
+    of Retrace.
 
     Raises:
         ValueError: on an argument out of range, networks that do not fit, or a batch of another shape.
@@ -70,6 +71,7 @@ class DiscreteMPOLoss(MPOBase):
             policy,
             critic,
             value_keys=(k.ACTION_VALUE,),
+            diagnostics=("temperature", "alpha", "kl_improved", "kl_policy", "entropy"),
             gamma=gamma,
             target=target,
             n_step=n_step,

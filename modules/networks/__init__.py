@@ -9,12 +9,14 @@ from offtrace.modules.networks.build_control import (
     build_critic,
     build_value,
 )
+from offtrace.modules.networks.categorical_critic import CategoricalCritic, build_categorical_critic
 from offtrace.modules.networks.control_heads import GaussianHead, TanhNormal, TanhNormalHead
 from offtrace.modules.networks.control_policy import ActionSmoother, ControlActor, ControlPolicy
 from offtrace.modules.networks.core import LSTMCore
 from offtrace.modules.networks.critics import Critic, DiscreteCritic, StateValue
 from offtrace.modules.networks.distributions import MASKED_LOGIT, Categorical, DiagonalNormal, mask_logits
 from offtrace.modules.networks.encoders import MLP, ResNetConv, ShallowConv
+from offtrace.modules.networks.gaussian_heads import CholeskyHead, FullNormal
 from offtrace.modules.networks.heads import CategoricalHead, NormalHead, ValueHead
 from offtrace.modules.networks.normalise import ObservationNormalizer, share_normalizer
 from offtrace.modules.networks.torsos import EnsembleLinear, EnsembleMLP, LayerNormMLP, PixelTorso
@@ -28,7 +30,9 @@ __all__ = [
     "ActionSmoother",
     "ActorCritic",
     "Categorical",
+    "CategoricalCritic",
     "CategoricalHead",
+    "CholeskyHead",
     "ControlActor",
     "ControlPolicy",
     "Critic",
@@ -36,6 +40,7 @@ __all__ = [
     "DiscreteCritic",
     "EnsembleLinear",
     "EnsembleMLP",
+    "FullNormal",
     "GaussianHead",
     "LSTMCore",
     "LayerNormMLP",
@@ -50,6 +55,7 @@ __all__ = [
     "TanhNormalHead",
     "ValueHead",
     "build_actor",
+    "build_categorical_critic",
     "build_critic",
     "build_policy",
     "build_value",

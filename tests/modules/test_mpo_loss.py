@@ -463,6 +463,7 @@ KINDS = [("diagonal", "scalar"), ("full", "scalar"), ("diagonal", "categorical")
 def test_each_term_reaches_its_own_parameters_only(policy: str, critic: str, target: str) -> None:
     loss = make(policy, critic, target=target)
     out = loss(data(discrete=policy == "discrete"))
+    assert set(loss.out_keys) == set(out.keys())
     groups = loss.param_groups()
     everything = [p for group in groups.values() for p in group]
     assert {id(p) for p in everything} == {id(p) for p in loss.parameters()}
