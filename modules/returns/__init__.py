@@ -1,0 +1,48 @@
+"""Off-policy returns as pure functions of tensors, time first ``[T, *B]``.
+
+Every scalar return is the linear recurrence ``y_t = b_t + a_t y_{t+1}``, written once in
+:mod:`offtrace.modules.returns.recurrence`.
+"""
+
+from offtrace.modules.returns.action_values import (
+    importance_trace,
+    q_lambda_trace,
+    q_return,
+    retrace_trace,
+    tree_backup_trace,
+)
+from offtrace.modules.returns.diagnostics import (
+    clipped_fraction,
+    contraction_coefficient,
+    effective_sample_size,
+    mean_trace_length,
+)
+from offtrace.modules.returns.distributional import categorical_projection, distributional_return
+from offtrace.modules.returns.state_values import (
+    GAEOutput,
+    VTraceOutput,
+    gae,
+    lambda_return,
+    n_step_return,
+    vtrace,
+)
+
+__all__ = [
+    "GAEOutput",
+    "VTraceOutput",
+    "categorical_projection",
+    "clipped_fraction",
+    "contraction_coefficient",
+    "distributional_return",
+    "effective_sample_size",
+    "gae",
+    "importance_trace",
+    "lambda_return",
+    "mean_trace_length",
+    "n_step_return",
+    "q_lambda_trace",
+    "q_return",
+    "retrace_trace",
+    "tree_backup_trace",
+    "vtrace",
+]

@@ -1,0 +1,108 @@
+"""Returns of categorical critics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offtrace.modules.returns.checks import check
+
+
+@torch.no_grad()
+def categorical_projection(*, atoms: Tensor, probs: Tensor, support: Tensor) -> Tensor:
+    """Mass at arbitrary places, moved to the two neighbours on a grid so that mass and mean are kept.
+
+    Mass beyond the ends of the grid goes to its end atoms, which does change the mean.
+
+    Args:
+        atoms: where the mass is, ``[*B, N]``.
+        probs: how much, ``[*B, N]``; may be negative.
+        support: the grid, ``[K]``, increasing.
+
+    Returns:
+        ``[*B, K]``, with the sum of ``probs``.
+
+    Raises:
+        ValueError: on shapes that do not fit.
+
+    Source: Bellemare et al. 2017, arXiv 1707.06887 (C51).
+    """
+    if atoms.shape != probs.shape:
+        raise ValueError(f"probs must have the shape of atoms, {list(atoms.shape)}, got {list(probs.shape)}")
+    if support.ndim != 1 or len(support) < 2:
+        raise ValueError(f"support must be [K] with K at least 2, got {list(support.shape)}")
+    place = atoms.clamp(support[0], support[-1])
+    above = torch.searchsorted(support, place.contiguous(), right=True).clamp(1, len(support) - 1)
+    low, high = support[above - 1], support[above]
+    share = (place - low) / (high - low)
+    out = torch.zeros(*probs.shape[:-1], len(support), dtype=probs.dtype, device=probs.device)
+    return out.scatter_add(-1, above, probs * share).scatter_add(-1, above - 1, probs * (1 - share))
+
+
+@torch.no_grad()
+def distributional_return(
+    *,
+    reward: Tensor,
+    q_dist: Tensor,
+    next_state_dist: Tensor,
+    trace: Tensor | float,
+    terminated: Tensor,
+    done: Tensor,
+    gamma: float | Tensor,
+    support: Tensor,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The operator of :func:`q_return` on categorical distributions, ``[T, *B, K]``.
+
+    The target at s mixes, over n = 1, 2, ..., the n-step distributions z^n = sum_{i<n} gamma^i r_{s+i} + gamma^n z,
+    projected on the support, with the weights (P_n = c_{s+1} ... c_{s+n-1}, and c := 0 where the trace is cut)::
+
+        P_n ( sum_a pi(a|x_{s+n}) q(x_{s+n}, a)  -  c_{s+n} q(x_{s+n}, a_{s+n}) )
+
+    They sum to one; single ones, and so single probabilities of the target, can be negative, and must stay so. If no
+    mass meets an end of the support, the mean is that of :func:`q_return` on the means. Costs O(T^2).
+
+    Args:
+        reward: r_t, ``[T, *B]``.
+        q_dist: probabilities of the atoms at (x_t, a_t), ``[T, *B, K]``.
+        next_state_dist: the policy's mixture at the true successor x'_t, ``[T, *B, K]``.
+        trace: c_t of the action at t, ``[T, *B]``, or one number.
+        terminated, done, gamma, valid: as of :func:`q_return`; the target of an invalid step is its own ``q_dist``.
+        support: the atoms, ``[K]``, increasing.
+
+    Raises:
+        TypeError, ValueError: on a dtype, shape or device that does not fit, by the argument's name.
+
+    Source: Gruslys et al. 2018, arXiv 1704.04651, section 3.2.
+    """
+    floats = {"reward": reward, **({"trace": trace} if isinstance(trace, Tensor) else {})}
+    check(floats, {"terminated": terminated, "done": done, "valid": valid})
+    for name, dist in (("q_dist", q_dist), ("next_state_dist", next_state_dist)):
+        if dist.shape != (*reward.shape, len(support)):
+            raise ValueError(f"{name} must be [T, *B, K], {[*reward.shape, len(support)]}, got {list(dist.shape)}")
+    per_step = torch.as_tensor(gamma, dtype=reward.dtype, device=reward.device).expand(reward.shape)
+    known = torch.ones_like(done) if valid is None else valid
+    reward = reward.masked_fill(~known, 0)
+    c = trace if isinstance(trace, Tensor) else torch.full_like(reward, trace)
+    # behind step t: c of the next action, 0 where the trace is cut or the next successor is unknown
+    cut = torch.cat([(done | terminated | ~known)[:-1] | ~known[1:], torch.ones_like(done[:1])])
+    behind = torch.cat([c[1:], c[-1:]]).masked_fill(cut, 0)
+    # behind an end of the MDP all atoms coincide: any distribution will do, and what was stored there need not be one
+    nowhere = torch.zeros_like(support)
+    nowhere[0] = 1
+    successor = torch.where((terminated | ~known).unsqueeze(-1), nowhere.to(q_dist.dtype), next_state_dist)
+
+    out = torch.zeros_like(q_dist)
+    weight, gained, factor = torch.ones_like(reward), torch.zeros_like(reward), torch.ones_like(reward)
+    for n in range(len(reward)):  # weight, gained and factor belong to the first action s; row s + n follows it
+        rest = len(reward) - n
+        weight, gained, factor = weight[:rest], gained[:rest], factor[:rest]
+        gained = gained + factor * reward[n:]
+        factor = factor * per_step[n:]
+        mass = successor[n:] - behind[n:].unsqueeze(-1) * torch.cat([q_dist[n + 1 :], q_dist[-1:]])
+        places = gained.unsqueeze(-1) + (factor * ~terminated[n:]).unsqueeze(-1) * support
+        # where the weight is 0 the sum has ended; what stands there may belong to another episode
+        mass = torch.where((weight == 0).unsqueeze(-1), 0, weight.unsqueeze(-1) * mass)
+        out[:rest] += categorical_projection(atoms=places, probs=mass, support=support)
+        weight = weight * behind[n:]
+    return torch.where(known.unsqueeze(-1), out, q_dist)
