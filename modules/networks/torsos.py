@@ -56,9 +56,10 @@ class LayerNormMLP(nn.Module):
         """Features ``[N, hidden[-1]]``."""
         first, *others = self.layers
         assert isinstance(first.weight, Tensor)
-        x = torch.tanh(self.norm(first(x.flatten(1).to(_compute_dtype(first.weight)))))
+        # in place: no backward pass here reads what went into an activation
+        x = torch.tanh_(self.norm(first(x.flatten(1).to(_compute_dtype(first.weight)))))
         for layer in others:
-            x = F.elu(layer(x))
+            x = F.elu_(layer(x))
         return x
 
 
@@ -166,7 +167,7 @@ class EnsembleMLP(nn.Module):
             return self.last(x)
         first, *others = self.layers
         x = F.layer_norm(first(x), self.norm_weight.shape[-1:])
-        x = torch.tanh(torch.addcmul(self.norm_bias, x, self.norm_weight))
+        x = torch.addcmul(self.norm_bias, x, self.norm_weight).tanh_()
         for layer in others:
-            x = F.elu(layer(x))
+            x = F.elu_(layer(x))
         return self.last(x)
