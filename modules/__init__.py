@@ -1,4 +1,4 @@
-"""The parts: returns, estimators, losses, networks, environments, collectors. None of them needs Lightning.
+"""The parts: returns, estimators, losses, networks, environments, collectors, replay. None of them needs Lightning.
 
 Names are imported when they are first used.
 """
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from offtrace.modules.networks import build_actor as build_actor
     from offtrace.modules.networks import build_critic as build_critic
     from offtrace.modules.networks import build_policy as build_policy
+    from offtrace.modules.replay import Replay as Replay
 
 _MODULE = {
     "DiscreteSACLoss": "losses",
     "ImpalaLoss": "losses",
+    "Replay": "replay",
     "SACLoss": "losses",
     "SACv1Loss": "losses",
     "VTrace": "estimators",

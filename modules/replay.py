@@ -1,0 +1,337 @@
+"""Replay of transitions and sequences: nothing stored twice, sequences inside episodes, saved without pickle."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import TensorStorage
+
+from offtrace.modules.keys import DONE, IS_INIT, NEXT, OBSERVATION, TERMINATED, TRUNCATED, VALID
+from offtrace.modules.limiter import SamplesPerInsert
+from offtrace.modules.replay_entries import Key, check, choose, entries_of, nested
+from offtrace.modules.replay_files import DamagedReplay, read_folder, write_folder
+from offtrace.modules.replay_lanes import INIT, Lanes
+from offtrace.modules.replay_lanes import TERMINATED as TERMINATED_BIT
+from offtrace.modules.replay_lanes import TRUNCATED as TRUNCATED_BIT
+
+__all__ = ["DamagedReplay", "Replay", "SamplesPerInsert"]
+
+
+class Replay:
+    """The newest steps of several environments, sampled uniformly and with replacement.
+
+    Every environment of every actor has a lane of its own, a ring in which the oldest step is overwritten first.
+    Observations are stored once: the successor of a step is the observation of the next, or behind the last step of an
+    episode the true final observation, which takes a slot but is never sampled as a step. Whatever else the policy
+    wrote travels with the step. A sequence never crosses episodes, nor a step with ``valid`` False, which is not
+    stored, nor the place where a lane is being written. Where a rollout does not go on from the state in which the last
+    one of its lane ended, because an actor was restarted, the episode ends there, with the bootstrap intact.
+
+    Args:
+        capacity: slots, rounded up to a multiple of the lanes; an ended episode takes one more than its steps.
+        num_envs: N, environments of one actor.
+        batch_size: samples in a batch.
+        num_workers: actors; one for collection in process.
+        length: steps of a sample. 1 gives transitions ``[B]``, more sequences ``[B, length]``.
+        pad: of sequences: also begin samples in the last ``length - 1`` steps of an episode. They are filled up with
+            repetitions that have ``valid`` False. Without it only whole sequences are sampled, and episodes shorter
+            than ``length`` never are.
+        storage: ``"tensor"`` in memory, ``"memmap"`` in files.
+        path: folder of the files; a temporary one if not given.
+        seed: of the sampling, which draws from a generator of its own.
+        device: where a ``"tensor"`` storage lies and samples come from.
+
+    Raises:
+        ValueError: a number is out of range or does not fit the others.
+
+    Attributes:
+        inserted: steps inserted so far, those that are not valid left out.
+        sampled: steps sampled so far, B times ``length`` a batch.
+        dropped: steps that came with ``valid`` False.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        num_envs: int,
+        batch_size: int,
+        num_workers: int = 1,
+        length: int = 1,
+        pad: bool = False,
+        storage: Literal["tensor", "memmap"] = "tensor",
+        path: str | Path | None = None,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        sizes = {"num_envs": num_envs, "batch_size": batch_size, "num_workers": num_workers, "length": length}
+        for name, value in {"capacity": capacity, **sizes}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if storage not in ("tensor", "memmap"):
+            raise ValueError(f"storage is {storage!r}; it must be 'tensor' or 'memmap'")
+        if storage == "memmap" and torch.device(device).type != "cpu":
+            raise ValueError(f"a 'memmap' storage lies on the CPU, got device {str(device)!r}")
+        if capacity < batch_size:
+            raise ValueError(f"capacity is {capacity}; a batch of {batch_size} needs a replay of {batch_size} at least")
+        lanes = num_envs * num_workers
+        size = -(-capacity // lanes) + 1  # one for the provisional state at the head
+        if length >= size:
+            raise ValueError(
+                f"length is {length}; a capacity of {capacity} leaves each of {lanes} environments {size - 1} steps, "
+                f"so it must be below {size}"
+            )
+        self.capacity, self.num_envs, self.num_workers = capacity, num_envs, num_workers
+        self.batch_size, self.length, self.pad = batch_size, length, pad and length > 1
+        self.device = torch.device(device)
+        self.inserted = self.sampled = self.dropped = 0
+        self._kind, self._path = storage, path
+        self._lanes = Lanes(lanes, size, length, self.pad)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._storage: Any = None
+        self._leaves: dict[Key, Tensor] = {}
+        self._state: list[Key] = []  # entries of which a step has a successor
+        self._has_init = False
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Steps that are stored."""
+        return self._lanes.held
+
+    @property
+    def num_starts(self) -> int:
+        """Steps with which a sample may begin."""
+        return self._lanes.count
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Memory of one step, bookkeeping included; 0 before the first insertion."""
+        books = sum(array.itemsize for array in (self._lanes.flags, self._lanes.starts, self._lanes._place))
+        data = sum(leaf[0].numel() * leaf.element_size() for leaf in self._leaves.values())
+        return data + books if data else 0
+
+    @torch.no_grad()
+    def extend(self, rollout: TensorDictBase, *, worker: int = 0) -> int:
+        """Inserts a rollout ``[N, T]`` of one actor, in the order in which its environments went on.
+
+        Returns:
+            The number of valid steps.
+
+        Raises:
+            ValueError: the rollout has another number of environments, lacks an entry, has one of another shape or
+                type, or is longer than a lane. Nothing is inserted then.
+        """
+        if rollout.ndim != 2 or rollout.shape[0] != self.num_envs:
+            raise ValueError(
+                f"the replay has {self.num_envs} environments per actor; it takes rollouts [{self.num_envs}, T], "
+                f"got one of shape {list(rollout.shape)}"
+            )
+        if not 0 <= worker < self.num_workers:
+            raise ValueError(f"worker is {worker}; the replay has lanes for actors 0 to {self.num_workers - 1}")
+        with self._lock:
+            entries = entries_of(rollout)
+            if not self._leaves:
+                self._state, leaves = choose(entries)
+                self._allocate(leaves)
+            check(entries, self._state, self._leaves)
+            return self._insert(entries, worker, rollout.shape[0], rollout.shape[1])
+
+    def sample(self, batch_size: int | None = None) -> TensorDict:
+        """A batch ``[B]``, or ``[B, length]`` with ``length`` above 1, in memory of its own.
+
+        Holds what the rollouts held, the successors under ``"next"``, the three flags there as bool ``[*, 1]``, and
+        with ``pad`` the bool ``"valid"`` ``[*, 1]``. In sequences a state and its successor share memory: change them
+        out of place.
+
+        Raises:
+            ValueError: fewer steps to begin with than a batch has samples.
+        """
+        number = self.batch_size if batch_size is None else batch_size
+        with self._lock:
+            self._check_starts(number)
+            draw = torch.randint(self._lanes.count, (number,), generator=self._generator).numpy()
+            slots = self._lanes.starts[draw].astype(np.int64)
+            self.sampled += number * self.length
+            return self._transitions(slots) if self.length == 1 else self._sequences(slots)
+
+    def dump(self, path: str | Path) -> None:
+        """Writes everything into the folder ``path``, replacing what an earlier call wrote there.
+
+        Tensors go into plain files and the rest into JSON. The folder is complete or not there at all.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: it is the folder in which this replay's own files lie.
+        """
+        if self._path is not None and Path(path).resolve() == Path(self._path).resolve():
+            raise ValueError(f"{str(path)!r} holds the files this replay works on; dump it into another folder")
+        lanes = self._lanes
+        with self._lock:
+            write_folder(
+                Path(path),
+                data={
+                    key: (leaf.view(lanes.number, lanes.size, *leaf.shape[1:])) for key, leaf in self._leaves.items()
+                },
+                filled=lanes.filled,
+                books={
+                    "flags": lanes.flags,
+                    "starts": lanes.starts[: lanes.count],
+                    "written": lanes.written,
+                    "open": lanes.open,
+                    "run": lanes.run,
+                    "generator": self._generator.get_state().numpy(),
+                },
+                facts={
+                    **self._shape(),
+                    **{name: getattr(self, name) for name in ("inserted", "sampled", "dropped")},
+                    "held": lanes.held,
+                    "longest": lanes.longest,
+                    "state": self._state,
+                    "has_init": self._has_init,
+                },
+            )
+
+    def load(self, path: str | Path) -> None:
+        """Takes over what :meth:`dump` wrote; the next samples are those that would have come then.
+
+        Raises:
+            DamagedReplay: the folder is not there, incomplete or altered. The replay stays as it is.
+            ValueError: it was written by a replay of other numbers.
+        """
+        with self._lock:
+            folder = read_folder(Path(path))
+            for name, value in self._shape().items():
+                if folder.facts.get(name) != value:
+                    raise ValueError(
+                        f"the replay in {str(path)!r} has {name} {folder.facts.get(name)}, this one has {value}"
+                    )
+            self._allocate(folder.leaves())
+            lanes, books, facts = self._lanes, folder.books, folder.facts
+            self._state = [tuple(key) for key in facts["state"]]
+            self._has_init = bool(facts["has_init"])
+            folder.fill(
+                {key: leaf.view(lanes.number, lanes.size, *leaf.shape[1:]) for key, leaf in self._leaves.items()}
+            )
+            lanes.flags[:] = books["flags"]
+            lanes.written[:], lanes.open[:], lanes.run[:] = books["written"], books["open"], books["run"]
+            lanes.held, lanes.longest = int(facts["held"]), int(facts["longest"])
+            lanes.restore(books["starts"])
+            self._generator.set_state(torch.from_numpy(books["generator"].copy()))
+            self.inserted, self.sampled, self.dropped = (int(facts[x]) for x in ("inserted", "sampled", "dropped"))
+
+    def _shape(self) -> dict[str, Any]:
+        names = ("capacity", "num_envs", "num_workers", "length", "pad")
+        return {name: getattr(self, name) for name in names}
+
+    def _insert(self, entries: dict[Key, Tensor], worker: int, envs: int, steps: int) -> int:
+        def flag(*keys: Key) -> np.ndarray:
+            found = next((entries[key] for key in keys if key in entries), None)
+            return np.zeros((envs, steps), bool) if found is None else found.reshape(envs, steps).cpu().numpy()
+
+        terminated = flag((NEXT, TERMINATED))
+        truncated = flag((NEXT, TRUNCATED)) if (NEXT, TRUNCATED) in entries else flag((NEXT, DONE)) & ~terminated
+        given = (NEXT, VALID) in entries or (VALID,) in entries
+        valid = flag((NEXT, VALID), (VALID,)) if given else np.ones((envs, steps), bool)
+        init = flag((IS_INIT,))
+        self._has_init |= (IS_INIT,) in entries
+        lanes = slice(worker * envs, worker * envs + envs)
+        continues = valid[:, 0] & ~init[:, 0] & self._lanes.open[lanes]
+        if continues.any():
+            continues &= self._same_state(entries, lanes, envs)
+        plan = self._lanes.insert(
+            lanes, valid=valid, terminated=terminated, truncated=truncated, init=init, continues=continues
+        )
+        whole = len(plan.step_rows) == envs * steps
+        to = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
+        rows, slots, final_rows, final_slots = map(to, plan)
+        for key, leaf in self._leaves.items():
+            data = entries[key].flatten(0, 1).to(self.device)
+            leaf.index_copy_(0, slots, data if whole else data.index_select(0, rows))
+        for key in self._state if len(plan.final_slots) else ():
+            data = entries[(NEXT, *key)].flatten(0, 1)
+            self._leaves[key].index_copy_(0, final_slots, data.to(self.device).index_select(0, final_rows))
+        self.inserted += len(plan.step_rows)
+        self.dropped += envs * steps - len(plan.step_rows)
+        return len(plan.step_rows)
+
+    def _same_state(self, entries: dict[Key, Tensor], lanes: slice, envs: int) -> np.ndarray:
+        slots = torch.from_numpy(self._lanes.provisional(lanes)).to(self.device)
+        same = np.ones(envs, bool)
+        for key in self._state:
+            if key[0] == OBSERVATION:
+                stored, first = self._leaves[key].index_select(0, slots), entries[key][:, 0].to(self.device)
+                same &= (stored == first).reshape(envs, -1).all(1).cpu().numpy()
+        return same
+
+    def _transitions(self, slots: np.ndarray) -> TensorDict:
+        index, following = (torch.from_numpy(x).to(self.device) for x in (slots, self._lanes.successors(slots)))
+        found = {key: leaf.index_select(0, index) for key, leaf in self._leaves.items()}
+        for key in self._state:
+            found[(NEXT, *key)] = self._leaves[key].index_select(0, following)
+        return self._assemble(found, slots, None)
+
+    def _sequences(self, slots: np.ndarray) -> TensorDict:
+        states, steps, valid = self._lanes.windows(slots)
+        index, both = (torch.from_numpy(x.ravel()).to(self.device) for x in (steps, states))
+        shape = steps.shape
+        found = {}
+        for key, leaf in self._leaves.items():
+            if key not in self._state:
+                found[key] = leaf.index_select(0, index).view(*shape, *leaf.shape[1:])
+        for key in self._state:
+            leaf = self._leaves[key]
+            window = leaf.index_select(0, both).view(shape[0], shape[1] + 1, *leaf.shape[1:])
+            found[key], found[(NEXT, *key)] = window[:, :-1], window[:, 1:]
+        return self._assemble(found, steps, valid)
+
+    def _assemble(self, found: dict[Key, Tensor], slots: np.ndarray, valid: np.ndarray | None) -> TensorDict:
+        def flag(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).unsqueeze(-1).to(self.device)
+
+        flags = self._lanes.flags[slots]
+        found[(NEXT, TERMINATED)] = flag(flags & TERMINATED_BIT != 0)
+        found[(NEXT, TRUNCATED)] = flag(flags & TRUNCATED_BIT != 0)
+        found[(NEXT, DONE)] = flag(flags & (TERMINATED_BIT | TRUNCATED_BIT) != 0)
+        if self._has_init:
+            found[(IS_INIT,)] = flag(flags & INIT != 0)
+        if valid is not None:
+            found[(VALID,)] = flag(valid)
+        return TensorDict(nested(found), slots.shape, device=self.device)
+
+    def _allocate(self, leaves: dict[Key, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        if {key: (tuple(leaf.shape[1:]), leaf.dtype) for key, leaf in self._leaves.items()} == leaves:
+            return
+        slots = self._lanes.number * self._lanes.size
+        if self._kind == "tensor":
+            data = TensorDict(
+                nested({key: torch.empty(slots, *x[0], dtype=x[1], device=self.device) for key, x in leaves.items()}),
+                [slots],
+            )
+        else:
+            row = nested({key: torch.zeros(x[0], dtype=x[1]) for key, x in leaves.items()})
+            if self._path is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="offtrace-replay-")
+                self._path = self._temporary.name
+            data = TensorDict(row, []).expand(slots).memmap_like(prefix=str(self._path), existsok=True)
+        self._storage = TensorStorage(data, device=self.device)
+        # Plain views of the memory: a lookup through the subclass of memory-mapped tensors costs twice as much.
+        found = entries_of(self._storage.get(slice(None)))
+        self._leaves = {key: found[key].as_subclass(Tensor) for key in leaves}
+
+    def _check_starts(self, number: int) -> None:
+        starts = self._lanes.count
+        if starts >= number:
+            return
+        if starts == 0 and self.inserted and self._lanes.longest < self.length:
+            raise ValueError(
+                f"no episode has {self.length} steps so far, the longest has {self._lanes.longest}: "
+                "shorten the sequences or set pad=True"
+            )
+        raise ValueError(f"a batch of {number} needs as many steps to begin with; the replay has {starts}")

@@ -1,0 +1,477 @@
+"""Replay: what comes out is what went in, window by window, against a list of slots kept by hand."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from tensordict import TensorDict
+from torch import Tensor
+
+from offtrace.modules.envs import make_env
+from offtrace.modules.replay import DamagedReplay, Replay, SamplesPerInsert
+
+
+class Stream:
+    """Rollouts of N environments whose observations are (environment, episode, step), with all kinds of endings."""
+
+    def __init__(self, envs: int, *, seed: int = 0, longest: int = 9, invalid: float = 0.0, first: int = 0) -> None:
+        self.random = random.Random(seed)
+        self.envs, self.longest, self.invalid, self.first = envs, longest, invalid, first
+        self.episode = [0] * envs
+        self.step = [0] * envs
+        self.end = [self.random.randint(1, longest) for _ in range(envs)]
+
+    def rollout(self, steps: int) -> TensorDict:
+        names = ("observation", "successor", "terminated", "truncated", "init", "valid")
+        found: dict[str, list[Any]] = {name: [] for name in names}
+        for env in range(self.envs):
+            for _ in range(steps):
+                here = [self.first + env, self.episode[env], self.step[env]]
+                found["observation"].append(here)
+                found["init"].append(self.step[env] == 0)
+                self.step[env] += 1
+                failed = self.random.random() < self.invalid
+                over = failed or self.step[env] == self.end[env]
+                terminated = over and not failed and self.random.random() < 0.5
+                found["successor"].append(here if failed else [here[0], here[1], here[2] + 1])
+                found["terminated"].append(terminated)
+                found["truncated"].append(over and not terminated)
+                found["valid"].append(not failed)
+                if over:
+                    self.start(env)
+        return self.tensors({name: torch.tensor(values) for name, values in found.items()}, steps)
+
+    def start(self, env: int) -> None:
+        self.episode[env] += 1
+        self.step[env] = 0
+        self.end[env] = self.random.randint(1, self.longest)
+
+    def tensors(self, found: dict[str, Tensor], steps: int) -> TensorDict:
+        flags = {name: found[name].view(self.envs, steps, 1) for name in ("terminated", "truncated", "init", "valid")}
+        here, there = (found[name].view(self.envs, steps, 3).float() for name in ("observation", "successor"))
+        number = (here * torch.tensor([1e4, 100.0, 1.0])).sum(-1)
+        root = {
+            "observation": here, "action": torch.stack([number, -number], -1), "action_log_prob": number + 0.5,
+            "loc": number[..., None] + 0.25, "policy_version": number.long(), "is_init": flags["init"],
+            "episode_reward": number[..., None], "done": torch.zeros_like(flags["init"]),
+        }  # fmt: skip
+        following = {
+            "observation": there, "reward": number[..., None] + 0.75, "terminated": flags["terminated"],
+            "truncated": flags["truncated"], "done": flags["terminated"] | flags["truncated"],
+            "policy_version": number.long(), "is_init": torch.zeros_like(flags["init"]),
+        }  # fmt: skip
+        if self.invalid:
+            root["valid"] = flags["valid"]
+            # nothing of a step that is no data may come out
+            bad = ~flags["valid"]
+            following["reward"] = following["reward"].masked_fill(bad, float("nan"))
+            following["observation"] = following["observation"].masked_fill(bad, float("nan"))
+        return TensorDict({**root, "next": following}, [self.envs, steps])
+
+
+class ByHand:
+    """The lanes as lists of ("step", observation, flags) and ("final", observation)."""
+
+    def __init__(self, lanes: int, size: int, length: int, pad: bool) -> None:
+        self.size, self.length, self.pad = size, length, pad
+        self.lanes: list[list[Any]] = [[] for _ in range(lanes)]
+
+    def extend(self, rollout: TensorDict, first: int) -> None:
+        steps = rollout.shape[1]
+        valid = rollout.get("valid", torch.ones(*rollout.shape, 1, dtype=torch.bool))
+        for env in range(rollout.shape[0]):
+            lane = self.lanes[first + env]
+            for t in range(steps):
+                here = tuple(rollout["observation"][env, t].tolist())
+                there = tuple(rollout["next", "observation"][env, t].tolist())
+                joins = lane and lane[-1][0] == "head"
+                if joins and valid[env, t] and lane[-1][1] == here and not rollout["is_init"][env, t]:
+                    lane.pop()
+                elif joins:
+                    lane[-1] = ("final", lane[-1][1])
+                if not valid[env, t]:
+                    continue
+                done = bool(rollout["next", "done"][env, t])
+                lane.append(("step", here))
+                lane.append(("final" if done else "head", there))
+            del lane[: -self.size]
+
+    def starts(self) -> dict[tuple[float, ...], list[tuple[float, ...]]]:
+        """First observation to the observations of the window's states, the last one's successor included."""
+        found = {}
+        for lane in self.lanes:
+            for index, (kind, observation) in enumerate(lane):
+                if kind != "step":
+                    continue
+                window = [observation]
+                for kind, following in lane[index + 1 : index + 1 + self.length]:
+                    window.append(following)
+                    if kind != "step":
+                        break
+                last = lane[index + len(window) - 1][0]
+                if len(window) == self.length + 1 or (self.pad and last == "final"):
+                    found[observation] = window
+        return found
+
+
+def starts_of(replay: Replay) -> list[tuple[float, ...]]:
+    lanes = replay._lanes
+    stored = replay._leaves[("observation",)]
+    return [tuple(row) for row in stored[torch.from_numpy(lanes.starts[: lanes.count].astype(np.int64))].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("length", "pad", "invalid"),
+    [
+        (1, False, 0.0),
+        (1, True, 0.1),
+        (3, False, 0.0),
+        (3, False, 0.1),
+        (5, True, 0.0),
+        (5, True, 0.1),
+        (12, True, 0.05),
+    ],
+)
+def test_against_a_list_kept_by_hand(length: int, pad: bool, invalid: float) -> None:
+    """Starts, windows, successors, flags and what travels, over several turns of the ring and two actors."""
+    envs, workers = 3, 2
+    replay = Replay(240, num_envs=envs, num_workers=workers, batch_size=16, length=length, pad=pad)
+    hand = ByHand(envs * workers, 41, length, pad)
+    streams = [Stream(envs, seed=w, longest=16, invalid=invalid, first=envs * w) for w in range(workers)]
+    rng = random.Random(1)
+    given = 0
+    for turn in range(60):
+        worker = rng.randrange(workers)
+        stream = streams[worker]
+        if turn % 13 == 12:  # an actor was restarted: its environments begin anew
+            for env in range(envs):
+                stream.start(env)
+        rollout = stream.rollout(rng.choice([1, 2, 7, 15]))
+        given += replay.extend(rollout, worker=worker)
+        hand.extend(rollout, worker * envs)
+        wanted = hand.starts()
+        assert sorted(starts_of(replay)) == sorted(wanted)
+        assert len(replay) == sum(kind == "step" for lane in hand.lanes for kind, _ in lane)
+        assert replay.num_starts == len(wanted)
+        if len(wanted) >= 16:
+            check_batch(replay.sample(), wanted, length, pad)
+    assert replay.inserted == given
+    assert (replay.dropped > 0) == (invalid > 0)
+
+
+def check_batch(batch: TensorDict, wanted: dict[Any, Any], length: int, pad: bool) -> None:
+    pad = pad and length > 1
+    assert batch.shape == ((16,) if length == 1 else (16, length))
+    flat = batch if batch.ndim == 2 else batch.unsqueeze(1)
+    assert ("valid" in flat.keys()) == pad  # noqa: SIM118 - a TensorDict
+    assert "policy_version" not in flat["next"].keys()  # noqa: SIM118
+    assert "episode_reward" not in flat.keys()  # noqa: SIM118
+    for key, value in flat.items(True, True):
+        assert not value.is_floating_point() or value.isfinite().all(), key
+    number = (flat["observation"] * torch.tensor([1e4, 100.0, 1.0])).sum(-1)
+    for row in range(16):
+        window = wanted[tuple(flat["observation"][row, 0].tolist())]
+        known = len(window) - 1
+        assert flat["observation"][row, :known].tolist() == [list(x) for x in window[:known]]
+        assert flat["next", "observation"][row, :known].tolist() == [list(x) for x in window[1:]]
+        if pad:
+            assert flat["valid"][row].flatten().tolist() == [t < known for t in range(length)]
+        else:
+            assert known == length
+        assert not flat["next", "done"][row, : known - 1].any()
+        first = flat["observation"][row, 0, 2] == 0
+        assert flat["is_init"][row, :known].flatten().tolist() == [bool(first), *[False] * (known - 1)]
+        mine = number[row, :known]
+        assert torch.equal(flat["action"][row, :known], torch.stack([mine, -mine], -1))
+        assert torch.equal(flat["action_log_prob"][row, :known], mine + 0.5)
+        assert torch.equal(flat["loc"][row, :known, 0], mine + 0.25)
+        assert torch.equal(flat["policy_version"][row, :known], mine.long())
+        assert torch.equal(flat["next", "reward"][row, :known, 0], mine + 0.75)
+
+
+def test_flags_and_final_observations_are_those_of_the_step() -> None:
+    stream = Stream(4, seed=3)
+    replay = Replay(400, num_envs=4, batch_size=64, length=2, pad=True)
+    truth = {}
+    for _ in range(6):
+        rollout = stream.rollout(11)
+        replay.extend(rollout)
+        for row in rollout.view(-1):
+            key = tuple(row["observation"].tolist())
+            flags = [bool(row["next", name]) for name in ("terminated", "truncated", "done")]
+            truth[key] = flags, row["next", "observation"].tolist()
+    seen = set()
+    for _ in range(20):
+        batch = replay.sample()
+        for row in batch[batch["valid"].squeeze(-1)]:
+            flags, successor = truth[tuple(row["observation"].tolist())]
+            assert [bool(row["next", name]) for name in ("terminated", "truncated", "done")] == flags
+            assert row["next", "observation"].tolist() == successor
+            seen.add(tuple(flags))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(("length", "pad"), [(1, False), (4, False), (4, True)])
+def test_uniform_over_all_starts(length: int, pad: bool) -> None:
+    stream = Stream(3, seed=5, longest=12)
+    replay = Replay(150, num_envs=3, batch_size=50, length=length, pad=pad, seed=1)
+    for _ in range(30):
+        replay.extend(stream.rollout(8))
+    starts = {start: index for index, start in enumerate(starts_of(replay))}
+    counts = np.zeros(len(starts))
+    for _ in range(600):
+        batch = replay.sample()
+        first = batch["observation"] if batch.ndim == 1 else batch["observation"][:, 0]
+        for row in first.tolist():
+            counts[starts[tuple(row)]] += 1
+    assert chisquare(counts).pvalue > 1e-3
+    assert counts.sum() == 30_000
+
+
+@pytest.mark.parametrize("storage", ["tensor", "memmap"])
+@pytest.mark.parametrize(("length", "pad", "turns"), [(1, False, 2), (3, True, 25), (4, False, 25)])
+def test_after_a_load_everything_goes_on_as_without_it(
+    storage: Any, length: int, pad: bool, turns: int, tmp_path: Path
+) -> None:
+    """Samples, then insertions that overwrite, then samples; before and after the ring has turned over."""
+    numbers: dict[str, Any] = {"num_envs": 3, "num_workers": 2, "batch_size": 8, "length": length, "pad": pad}
+    replay = Replay(120, storage=storage, path=tmp_path / "live" if storage == "memmap" else None, **numbers)
+    streams = [Stream(3, seed=worker, invalid=0.05, first=3 * worker) for worker in range(2)]
+    for turn in range(turns):
+        replay.extend(streams[turn % 2].rollout(7), worker=turn % 2)
+        if replay.num_starts >= 8:
+            replay.sample()
+    replay.dump(tmp_path / "replay")
+    other = Replay(120, seed=99, **numbers)  # in memory, whatever wrote it
+    other.load(tmp_path / "replay")
+    assert (other.inserted, other.sampled, other.dropped) == (replay.inserted, replay.sampled, replay.dropped)
+    assert (len(other), other.num_starts) == (len(replay), replay.num_starts)
+    for turn in range(20):
+        one, two = replay.sample(), other.sample()
+        assert (one == two).all()
+        rollout = streams[turn % 2].rollout(5)
+        assert replay.extend(rollout, worker=turn % 2) == other.extend(rollout, worker=turn % 2)
+    replay.dump(tmp_path / "replay")  # replaces the first
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["live"] if storage == "memmap" else []) + ["replay"]
+    again = Replay(120, **numbers)
+    again.load(tmp_path / "replay")
+    assert (again.sample() == other.sample()).all()
+
+
+def filled(**numbers: Any) -> Replay:
+    replay = Replay(100, **{"num_envs": 2, "batch_size": 4, **numbers})
+    replay.extend(Stream(2).rollout(20))
+    return replay
+
+
+def test_no_pickle_and_only_what_is_filled_is_written(tmp_path: Path) -> None:
+    replay = Replay(100_000, num_envs=2, batch_size=4)
+    replay.extend(Stream(2).rollout(20))
+    replay.dump(tmp_path / "replay")
+    files = sorted(path.name for path in (tmp_path / "replay").iterdir())
+    assert {Path(name).suffix for name in files} == {".bin", ".json"}
+    data = json.loads((tmp_path / "replay" / "replay.json").read_text().split("\n")[1])["data"]
+    observation = next(entry for entry in data if entry["key"] == ["observation"])
+    assert observation["bytes"] < 80 * 3 * 4
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "altered", "no json", "json altered", "no folder"])
+def test_a_damaged_folder_is_refused_and_nothing_is_lost(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "replay"
+    filled().dump(folder)
+    file, text = folder / "data0.bin", folder / "replay.json"
+    content = bytearray(file.read_bytes())
+    words = {
+        "missing": r"is damaged: data0.bin: No such file",
+        "short": r"is damaged: data0.bin has \d+ bytes instead of \d+",
+        "altered": r"is damaged: the content of data0.bin was altered",
+        "no json": r"there is no replay in .*: replay.json cannot be read",
+        "json altered": r"is damaged: the content of replay.json was altered",
+        "no folder": r"there is no replay in",
+    }[damage]
+    if damage == "missing":
+        file.unlink()
+    elif damage == "short":
+        file.write_bytes(content[:-3])
+    elif damage == "altered":
+        content[5] ^= 1
+        file.write_bytes(content)
+    elif damage == "no json":
+        text.unlink()
+    elif damage == "json altered":
+        text.write_text(text.read_text().replace('"inserted": 40', '"inserted": 41'))
+    else:
+        folder = tmp_path / "nowhere"
+    replay, twin = filled(seed=7), filled(seed=7)
+    with pytest.raises(DamagedReplay, match=words):
+        replay.load(folder)
+    assert (replay.sample() == twin.sample()).all()
+
+
+def test_a_dump_that_was_stopped_between_its_renames_is_found(tmp_path: Path) -> None:
+    replay = filled()
+    replay.dump(tmp_path / "replay")
+    (tmp_path / "replay").rename(tmp_path / "replay.old")
+    other = filled(seed=3)
+    other.load(tmp_path / "replay")
+    assert (other.sample() == replay.sample()).all()
+
+
+def test_a_folder_of_other_numbers_is_refused(tmp_path: Path) -> None:
+    filled().dump(tmp_path / "replay")
+    with pytest.raises(ValueError, match=r"has length 1, this one has 3"):
+        filled(length=3).load(tmp_path / "replay")
+    live = Replay(100, num_envs=2, batch_size=4, storage="memmap", path=tmp_path / "live")
+    live.extend(Stream(2).rollout(20))
+    with pytest.raises(ValueError, match=r"holds the files this replay works on"):
+        live.dump(tmp_path / "live")
+
+
+def test_every_entry_of_the_state_is_stored_once() -> None:
+    """Observations in parts, masks, recurrent states: all that has a successor."""
+    env = make_env("cartpole-swingup", 2, flat=False, last_step=True, time_limit=0.05)
+    replay = Replay(64, num_envs=2, batch_size=8, length=2, pad=True)
+    rollout = env.rollout(12, break_when_any_done=False, auto_cast_to_device=True)
+    replay.extend(rollout)
+    keys = {(name,) if isinstance(name, str) else name for name in replay._leaves}
+    wanted = {("observation", "position"), ("observation", "velocity"), ("last_action",), ("last_reward",)}
+    assert keys == wanted | {("action",), ("next", "reward")}
+    truth = {tuple(row["observation", "position"].tolist()): row for row in rollout.view(-1)}
+    batch = replay.sample(16)
+    for row in batch[batch["valid"].squeeze(-1)]:
+        same = truth[tuple(row["observation", "position"].tolist())]
+        for key in [*wanted, ("action",)]:
+            assert torch.equal(row[key], same[key])
+        for key in [*wanted, ("reward",), ("truncated",)]:
+            assert torch.equal(row[("next", *key)], same[("next", *key)])
+
+
+def test_memory_of_a_step() -> None:
+    replay = filled()
+    numbers = 3 + 2 + 1 + 1 + 1  # observation, action, log-probability, loc, reward
+    assert replay.bytes_per_slot == 4 * numbers + 8 + 9  # the version, and the books
+
+
+def test_batches_are_copies() -> None:
+    replay = filled()
+    batch = replay.sample()
+    stored = {key: leaf.clone() for key, leaf in replay._leaves.items()}
+    batch.apply_(lambda tensor: tensor.zero_())
+    assert all(torch.equal(stored[key], leaf) for key, leaf in replay._leaves.items())
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"capacity": 0}, r"capacity is 0; it must be at least 1"),
+        ({"length": 0}, r"length is 0; it must be at least 1"),
+        ({"batch_size": 200}, r"capacity is 100; a batch of 200 needs a replay of 200 at least"),
+        ({"length": 60}, r"length is 60; a capacity of 100 leaves each of 2 environments 50 steps, .* below 51"),
+        ({"storage": "disk"}, r"storage is 'disk'; it must be 'tensor' or 'memmap'"),
+        ({"storage": "memmap", "device": "cuda"}, r"a 'memmap' storage lies on the CPU, got device 'cuda'"),
+    ],
+)
+def test_numbers_that_make_no_replay(numbers: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Replay(**{"capacity": 100, "num_envs": 2, "batch_size": 4, **numbers})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r[:1], r"2 environments per actor; it takes rollouts \[2, T\], got one of shape \[1, 20\]"),
+        (lambda r: r[:, 0], r"got one of shape \[2\]"),
+        (lambda r: r.exclude("loc"), r"lacks 'loc', which the replay stores"),
+        (lambda r: r.exclude(("next", "observation")), r"lacks \('next', 'observation'\), which the replay stores"),
+        (lambda r: r.exclude(("next", "terminated")), r"lacks \('next', 'terminated'\), which a replay needs"),
+        (lambda r: r.set("extra", torch.zeros(2, 20)), r"has 'extra', which the first one did not have"),
+        (lambda r: r.set("loc", torch.zeros(2, 20, 4)), r"'loc' is torch.float32 \[4\] in the rollout, but .* \[1\]"),
+        (lambda r: r.set("loc", r["loc"].double()), r"'loc' is torch.float64 \[1\] in the rollout, but torch.float32"),
+    ],
+)
+def test_rollouts_that_do_not_fit(change: Any, words: str) -> None:
+    replay, twin = filled(), filled()
+    with pytest.raises(ValueError, match=words):
+        replay.extend(change(Stream(2).rollout(20)))
+    assert (replay.inserted, len(replay)) == (twin.inserted, len(twin))
+    assert (replay.sample() == twin.sample()).all()
+
+
+def test_other_mistakes() -> None:
+    rollout = Stream(2).rollout(20)
+    for missing in ("action", ("next", "reward")):
+        with pytest.raises(ValueError, match=r"lacks .*, which a replay needs"):
+            Replay(100, num_envs=2, batch_size=4).extend(rollout.exclude(missing))
+    with pytest.raises(ValueError, match=r"lacks 'observation', at its root or under 'next'"):
+        Replay(100, num_envs=2, batch_size=4).extend(rollout.exclude(("next", "observation")))
+    with pytest.raises(ValueError, match=r"worker is 1; the replay has lanes for actors 0 to 0"):
+        filled().extend(rollout, worker=1)
+    with pytest.raises(ValueError, match=r"a rollout of 80 steps does not fit the 51 slots"):
+        filled().extend(Stream(2).rollout(80))
+    with pytest.raises(ValueError, match=r"a batch of 4 needs as many steps to begin with; the replay has 0"):
+        Replay(100, num_envs=2, batch_size=4).sample()
+    with pytest.raises(ValueError, match=r"a batch of 90 needs as many steps to begin with; the replay has 40"):
+        filled().sample(90)
+    with pytest.raises(ValueError, match=r"no episode has 20 steps so far, the longest has 9: .* pad=True"):
+        filled(length=20).sample()
+
+
+@pytest.mark.parametrize("order", ["learner first", "actors first", "random"])
+@pytest.mark.parametrize(("ratio", "batch", "chunk"), [(1, 256, 8), (32, 256, 1), (0.1, 64, 250), (7.3, 100, 13)])
+def test_the_ratio_holds_in_any_order(order: str, ratio: float, batch: int, chunk: int) -> None:
+    limiter = SamplesPerInsert(ratio, min_size=1000, ahead=2 * chunk)
+    rng = random.Random(0)
+    most = 0.0
+    while limiter.inserted < max(20_000, 200 * chunk):
+        sides = ["learn", "act"] if order == "learner first" else ["act", "learn"]
+        if order == "random":
+            rng.shuffle(sides)
+        for side in sides:
+            if side == "learn" and limiter.may_sample(batch):
+                limiter.sample(batch)
+            elif side == "act" and limiter.may_insert(chunk):
+                limiter.insert(chunk)
+        assert limiter.may_sample(batch) or limiter.may_insert(chunk)
+        if limiter.inserted >= 1000 + chunk:
+            assert 0 <= limiter.owed < batch + ratio * 2 * chunk + 1
+            most = max(most, float(limiter.owed))
+    assert limiter.sampled / (limiter.inserted - 1000) == pytest.approx(ratio, rel=0.01)
+    if order == "actors first":
+        assert most > 0
+
+
+def test_the_ratio_is_counted_exactly() -> None:
+    limiter = SamplesPerInsert(0.1, min_size=0)
+    for _ in range(30):
+        assert not limiter.may_sample(1)
+        limiter.insert(9)
+        assert not limiter.may_sample(1)
+        limiter.insert(1)
+        assert limiter.may_sample(1)  # ten times a tenth is one
+        limiter.sample(1)
+    assert limiter.owed == 0
+    other = SamplesPerInsert(0.1, min_size=0)
+    other.load_state_dict(limiter.state_dict())
+    assert (other.inserted, other.sampled) == (300, 30)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"ratio": 0.0}, r"ratio is 0.0; it must be above 0 and finite"),
+        ({"ratio": float("inf")}, r"ratio is inf; it must be above 0 and finite"),
+        ({"min_size": -1}, r"min_size is -1; it must be at least 0"),
+        ({"min_size": 2000}, r"min_size is 2000, but the replay holds 1000 steps; it must be 1000 or less"),
+        ({"ratio": 0.1}, r"allows one batch of 256 steps per 2560 inserted ones, .* 1000; raise it to 0.256 at least"),
+    ],
+)
+def test_ratios_that_cannot_hold(numbers: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SamplesPerInsert(**{"ratio": 1.0, "min_size": 100, **numbers}).check(capacity=1000, batch=256)
