@@ -167,9 +167,9 @@ class MPOLoss(MPOBase):
         loc, scale = policy
         noise = torch.randn(self.num_samples, *loc.shape, dtype=loc.dtype, device=loc.device)
         action = loc + ((scale @ noise.unsqueeze(-1)).squeeze(-1) if self._full else scale * noise)
-        found = self._critic_at(self.target("critic"), states, action.clamp(*self.action_bounds))
-        value, estimate = self._pessimist(found)
-        return Proposal(value, estimate.mean(0), action)
+        inside = action.clamp(*self.action_bounds)
+        value, estimate = self._pessimist(self._critic_at(self.target("critic"), states, inside))
+        return Proposal(value, estimate.mean(0), noise, m.action_cost(action, inside))
 
     def _chosen(self, critic: Any, states: States, action: Tensor) -> Tensor:
         return self._critic_at(critic, states, action.clamp(*self.action_bounds))
@@ -186,38 +186,33 @@ class MPOLoss(MPOBase):
         stats: Stats,
     ) -> None:
         """Adds ``loss_policy``, ``loss_dual`` and their diagnostics."""
-        action = proposal.action
-        assert action is not None
-        (loc, spread), (target_loc, target_spread) = online, target
-        log_prob = m.full_log_prob if self._full else m.diagonal_log_prob
-        kl = (m.full_kl if self._full else m.diagonal_kl)(loc, spread, target_loc, target_spread)
-        if not self.per_dimension:
-            kl = m.DecoupledKL(*(part.sum(-1, keepdim=True) for part in kl))
+        noise, cost = proposal.noise, proposal.cost
+        assert noise is not None
+        assert cost is not None
         temperature = self.temperature()
         step = m.e_step(value=proposal.value, temperature=temperature, epsilon=self._epsilon["epsilon"])
         weights, dual = step.weights, step.dual
         if self.penalty_temperature is not None:
-            cost = m.action_cost(action, *self.action_bounds)
             penalty_temperature = self.penalty_temperature()
             penalty = m.e_step(value=cost, temperature=penalty_temperature, epsilon=self._epsilon["epsilon_penalty"])
             weights, dual = weights + penalty.weights, dual + penalty.dual
             out["penalty_temperature"] = penalty_temperature.detach().squeeze()
+        fit, kl = (m.full_m_step if self._full else m.diagonal_m_step)(noise, weights, *online, *target)
+        if not self.per_dimension:
+            kl = m.DecoupledKL(*(part.sum(-1, keepdim=True) for part in kl))
         alpha_mean, alpha_cov = self.alpha_mean(), self.alpha_cov()
         mean = m.kl_penalty(kl=kl.mean, alpha=alpha_mean, epsilon=self._epsilon["epsilon_mean"])
         cov = m.kl_penalty(kl=kl.covariance, alpha=alpha_cov, epsilon=self._epsilon["epsilon_cov"])
-        fit = log_prob(action, loc, target_spread) + log_prob(action, target_loc, spread)
-        out["loss_policy"] = self._reduce(mean.penalty + cov.penalty - (weights * fit).sum(0), stats)
+        out["loss_policy"] = self._reduce(mean.penalty + cov.penalty - fit, stats)
         out["loss_dual"] = self._reduce(dual + mean.dual + cov.dual, stats)
         with torch.no_grad():
             out["temperature"] = temperature.detach().squeeze()
             out["alpha_mean"], out["alpha_cov"] = alpha_mean.detach().mean(), alpha_cov.detach().mean()
             out["kl_improved"] = stats.mean(step.kl)
-            for name, part in zip(("kl_mean", "kl_cov"), kl, strict=True):
-                out[name] = torch.stack([stats.mean(column) for column in part.unbind(-1)]).amax()
-            deviation = spread.square().sum(-1).sqrt() if self._full else spread
-            out["scale"] = stats.mean(deviation.mean(-1))
-            outside = (action.clamp(*self.action_bounds) != action).any(-1).to(loc.dtype)
-            out["out_of_bounds"] = stats.mean(outside.mean(0))
+            out["kl_mean"], out["kl_cov"] = (stats.means(part).amax() for part in kl)
+            scale = online[1].square().sum(-1).sqrt() if self._full else online[1]
+            out["scale"] = stats.mean(scale.mean(-1))
+            out["out_of_bounds"] = stats.mean((cost < 0).to(scale.dtype).mean(0))
 
 
 def _check_gaussian(policy: ProbabilisticTensorDictSequential, covariance: str) -> None:

@@ -30,11 +30,20 @@ TARGETS = ("one_step", "n_step", "retrace")
 
 
 class Proposal(NamedTuple):
-    """S actions tried in R states: ``value`` [S, R]; what the critic ``bootstrap``s from [R] or [R, atoms]; samples."""
+    """S actions tried in R states: ``value`` [S, R]; what the critic ``bootstrap``s from, [R] or [R, atoms].
+
+    Of sampled ones the ``noise`` [S, R, A] they were made of, and their ``cost`` [S, R].
+    """
 
     value: Tensor
     bootstrap: Tensor
-    action: Tensor | None = None
+    noise: Tensor | None = None
+    cost: Tensor | None = None
+
+    def behind(self, size: int) -> Proposal:
+        """Of the states behind the first ``size``."""
+        noise, cost = (None if x is None else x[:, size:] for x in (self.noise, self.cost))
+        return Proposal(self.value[:, size:], self.bootstrap[size:], noise, cost)
 
 
 class MPOBase(OffPolicyLoss):
@@ -168,8 +177,7 @@ class MPOBase(OffPolicyLoss):
         self._add_critic(out, sites, value, stats)
         if at_root:
             states, proposed = sites.root, tuple(x[size:] for x in proposed)
-            action = None if proposal.action is None else proposal.action[:, size:]
-            proposal = proposal._replace(action=action, value=proposal.value[:, size:])
+            proposal = proposal.behind(size)
         online = self._policy_at(self.policy, states)
         self._add_policy(out, online, proposed, proposal, stats)
         return TensorDict(out, [])

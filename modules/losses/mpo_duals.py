@@ -78,10 +78,8 @@ def diagonal_kl(loc: Tensor, scale: Tensor, target_loc: Tensor, target_scale: Te
     Each part is the KL between the target and a normal that differs from it in that part only, as in Acme: the mean
     part is measured by the *target's* variance.
     """
-    mean = 0.5 * ((loc - target_loc.detach()) / target_scale.detach()).square()
-    log_ratio = (scale / target_scale.detach()).log()
-    covariance = 0.5 * ((-2 * log_ratio).exp() - 1) + log_ratio
-    return DecoupledKL(mean, covariance)
+    shift, log_ratio = _diagonal_move(loc, scale, target_loc, target_scale)
+    return DecoupledKL(0.5 * shift.square(), 0.5 * ((-2 * log_ratio).exp() - 1) + log_ratio)
 
 
 def full_kl(loc: Tensor, scale_tril: Tensor, target_loc: Tensor, target_scale_tril: Tensor) -> DecoupledKL:
@@ -92,13 +90,54 @@ def full_kl(loc: Tensor, scale_tril: Tensor, target_loc: Tensor, target_scale_tr
 
     The mean part is measured by the target's covariance, Acme's decoupled form; the paper of 2018 takes the online one.
     """
-    target_tril = target_scale_tril.detach()
-    offset = _solve(target_tril, (loc - target_loc.detach()).unsqueeze(-1))
-    mean = 0.5 * offset.square().sum((-2, -1))
-    ratio = _solve(scale_tril, target_tril)
-    log_det = _log_diagonal(scale_tril) - _log_diagonal(target_tril)
+    shift, ratio, log_det = _full_move(loc, scale_tril, target_loc, target_scale_tril)
     covariance = 0.5 * (ratio.square().sum((-2, -1)) - loc.shape[-1]) + log_det
-    return DecoupledKL(mean.unsqueeze(-1), covariance.unsqueeze(-1))
+    return DecoupledKL(0.5 * shift.square().sum(-1, keepdim=True), covariance.unsqueeze(-1))
+
+
+class MStep(NamedTuple):
+    """``fit`` [*B]: weighted log-likelihood of the samples; ``kl``: how far the policy has moved from the target."""
+
+    fit: Tensor
+    kl: DecoupledKL
+
+
+def diagonal_m_step(
+    noise: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, target_loc: Tensor, target_scale: Tensor
+) -> MStep:
+    """``fit`` = sum_j w_j (log N(a_j; mu, sigma_t) + log N(a_j; mu_t, sigma)) for a_j = mu_t + sigma_t z_j, and the KL.
+
+    The sum over samples depends on them through three moments, so no gradient passes through anything of their size.
+
+    Args:
+        noise: z, ``[S, *B, A]``; constant, as the ``weights`` [S, *B].
+        loc, scale, target_loc, target_scale: [*B, A].
+    """
+    target_scale = target_scale.detach()
+    shift, log_ratio = _diagonal_move(loc, scale, target_loc, target_scale)
+    spread = (-2 * log_ratio).exp()
+    mass = weights.sum(0)
+    first, second = (weights.unsqueeze(-1) * noise).sum(0), (weights.unsqueeze(-1) * noise.square()).sum(0)
+    square = second * (1 + spread) + shift * (mass.unsqueeze(-1) * shift - 2 * first)
+    constant = 2 * target_scale.log().sum(-1) + log_ratio.sum(-1) + math.log(2 * math.pi) * loc.shape[-1]
+    kl = DecoupledKL(0.5 * shift.square(), 0.5 * (spread - 1) + log_ratio)
+    return MStep(-0.5 * square.sum(-1) - mass * constant, kl)
+
+
+def full_m_step(
+    noise: Tensor, weights: Tensor, loc: Tensor, scale_tril: Tensor, target_loc: Tensor, target_scale_tril: Tensor
+) -> MStep:
+    """As :func:`diagonal_m_step` for full covariances, factors [*B, A, A]: a_j = mu_t + L_t z_j."""
+    shift, ratio, log_det = _full_move(loc, scale_tril, target_loc, target_scale_tril)
+    mass, first = weights.sum(0), (weights.unsqueeze(-1) * noise).sum(0)
+    samples = noise.movedim(0, -1)
+    second = (samples * weights.movedim(0, -1).unsqueeze(-2)) @ samples.mT
+    moved = second.diagonal(dim1=-2, dim2=-1) + shift * (mass.unsqueeze(-1) * shift - 2 * first)
+    square = moved.sum(-1) + (ratio * (ratio @ second)).sum((-2, -1))
+    constant = 2 * _log_diagonal(target_scale_tril.detach()) + log_det + math.log(2 * math.pi) * loc.shape[-1]
+    covariance = 0.5 * (ratio.square().sum((-2, -1)) - loc.shape[-1]) + log_det
+    kl = DecoupledKL(0.5 * shift.square().sum(-1, keepdim=True), covariance.unsqueeze(-1))
+    return MStep(-0.5 * square - mass * constant, kl)
 
 
 def diagonal_log_prob(action: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
@@ -115,9 +154,9 @@ def full_log_prob(action: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
     return -0.5 * offset.square().sum(-2).movedim(-1, 0) - constant
 
 
-def action_cost(action: Tensor, low: float, high: float) -> Tensor:
-    """-||a - clip(a, low, high)||_2 over the last dimension: 0 inside the bounds (the norm, not its square)."""
-    return -(action - action.clamp(low, high)).norm(dim=-1)
+def action_cost(action: Tensor, inside: Tensor) -> Tensor:
+    """-||a - clip(a)||_2 over the last dimension, ``inside`` the clipped action: the norm, not its square."""
+    return -(action - inside).norm(dim=-1)
 
 
 def categorical_kl(log_prob: Tensor, target_log_prob: Tensor) -> Tensor:
@@ -165,6 +204,19 @@ class KLPenalty(NamedTuple):
 def kl_penalty(*, kl: Tensor, alpha: Tensor, epsilon: float) -> KLPenalty:
     """The Lagrangian of KL <= epsilon, split by who may learn from it: ``kl`` [*B, D], ``alpha`` [D]; summed over D."""
     return KLPenalty((alpha.detach() * kl).sum(-1), (alpha * (epsilon - kl.detach())).sum(-1))
+
+
+def _diagonal_move(loc: Tensor, scale: Tensor, target_loc: Tensor, target_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(mu - mu_t) / sigma_t and log(sigma / sigma_t)."""
+    target_scale = target_scale.detach()
+    return (loc - target_loc.detach()) / target_scale, (scale / target_scale).log()
+
+
+def _full_move(loc: Tensor, tril: Tensor, target_loc: Tensor, target_tril: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L_t^-1 (mu - mu_t), L^-1 L_t, and log(det L / det L_t)."""
+    target_tril = target_tril.detach()
+    shift = _solve(target_tril, (loc - target_loc.detach()).unsqueeze(-1)).squeeze(-1)
+    return shift, _solve(tril, target_tril), _log_diagonal(tril) - _log_diagonal(target_tril)
 
 
 def _solve(tril: Tensor, right: Tensor) -> Tensor:

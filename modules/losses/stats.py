@@ -32,6 +32,12 @@ class Stats:
         """Scalar, of ``x`` [*B]; 0 where no step is valid."""
         return x.mean() if self._valid is None else self.sum(x) / self._number
 
+    def means(self, x: Tensor) -> Tensor:
+        """[D], of ``x`` [*B, D]."""
+        if self._valid is not None:
+            x = torch.where(self._valid.unsqueeze(-1), x, 0)
+        return x.flatten(0, -2).sum(0) / self._number
+
     def variance(self, x: Tensor) -> Tensor:
         """Scalar, divided by the count."""
         return self.mean((x - self.mean(x)).square())
