@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offtrace.modules.returns.checks import check, computing_dtype, discount, ratio
 from offtrace.modules.returns.recurrence import Rows, backwards, linear_recurrence
-from offtrace.modules.returns.state_values import bootstrapped, discounted
+from offtrace.modules.returns.state_values import bootstrapped, onward
 
 
 @torch.no_grad()
@@ -75,24 +75,21 @@ def _q_rows(
         discounts = None if discounts is None else discounts.to(dtype)
     done = done | terminated
     # whatever stands behind the end of an MDP is not a value
-    delta = bootstrapped(reward, gamma, discounts, next_value.masked_fill(terminated, 0)) - q_value
+    delta = bootstrapped(reward, gamma, discounts, torch.where(terminated, 0, next_value)) - q_value
     if valid is not None:
-        invalid = ~valid
-        done = done | invalid
-        delta = delta.masked_fill(invalid, 0)
-        traces = None if traces is None else traces.masked_fill(invalid, 0)
-    last = None
+        done = done | ~valid
+        delta = torch.where(valid, delta, 0)
+        traces = None if traces is None else torch.where(valid, traces, 0)
+    last = None if carry is None else carry[0]
     if traces is None:
-        decay = discounted((~done).to(dtype), gamma, discounts, trace or 0.0)
-        last = None if carry is None else carry[0]
-        kept: tuple[Tensor, ...] = ()
-    else:
-        following = torch.zeros_like(traces[:1]) if carry is None else carry[1]
-        decay = discounted(torch.cat([traces[1:], following]), gamma, discounts).masked_fill(done, 0)
-        last = None if carry is None else carry[0]
-        kept = (traces[:1],)
-    error = linear_recurrence(delta, decay, last, bounded=trace is not None and abs(trace) <= 1)
-    return (q_value + error,), (error[:1], *kept)
+        assert trace is not None
+        decay = onward(done, gamma, discounts, dtype, trace)
+        error = linear_recurrence(delta, decay, last, bounded=abs(trace) <= 1)
+        return (q_value + error,), (error[:1],)
+    following = torch.cat([traces[1:], torch.zeros_like(traces[:1]) if carry is None else carry[1]])
+    decay = torch.where(done, 0, following * (discounts if gamma is None else gamma))
+    error = linear_recurrence(delta, decay, last, bounded=False)
+    return (q_value + error,), (error[:1], traces[:1])
 
 
 @torch.no_grad()

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from offtrace.modules.returns.checks import check, discount
+from offtrace.modules.returns.checks import check
 from offtrace.modules.returns.recurrence import linear_recurrence
-from offtrace.modules.returns.state_values import discounted
 
 
 @torch.no_grad()
@@ -70,12 +69,11 @@ def contraction_coefficient(*, trace: Tensor, done: Tensor, gamma: float, valid:
 
 def _carried(trace: Tensor, done: Tensor, valid: Tensor | None, gamma: float, from_first: bool) -> Tensor:
     check({"trace": trace}, {"done": done, "valid": valid})
-    number, discounts = discount(gamma, trace)
     if valid is not None:
         done = done | ~valid
         trace = trace.masked_fill(~valid, 0)
     following = trace if from_first else torch.cat([trace[1:], torch.zeros_like(trace[:1])])
-    step = discounted(following, number, discounts).masked_fill(done, 0)
+    step = torch.where(done, 0, gamma * following)
     if from_first:  # the last action's coefficient has nothing left to carry
         step = torch.cat([step[:-1], torch.zeros_like(step[:1])])
     return linear_recurrence(step, step, bounded=False)

@@ -108,22 +108,26 @@ def _vtrace_rows(
             cut = rho.clamp(max=limit)
             clipped[limit] = cut if leak == 1 else leak * cut + (1 - leak) * rho
     bounded = leak == 1 and c_clip * lmbda <= 1 and rho_clip < math.inf
-    delta = clipped[rho_clip] * (bootstrapped(reward, gamma, discounts, next_value) - value)
+    error = bootstrapped(reward, gamma, discounts, next_value) - value
+    delta = clipped[rho_clip] * error
     if valid is not None:
-        delta = delta.masked_fill(~valid, 0)
-    decay = discounted(clipped[c_clip], gamma, discounts, lmbda).masked_fill(done, 0)
+        delta = torch.where(valid, delta, 0)
+    going = onward(done, gamma, discounts, value.dtype)
+    decay = clipped[c_clip] * going
+    if lmbda != 1:
+        decay = decay * lmbda
     if not bounded:
         delta = saturated(delta)
     correction = linear_recurrence(delta, decay, None if carry is None else carry[0], bounded=bounded)
     target = value + correction
     mixed = target if lmbda == 1 else torch.add(value, correction, alpha=lmbda)
     behind = torch.cat([mixed[1:], next_value[-1:] if carry is None else carry[1]])
-    following = torch.where(done, next_value, behind)
-    advantage = clipped[pg_rho_clip] * (bootstrapped(reward, gamma, discounts, following) - value)
+    # the mixture in place of V(x') where the trace goes on; cheaper than to select one of the two
+    advantage = clipped[pg_rho_clip] * torch.addcmul(error, going, behind - next_value)
     if not bounded or pg_rho_clip == math.inf:
         target, advantage = saturated(target), saturated(advantage)
     if valid is not None:
-        advantage = advantage.masked_fill(~valid, 0)
+        advantage = torch.where(valid, advantage, 0)
     return (target, advantage), (correction[:1], mixed[:1])
 
 
@@ -167,8 +171,8 @@ def _gae_rows(
     value, reward, next_value, _, done, valid, discounts = _prepared(rows)
     delta = bootstrapped(reward, gamma, discounts, next_value) - value
     if valid is not None:
-        delta = delta.masked_fill(~valid, 0)
-    decay = discounted((~done).to(value.dtype), gamma, discounts, lmbda)
+        delta = torch.where(valid, delta, 0)
+    decay = onward(done, gamma, discounts, value.dtype, lmbda)
     advantage = linear_recurrence(delta, decay, None if carry is None else carry[0])
     return (value + advantage, advantage), (advantage[:1],)
 
@@ -235,7 +239,7 @@ def n_step_return(
         behind = torch.where(stops, next_value, torch.cat([out[1:], next_value[-1:]]))
         out = bootstrapped(reward, number, discounts, behind)
     if valid is not None:
-        out = out.masked_fill(~valid, 0)
+        out = torch.where(valid, out, 0)
     return out.to(dtype)
 
 
@@ -247,12 +251,15 @@ def bootstrapped(reward: Tensor, gamma: float | None, discounts: Tensor | None, 
     return torch.addcmul(reward, discounts, value)
 
 
-def discounted(x: Tensor, gamma: float | None, discounts: Tensor | None, factor: float = 1.0) -> Tensor:
-    """factor gamma x."""
+def onward(
+    done: Tensor, gamma: float | None, discounts: Tensor | None, dtype: torch.dtype, factor: float = 1.0
+) -> Tensor:
+    """factor gamma where the trace goes on, else 0."""
     if gamma is not None:
-        return x * (gamma * factor)
+        # a plain number would give torch's default dtype
+        return torch.where(done, 0.0, torch.full((), gamma * factor, dtype=dtype, device=done.device))
     assert discounts is not None
-    return x * discounts * factor
+    return torch.where(done, 0.0, discounts * factor)
 
 
 def saturated(x: Tensor) -> Tensor:
@@ -273,10 +280,10 @@ def _prepared(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     done = done | terminated
     if valid is not None:
         invalid = ~valid
-        reward = reward.masked_fill(invalid, 0)
-        log_rho = None if log_rho is None else log_rho.masked_fill(invalid, 0)
+        reward = torch.where(valid, reward, 0)
+        log_rho = None if log_rho is None else torch.where(valid, log_rho, 0)
         unknown = terminated | invalid
         done = done | invalid
     # whatever stands behind the end of an MDP is not a value
-    next_value = next_value.masked_fill(unknown, 0)
+    next_value = torch.where(unknown, 0, next_value)
     return value, reward, next_value, log_rho, done, valid, discounts

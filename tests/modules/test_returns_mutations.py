@@ -84,13 +84,13 @@ MUTATIONS = {
     "no termination": (vtrace_error, state_values, "unknown = terminated | invalid", "unknown = invalid"),
     "done used for terminated": (vtrace_error, state_values, "unknown = terminated | invalid", "unknown = done"),
     "terminated used for done": (vtrace_error, state_values, "    done = done | terminated", "    done = terminated"),
-    "trace with the clip of rho": (vtrace_error, state_values, "clipped[c_clip], gamma", "clipped[rho_clip], gamma"),
+    "trace with the clip of rho": (vtrace_error, state_values, "clipped[c_clip] * going", "clipped[rho_clip] * going"),
     "no ratio in the TD error": (
-        vtrace_error, state_values, "clipped[rho_clip] * (boot", "torch.ones_like(rho) * (boot",
+        vtrace_error, state_values, "clipped[rho_clip] * error", "torch.ones_like(rho) * error",
     ),
     "shifted successor": (vtrace_error, state_values, "torch.cat([mixed[1:],", "torch.cat([mixed[:-1],"),
     "the next episode's target": (
-        vtrace_error, state_values, "where(done, next_value, behind)", "where(done & False, next_value, behind)",
+        vtrace_error, state_values, "torch.addcmul(error, going,", "torch.addcmul(error, 0 * going + 0.9,",
     ),
     "mixture without lambda": (
         vtrace_error, state_values, "target if lmbda == 1 else", "target if lmbda else",
@@ -99,10 +99,10 @@ MUTATIONS = {
     "n steps over an end": (n_step_error, state_values, "stops = done | ", "stops = terminated | "),
     "one step too many": (n_step_error, state_values, "range(min(n, len(reward)) - 1)", "range(min(n, len(reward)))"),
     "over unknown steps": (n_step_error, state_values, "~valid[1:]", "valid[1:] & False"),
-    "first action re-weighted": (q_error, action_values, "torch.cat([traces[1:], following])", "traces"),
-    "bootstrap behind the end": (q_error, action_values, "next_value.masked_fill(terminated, 0)", "next_value"),
+    "first action re-weighted": (q_error, action_values, "following * (", "traces * ("),
+    "bootstrap behind the end": (q_error, action_values, "torch.where(terminated, 0, next_value)", "next_value"),
     "done used for terminated, Q": (
-        q_error, action_values, "next_value.masked_fill(terminated, 0)", "next_value.masked_fill(done, 0)",
+        q_error, action_values, "torch.where(terminated, 0, next_value)", "torch.where(done, 0, next_value)",
     ),
     "trace over a truncation": (q_error, action_values, "    done = done | terminated", "    done = terminated"),
     "Retrace with pi and mu swapped": (q_error, action_values, "log_rho.clamp(max=0)", "(-log_rho).clamp(max=0)"),
