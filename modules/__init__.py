@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from offtrace.modules.collectors import make_collector as make_collector
     from offtrace.modules.envs.make import make_env as make_env
+    from offtrace.modules.estimators import ImportanceSampling as ImportanceSampling
+    from offtrace.modules.estimators import LambdaReturn as LambdaReturn
+    from offtrace.modules.estimators import QLambda as QLambda
+    from offtrace.modules.estimators import Retrace as Retrace
+    from offtrace.modules.estimators import TreeBackup as TreeBackup
     from offtrace.modules.estimators import VTrace as VTrace
     from offtrace.modules.losses import DiscreteSACLoss as DiscreteSACLoss
     from offtrace.modules.losses import ImpalaLoss as ImpalaLoss
@@ -24,9 +29,14 @@ if TYPE_CHECKING:
 _MODULE = {
     "DiscreteSACLoss": "losses",
     "ImpalaLoss": "losses",
+    "ImportanceSampling": "estimators",
+    "LambdaReturn": "estimators",
+    "QLambda": "estimators",
     "Replay": "replay",
+    "Retrace": "estimators",
     "SACLoss": "losses",
     "SACv1Loss": "losses",
+    "TreeBackup": "estimators",
     "VTrace": "estimators",
     "build_actor": "networks",
     "build_critic": "networks",

@@ -5,7 +5,9 @@ Every scalar return is the linear recurrence ``y_t = b_t + a_t y_{t+1}``, writte
 """
 
 from offtrace.modules.returns.action_values import (
+    TraceName,
     importance_trace,
+    make_trace,
     q_lambda_trace,
     q_return,
     retrace_trace,
@@ -29,6 +31,7 @@ from offtrace.modules.returns.state_values import (
 
 __all__ = [
     "GAEOutput",
+    "TraceName",
     "VTraceOutput",
     "categorical_projection",
     "clipped_fraction",
@@ -38,6 +41,7 @@ __all__ = [
     "gae",
     "importance_trace",
     "lambda_return",
+    "make_trace",
     "mean_trace_length",
     "n_step_return",
     "q_lambda_trace",

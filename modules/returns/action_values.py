@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -90,6 +91,32 @@ def _q_rows(
     decay = torch.where(done, 0, following * (discounts if gamma is None else gamma))
     error = linear_recurrence(delta, decay, last, bounded=False)
     return (q_value + error,), (error[:1], traces[:1])
+
+
+TraceName = Literal["retrace", "importance_sampling", "tree_backup", "q_lambda"]
+
+
+def make_trace(
+    name: TraceName, *, log_rho: Tensor | None, log_pi: Tensor | None, lmbda: float = 1.0, action_dim: int = 1
+) -> Tensor | float:
+    """The trace coefficients of the estimator ``name``; what it does not need may be None.
+
+    Raises:
+        ValueError: on an unknown name, or log-probabilities that are needed and missing.
+    """
+    if name == "q_lambda":
+        return lmbda
+    if name == "tree_backup":
+        if log_pi is None:
+            raise ValueError("tree_backup needs log_pi")
+        return tree_backup_trace(log_pi=log_pi, lmbda=lmbda)
+    if name not in ("retrace", "importance_sampling"):
+        raise ValueError(f"name must be one of {get_args(TraceName)}, got {name!r}")
+    if log_rho is None:
+        raise ValueError(f"{name} needs log_rho")
+    if name == "retrace":
+        return retrace_trace(log_rho=log_rho, lmbda=lmbda, action_dim=action_dim)
+    return importance_trace(log_rho=log_rho, lmbda=lmbda)
 
 
 @torch.no_grad()

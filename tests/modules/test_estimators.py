@@ -1,4 +1,4 @@
-"""The V-trace estimator: it uses the batch's actions, alone and inside TorchRL's losses."""
+"""The estimators of state values: V-trace uses the batch's actions, alone and inside TorchRL's losses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import A2CLoss, ClipPPOLoss
 
-from offtrace.modules import VTrace
-from offtrace.modules.returns import vtrace
+from offtrace.modules import LambdaReturn, VTrace
+from offtrace.modules.returns import gae, vtrace
 
 B, T, A = 3, 7, 4
 
@@ -122,6 +122,35 @@ def test_inside_torchrls_losses(kind: Any, renamed: bool) -> None:
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in loss.actor_network_params.parameters())
 
 
+def test_the_lambda_return_takes_the_place_of_vtrace() -> None:
+    actor, critic = networks()
+    data = rollout()
+    with torch.no_grad():
+        value, following = (
+            critic.module(x).transpose(0, 1) for x in (data["observation"], data["next", "observation"])
+        )
+    ends = {name: data["next", name].transpose(0, 1) for name in ("reward", "terminated", "done")}
+    expected = gae(value=value, next_value=following, **ends, gamma=0.9, lmbda=0.8)
+    out = LambdaReturn(gamma=0.9, lmbda=0.8, value_network=critic, actor_network=actor)(
+        data.clone().exclude("action_log_prob", "action")
+    )
+    torch.testing.assert_close(out["advantage"], expected.advantage.transpose(0, 1))
+    torch.testing.assert_close(out["value_target"], expected.target.transpose(0, 1))
+
+
+@pytest.mark.parametrize("kind", [A2CLoss, ClipPPOLoss])
+def test_the_lambda_return_inside_torchrls_losses(kind: Any) -> None:
+    actor, critic = networks()
+    data = rollout()
+    loss = kind(actor, critic)
+    loss.make_value_estimator(LambdaReturn(gamma=0.9, lmbda=0.8, value_network=critic))
+    given = LambdaReturn(gamma=0.9, lmbda=0.8, value_network=critic)(data.clone())
+    ours, expected = loss(data.clone()), loss(given)
+    for name in expected.keys():  # noqa: SIM118 - a TensorDict
+        if name.startswith("loss_"):
+            torch.testing.assert_close(ours[name], expected[name])
+
+
 def test_time_may_be_any_dimension() -> None:
     actor, critic = networks()
     data = rollout()
@@ -153,6 +182,8 @@ def test_bad_input_is_named() -> None:
         ({"gamma": 1.5}, "gamma must be in"),
         ({"gamma": 0.9, "lmbda": -0.1}, "lmbda must be in"),
         ({"gamma": 0.9, "c_clip": 2.0}, "c_clip must be above 0 and at most rho_clip, 1.0, got 2.0"),
+        ({"gamma": 0.9, "leak": 2.0}, "leak must be in"),
+        ({"gamma": 0.9, "pg_rho_clip": 0.0}, "pg_rho_clip must be above 0, got 0.0"),
     ):
         with pytest.raises(ValueError, match=words):
             VTrace(**options)
@@ -160,3 +191,11 @@ def test_bad_input_is_named() -> None:
     data["next", "reward"][0, 0] = torch.inf
     with pytest.raises(ValueError, match="reward must be finite, got 1 entries"):
         VTrace(gamma=0.9, value_network=critic, actor_network=actor, validate=True)(data)
+    data = rollout()
+    data["action_log_prob"][0, 0] = 0.5
+    with pytest.raises(ValueError, match="action_log_prob is the log-probability of a discrete action and must not be"):
+        VTrace(gamma=0.9, value_network=critic, actor_network=actor, validate=True)(data)
+    data = rollout()
+    data["target_log_prob"] = torch.ones(B, T)
+    with pytest.raises(ValueError, match="target_log_prob is the log-probability of a discrete action and must not be"):
+        VTrace(gamma=0.9, value_network=critic, validate=True)(data)

@@ -1,0 +1,153 @@
+"""What the estimators share: keys, networks, log-probabilities, checks of values."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.objectives.value import ValueEstimatorBase
+
+from offtrace.modules import keys as k
+
+
+class ReturnEstimator(ValueEstimatorBase):
+    """A TorchRL value estimator over a pure function of :mod:`offtrace.modules.returns`.
+
+    Subclasses say which function; here stand the entries, all renamed by ``set_keys``, and who provides them: a network
+    that is given is called, what is not given is read from the TensorDict.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        # listed in full: TorchRL accepts only names that stand in this class itself
+        advantage: Any = k.ADVANTAGE
+        value_target: Any = k.VALUE_TARGET
+        value: Any = k.VALUE
+        reward: Any = k.REWARD
+        done: Any = k.DONE
+        terminated: Any = k.TERMINATED
+        steps_to_next_obs: Any = "steps_to_next_obs"
+        sample_log_prob: Any = k.LOG_PROB
+        action: Any = k.ACTION
+        pre_tanh: Any = k.PRE_TANH
+        target_log_prob: Any = k.TARGET_LOG_PROB
+        chosen_action_value: Any = k.CHOSEN_ACTION_VALUE
+        state_action_value: Any = k.STATE_ACTION_VALUE
+        action_value: Any = k.ACTION_VALUE
+        valid: Any = k.VALID
+
+    default_keys = _AcceptedKeys
+
+    def __init__(
+        self,
+        *,
+        gamma: float,
+        value_network: TensorDictModuleBase | None,
+        actor_network: TensorDictModuleBase | None,
+        validate: bool,
+        **unit_interval: float,
+    ) -> None:
+        for name, number in {"gamma": gamma, **unit_interval}.items():
+            if not 0 <= number <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {number}")
+        super().__init__(value_network=value_network)
+        self.gamma = gamma
+        # not a submodule: the loss that uses this estimator owns the actor
+        self.__dict__["actor_network"] = actor_network
+        self.validate = validate
+
+    def value_estimate(
+        self, tensordict: TensorDictBase, target_params: TensorDictBase | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The value target alone, ``[*B, T, 1]``; ``tensordict`` stays as it is."""
+        out = self.forward(tensordict.clone(False), params=target_params, target_params=target_params)
+        return out.get(self.tensor_keys.value_target)
+
+    def _ends(self, tensordict: TensorDictBase, dim: int, like: Tensor) -> dict[str, Any]:
+        """Reward, masks and discount as the functions take them, time first."""
+        names = self.tensor_keys
+        valid = tensordict.get(names.valid, None)
+        reward = self._entry(tensordict, (k.NEXT, names.reward))
+        if self.validate:
+            self._check_finite(valid, reward=reward)
+        return {
+            "reward": reward.transpose(0, dim),
+            "terminated": self._entry(tensordict, (k.NEXT, names.terminated)).transpose(0, dim),
+            "done": self._entry(tensordict, (k.NEXT, names.done)).transpose(0, dim),
+            "gamma": self.gamma,
+            "valid": None if valid is None else valid.view_as(like).transpose(0, dim),
+        }
+
+    @torch.no_grad()
+    def _state_value(self, tensordict: TensorDictBase, params: TensorDictBase | None) -> Tensor:
+        """V(x), ``[*B, T, 1]``."""
+        network = self.value_network
+        if network is None:
+            return self._entry(tensordict, self.tensor_keys.value, "value_network").detach()
+        inputs = tensordict.select(*network.in_keys)
+        with _with(params, network):
+            return network(inputs).get(self.tensor_keys.value)
+
+    @torch.no_grad()
+    def _target_log_prob(self, tensordict: TensorDictBase, like: Tensor) -> Tensor:
+        """log pi of the batch's actions, in the shape of ``like``."""
+        names, actor = self.tensor_keys, self.actor_network
+        if actor is None:
+            found = self._entry(tensordict, names.target_log_prob, "actor_network")
+        else:
+            dist = actor.get_dist(tensordict.select(*actor.in_keys))
+            pre_tanh = tensordict.get(names.pre_tanh, None)
+            if pre_tanh is not None and hasattr(dist, "log_prob_pre_tanh"):
+                found = dist.log_prob_pre_tanh(pre_tanh)
+            else:
+                found = dist.log_prob(self._entry(tensordict, names.action))
+        found = found.detach().view_as(like)
+        if self.validate:
+            self._check_probability(tensordict, "target_log_prob", found)
+        return found
+
+    def _log_rho(self, tensordict: TensorDictBase, log_pi: Tensor) -> Tensor:
+        """log pi - log mu, in the shape of ``log_pi``."""
+        behaviour = tensordict.get(self.tensor_keys.sample_log_prob, None)
+        if behaviour is None:
+            raise KeyError(f"{self.tensor_keys.sample_log_prob!r}, the behaviour policy's log-probability, is missing")
+        log_rho = log_pi - behaviour.view_as(log_pi)
+        if self.validate:
+            self._check_probability(tensordict, "action_log_prob", behaviour)
+            self._check_finite(tensordict.get(self.tensor_keys.valid, None), log_rho=log_rho)
+        return log_rho
+
+    def _entry(self, tensordict: TensorDictBase, key: Any, network: str | None = None) -> Tensor:
+        found = tensordict.get(key, None)
+        if found is None:
+            hint = "" if network is None else f", and there is no {network} to compute it with"
+            raise KeyError(f"{key!r} is missing{hint}")
+        return found
+
+    def _discrete(self, tensordict: TensorDictBase) -> bool:
+        action = tensordict.get(self.tensor_keys.action, None)
+        return action is not None and not action.is_floating_point()
+
+    def _check_probability(self, tensordict: TensorDictBase, name: str, log_prob: Tensor) -> None:
+        if self._discrete(tensordict) and bool((log_prob > 1e-6).any()):
+            raise ValueError(
+                f"{name} is the log-probability of a discrete action and must not be above 0, "
+                f"got {float(log_prob.max()):g}"
+            )
+
+    def _check_finite(self, valid: Tensor | None, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            bad = ~torch.isfinite(tensor)
+            if valid is not None:
+                bad = bad & valid.view_as(tensor)
+            if bool(bad.any()):
+                raise ValueError(f"{name} must be finite, got {int(bad.sum())} entries that are not")
+
+
+def _with(params: TensorDictBase | None, network: TensorDictModuleBase) -> AbstractContextManager[Any]:
+    return nullcontext() if params is None else params.to_module(network)
