@@ -113,7 +113,7 @@ class Lanes:
         # run[n, t]: steps of the run that ends at t, t included
         breaks = np.zeros_like(valid)
         breaks[:, 1:] = ended[:, :-1] | ~valid[:, :-1]
-        carried_on = np.where(lead | ~was_open, 0, carried)
+        carried_on = np.where(lead, 0, carried)
         time = np.arange(steps)
         last_break = np.maximum.accumulate(np.where(breaks, time, -carried_on[:, None]), 1)
         run = time - last_break + 1

@@ -128,19 +128,19 @@ class VectorEnv(EnvBase):
         if mask is None or self._successor is None:
             observation, self._mask = self._guard(self._start)
             mask = torch.ones_like(self._false)
-            self._ended.fill_(True)
+            self._ended = torch.ones_like(self._ended)
         else:
             observation = self._following()
             mask = mask.view(-1, 1)
         fresh = mask & self._ended
-        self._sums.masked_fill_(fresh, 0)
-        self._lengths.masked_fill_(fresh, 0)
+        self._sums = self._sums.masked_fill(fresh, 0)  # in place it would change what was given away
+        self._lengths = self._lengths.masked_fill(fresh, 0)
         self._ended = self._ended & ~mask
         self._successor = observation
         out = {
             k.OBSERVATION: observation,
             k.IS_INIT: mask.clone(),
-            **self._sums_so_far(self._false),
+            **self._sums_so_far(self._false.clone()),
             **{key: self._false.clone() for key in (k.DONE, k.TERMINATED, k.TRUNCATED)},
         }
         if self.last_step:
@@ -157,8 +157,9 @@ class VectorEnv(EnvBase):
         self._steps += 1
         result = self._guard(self._advance, action)
         reward = result.reward.view(-1, 1)
-        self._check(k.REWARD, reward)
-        self._check(k.OBSERVATION, result.observation)
+        if not self.fallible:  # those drop the episode instead, and have looked
+            self._check(k.REWARD, reward)
+            self._check(k.OBSERVATION, result.observation)
         terminated, truncated = result.terminated.view(-1, 1), result.truncated.view(-1, 1)
         self._sums = self._sums + reward
         self._lengths = self._lengths + 1
@@ -186,9 +187,9 @@ class VectorEnv(EnvBase):
 
     def _sums_so_far(self, ended: Tensor) -> dict[str, Tensor]:
         return {
-            k.EPISODE_REWARD: self._sums.clone(),
-            k.EPISODE_LENGTH: self._lengths.clone(),
-            k.EPISODE_END: ended.clone(),
+            k.EPISODE_REWARD: self._sums,
+            k.EPISODE_LENGTH: self._lengths,
+            k.EPISODE_END: ended,
         }
 
     def _drop(self, index: int, reason: str) -> None:
