@@ -58,13 +58,13 @@ def first_window(batch: Batch, *, gamma: float, n: int) -> Window:
     inside = torch.cat([torch.ones_like(done[:, :1]), ~(done | terminated)[:, :-1]], 1)
     if batch.valid is not None:
         inside = inside & batch.valid[:, :n]
-    weight = inside.to(reward.dtype).cumprod(1)
-    length = weight.sum(1)
-    last = (length - 1).clamp(min=0).long()
-    bootstraps = ~terminated.gather(1, last.unsqueeze(1)).squeeze(1)
-    powers = gamma ** torch.arange(reward.shape[1], dtype=reward.dtype, device=reward.device)
-    total = (powers * reward.masked_fill(weight == 0, 0)).sum(1)
-    return Window(total, gamma**length * bootstraps, bootstraps, last)
+        reward = reward.masked_fill(~batch.valid[:, :n], 0)
+    inside = inside.cumprod(1)
+    length = inside.sum(1)
+    powers = gamma ** torch.arange(reward.shape[1] + 1, dtype=reward.dtype, device=reward.device)
+    total = (reward * inside) @ powers[:-1]
+    bootstraps = ~(terminated & (inside > 0)).any(1)
+    return Window(total, powers[length] * bootstraps, bootstraps, (length - 1).clamp(min=0))
 
 
 def read_sites(
