@@ -12,8 +12,10 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tensordict import TensorDict
-from torch import Tensor
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
 
+from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.replay import DamagedReplay, Replay, SamplesPerInsert
 
@@ -369,6 +371,23 @@ def test_every_entry_of_the_state_is_stored_once() -> None:
             assert torch.equal(row[key], same[key])
         for key in [*wanted, ("reward",), ("truncated",)]:
             assert torch.equal(row[("next", *key)], same[("next", *key)])
+
+
+def test_rollouts_of_a_collector_join() -> None:
+    """Episodes of 20 steps in rollouts of 8: whole in the replay, with all that collector and environment write."""
+    policy = TensorDictModule(nn.Linear(5, 1), in_keys=["observation"], out_keys=["action"])
+    env_fn = lambda seed: make_env("cartpole-swingup", 2, seed=seed, time_limit=0.2)  # noqa: E731
+    replay = Replay(200, num_envs=2, batch_size=4, length=20)
+    with make_collector(env_fn, policy, frames_per_batch=16, num_workers=0) as collector:
+        for _ in range(10):
+            replay.extend(next(collector))
+    assert replay.num_starts == 2 * 4  # one in each episode of the 80 steps
+    batch = replay.sample()
+    assert batch["next", "truncated"][:, :, 0].tolist() == [[*[False] * 19, True]] * 4
+    assert batch["is_init"][:, :, 0].tolist() == [[True, *[False] * 19]] * 4
+    with torch.no_grad():
+        torch.testing.assert_close(batch["action"], policy.module(batch["observation"]))
+    assert set(batch.keys()) == {"observation", "action", "is_init", "policy_version", "next"}
 
 
 def test_memory_of_a_step() -> None:
