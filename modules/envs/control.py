@@ -118,10 +118,10 @@ class ControlEnv(VectorEnv):
 
     def _start(self) -> tuple[Tensor | TensorDictBase, None]:
         self._current = np.empty_like(self._current)
-        self._final_frame = None
         for index in range(len(self._simulators)):
             self._restart(index, self._current[index], again=self._started)
         self._started = True
+        self._final_frame = None
         return self._shaped(self._current), None
 
     def _advance(self, action: Tensor) -> StepResult:

@@ -171,6 +171,8 @@ def test_pictures_for_a_video_show_the_end_of_an_episode() -> None:
     state["action"] = torch.zeros(2, 1)
     env.step_and_maybe_reset(state)
     np.testing.assert_array_equal(env.render(), env._simulators[0].physics.render(240, 320, camera_id=0))
+    env.reset()
+    np.testing.assert_array_equal(env.render(), env._simulators[0].physics.render(240, 320, camera_id=0))
 
 
 def test_without_a_renderer_states_work_and_images_say_what_is_missing() -> None:
