@@ -219,13 +219,14 @@ class Failing:
             return found
 
         def get_reward(physics: Any) -> float:
-            return float("inf") if calls[0] == 5 and how == "reward" else reward(physics)
+            return float("inf") if calls[0] == 5 and how in ("reward", "terminal") else reward(physics)
 
         task.before_step, task.get_reward, task.get_observation = before_step, get_reward, get_observation
+        task.get_termination = lambda physics: 0.0 if calls[0] == 5 and how == "terminal" else None
         return env
 
 
-@pytest.mark.parametrize("how", ["raise", "diverge", "observation", "reward"])
+@pytest.mark.parametrize("how", ["raise", "diverge", "observation", "reward", "terminal"])
 def test_a_failing_simulator_drops_the_episode_and_goes_on(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

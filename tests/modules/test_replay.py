@@ -485,6 +485,19 @@ def test_the_ratio_holds_in_any_order(order: str, ratio: float, batch: int, chun
         assert most > 0
 
 
+@pytest.mark.parametrize(("ratio", "batch", "chunk", "ahead"), [(4, 256, 8, 0), (4, 256, 8, 64), (0.5, 32, 100, 0)])
+def test_neither_side_runs_away_while_the_other_sleeps(ratio: float, batch: int, chunk: int, ahead: int) -> None:
+    limiter = SamplesPerInsert(ratio, min_size=500, ahead=ahead)
+    limiter.may_sample(batch)
+    for _ in range(50):
+        while limiter.may_insert(chunk):
+            limiter.insert(chunk)
+        assert batch <= limiter.owed < batch + ratio * max(chunk, ahead)
+        while limiter.may_sample(batch):
+            limiter.sample(batch)
+        assert 0 <= limiter.owed < batch
+
+
 def test_the_ratio_is_counted_exactly() -> None:
     limiter = SamplesPerInsert(0.1, min_size=0)
     for _ in range(30):
