@@ -6,6 +6,16 @@ from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
+from offtrace.modules.losses.updates import FastSoftUpdate
 from offtrace.modules.losses.vmpo import VMPOLoss
 
-__all__ = ["DiscreteMPOLoss", "DiscreteSACLoss", "ImpalaLoss", "MPOLoss", "SACLoss", "SACv1Loss", "VMPOLoss"]
+__all__ = [
+    "DiscreteMPOLoss",
+    "DiscreteSACLoss",
+    "FastSoftUpdate",
+    "ImpalaLoss",
+    "MPOLoss",
+    "SACLoss",
+    "SACv1Loss",
+    "VMPOLoss",
+]

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 
 from offtrace.modules import keys as k
 from offtrace.modules.losses.mpo_states import Sites, States
-from offtrace.modules.losses.soft import Network, SoftLoss, call, entropy_target, least
+from offtrace.modules.losses.soft import Network, SoftLoss, entropy_target, evaluate, least
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.networks.control_heads import TanhNormal
 
@@ -105,7 +105,7 @@ class SACLoss(SoftLoss):
         self.num_samples = num_samples
 
     def _values(self, critic: Network, states: States, action: Tensor | None) -> Tensor:
-        return call(critic, self.critic.in_keys, states, action).get(self.critic_key)
+        return evaluate(critic, self.critic_key, states, action)
 
     def _chosen(self, values: Tensor, action: Tensor) -> Tensor:
         return values

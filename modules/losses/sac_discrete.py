@@ -11,7 +11,7 @@ from torch.distributions import Categorical, Distribution
 
 from offtrace.modules import keys as k
 from offtrace.modules.losses.mpo_states import Sites, States
-from offtrace.modules.losses.soft import Network, SoftLoss, call, entropy_target, least
+from offtrace.modules.losses.soft import Network, SoftLoss, entropy_target, evaluate, least
 from offtrace.modules.losses.stats import Stats
 
 
@@ -84,7 +84,7 @@ class DiscreteSACLoss(SoftLoss):
         )
 
     def _values(self, critic: Network, states: States, action: Tensor | None) -> Tensor:
-        return call(critic, self.critic.in_keys, states).get(self.critic_key)
+        return evaluate(critic, self.critic_key, states)
 
     def _chosen(self, values: Tensor, action: Tensor) -> Tensor:
         index = action.long().view(-1, 1, 1).expand(-1, values.shape[1], 1)

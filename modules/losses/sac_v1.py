@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 from offtrace.modules import keys as k
 from offtrace.modules.losses.mpo_states import Sites, States
 from offtrace.modules.losses.sac import _check_actor, sample
-from offtrace.modules.losses.soft import Network, SoftLoss, call, least
+from offtrace.modules.losses.soft import Network, SoftLoss, evaluate, least
 from offtrace.modules.losses.stats import Stats
 
 
@@ -85,13 +85,13 @@ class SACv1Loss(SoftLoss):
         self.out_keys = ["loss_value", *self.out_keys]
 
     def _values(self, critic: Network, states: States, action: Tensor | None) -> Tensor:
-        return call(critic, self.critic.in_keys, states, action).get(self.critic_key)
+        return evaluate(critic, self.critic_key, states, action)
 
     def _chosen(self, values: Tensor, action: Tensor) -> Tensor:
         return values
 
     def _state_value(self, states: States, alpha: Tensor) -> Tensor:
-        return call(self.target("value"), self.value.in_keys, states).get(k.VALUE).squeeze(-1)
+        return evaluate(self.target("value"), k.VALUE, states).squeeze(-1)
 
     def _improve(
         self, out: dict[str, Tensor], policy: Distribution, sites: Sites, values: Tensor, alpha: Tensor, stats: Stats
@@ -102,6 +102,6 @@ class SACv1Loss(SoftLoss):
         out["loss_actor"] = self._reduce(log_prob - (smallest if self.actor_value == "min" else found[:, 0]), stats)
         with torch.no_grad():
             target = smallest - log_prob
-        value = call(self.value, self.value.in_keys, sites.root).get(k.VALUE).squeeze(-1)
+        value = evaluate(self.value, k.VALUE, sites.root).squeeze(-1)
         out["loss_value"] = 0.5 * self._reduce((value - target).square(), stats)
         return log_prob.detach()

@@ -162,13 +162,14 @@ class SoftLoss(OffPolicyLoss):
         error = chosen - target.unsqueeze(-1)
         out["loss_critic"] = 0.5 * self._reduce(error.square().sum(-1), stats)
         log_prob = self._improve(out, policy, sites, values, alpha, stats)
+        out["entropy"] = entropy = -stats.mean(log_prob)
         if self.learn_alpha:
             coefficient = self.log_alpha.exp() if self.alpha_loss == "alpha" else self.log_alpha
-            out["loss_alpha"] = -coefficient * self._reduce(log_prob + self.target_entropy, stats)
+            weight = stats.count if self.reduction == "sum" else stats.count.clamp(max=1)
+            out["loss_alpha"] = coefficient * ((entropy - self.target_entropy) * weight)
         with torch.no_grad():
-            out["entropy"] = -stats.mean(log_prob)
-            out["q_value"] = stats.mean(chosen.mean(-1))
-            out["td_error"] = stats.mean(error.abs().mean(-1))
+            out["q_value"] = stats.mean(chosen)
+            out["td_error"] = stats.mean(error.abs())
         return TensorDict(out, [])
 
     # what subclasses define
@@ -192,7 +193,10 @@ class SoftLoss(OffPolicyLoss):
 
     # what they share
     def _policy(self, states: States) -> Distribution:
-        return self.actor.get_dist(_state_dict(states, self.actor.in_keys))
+        keys = self.actor.in_keys
+        if hasattr(self.actor, "distribution_at"):
+            return self.actor.distribution_at(states[keys[0]])
+        return self.actor.get_dist(TensorDict({key: states[key] for key in keys}, states[keys[0]].shape[:1]))
 
     def _reduce(self, x: Tensor, stats: Stats) -> Tensor:
         return stats.sum(x) if self.reduction == "sum" else stats.mean(x)
@@ -255,7 +259,7 @@ class SoftLoss(OffPolicyLoss):
 
 def least(values: Tensor) -> Tensor:
     """The smallest of K values [*, K], [*]."""
-    return values.squeeze(-1) if values.shape[-1] == 1 else values.amin(-1)
+    return values.squeeze(-1) if values.shape[-1] == 1 else values.min(-1).values
 
 
 def entropy_target(given: float | str, auto: float) -> float:
@@ -267,12 +271,15 @@ def entropy_target(given: float | str, auto: float) -> float:
     return given
 
 
-def _state_dict(states: States, keys: list[Any], **extra: Tensor) -> TensorDict:
-    found = {key: states[key] for key in keys if key in states}
-    found.update(extra)
-    return TensorDict(found, next(iter(states.values())).shape[:1])
+def evaluate(network: Any, key: str, states: States, action: Tensor | None = None) -> Tensor:
+    """What ``network`` writes under ``key`` for ``states`` [M] and, where it reads one, ``action`` [M, A].
 
-
-def call(network: Network, keys: list[Any], states: States, action: Tensor | None = None) -> TensorDictBase:
-    """The output of ``network`` for ``states`` [M] and, where given, ``action`` [M, ...]."""
-    return network(_state_dict(states, keys) if action is None else _state_dict(states, keys, action=action))
+    The networks of this package are called on tensors: a TensorDict costs as much as one of their smaller layers.
+    """
+    keys = network.in_keys
+    if hasattr(network, "values"):
+        return network.values(states[keys[0]], *(() if action is None else (action,)))
+    found = {name: states[name] for name in keys if name in states}
+    if action is not None:
+        found[k.ACTION] = action
+    return network(TensorDict(found, next(iter(found.values())).shape[:1])).get(key)

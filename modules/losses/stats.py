@@ -29,8 +29,10 @@ class Stats:
         return x.sum() if self._valid is None else torch.where(self._valid, x, 0).sum()
 
     def mean(self, x: Tensor) -> Tensor:
-        """Scalar, of ``x`` [*B]; 0 where no step is valid."""
-        return x.mean() if self._valid is None else self.sum(x) / self._number
+        """Scalar, of ``x`` [*B] or [*B, K]; 0 where no step is valid."""
+        if self._valid is None:
+            return x.mean()
+        return self.sum(x if x.ndim == self._valid.ndim else x.mean(-1)) / self._number
 
     def means(self, x: Tensor) -> Tensor:
         """[D], of ``x`` [*B, D]."""

@@ -16,7 +16,7 @@ from offtrace.modules.networks.distributions import DiagonalNormal
 from offtrace.modules.networks.initialise import POLICY_GAIN, orthogonal
 
 LOG_SCALE_RANGES = {"clip": (-20.0, 2.0), "tanh": (-5.0, 2.0)}
-_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+_CONSTANT = 0.5 * math.log(2 * math.pi) + 2 * math.log(2)
 
 
 class Sample(NamedTuple):
@@ -27,9 +27,9 @@ class Sample(NamedTuple):
     pre_tanh: Tensor
 
 
-def log_tanh_derivative(u: Tensor) -> Tensor:
-    """log(1 - tanh(u)^2) = 2 (ln 2 - u - softplus(-2 u)), exact where tanh(u) rounds to 1."""
-    return 2 * (math.log(2) - u - F.softplus(-2 * u))
+def log_cosh(u: Tensor) -> Tensor:
+    """log(2 cosh u) = u + softplus(-2 u). log(1 - tanh(u)^2) is 2 (ln 2 - this), exact where tanh(u) rounds to 1."""
+    return u + F.softplus(u * -2)
 
 
 class TanhNormal(D.Distribution):
@@ -44,9 +44,11 @@ class TanhNormal(D.Distribution):
     has_rsample = True
     arg_constraints = {}  # noqa: RUF012 (the base class's convention)
 
-    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+    def __init__(self, loc: Tensor, scale: Tensor, log_scale: Tensor | None = None) -> None:
         self.loc, self.scale = loc, scale
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+        self.log_scale = scale.log() if log_scale is None else log_scale
+        shape = loc.shape  # what the base class would set after checks
+        self._batch_shape, self._event_shape, self._validate_args = shape[:-1], shape[-1:], False
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Action ``[*sample_shape, *B, A]``, differentiable in the parameters."""
@@ -66,14 +68,11 @@ class TanhNormal(D.Distribution):
         """A sample differentiable in the parameters, and its log-probability without the detour through the action."""
         noise, u = self._pre_tanh(sample_shape)
         # the normal density of u is that of the noise: (u - loc) / scale would only lose digits
-        terms = torch.addcmul(self.scale.log(), noise, noise, value=0.5) + log_tanh_derivative(u)
-        return Sample(u.tanh(), -terms.sum(-1) - self._constant, u)
+        return Sample(u.tanh(), self._density(noise, u), u)
 
     def log_prob_pre_tanh(self, u: Tensor) -> Tensor:
         """Log-probability ``[*B]`` of the action tanh(u), ``u`` [*B, A]; exact where the tanh saturates."""
-        z = (u - self.loc) / self.scale
-        terms = torch.addcmul(self.scale.log(), z, z, value=0.5) + log_tanh_derivative(u)
-        return -terms.sum(-1) - self._constant
+        return self._density((u - self.loc) / self.scale, u)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``[*B]`` of an action ``[*B, A]``. Wrong near +-1, where float32 has lost u: store u instead."""
@@ -89,9 +88,10 @@ class TanhNormal(D.Distribution):
         """What acts deterministically, as :attr:`deterministic_sample`; not the point of highest density."""
         return self.deterministic_sample
 
-    @property
-    def _constant(self) -> float:
-        return _HALF_LOG_TWO_PI * self.loc.shape[-1]
+    def _density(self, noise: Tensor, u: Tensor) -> Tensor:
+        """log p(tanh u) with u = loc + scale noise; the constants of all dimensions are taken off at the end."""
+        half = torch.sub(log_cosh(u), torch.addcmul(self.log_scale, noise, noise, value=0.5), alpha=0.5)
+        return torch.sub(half.sum(-1) * 2, _CONSTANT * u.shape[-1])
 
     def _pre_tanh(self, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         if sample_shape:
@@ -139,11 +139,20 @@ class TanhNormalHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(loc, scale)``, both [*B, A]."""
+        loc, log_scale = self._logs(x)
+        return loc, log_scale.exp()
+
+    def distribution_of(self, x: Tensor) -> TanhNormal:
+        """The distribution, which then need not take the logarithm of its scale."""
+        loc, log_scale = self._logs(x)
+        return TanhNormal(loc, log_scale.exp(), log_scale)
+
+    def _logs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         loc, raw = self.linear(x).chunk(2, -1)
         low, high = self.range
         if self.squashed:
-            return loc, (low + 0.5 * (high - low) * (raw.tanh() + 1)).exp()
-        return loc, raw.clamp(low, high).exp()
+            return loc, low + 0.5 * (high - low) * (raw.tanh() + 1)
+        return loc, raw.clamp(low, high)
 
 
 class GaussianHead(nn.Module):

@@ -19,7 +19,7 @@ from torchrl.data import Unbounded
 from torchrl.envs.transforms import TensorDictPrimer
 
 from offtrace.modules.keys import ACTION, IS_INIT, LOG_PROB, NEXT, OBSERVATION, PRE_TANH, SMOOTHED_ACTION
-from offtrace.modules.networks.control_heads import TanhNormal, safe_atanh
+from offtrace.modules.networks.control_heads import TanhNormal, TanhNormalHead, safe_atanh
 from offtrace.modules.networks.normalise import ObservationNormalizer
 
 
@@ -50,20 +50,28 @@ class ControlActor(TensorDictModuleBase):
         self.in_keys = [observation_key]
         self.out_keys = list(head.out_keys)  # type: ignore[arg-type]
 
+    def compute(self, observation: Tensor) -> tuple[Tensor, ...]:
+        """The parameters, each [N, ...], of ``observation`` [N, *shape]."""
+        if self.normalizer is not None:
+            observation = self.normalizer(observation)
+        return self.head(self.torso(observation))
+
+    def distribution_at(self, observation: Tensor) -> torch.distributions.Distribution:
+        """The distribution over actions at ``observation`` [N, *shape]."""
+        if self.normalizer is not None:
+            observation = self.normalizer(observation)
+        head, features = self.head, self.torso(observation)
+        if isinstance(head, TanhNormalHead):
+            return head.distribution_of(features)
+        return head.distribution(*head(features))  # type: ignore[operator]
+
     def parameters_of(self, tensordict: TensorDictBase) -> tuple[Tensor, ...]:
         """The parameters, each [*B, ...], without writing them."""
-        batch = tensordict.batch_size
-        x = tensordict.get(self.in_keys[0])
-        if self.normalizer is not None:
-            x = self.normalizer(x)
+        batch, x = tensordict.batch_size, tensordict.get(self.in_keys[0])
         if len(batch) == 1:
-            return self.head(self.torso(x))
-        params = self.head(self.torso(x.reshape(-1, *x.shape[len(batch) :])))
+            return self.compute(x)
+        params = self.compute(x.reshape(-1, *x.shape[len(batch) :]))
         return tuple(p.view(*batch, *p.shape[1:]) for p in params)
-
-    def distribution(self, tensordict: TensorDictBase) -> torch.distributions.Distribution:
-        """The distribution over actions [*B], without writing its parameters."""
-        return self.head.distribution(*self.parameters_of(tensordict))  # type: ignore[operator]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Add the parameters to ``tensordict`` [*B] and return it."""
@@ -192,7 +200,11 @@ class ControlPolicy(ProbabilisticTensorDictSequential):
 
     def get_dist(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> torch.distributions.Distribution:
         """The distribution over actions; writes nothing."""
-        return self.actor.distribution(tensordict)
+        return self.actor.head.distribution(*self.actor.parameters_of(tensordict))  # type: ignore[operator]
+
+    def distribution_at(self, observation: Tensor) -> torch.distributions.Distribution:
+        """The distribution over actions at ``observation`` [N, *shape], without a TensorDict."""
+        return self.actor.distribution_at(observation)
 
     @staticmethod
     def _random() -> bool:

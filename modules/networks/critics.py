@@ -42,17 +42,18 @@ class Critic(TensorDictModuleBase):
         self.in_keys = [observation_key, ACTION]
         self.out_keys = [STATE_ACTION_VALUE]
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Add the values to ``tensordict`` [*B] and return it."""
-        batch = tensordict.batch_size
-        features = _features(tensordict, self.in_keys[0], self.normalizer, self.encoder)
-        action = tensordict.get(ACTION).to(features.dtype)
-        if len(batch) != 1:
-            action = action.reshape(-1, action.shape[-1])
+    def values(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Q [N, K] of ``action`` [N, A] at ``observation`` [N, *shape]."""
+        features = _features(observation, self.normalizer, self.encoder)
         if self.clip_action:
             action = action.clamp(-1, 1)
-        values = self.ensemble(torch.cat([features, action], -1)).squeeze(-1).t()
-        return tensordict.set(STATE_ACTION_VALUE, values if len(batch) == 1 else values.reshape(*batch, -1))
+        return self.ensemble(torch.cat([features, action.to(features.dtype)], -1)).squeeze(-1).t()
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Add the values to ``tensordict`` [*B] and return it."""
+        observation, action = (_flat(tensordict, key) for key in self.in_keys)
+        values = self.values(observation, action)
+        return tensordict.set(STATE_ACTION_VALUE, values.reshape(*tensordict.batch_size, -1))
 
 
 class DiscreteCritic(TensorDictModuleBase):
@@ -78,10 +79,13 @@ class DiscreteCritic(TensorDictModuleBase):
         self.in_keys = [observation_key]
         self.out_keys = [ACTION_VALUE]
 
+    def values(self, observation: Tensor) -> Tensor:
+        """Q [N, K, A] of every action at ``observation`` [N, *shape]."""
+        return self.ensemble(_features(observation, self.normalizer, self.encoder)).transpose(0, 1)
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Add the values to ``tensordict`` [*B] and return it."""
-        features = _features(tensordict, self.in_keys[0], self.normalizer, self.encoder)
-        values = self.ensemble(features).transpose(0, 1)
+        values = self.values(_flat(tensordict, self.in_keys[0]))
         return tensordict.set(ACTION_VALUE, values.reshape(*tensordict.batch_size, *values.shape[1:]))
 
 
@@ -109,20 +113,26 @@ class StateValue(TensorDictModuleBase):
         self.in_keys = [observation_key]
         self.out_keys = [VALUE]
 
+    def values(self, observation: Tensor) -> Tensor:
+        """V [N, 1] at ``observation`` [N, *shape]."""
+        return self.head(_features(observation, self.normalizer, self.torso))
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Add the value to ``tensordict`` [*B] and return it."""
-        features = _features(tensordict, self.in_keys[0], self.normalizer, self.torso)
-        return tensordict.set(VALUE, self.head(features).view(*tensordict.batch_size, 1))
+        values = self.values(_flat(tensordict, self.in_keys[0]))
+        return tensordict.set(VALUE, values.view(*tensordict.batch_size, 1))
 
 
-def _features(
-    tensordict: TensorDictBase, key: Any, normalizer: ObservationNormalizer | None, encoder: nn.Module | None
-) -> Tensor:
-    """Features [N, F] of the observation [*B, *shape]."""
-    x = tensordict.get(key)
+def _flat(tensordict: TensorDictBase, key: Any) -> Tensor:
+    """The entry [*B, ...] as [N, ...]."""
+    x, batch = tensordict.get(key), tensordict.batch_size
+    return x if len(batch) == 1 else x.reshape(-1, *x.shape[len(batch) :])
+
+
+def _features(x: Tensor, normalizer: ObservationNormalizer | None, encoder: nn.Module | None) -> Tensor:
+    """Features [N, F] of observations [N, *shape]."""
     if normalizer is not None:
         x = normalizer(x)
-    if x.ndim == 2 and len(tensordict.batch_size) == 1:  # the most frequent case needs no reshape
-        return x if encoder is None else encoder(x)
-    x = x.reshape(-1, *x.shape[len(tensordict.batch_size) :])
-    return x.flatten(1) if encoder is None else encoder(x)
+    if encoder is not None:
+        return encoder(x)
+    return x if x.ndim == 2 else x.flatten(1)

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from offtrace.modules.losses import DiscreteSACLoss, SACLoss, SACv1Loss
+from offtrace.modules.losses import DiscreteSACLoss, FastSoftUpdate, SACLoss, SACv1Loss
 from offtrace.modules.losses.soft import SoftLoss
 from offtrace.modules.networks import ControlPolicy, build_actor, build_critic, build_value, share_normalizer
 
@@ -436,10 +436,12 @@ def test_saturated_actions_give_finite_ratios() -> None:
     assert out["ess"] == pytest.approx(1, abs=1e-3)  # on-policy: every ratio is one
 
 
+@pytest.mark.parametrize("updater_class", [SoftUpdate, FastSoftUpdate])
 @pytest.mark.parametrize("make", [sac, discrete, v1])
-def test_targets_follow_and_share_nothing_else(make: Any) -> None:
+def test_targets_follow_and_share_nothing_else(make: Any, updater_class: Any) -> None:
     loss, td = make(), replay(8, kinds=3 if make is discrete else None)
-    updater = SoftUpdate(loss, tau=0.25)
+    updater = updater_class(loss, tau=0.25)
+    loss.float().double()  # tensors are replaced, the updater follows
     name = "value" if make is v1 else "critic"
     network, follower = getattr(loss, name), loss.target(name)
     before = [p.clone() for p in network.parameters()]
