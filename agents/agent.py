@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,8 +24,9 @@ class TrainingDivergedError(RuntimeError):
 class Agent(pl.LightningModule):
     """A loss, an optimiser and a schedule, trained under manual optimisation.
 
-    Every ``training_step`` is one update: the loss in one call, one backward pass, the clip, the step. The frame
-    counter belongs to the data module (``trainer.datamodule.frames``), which knows about ranks and repeated passes.
+    Every ``training_step`` is one update, or one for each batch of a list: the loss in one call, one backward pass of
+    the sum of its terms, the clip, the step, and the target networks. The frame counter belongs to the data module
+    (``trainer.datamodule.frames``), which knows about ranks and repeated passes.
 
     Under several ranks only gradients cross them, and DDP averages those. For the average to equal the gradient of
     the joined batch, a summed loss is multiplied by the number of ranks, and an averaged one by the rank's share of the
@@ -34,10 +36,12 @@ class Agent(pl.LightningModule):
         loss: a TorchRL loss: TensorDict in; scalars ``loss_*``, which are summed, and diagnostics out. It needs
             ``reduction`` (``"sum"`` or ``"mean"``), and ``valid_count`` among its diagnostics where that is ``"mean"``.
         policy: the acting policy inside the loss, what actors and evaluations get.
-        optimizer: builds the optimiser over the loss's parameters.
+        optimizer: builds the optimiser over the loss's parameters, in one group or several.
         total_frames: environment frames of the whole training, over all ranks; the schedule's end.
         schedule: ``"linear"`` (to 0 at ``total_frames``) or ``"constant"``.
-        clip_grad_norm: maximum of the global norm, or ``None``.
+        clip_grad_norm: maximum of the norm over each of the optimiser's groups, or ``None``.
+        after_update: called with the number of updates after each: moves target networks.
+        compile: ``torch.compile`` the loss.
         description: plain values that rebuild the policy; written into checkpoints for
             :func:`offtrace.agents.load_policy`.
 
@@ -54,6 +58,8 @@ class Agent(pl.LightningModule):
         total_frames: int,
         schedule: ScheduleName = "linear",
         clip_grad_norm: float | None = None,
+        after_update: Callable[[int], None] | None = None,
+        compile: bool = False,
         description: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -66,6 +72,9 @@ class Agent(pl.LightningModule):
         self.clip_grad_norm = float("inf") if clip_grad_norm is None else clip_grad_norm
         self.description = description or {}
         self._make_optimizer = optimizer
+        self._after_update = after_update
+        # not a submodule: the parameters would stand in a checkpoint twice
+        self.__dict__["_run_loss"] = torch.compile(loss) if compile else loss
         self._frames_before = 0  # frames already learned from: the first update has the full learning rate
         self._random_state: dict[str, Any] | None = None
         self._names: list[str] = []
@@ -86,17 +95,25 @@ class Agent(pl.LightningModule):
         """Environment frames so far, over all ranks."""
         return int(self.trainer.datamodule.frames)
 
-    def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
-        """One update on ``batch``, which the data module yields in the loss's layout."""
+    def training_step(self, batch: TensorDictBase | list[TensorDictBase], batch_idx: int) -> None:
+        """One update on ``batch``, which the data module yields in the loss's layout, or one on each of several."""
+        for part in batch if isinstance(batch, list) else [batch]:
+            self._update(part)
+
+    def _update(self, batch: TensorDictBase) -> None:
         optimizer = self.optimizers()
         factor = learning_rate_factor(self.schedule, self._frames_before, self.total_frames)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        out = self.loss(batch)
+        out = self._run_loss(batch)
         total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
         optimizer.zero_grad()
         self.manual_backward(total * self._rank_scale(out))
-        norm = nn.utils.clip_grad_norm_(self._parameters_to_train, self.clip_grad_norm, foreach=True)
+        norms = [
+            nn.utils.clip_grad_norm_(group["params"], self.clip_grad_norm, foreach=True)
+            for group in optimizer.param_groups
+        ]
+        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
         if not torch.isfinite(norm):
             raise TrainingDivergedError(
                 f"the gradient's norm is {norm.item()} at update {self.updates} ({self.frames} frames); "
@@ -104,6 +121,8 @@ class Agent(pl.LightningModule):
             )
         optimizer.step()
         self.updates += 1
+        if self._after_update is not None:
+            self._after_update(self.updates)
         self._frames_before = self.frames
         self._add_metrics(out, norm)
 
@@ -160,6 +179,8 @@ class Agent(pl.LightningModule):
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
+        if self.trainer.global_rank:  # the weights are the same on every rank; what is drawn in losses must not be
+            torch.manual_seed(torch.initial_seed() + self.updates + self.trainer.global_rank)
 
 
 def random_state() -> dict[str, Any]:

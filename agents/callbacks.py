@@ -14,12 +14,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torchrl.envs import EnvBase
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.evaluation import EvaluationMode, EvaluationResult, evaluate
-from offtrace.modules.keys import NEXT, POLICY_VERSION
 
 
 class WeightSync(pl.Callback):
@@ -44,29 +43,30 @@ class WeightSync(pl.Callback):
         self.lag_max = 0
         self._old: deque[tuple[int, TensorDict]] = deque()
         self._copied_at: list[int] = []
+        self._pushes = 0
         self._first_version = 0
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
         """Notes that the collector starts with the learner's present weights."""
         self._copied_at = [agent.updates]
+        self._pushes = agent.updates // self.every
         self._first_version = trainer.datamodule.collector.version
         self._old.clear()
         self._remember(agent)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, agent: Agent, batch: TensorDictBase, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, agent: Agent, batch: Any, batch_idx: int) -> None:
         """Reads the batch's versions."""
-        versions = batch[NEXT, POLICY_VERSION].to("cpu", torch.int64)
+        versions = trainer.datamodule.behaviour_versions(batch).to("cpu", torch.int64)
         copied = torch.tensor(self._copied_at)[versions - self._first_version]
         self.lag_mean = agent.updates - float(copied.double().mean())
         self.lag_max = agent.updates - int(copied.min())
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Pushes, every ``every`` updates."""
         self._remember(agent)
-        if agent.updates % self.every:
+        if agent.updates // self.every == self._pushes:
             return
+        self._pushes = agent.updates // self.every
         updates, weights = (agent.updates, agent.policy_weights()) if not self.lag else self._old[0]
         self._copied_at.append(updates)
         trainer.datamodule.collector.update_policy(weights)
@@ -120,9 +120,7 @@ class Evaluation(pl.Callback):
         """Sets the next evaluation behind the frames already trained."""
         self._next = (agent.frames // self.every + 1) * self.every
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Evaluates when it is time."""
         if agent.frames >= self._next:
             self._next += self.every
@@ -198,9 +196,7 @@ class Checkpoints(pl.Callback):
         """Sets the next checkpoint behind the frames already trained."""
         self._next = (agent.frames // self.every + 1) * self.every
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Writes ``last.ckpt`` when it is time."""
         if agent.frames >= self._next:
             self._next += self.every
@@ -221,10 +217,12 @@ class Checkpoints(pl.Callback):
             self.save(trainer, agent, "best.ckpt")
 
     def save(self, trainer: pl.Trainer, agent: Agent, name: str) -> None:
-        """Writes one file, through a temporary one beside it."""
-        if not trainer.is_global_zero:
-            return
+        """Writes one file, through a temporary one beside it; with ``last.ckpt``, what the data module has to save."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in agent.parameters()):
+            return
+        if name == "last.ckpt" and hasattr(trainer.datamodule, "save"):
+            trainer.datamodule.save(trainer.global_rank)
+        if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.{os.getpid()}"
@@ -254,9 +252,7 @@ class GracefulStop(pl.Callback):
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stops the loop when a signal came, on all ranks or on none."""
         if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
             trainer.should_stop = True

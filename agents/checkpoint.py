@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict.nn import ProbabilisticTensorDictSequential
 
-from offtrace.modules.networks import build_policy
+from offtrace.modules.networks import build_actor, build_policy
 
 CHECKPOINT_KEY = "offtrace"
+
+_BUILDERS: dict[str, Callable[..., ProbabilisticTensorDictSequential]] = {
+    "build_actor": build_actor,
+    "build_policy": build_policy,
+}
 
 
 # all that torch.load lets out for files that are no checkpoint
@@ -69,7 +75,7 @@ def load_policy(path: str | Path, *, device: str | torch.device = "cpu") -> Prob
     description = checkpoint[CHECKPOINT_KEY].get("policy")
     if description is None:
         raise CheckpointError(f"{path} does not describe its policy's network")
-    policy = build_policy(**description)
+    policy = _BUILDERS[description["builder"]](**description["arguments"])
     prefix = "policy."
     weights = {
         name[len(prefix) :]: value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)

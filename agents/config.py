@@ -1,14 +1,23 @@
-"""Configurations: plain dataclasses whose fields are the recipes' flags. Imports neither torch nor Lightning."""
+"""Configurations of the algorithms on rollouts: plain dataclasses whose fields are the recipes' flags.
+
+Imports neither torch nor Lightning.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from offtrace.agents.config_base import ActorConfig, Config, ConfigError, RunConfig
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one sentence."""
+__all__ = [
+    "ConfigError",
+    "ImpalaConfig",
+    "control_config",
+    "default_config",
+    "paper_config",
+    "pendulum_config",
+]
 
 
 @dataclass
@@ -36,17 +45,9 @@ class NetworkConfig:
 
 
 @dataclass
-class CollectorConfig:
+class CollectorConfig(ActorConfig):
     """The actors."""
 
-    num_workers: int = 1
-    """Actor processes; 0 collects in the learner's process, synchronously."""
-    unroll: int = 64
-    """Agent steps of an environment in one rollout."""
-    threads: int = 1
-    """Torch threads of an actor process."""
-    step_timeout: float = 60.0
-    """Seconds after which a step that did not return counts as hung."""
     sync_every: int = 0
     """Updates between two pushes of weights to the actors; 0: once per rollout."""
     lag: int = 0
@@ -104,41 +105,55 @@ class OptimConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(RunConfig):
     """The run."""
 
-    name: str | None = None
-    """Folder under runs/; made from game, seed and time if not given."""
-    total_frames: int = 15_000_000
-    """Environment frames (four per Atari step), over all ranks."""
     minibatches: int = 4
     """Updates a rollout is dealt to."""
     epochs: int = 4
     """Passes over a rollout."""
-    seed: int = 0
-    """Of network, environments and order of minibatches."""
-    devices: int = 1
-    """Learner processes."""
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where the learners run."""
-    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
-    """Of the learner; actors use float32."""
-    eval_every: int = 1_000_000
-    """Frames between two evaluations."""
-    eval_episodes: int = 10
-    """Whole games of an evaluation."""
-    final_eval: bool = True
-    """Evaluate at the end as well."""
-    eval_mode: Literal["sample", "greedy"] = "sample"
-    """Actions in evaluations: drawn from the policy, or its mode."""
-    checkpoint_every: int = 1_000_000
-    """Frames between two writings of last.ckpt."""
-    log_every: float = 10.0
-    """Seconds between two log lines."""
+
+
+class OnPolicyConfig(Config):
+    """What the algorithms on rollouts share."""
+
+    task_flag = "env.game"
+    network: NetworkConfig
+    optim: OptimConfig
+
+    def env_options(self) -> dict[str, Any]:
+        """Protocol, and the last action and reward where the network is recurrent."""
+        return {"protocol": self.env.protocol, "last_step": self.network.recurrent > 0}
+
+    def updates_per_push(self) -> int:
+        """``collector.sync_every``, or all updates on a rollout."""
+        return int(self.collector.sync_every or self.train.minibatches * self.train.epochs)
+
+    def forced_lag(self) -> int:
+        """``collector.lag``."""
+        return int(self.collector.lag)
+
+    def sees_images(self) -> bool:
+        """The encoders for images."""
+        return self.network.encoder != "mlp"
+
+    def validate(self) -> None:
+        """As :meth:`Config.validate`."""
+        super().validate()
+        self.at_least(1, "train.minibatches", "train.epochs")
+        self.at_least(0, "collector.sync_every", "collector.lag", "network.recurrent")
+        self.require("optim.decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        self.positive("optim.lr", "optim.eps")
+        self.positive_or_null("optim.clip_grad_norm")
+        self.sizes("network.hidden")
+        if self.env.num_envs % self.train.minibatches:
+            raise ConfigError(
+                f"train.minibatches is {self.train.minibatches}; it must divide env.num_envs, {self.env.num_envs}"
+            )
 
 
 @dataclass
-class ImpalaConfig:
+class ImpalaConfig(OnPolicyConfig):
     """IMPALA."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -148,45 +163,20 @@ class ImpalaConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-    def validate(self) -> None:
-        """Checks every value that can be checked without starting anything.
+    family = "impala"
 
-        Raises:
-            ConfigError: one sentence that names the field, its value and what would be right.
-        """
-        for path in (
-            "env.num_envs", "collector.unroll", "collector.threads", "train.total_frames", "train.minibatches",
-            "train.epochs", "train.devices", "train.eval_every", "train.eval_episodes", "train.checkpoint_every",
-        ):  # fmt: skip
-            self._require(path, lambda value: value >= 1, "at least 1")
-        for path in ("collector.num_workers", "collector.sync_every", "collector.lag", "network.recurrent"):
-            self._require(path, lambda value: value >= 0, "at least 0")
-        for path in ("train.seed", "loss.value_coef", "loss.entropy_coef", "train.log_every"):
-            self._require(path, lambda value: value >= 0 and math.isfinite(value), "at least 0")
-        for path in ("loss.gamma", "loss.lmbda", "loss.leak"):
-            self._require(path, lambda value: 0 <= value <= 1, "between 0 and 1")
-        self._require("optim.decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
+    def validate(self) -> None:
+        """As :meth:`Config.validate`."""
+        super().validate()
+        self.at_least(0, "loss.value_coef", "loss.entropy_coef")
+        self.fraction("loss.gamma", "loss.lmbda", "loss.leak")
         for path in ("loss.rho_clip", "loss.c_clip", "loss.pg_rho_clip"):
-            self._require(path, lambda value: value > 0, "above 0")
-        for path in ("optim.lr", "optim.eps", "collector.step_timeout"):
-            self._require(path, lambda value: value > 0 and math.isfinite(value), "above 0")
-        for path in ("loss.reward_clip", "loss.policy_clip", "optim.clip_grad_norm"):
-            self._require(path, lambda value: value is None or value > 0, "above 0, or null")
-        self._require("network.hidden", lambda value: value and min(value) >= 1, "a list of sizes of at least 1")
+            self.require(path, lambda value: value > 0, "above 0")
+        self.positive_or_null("loss.reward_clip", "loss.policy_clip")
         if self.loss.c_clip > self.loss.rho_clip:
             raise ConfigError(
                 f"loss.c_clip is {self.loss.c_clip:g}; it must not be above loss.rho_clip, {self.loss.rho_clip:g}"
             )
-        if self.env.num_envs % self.train.minibatches:
-            raise ConfigError(
-                f"train.minibatches is {self.train.minibatches}; it must divide env.num_envs, {self.env.num_envs}"
-            )
-
-    def _require(self, path: str, holds: Any, right: str) -> None:
-        group, name = path.split(".")
-        value = getattr(getattr(self, group), name)
-        if not holds(value):
-            raise ConfigError(f"{path} is {value}; it must be {right}")
 
 
 def default_config() -> ImpalaConfig:

@@ -14,9 +14,38 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from offtrace.modules.collectors import RolloutCollector
-from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT
+from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT, POLICY_VERSION
 
 __all__ = ["OnPolicyData"]
+
+
+class GameMeter:
+    """Whole games that ended in the rollouts.
+
+    Attributes:
+        episodes: how many.
+        returns: raw returns of the last 100.
+    """
+
+    def __init__(self) -> None:
+        self.episodes = 0
+        self.returns: deque[float] = deque(maxlen=100)
+
+    def note(self, rollout: TensorDictBase) -> None:
+        """Adds the games that ended in a rollout, where the environment tells of games."""
+        ends = rollout.get((NEXT, EPISODE_END), None)
+        if ends is None:
+            return
+        returns = rollout[NEXT, EPISODE_REWARD][ends].tolist()
+        self.episodes += len(returns)
+        self.returns.extend(returns)
+
+
+def place(data: LightningDataModule) -> tuple[int, int, torch.device]:
+    """Rank, number of ranks and device of the learner that ``data`` belongs to."""
+    if data.trainer is None:
+        return 0, 1, torch.device("cpu")
+    return data.trainer.global_rank, data.trainer.world_size, data.trainer.strategy.root_device
 
 
 class OnPolicyData(LightningDataModule):
@@ -69,23 +98,27 @@ class OnPolicyData(LightningDataModule):
         self.collector: RolloutCollector | None = None
         self.frames = 0
         self.rollouts = 0
-        self.episodes = 0
-        self.episode_returns: deque[float] = deque(maxlen=100)
+        self.games = GameMeter()
         self._version = 0
 
-    def note_games(self, rollout: TensorDictBase) -> None:
-        """Adds the whole games that ended in a rollout to ``episode_returns``, where the environment tells of games."""
-        ends = rollout.get((NEXT, EPISODE_END), None)
-        if ends is None:
-            return
-        returns = rollout[NEXT, EPISODE_REWARD][ends].tolist()
-        self.episodes += len(returns)
-        self.episode_returns.extend(returns)
+    @property
+    def episodes(self) -> int:
+        """Whole games ended in this rank's rollouts."""
+        return self.games.episodes
+
+    @property
+    def episode_returns(self) -> deque[float]:
+        """Raw returns of the last 100 of them."""
+        return self.games.returns
+
+    def behaviour_versions(self, batch: TensorDictBase) -> Tensor:
+        """Versions of the weights that acted in ``batch``, int64."""
+        return batch[NEXT, POLICY_VERSION]
 
     def train_dataloader(self) -> RolloutStream:
         """Start the collector and give the stream of batches."""
         self.shutdown()
-        rank, world_size, device = self._place()
+        rank, world_size, device = place(self)
         collector = self.collector_fn(rank)
         self.collector = collector
         if collector.num_envs % self.minibatches:
@@ -131,11 +164,6 @@ class OnPolicyData(LightningDataModule):
             self._version = collector.version
             collector.shutdown()
 
-    def _place(self) -> tuple[int, int, torch.device]:
-        if self.trainer is None:
-            return 0, 1, torch.device("cpu")
-        return self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.root_device
-
 
 class RolloutStream:
     """The batches of one run, in order. Its length is the number of batches of the whole run, resumed or not.
@@ -168,7 +196,7 @@ class RolloutStream:
             # The first order is applied by the copy that takes the rollout out of the actors' memory.
             self._collector.order = lambda size: self._order(size, epoch=0)
             rollout = next(self._collector).to(self._device, non_blocking=True)
-            data.note_games(rollout)
+            data.games.note(rollout)
             for epoch in range(data.epochs):
                 if epoch:
                     rollout = _take(rollout, self._order(rollout.shape[0], epoch=epoch).to(self._device))

@@ -9,7 +9,7 @@ from typing import Any
 from tensordict.nn import ProbabilisticTensorDictSequential
 
 from offtrace.agents.agent import Agent
-from offtrace.agents.config import ImpalaConfig
+from offtrace.agents.config import ImpalaConfig, OnPolicyConfig
 from offtrace.agents.data import OnPolicyData
 from offtrace.agents.optim import make_optimizer
 from offtrace.modules.collectors import RolloutCollector, make_collector
@@ -26,11 +26,10 @@ def make_impala(config: ImpalaConfig) -> tuple[Agent, OnPolicyData]:
     Raises:
         ValueError: if the environment is unknown or the agent cannot act in it.
     """
-    info = env_info(config.env.game, **env_options(config))
-    description = policy_description(config, info)
-    policy = build_policy(**description)
-    options = asdict(config.loss)
-    loss = ImpalaLoss(policy, **options)
+    info = env_info(config.task, **config.env_options())
+    description = actor_critic_description(config, info)
+    policy = build_policy(**description["arguments"])
+    loss = ImpalaLoss(policy, **asdict(config.loss))
     agent = Agent(
         loss,
         policy,
@@ -38,10 +37,10 @@ def make_impala(config: ImpalaConfig) -> tuple[Agent, OnPolicyData]:
         total_frames=config.train.total_frames,
         schedule=config.optim.schedule,
         clip_grad_norm=config.optim.clip_grad_norm,
-        description={"policy": description, "env": {"name": config.env.game, "protocol": config.env.protocol}},
+        description={"policy": description, **config.description()},
     )
     data = OnPolicyData(
-        partial(_collector, config, policy),
+        partial(rollout_collector, config, policy),
         total_frames=config.train.total_frames,
         frame_skip=info.frame_skip,
         minibatches=config.train.minibatches,
@@ -51,14 +50,9 @@ def make_impala(config: ImpalaConfig) -> tuple[Agent, OnPolicyData]:
     return agent, data
 
 
-def env_options(config: ImpalaConfig) -> dict[str, Any]:
-    """What :func:`offtrace.modules.envs.make_env` gets besides name, number and seed."""
-    return {"protocol": config.env.protocol, "last_step": config.network.recurrent > 0}
-
-
-def policy_description(config: ImpalaConfig, info: EnvInfo) -> dict[str, Any]:
+def actor_critic_description(config: OnPolicyConfig, info: EnvInfo) -> dict[str, Any]:
     """Plain values from which :func:`offtrace.modules.networks.build_policy` builds the policy again."""
-    return {
+    arguments = {
         "network": config.network.encoder,
         "observation_shape": list(info.observation_shape),
         "num_actions": info.num_actions,
@@ -67,10 +61,12 @@ def policy_description(config: ImpalaConfig, info: EnvInfo) -> dict[str, Any]:
         "recurrent": config.network.recurrent or None,
         "masked": info.masked,
     }
+    return {"builder": "build_policy", "arguments": arguments}
 
 
-def _collector(config: ImpalaConfig, policy: ProbabilisticTensorDictSequential, rank: int) -> RolloutCollector:
-    env_fn = partial(make_env, config.env.game, config.env.num_envs, **env_options(config))
+def rollout_collector(config: OnPolicyConfig, policy: ProbabilisticTensorDictSequential, rank: int) -> RolloutCollector:
+    """The collector of ``rank``."""
+    env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
     return make_collector(
         env_fn,
         policy,

@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensordict import TensorDictBase
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import Evaluation, WeightSync
@@ -50,9 +49,7 @@ class Meters(pl.Callback):
             self._task = self._bar.add_task("starting", total=self.total_frames, completed=agent.frames)
             self._bar.start()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: TensorDictBase, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Notes the lag; logs when it is time."""
         self.first_update_at = self.first_update_at or time.time()
         if self._sync is not None:

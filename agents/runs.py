@@ -12,11 +12,11 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from offtrace.agents.config import ImpalaConfig
+from offtrace.agents.config_base import Config
 
 RUNS = Path("runs")
 
@@ -25,13 +25,13 @@ class RunError(ValueError):
     """A run's folder that cannot be made or used; the message is one sentence."""
 
 
-def new_run(config: ImpalaConfig) -> Path:
+def new_run(config: Config) -> Path:
     """Makes ``runs/<name>``; the name is ``config.train.name``, or made from task, seed and time.
 
     Raises:
         RunError: if the folder exists with something in it, or cannot be written.
     """
-    task = config.env.game.replace("/", "-").replace(":", "-")
+    task = config.task.replace("/", "-").replace(":", "-")
     name = config.train.name or f"{task}-s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise RunError(f"train.name is {name}; it must be the name of a folder inside {RUNS}")
@@ -54,7 +54,7 @@ def _occupied(folder: Path) -> str:
     return f"{folder} is not empty and has no checkpoint to --resume; remove it, or give another --train.name"
 
 
-def write_config(config: ImpalaConfig, folder: Path, *, resumed: bool = False) -> None:
+def write_config(config: Config, folder: Path, *, resumed: bool = False) -> None:
     """Writes ``config.yaml`` and ``versions.json``; a resumed run keeps the first versions and adds the new ones."""
     found = versions()
     if resumed:
@@ -94,8 +94,11 @@ def metric_parts(metrics: Path) -> list[Path]:
     return parts
 
 
-def read_config(folder: Path) -> ImpalaConfig:
-    """The configuration a run was started with.
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def read_config(folder: Path, kind: type[ConfigT]) -> ConfigT:
+    """The configuration, of type ``kind``, that a run was started with.
 
     Raises:
         RunError: if the folder or its ``config.yaml`` is missing or damaged.
@@ -103,8 +106,8 @@ def read_config(folder: Path) -> ImpalaConfig:
     path = folder / "config.yaml"
     try:
         content = yaml.safe_load(path.read_text())
-        defaults = ImpalaConfig()
-        return ImpalaConfig(**{f.name: type(getattr(defaults, f.name))(**content[f.name]) for f in fields(defaults)})
+        groups = get_type_hints(kind)
+        return kind(**{f.name: groups[f.name](**content[f.name]) for f in fields(kind)})
     except OSError as error:
         raise RunError(f"{folder} is not the folder of a run: {path.name} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,35 @@ from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.modules.utils import get_env_transforms_from_module
 
+from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, WeightSync
 from offtrace.agents.checkpoint import read_checkpoint
-from offtrace.agents.config import ConfigError, ImpalaConfig
-from offtrace.agents.impala import env_options, make_impala
+from offtrace.agents.config_base import Config, ConfigError
+from offtrace.agents.impala import actor_critic_description, make_impala
+from offtrace.agents.mpo import make_mpo, make_vmpo
+from offtrace.agents.mpo import policy_description as mpo_description
 from offtrace.agents.progress import Meters
+from offtrace.agents.replay_data import ReplayData
 from offtrace.agents.runs import keep_metrics
+from offtrace.agents.sac import make_sac
+from offtrace.agents.sac import policy_description as sac_description
 from offtrace.modules.envs import make_env
+
+BUILDERS: dict[str, Callable[..., tuple[Agent, pl.LightningDataModule]]] = {
+    "impala": make_impala,
+    "mpo": make_mpo,
+    "sac": make_sac,
+    "vmpo": make_vmpo,
+}
+"""What makes agent and data of a configuration, by its ``family``."""
+
+DESCRIPTIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "impala": actor_critic_description,
+    "mpo": mpo_description,
+    "sac": sac_description,
+    "vmpo": actor_critic_description,
+}
+"""What describes the policy of a configuration in an environment, by its ``family``."""
 
 EVALUATION_SEED = 1_000_000
 """Far from the training environments' seeds."""
@@ -64,8 +87,8 @@ class Summary:
         return max((score for _, score in self.scores), default=None)
 
 
-def train(config: ImpalaConfig, run_dir: Path, resume: Path | None = None) -> Summary:
-    """Trains an IMPALA agent and leaves logs, checkpoints and ``summary.json`` in ``run_dir``.
+def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
+    """Trains the agent of ``config`` and leaves logs, checkpoints and ``summary.json`` in ``run_dir``.
 
     Args:
         config: validated.
@@ -86,10 +109,10 @@ def train(config: ImpalaConfig, run_dir: Path, resume: Path | None = None) -> Su
     _quiet()
     torch.set_num_threads(learner_threads(config))
     pl.seed_everything(config.train.seed, verbose=False)
-    agent, data = make_impala(config)
-    sync = WeightSync(
-        config.collector.sync_every or config.train.minibatches * config.train.epochs, config.collector.lag
-    )
+    agent, data = BUILDERS[config.family](config)
+    if isinstance(data, ReplayData):
+        data.folder = run_dir / "replay"
+    sync = WeightSync(config.updates_per_push(), config.forced_lag())
     evaluation = Evaluation(
         partial(evaluation_env, config, config.train.eval_episodes, agent.policy),
         every=config.train.eval_every,
@@ -117,7 +140,7 @@ def train(config: ImpalaConfig, run_dir: Path, resume: Path | None = None) -> Su
     return summary
 
 
-def check_devices(config: ImpalaConfig) -> None:
+def check_devices(config: Config) -> None:
     """Raises :class:`ConfigError` if the machine lacks what ``config.train`` asks for."""
     wanted, accelerator = config.train.devices, config.train.accelerator
     gpus = torch.cuda.device_count()
@@ -130,7 +153,7 @@ def check_devices(config: ImpalaConfig) -> None:
         raise ConfigError(f"train.devices is {wanted}; this machine has {cores} cores for learners on the CPU")
 
 
-def learner_threads(config: ImpalaConfig) -> int:
+def learner_threads(config: Config) -> int:
     """Torch threads of a learner: the cores that the actors leave over.
 
     A thread too many costs more than it brings: on two cores, one actor beside a learner of two threads made a quarter
@@ -140,7 +163,7 @@ def learner_threads(config: ImpalaConfig) -> int:
     return max(1, (os.cpu_count() or 1) // max(1, config.train.devices) - busy)
 
 
-def make_trainer(config: ImpalaConfig, run_dir: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+def make_trainer(config: Config, run_dir: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
     """The Lightning trainer of a recipe: own meters and checkpoints, one endless epoch."""
     loggers = [CSVLogger(run_dir, name=None, version="", flush_logs_every_n_steps=1)]
     tensorboard = TensorBoardLogger(run_dir, name=None, version="")
@@ -164,11 +187,11 @@ def make_trainer(config: ImpalaConfig, run_dir: Path, callbacks: list[pl.Callbac
     )
 
 
-def evaluation_env(config: ImpalaConfig, episodes: int, policy: nn.Module | None = None) -> EnvBase:
+def evaluation_env(config: Config, episodes: int, policy: nn.Module | None = None) -> EnvBase:
     """The evaluation form of the task, with as many environments as divide ``episodes`` evenly, 16 at the most."""
     number = max(n for n in range(1, 17) if episodes % n == 0)
     seed = config.train.seed + EVALUATION_SEED
-    env = make_env(config.env.game, number, seed=seed, evaluation=True, **env_options(config))
+    env = make_env(config.task, number, seed=seed, evaluation=True, **config.env_options())
     return env if policy is None else with_policy_transforms(env, policy)
 
 

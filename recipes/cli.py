@@ -15,17 +15,17 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from offtrace.agents.config import ConfigError, ImpalaConfig
+from offtrace.agents.config_base import Config, ConfigError
 from offtrace.agents.runs import RunError, new_run, read_config, write_config
 from offtrace.modules.envs.names import check_name
-from offtrace.recipes.flags import check_flags, nearest, numbers, read_file, sentence
+from offtrace.recipes.flags import check_flags, nearest, numbers, read_file, sentence, types_of_keys
 
 MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every")
 """Flags that a resumed run may be given; everything else is what the run began with."""
 
 _FOLDER = "OFFTRACE_RUN_FOLDER"
 
-Presets = dict[str, Callable[[], ImpalaConfig]]
+Presets = dict[str, Callable[[], Config]]
 
 
 def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) -> int:
@@ -49,7 +49,7 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
         return 130
 
 
-def _folder(config: ImpalaConfig) -> Path:
+def _folder(config: Config) -> Path:
     # Lightning starts the other ranks with this command line again: they join the folder of the first
     if "LOCAL_RANK" in os.environ and _FOLDER in os.environ:
         return Path(os.environ[_FOLDER])
@@ -65,7 +65,7 @@ def fail(message: str) -> int:
     return 2
 
 
-def parse(argv: list[str], *, presets: Presets, description: str) -> tuple[ImpalaConfig, Path | None]:
+def parse(argv: list[str], *, presets: Presets, description: str) -> tuple[Config, Path | None]:
     """The configuration of a command line, and the checkpoint to go on from.
 
     Raises:
@@ -77,16 +77,19 @@ def parse(argv: list[str], *, presets: Presets, description: str) -> tuple[Impal
     if preset not in presets:
         raise ConfigError(f"--preset is {preset!r}; it must be one of {', '.join(presets)}{nearest(preset, presets)}")
     resume = _value_of("--resume", argv)
-    parser = _parser(presets[preset](), presets, description)
+    base = presets[preset]()
+    kind = type(base)
+    parser = _parser(base, presets, description)
     check_flags(argv, [option for option in parser._option_string_actions if option.startswith("--")])
     source = _value_of("--config", argv)
     if resume:
         _check_resumed(argv)
-        read_config(Path(resume))
+        read_config(Path(resume), kind)
         source = str(Path(resume) / "config.yaml")
-    content = read_file(Path(source)) if source is not None else {}
-    values = _parsed(parser, numbers(argv), content, source)
-    config: ImpalaConfig = _build(ImpalaConfig, values)
+    types_of = types_of_keys(kind)
+    content = read_file(Path(source), types_of) if source is not None else {}
+    values = _parsed(parser, numbers(argv, types_of), content, source, types_of)
+    config: Config = _build(kind, values)
     if any(word.startswith("--print_config") for word in argv):
         print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
         raise SystemExit(0)
@@ -111,7 +114,7 @@ def checkpoint_file(path: Path) -> Path:
     return path
 
 
-def check(config: ImpalaConfig) -> None:
+def check(config: Config) -> None:
     """Everything that can be found wrong before a process starts or torch is imported.
 
     Raises:
@@ -119,12 +122,12 @@ def check(config: ImpalaConfig) -> None:
     """
     config.validate()
     try:
-        check_name(config.env.game)
+        check_name(config.task)
     except ValueError as error:
-        raise ConfigError(f"env.game: {error}") from error
+        raise ConfigError(f"{config.task_flag}: {error}") from error
 
 
-def _parser(base: ImpalaConfig, presets: Presets, description: str) -> ArgumentParser:
+def _parser(base: Config, presets: Presets, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False, default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with the keys below.")
@@ -143,7 +146,9 @@ class _Quoted(yaml.SafeDumper):
 _Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
-def _parsed(parser: ArgumentParser, argv: list[str], content: dict[str, Any], source: str | None) -> dict[str, Any]:
+def _parsed(
+    parser: ArgumentParser, argv: list[str], content: dict[str, Any], source: str | None, types_of: dict[str, Any]
+) -> dict[str, Any]:
     words = [word for word in _without("--config", argv) if not word.startswith("--print_config")]
     if content:
         words = ["--config", yaml.dump(content, Dumper=_Quoted), *words]
@@ -155,9 +160,9 @@ def _parsed(parser: ArgumentParser, argv: list[str], content: dict[str, Any], so
     except SystemExit as error:
         if not error.code:
             raise
-        raise ConfigError(sentence(noise.getvalue())) from error
+        raise ConfigError(sentence(noise.getvalue(), types_of)) from error
     except Exception as error:
-        raise ConfigError(sentence(str(error), argv, source)) from error
+        raise ConfigError(sentence(str(error), types_of, argv, source)) from error
 
 
 def _check_resumed(argv: list[str]) -> None:

@@ -52,7 +52,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--episodes", type=int, default=10, help="whole games (default 10)")
-    parser.add_argument("--mode", choices=["sample", "greedy"], default="sample", help="draw actions, or take the mode")
+    parser.add_argument(
+        "--mode", choices=["sample", "greedy"], help="draw actions, or take the mode (default: as in training)"
+    )
     parser.add_argument("--protocol", choices=["classic", "sticky"], help="Atari protocol (default: that of training)")
     parser.add_argument("--seed", type=int, default=2_000_000, help="of the first environment; the others follow it")
     parser.add_argument("--device", default="cpu", help="of the policy: cpu (default), cuda or cuda:<n>")
@@ -82,29 +84,35 @@ def _evaluate(args: argparse.Namespace) -> int:
         saved = read_checkpoint(args.checkpoint)[CHECKPOINT_KEY]
     except CheckpointError as error:
         return fail(str(error))
-    name, protocol = saved["env"]["name"], args.protocol or saved["env"]["protocol"]
-    if args.gif and len(saved["policy"]["observation_shape"]) != 3:
+    name, options = saved["env"]["name"], dict(saved["env"]["options"])
+    network, mode = saved["policy"]["arguments"], args.mode or saved["eval_mode"]
+    if args.protocol is not None:
+        if atari_name(name) is None:
+            return fail(f"--protocol is {args.protocol}; {name} is no Atari game")
+        options["protocol"] = args.protocol
+    if args.gif and len(network["observation_shape"]) != 3:
         return fail(f"--gif is {args.gif}; the observations of {name} are no images")
     torch.manual_seed(args.seed)
     number = max(n for n in range(1, 17) if args.episodes % n == 0)
-    recurrent = bool(saved["policy"]["recurrent"])
     try:
-        actions, own = env_info(name, protocol=protocol).num_actions, saved["policy"]["num_actions"]
+        actions, own = env_info(name, **options).num_actions, network["num_actions"]
         if actions != own:  # the same numbers would mean other actions
-            return fail(f"the policy knows {own} actions of {name}; it has {actions} under the {protocol} protocol")
-        env = make_env(name, number, seed=args.seed, evaluation=True, protocol=protocol, last_step=recurrent)
+            return fail(
+                f"the policy knows {own} actions of {name}; it has {actions} under the {args.protocol} protocol"
+            )
+        env = make_env(name, number, seed=args.seed, evaluation=True, **options)
     except ValueError as error:
         return fail(str(error))
     recorder = Recorder() if args.gif else None
     try:
         env = with_policy_transforms(env, policy)
-        result = evaluate(policy, env, args.episodes, mode=args.mode, observer=recorder)
+        result = evaluate(policy, env, args.episodes, mode=mode, observer=recorder)
     except (RuntimeError, ValueError) as error:
         print(f"error: the games of {name} were not played to the end: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     finally:
         env.close()
-    print("\n".join(report(result, name, protocol)))
+    print("\n".join(report(result, name, options.get("protocol", ""))))
     if recorder is not None:
         try:
             save_gif(recorder.frames, args.gif)

@@ -6,12 +6,13 @@ import difflib
 import re
 import types
 from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from offtrace.agents.config import ConfigError, ImpalaConfig
+from offtrace.agents.config_base import Config, ConfigError
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -33,8 +34,18 @@ def check_flags(argv: Sequence[str], known: Iterable[str]) -> None:
             raise ConfigError(f"there is no flag {flag}{nearest(flag, known)}")
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def types_of_keys(kind: type[Config]) -> dict[str, Any]:
+    """The type of every key of a configuration, such as ``train.seed``."""
+    groups = {name: group for name, group in get_type_hints(kind).items() if is_dataclass(group)}
+    return {f"{group}.{name}": wanted for group in groups for name, wanted in get_type_hints(groups[group]).items()}
+
+
+def read_file(path: Path, types_of: dict[str, Any]) -> dict[str, Any]:
     """The groups of a configuration file, its keys known, its numbers as the parser reads them.
+
+    Args:
+        path: a YAML file.
+        types_of: what :func:`types_of_keys` gives.
 
     Raises:
         ConfigError: if the file cannot be read, is no YAML, or has an unknown key.
@@ -47,7 +58,6 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
-    types_of = _types()
     groups = {key.split(".")[0] for key in types_of}
     for group, values in content.items():
         if group not in groups:
@@ -61,9 +71,8 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def numbers(argv: Sequence[str]) -> list[str]:
+def numbers(argv: Sequence[str], types_of: dict[str, Any]) -> list[str]:
     """``argv`` with counts such as ``1e6`` and the limit ``inf`` as the parser reads them."""
-    types_of = _types()
     words: list[str] = []
     key = ""  # that the next word is the value of
     for word in argv:
@@ -99,16 +108,16 @@ def _number(value: Any, wanted: Any) -> Any:
     return int(number) if number.is_integer() else value
 
 
-def sentence(text: str, argv: Sequence[str] = (), source: str | None = None) -> str:
+def sentence(text: str, types_of: dict[str, Any], argv: Sequence[str] = (), source: str | None = None) -> str:
     """The gist of jsonargparse's message, which spans lines and speaks of classes.
 
     Args:
         text: the message.
+        types_of: what :func:`types_of_keys` gives.
         argv: the command line, to tell its values from those of the file.
         source: the configuration file, if there is one.
     """
     flat = " ".join(text.split())
-    types_of = _types()
     keys = [key for key in re.findall(r'key "([\w.]+)"', flat) if key in types_of]
     value = re.search(r"(?:Got|Given) value: (.*)$", flat)
     if keys and value:
@@ -125,12 +134,6 @@ def sentence(text: str, argv: Sequence[str] = (), source: str | None = None) -> 
     if stray:
         return f"{stray[1]} stands behind no flag; flags are written --group.name value"
     return flat.removeprefix("error: ")
-
-
-def _types() -> dict[str, Any]:
-    """The type of every key, such as ``train.seed``."""
-    groups = get_type_hints(ImpalaConfig)
-    return {f"{group}.{name}": wanted for group in groups for name, wanted in get_type_hints(groups[group]).items()}
 
 
 def _in_words(wanted: Any) -> str:

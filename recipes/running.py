@@ -9,17 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offtrace.agents.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
-from offtrace.agents.config import ConfigError, ImpalaConfig
+from offtrace.agents.config_base import Config, ConfigError
 from offtrace.agents.evaluation import evaluate
-from offtrace.agents.impala import env_options, policy_description
 from offtrace.agents.media import Recorder, plot_curve, save_gif
 from offtrace.agents.runs import discard, write_config
-from offtrace.agents.training import Summary, check_devices, evaluation_env, train
+from offtrace.agents.training import DESCRIPTIONS, Summary, check_devices, evaluation_env, train
 from offtrace.modules.envs import env_info
 from offtrace.recipes.cli import fail
 
 
-def run(config: ImpalaConfig, folder: Path, resume: Path | None) -> int:
+def run(config: Config, folder: Path, resume: Path | None) -> int:
     """Trains in ``folder``, then draws curve and game.
 
     Returns:
@@ -28,7 +27,7 @@ def run(config: ImpalaConfig, folder: Path, resume: Path | None) -> int:
     try:
         prepare(config, folder, resume)
         print(
-            f"{config.env.game}, {config.train.total_frames:,} frames, seed {config.train.seed}: {folder}",
+            f"{config.task}, {config.train.total_frames:,} frames, seed {config.train.seed}: {folder}",
             file=sys.stderr,
         )
         summary = train(config, folder, resume)
@@ -45,14 +44,14 @@ def run(config: ImpalaConfig, folder: Path, resume: Path | None) -> int:
         return 128 + summary.signal if summary.signal else 0
     label = f"seed {config.train.seed}"
     curve = folder / "curve.png"
-    _safely("the learning curve", lambda: plot_curve({label: folder / "metrics.csv"}, curve, title=config.env.game))
-    if not summary.signal and config.network.encoder != "mlp":  # which reads vectors: nothing to see
+    _safely("the learning curve", lambda: plot_curve({label: folder / "metrics.csv"}, curve, title=config.task))
+    if not summary.signal and config.sees_images():
         _safely("the recorded game", lambda: _record(config, folder))
     print(_line(summary, folder))
     return 128 + summary.signal if summary.signal else 0
 
 
-def prepare(config: ImpalaConfig, folder: Path, resume: Path | None) -> None:
+def prepare(config: Config, folder: Path, resume: Path | None) -> None:
     """The checks that need torch, before any process starts; for a resumed run also its folder.
 
     Raises:
@@ -64,8 +63,9 @@ def prepare(config: ImpalaConfig, folder: Path, resume: Path | None) -> None:
         return
     load_policy(resume)
     checkpoint = read_checkpoint(resume)
-    saved = checkpoint[CHECKPOINT_KEY]["policy"]
-    for name, own in policy_description(config, env_info(config.env.game, **env_options(config))).items():
+    saved = checkpoint[CHECKPOINT_KEY]["policy"]["arguments"]
+    info = env_info(config.task, **config.env_options())
+    for name, own in DESCRIPTIONS[config.family](config, info)["arguments"].items():
         if saved.get(name) != own:
             raise CheckpointError(
                 f"{resume} is of another network: its {name} is {saved.get(name)}, the run's is {own}"
@@ -99,12 +99,12 @@ def _line(summary: Summary, folder: Path) -> str:
     return f"{stopped}{scores} after {summary.frames:,} frames at {summary.frames_per_second:,.0f} frames/s: {folder}"
 
 
-def _record(config: ImpalaConfig, folder: Path) -> None:
+def _record(config: Config, folder: Path) -> None:
     best, last = folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt"
     record_game(config, best if best.exists() else last, folder / "game.gif")
 
 
-def record_game(config: ImpalaConfig, checkpoint: Path, out: Path) -> None:
+def record_game(config: Config, checkpoint: Path, out: Path) -> None:
     """Plays one evaluation game of a checkpoint and writes it as a GIF.
 
     Raises:

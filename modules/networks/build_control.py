@@ -8,16 +8,18 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from offtrace.modules.networks.categorical_critic import CategoricalCritic
 from offtrace.modules.networks.control_heads import GaussianHead, TanhNormalHead
 from offtrace.modules.networks.control_policy import ControlActor, ControlPolicy
 from offtrace.modules.networks.critics import Critic, DiscreteCritic, StateValue
 from offtrace.modules.networks.encoders import MLP, ShallowConv
+from offtrace.modules.networks.gaussian_heads import CholeskyHead
 from offtrace.modules.networks.heads import CategoricalHead, ValueHead
 from offtrace.modules.networks.normalise import ObservationNormalizer
 from offtrace.modules.networks.torsos import EnsembleMLP, LayerNormMLP, PixelTorso
 
 CONTROL_NETWORKS = ("mlp", "layernorm_mlp", "shallow")
-ACTOR_KINDS = ("tanh", "gaussian", "categorical")
+ACTOR_KINDS = ("tanh", "gaussian", "full_gaussian", "categorical")
 _CONV_FEATURES = 256
 
 
@@ -31,7 +33,7 @@ def build_actor(
     hidden: int | Sequence[int] = (256, 256),
     log_scale: str = "clip",
     init_scale: float = 0.7,
-    min_scale: float = 1e-6,
+    min_scale: float | None = None,
     normalize: bool = False,
     normalize_clip: float | None = 10.0,
     smoothing: float = 0.0,
@@ -39,14 +41,15 @@ def build_actor(
     """Build the acting policy that these plain values describe, with fresh weights from torch's global generator.
 
     Args:
-        kind: ``"tanh"`` (SAC), ``"gaussian"`` (MPO) or ``"categorical"``.
+        kind: ``"tanh"`` (SAC), ``"gaussian"`` (MPO), ``"full_gaussian"`` (with covariances) or ``"categorical"``.
         network: ``"mlp"`` (ReLU), ``"layernorm_mlp"`` (Acme), or ``"shallow"`` for images.
         observation_shape: of one observation, ``(channels, height, width)`` for images.
-        action_dim: numbers in a continuous action; for the first two kinds.
+        action_dim: numbers in a continuous action; for the first three kinds.
         num_actions: number of discrete actions; for ``"categorical"``.
         hidden: sizes of the layers; a number: two such layers.
         log_scale: of ``"tanh"``, see :class:`TanhNormalHead`.
-        init_scale, min_scale: of ``"gaussian"``, see :class:`GaussianHead`.
+        init_scale, min_scale: of the Gaussian kinds, see :class:`GaussianHead` and :class:`CholeskyHead`; ``min_scale``
+            None is the head's own.
         normalize, normalize_clip: running normalisation of observations, see :class:`ObservationNormalizer`.
         smoothing: low pass over executed actions, see :class:`ControlPolicy`.
 
@@ -72,7 +75,9 @@ def build_actor(
         head = TanhNormalHead(features, action_dim, log_scale=log_scale)
     else:
         assert action_dim is not None
-        head = GaussianHead(features, action_dim, init_scale=init_scale, min_scale=min_scale)
+        gaussian = GaussianHead if kind == "gaussian" else CholeskyHead
+        least = {} if min_scale is None else {"min_scale": min_scale}
+        head = gaussian(features, action_dim, init_scale=init_scale, **least)
     return ControlPolicy(ControlActor(torso, head, _normalizer(normalize, shape, normalize_clip)), smoothing=smoothing)
 
 
@@ -85,9 +90,11 @@ def build_critic(
     hidden: int | Sequence[int] = (256, 256),
     critics: int = 2,
     clip_action: bool = False,
+    atoms: int = 0,
+    v_max: float = 150.0,
     normalize: bool = False,
     normalize_clip: float | None = 10.0,
-) -> Critic | DiscreteCritic:
+) -> Critic | DiscreteCritic | CategoricalCritic:
     """Build ``critics`` independent critics as one module: of an action that is put in, or of every discrete action.
 
     Args:
@@ -96,6 +103,8 @@ def build_critic(
         action_dim, num_actions: exactly one is given: :class:`Critic` or :class:`DiscreteCritic`.
         critics: K, at least 1.
         clip_action: clip the action that is put in to [-1, 1].
+        atoms: 0: values. More: a :class:`CategoricalCritic` on that many, from ``-v_max`` to ``v_max``; continuous
+            actions, clipped by the loss.
 
     Raises:
         ValueError: on a value that does not fit, by its name.
@@ -107,6 +116,11 @@ def build_critic(
     encoder, features = _encoder(network, shape)
     normalizer = _normalizer(normalize, shape, normalize_clip)
     layer_norm = network != "mlp"
+    if atoms:
+        if action_dim is None:
+            raise ValueError(f"atoms={atoms} needs continuous actions, got num_actions={num_actions}")
+        ensemble = EnsembleMLP(critics, features + action_dim, _sizes(hidden), atoms, layer_norm=layer_norm)
+        return CategoricalCritic(ensemble, low=-v_max, high=v_max, atoms=atoms, encoder=encoder, normalizer=normalizer)
     if num_actions is not None:
         ensemble = EnsembleMLP(critics, features, _sizes(hidden), num_actions, layer_norm=layer_norm)
         return DiscreteCritic(ensemble, encoder, normalizer)

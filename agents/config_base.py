@@ -1,0 +1,156 @@
+"""What every algorithm's configuration shares. Plain dataclasses; imports neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one sentence."""
+
+
+@dataclass
+class RunConfig:
+    """The run."""
+
+    name: str | None = None
+    """Folder under runs/; made from task, seed and time if not given."""
+    total_frames: int = 15_000_000
+    """Environment frames (four per Atari step, action repeats included), over all ranks."""
+    seed: int = 0
+    """Of network, environments and order of the data."""
+    devices: int = 1
+    """Learner processes."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the learners run."""
+    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
+    """Of the learner; actors use float32."""
+    eval_every: int = 1_000_000
+    """Frames between two evaluations."""
+    eval_episodes: int = 10
+    """Whole games of an evaluation."""
+    final_eval: bool = True
+    """Evaluate at the end as well."""
+    eval_mode: Literal["sample", "greedy"] = "sample"
+    """Actions in evaluations: drawn from the policy, or its mode."""
+    checkpoint_every: int = 1_000_000
+    """Frames between two writings of last.ckpt."""
+    log_every: float = 10.0
+    """Seconds between two log lines."""
+
+
+@dataclass
+class ActorConfig:
+    """The actors."""
+
+    num_workers: int = 1
+    """Actor processes; 0 collects in the learner's process, synchronously."""
+    unroll: int = 64
+    """Agent steps of an environment in one rollout."""
+    threads: int = 1
+    """Torch threads of an actor process."""
+    step_timeout: float = 60.0
+    """Seconds after which a step that did not return counts as hung."""
+
+
+@dataclass
+class Config:
+    """A configuration: groups of fields, checked by :meth:`validate`; subclasses are dataclasses.
+
+    Besides the groups ``env``, ``collector`` and ``train`` that all of them have, a subclass says what its task is.
+    """
+
+    task_flag: ClassVar[str]
+    """Flag that names the task."""
+    family: ClassVar[str]
+    """Name of the algorithm; the builder in :mod:`offtrace.agents.training`."""
+
+    if TYPE_CHECKING:  # fields of every subclass, in its own order
+
+        @property
+        def env(self) -> Any:
+            """The task."""
+
+        @property
+        def collector(self) -> Any:
+            """The actors."""
+
+        @property
+        def train(self) -> Any:
+            """The run."""
+
+    @property
+    def task(self) -> str:
+        """Name of the environment, for :func:`offtrace.modules.envs.make_env`."""
+        return str(self._get(self.task_flag))
+
+    def env_options(self) -> dict[str, Any]:
+        """What :func:`offtrace.modules.envs.make_env` gets besides name, number and seed."""
+        return {}
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says of the task, so that its policy can be evaluated."""
+        return {"env": {"name": self.task, "options": self.env_options()}, "eval_mode": self.train.eval_mode}
+
+    def updates_per_push(self) -> int:
+        """Learner updates between two pushes of weights to the actors."""
+        return 1
+
+    def forced_lag(self) -> int:
+        """Least age, in updates, of the weights that the actors get."""
+        return 0
+
+    def sees_images(self) -> bool:
+        """Whether observations are frames, of which a video can be made."""
+        return False
+
+    def validate(self) -> None:
+        """Checks every value that can be checked without starting anything.
+
+        Raises:
+            ConfigError: one sentence that names the field, its value and what would be right.
+        """
+        self.at_least(
+            1, "env.num_envs", "collector.unroll", "collector.threads", "train.total_frames", "train.devices",
+            "train.eval_every", "train.eval_episodes", "train.checkpoint_every",
+        )  # fmt: skip
+        self.at_least(0, "collector.num_workers", "train.seed", "train.log_every")
+        self.positive("collector.step_timeout")
+
+    def at_least(self, least: float, *paths: str) -> None:
+        """Every number at ``paths`` must be finite and at least ``least``."""
+        for path in paths:
+            self.require(path, lambda value: value >= least and math.isfinite(value), f"at least {least:g}")
+
+    def positive(self, *paths: str) -> None:
+        """Every number at ``paths`` must be finite and above 0."""
+        for path in paths:
+            self.require(path, lambda value: value > 0 and math.isfinite(value), "above 0")
+
+    def positive_or_null(self, *paths: str) -> None:
+        """Every number at ``paths`` must be above 0, or null."""
+        for path in paths:
+            self.require(path, lambda value: value is None or value > 0, "above 0, or null")
+
+    def fraction(self, *paths: str) -> None:
+        """Every number at ``paths`` must be in [0, 1]."""
+        for path in paths:
+            self.require(path, lambda value: 0 <= value <= 1, "between 0 and 1")
+
+    def sizes(self, *paths: str) -> None:
+        """Every list at ``paths`` must hold sizes."""
+        for path in paths:
+            self.require(path, lambda value: value and min(value) >= 1, "a list of sizes of at least 1")
+
+    def require(self, path: str, holds: Callable[[Any], Any], right: str) -> None:
+        """``holds`` must be true of the value at ``path``; ``right`` says what would be."""
+        value = self._get(path)
+        if not holds(value):
+            raise ConfigError(f"{path} is {value}; it must be {right}")
+
+    def _get(self, path: str) -> Any:
+        group, name = path.split(".")
+        return getattr(getattr(self, group), name)

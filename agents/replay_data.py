@@ -1,0 +1,220 @@
+"""Where an off-policy learner's batches come from: a collector, a replay, and a ratio between the two."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from offtrace.agents.data import GameMeter, place
+from offtrace.modules.collectors import RolloutCollector
+from offtrace.modules.keys import NEXT, POLICY_VERSION
+from offtrace.modules.replay import Replay, SamplesPerInsert
+
+__all__ = ["ReplayData"]
+
+_ENDLESS = 10**12
+
+
+class ReplayData(LightningDataModule):
+    """Lists of batches from a replay that a collector fills; one list is the work of one ``training_step``.
+
+    A rollout is taken and inserted whenever the learner has used up what the samples-per-insert ratio entitles it to;
+    with actor processes the next ones are under way meanwhile, and wait when the learner is behind. The ratio therefore
+    holds exactly in both modes. The first ``min_size`` steps only fill the replay: they are acted by the untrained
+    policy, whose log-probabilities are exact, so that corrections hold for them too.
+
+    Every rank owns a collector and a replay, and has the same number of batches. Steps that an environment marks as not
+    valid count as collected and are never sampled.
+
+    Args:
+        collector_fn: gives the collector of a rank.
+        replay_fn: gives the empty replay of a rank, for the collector.
+        total_frames: environment frames, over all ranks, after which the data ends.
+        batch_size: samples (transitions or sequences) of a batch.
+        samples_per_insert: samples per collected step.
+        min_size: steps per rank collected before the first batch.
+        frame_skip: environment frames per agent step.
+        updates_per_step: most batches in one list.
+        on_rollout: called with every rollout ``[N, T]`` before it is inserted.
+
+    Attributes:
+        frames: environment frames collected so far, over all ranks.
+        limiter: counts steps and samples of this rank.
+        replay, collector: while training runs, else None.
+        folder: where :meth:`save` writes, one folder a rank; None: the replay is not saved.
+        episodes, episode_returns: whole games ended, and the raw returns of the last 100.
+    """
+
+    def __init__(
+        self,
+        collector_fn: Callable[[int], RolloutCollector],
+        replay_fn: Callable[[int, RolloutCollector], Replay],
+        *,
+        total_frames: int,
+        batch_size: int,
+        samples_per_insert: float,
+        min_size: int,
+        frame_skip: int = 1,
+        updates_per_step: int = 8,
+        on_rollout: Callable[[TensorDictBase], None] | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"total_frames": total_frames, "frame_skip": frame_skip, "updates_per_step": updates_per_step}
+        for name, value in {**sizes, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        self.collector_fn = collector_fn
+        self.replay_fn = replay_fn
+        self.total_frames = total_frames
+        self.batch_size = batch_size
+        self.frame_skip = frame_skip
+        self.updates_per_step = updates_per_step
+        self.on_rollout = on_rollout
+        self.limiter = SamplesPerInsert(samples_per_insert, min_size)
+        self.collector: RolloutCollector | None = None
+        self.replay: Replay | None = None
+        self.folder: Path | None = None
+        self.frames = 0
+        self.games = GameMeter()
+        self._version = 0
+        self._saved: str | None = None
+        self._versions: Tensor | None = None
+
+    @property
+    def episodes(self) -> int:
+        """Whole games ended in this rank's rollouts."""
+        return self.games.episodes
+
+    @property
+    def episode_returns(self) -> deque[float]:
+        """Raw returns of the last 100 of them."""
+        return self.games.returns
+
+    def behaviour_versions(self, batch: Any) -> Tensor:
+        """Versions of the weights that acted in the newest rollout: how far the actors are behind, not the replay."""
+        assert self._versions is not None
+        return self._versions
+
+    def train_dataloader(self) -> ReplayStream:
+        """Start the collector, fill the replay from disk in a resumed run, and give the stream of lists of batches.
+
+        Raises:
+            ValueError: when the ratio, the capacity and the batch do not fit each other.
+            DamagedReplay: when the replay of a resumed run cannot be read.
+        """
+        self.shutdown()
+        rank, world_size, device = place(self)
+        self.collector = self.collector_fn(rank)
+        try:
+            self.replay = self.replay_fn(rank, self.collector)
+            self.limiter.check(capacity=self.replay.capacity, batch=self.batch_size)
+            if self._saved is not None and self.folder is not None:
+                self.replay.load(self._place_of(rank, self._saved))
+        except BaseException:
+            self.shutdown()
+            raise
+        self.collector.version = self._version
+        return ReplayStream(self, self.collector, self.replay, world_size=world_size, device=device)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The stream moves batches itself."""
+        return batch
+
+    def save(self, rank: int) -> None:
+        """Write the replay beside the checkpoint that is about to be written; keeps that of the one before."""
+        if self.folder is None or self.replay is None:
+            return
+        self._saved = f"{self.frames:012d}"
+        path = self._place_of(rank, self._saved)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.replay.dump(path)
+        for old in sorted(path.parent.iterdir())[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, equal on all ranks, and the name of the saved replay."""
+        version = self._version if self.collector is None else self.collector.version
+        return {"frames": self.frames, "version": version, "limiter": self.limiter.state_dict(), "replay": self._saved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the counters."""
+        self.frames = int(state_dict["frames"])
+        self._version = int(state_dict["version"])
+        self._saved = state_dict["replay"]
+        self.limiter.load_state_dict(state_dict["limiter"])
+        if self.collector is not None:
+            self.collector.version = self._version
+            if self._saved is not None and self.folder is not None and self.replay is not None:
+                self.replay.load(self._place_of(place(self)[0], self._saved))
+
+    def teardown(self, stage: str) -> None:
+        """End the actors."""
+        self.shutdown()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the actors; else the interpreter would wait for them at its exit."""
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """End the actors, if any run. The replay stays, so that it can still be saved."""
+        if self.collector is not None:
+            collector, self.collector = self.collector, None
+            self._version = collector.version
+            collector.shutdown()
+
+    def _place_of(self, rank: int, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"rank{rank}" / name
+
+
+class ReplayStream:
+    """The lists of batches of one run, in order.
+
+    It has a length, larger than what comes: Lightning fetches one list ahead from what has none.
+    """
+
+    def __init__(
+        self, data: ReplayData, collector: RolloutCollector, replay: Replay, *, world_size: int, device: torch.device
+    ) -> None:
+        self._data = data
+        self._collector = collector
+        self._replay = replay
+        self._device = device
+        self._frames_per_rollout = collector.frames_per_batch * data.frame_skip * world_size
+        self._taken = 0
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __iter__(self) -> Iterator[list[TensorDictBase]]:
+        data = self._data
+        while True:
+            while data.limiter.may_sample(data.batch_size):
+                count = min(data.updates_per_step, math.floor(data.limiter.owed / data.batch_size))
+                data.limiter.sample(count * data.batch_size)
+                yield [self._replay.sample().to(self._device, non_blocking=True) for _ in range(count)]
+            if data.frames >= data.total_frames:
+                return
+            self._collect()
+
+    def _collect(self) -> None:
+        data = self._data
+        rollout = next(self._collector)
+        data._versions = rollout[NEXT, POLICY_VERSION]
+        data.games.note(rollout)
+        if data.on_rollout is not None:
+            data.on_rollout(rollout)
+        # the actors take turns
+        self._replay.extend(rollout, worker=self._taken % max(1, self._collector.num_workers))
+        self._taken += 1
+        data.limiter.insert(rollout.numel())
+        data.frames += self._frames_per_rollout

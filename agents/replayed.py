@@ -1,0 +1,129 @@
+"""What SAC and MPO share: networks from a configuration, collector, replay, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torchrl.objectives.common import LossModule
+
+from offtrace.agents.config_base import ConfigError
+from offtrace.agents.control_config import ReplayedConfig
+from offtrace.agents.optim import OptimizerFactory
+from offtrace.agents.replay_data import ReplayData
+from offtrace.modules.collectors import RolloutCollector, make_collector
+from offtrace.modules.envs import EnvInfo, env_info, make_env
+from offtrace.modules.keys import OBSERVATION, VALID
+from offtrace.modules.networks import ControlPolicy
+from offtrace.modules.replay import Replay
+
+
+def task_info(config: ReplayedConfig) -> EnvInfo:
+    """Shapes of the task.
+
+    Raises:
+        ConfigError: when the network cannot read what the task shows.
+    """
+    info = env_info(config.task, **config.env_options())
+    images = len(info.observation_shape) == 3
+    if images != (config.network.encoder == "shallow"):
+        raise ConfigError(
+            f"network.encoder is {config.network.encoder}, and {config.task} shows observations of shape "
+            f"{list(info.observation_shape)}; it must be {'shallow' if images else 'mlp or layernorm_mlp'}"
+        )
+    if info.masked:
+        raise ConfigError(f"{config.task} has illegal actions, which {config.family} does not know of; use IMPALA")
+    if info.num_actions is not None and config.network.smoothing:
+        raise ConfigError(f"network.smoothing is {config.network.smoothing}; {config.task} has discrete actions")
+    return info
+
+
+def network_options(config: ReplayedConfig, info: EnvInfo) -> dict[str, Any]:
+    """What actor and critic are both built from."""
+    return {
+        "network": config.network.encoder,
+        "observation_shape": list(info.observation_shape),
+        "action_dim": info.action_dim,
+        "num_actions": info.num_actions,
+        "normalize": config.network.normalize,
+    }
+
+
+def group_optimizer(loss: LossModule, rates: dict[str, float]) -> OptimizerFactory:
+    """Adam with a learning rate for each of the loss's parameter groups."""
+
+    def make(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        groups = loss.param_groups()
+        wanted = [{"params": group, "lr": rates[name]} for name, group in groups.items()]
+        return torch.optim.Adam(wanted, fused=True)
+
+    return make
+
+
+def make_data(config: ReplayedConfig, policy: ControlPolicy, info: EnvInfo) -> ReplayData:
+    """The data module of ``config``."""
+    replay = config.replay
+    return ReplayData(
+        partial(_collector, config, policy),
+        partial(_replay, config),
+        total_frames=config.train.total_frames,
+        batch_size=replay.batch_size,
+        samples_per_insert=replay.samples_per_insert,
+        min_size=replay.min_size,
+        frame_skip=info.frame_skip,
+        updates_per_step=config.train.updates_per_step,
+        on_rollout=normalizer_update(policy) if config.network.normalize else None,
+    )
+
+
+def normalizer_update(policy: ControlPolicy) -> Callable[[TensorDictBase], None]:
+    """Feeds the observations of a rollout to the policy's normaliser; those of all ranks, so that it stays the same."""
+    normalizer = policy.actor.normalizer
+    assert normalizer is not None
+
+    def update(rollout: TensorDictBase) -> None:
+        observations = rollout[OBSERVATION].flatten(0, 1).to(normalizer.mean.device)
+        valid = rollout.get(VALID, None)
+        valid = torch.ones(len(observations), 1, dtype=torch.bool) if valid is None else valid.flatten(0, 1)
+        valid = valid.to(observations.device)
+        if torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size()
+            everybody = [torch.empty_like(observations) for _ in range(ranks)]
+            known = [torch.empty_like(valid) for _ in range(ranks)]
+            torch.distributed.all_gather(everybody, observations.contiguous())
+            torch.distributed.all_gather(known, valid.contiguous())
+            observations, valid = torch.cat(everybody), torch.cat(known)
+        normalizer.update(observations, valid)
+
+    return update
+
+
+def _collector(config: ReplayedConfig, policy: nn.Module, rank: int) -> RolloutCollector:
+    env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
+    return make_collector(
+        env_fn,
+        policy,
+        frames_per_batch=config.env.num_envs * config.collector.unroll,
+        num_workers=config.collector.num_workers,
+        seed=config.train.seed,
+        rank=rank,
+        step_timeout=config.collector.step_timeout,
+        threads_per_worker=config.collector.threads,
+    )
+
+
+def _replay(config: ReplayedConfig, rank: int, collector: RolloutCollector) -> Replay:
+    return Replay(
+        config.replay.capacity,
+        num_envs=config.env.num_envs,
+        num_workers=max(1, config.collector.num_workers),
+        batch_size=config.replay.batch_size,
+        length=config.sample_length,
+        pad=config.loss.target == "n_step",
+        storage=config.replay.storage,
+        seed=config.train.seed + 7919 * rank,
+    )

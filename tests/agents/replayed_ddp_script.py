@@ -1,0 +1,49 @@
+"""Run by test_replayed.py: one Lightning fit on two gloo ranks; writes what each rank ended with into a folder.
+
+python replayed_ddp_script.py sac|mpo FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from offtrace.agents.callbacks import WeightSync
+from offtrace.agents.control_config import MPOConfig, SACConfig
+from offtrace.agents.training import BUILDERS
+
+
+def main(name: str, folder: Path) -> None:
+    config: Any = SACConfig() if name == "sac" else MPOConfig()
+    config.env.task, config.env.num_envs, config.collector.unroll = "Pendulum-v1", 1, 8
+    config.network.hidden = config.network.critic_hidden = [16, 16]
+    config.network.normalize = True
+    config.replay.capacity, config.replay.batch_size, config.replay.min_size = 500, 8, 16
+    config.replay.samples_per_insert, config.loss.n_step = 4.0, 3
+    config.train.total_frames = 2 * 8 * 8
+    pl.seed_everything(0, verbose=False)
+    agent, data = BUILDERS[name](config)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2,
+        strategy=pl.strategies.DDPStrategy(process_group_backend="gloo", broadcast_buffers=False),
+        max_epochs=1, logger=False, callbacks=[WeightSync(1)], enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(agent, data)
+    torch.save(
+        {
+            "weights": {key: value.clone() for key, value in agent.state_dict().items()},
+            "frames": data.frames,
+            "observation": data.replay.sample()["observation"].clone(),
+            "noise": torch.randn(3),
+        },
+        folder / f"rank{trainer.global_rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,287 @@
+"""SAC, MPO and V-MPO through the agent: resuming, ratios, ranks, compiled losses, configurations that cannot work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from offtrace.agents.callbacks import Checkpoints, WeightSync
+from offtrace.agents.checkpoint import load_policy
+from offtrace.agents.config_base import ConfigError
+from offtrace.agents.control_config import (
+    MPOConfig,
+    ReplayedConfig,
+    SACConfig,
+    VMPOConfig,
+    discrete_mpo_config,
+    discrete_sac_config,
+    dmpo_config,
+    full_covariance_config,
+    sac_v1_config,
+)
+from offtrace.agents.training import BUILDERS
+from offtrace.modules.replay import DamagedReplay
+
+ROLLOUT = 8
+
+
+def small(config: Any, task: str | None = "Pendulum-v1", rollouts: int = 8) -> Any:
+    """Sixteen units, one update for every two steps."""
+    if task is not None:
+        config.env.task = task
+    config.env.num_envs, config.collector.unroll = 1, ROLLOUT
+    config.network.hidden = config.network.critic_hidden = [16, 16]
+    config.replay.capacity, config.replay.batch_size, config.replay.min_size = 500, 8, 16
+    config.replay.samples_per_insert, config.replay.length = 4.0, 4
+    config.loss.n_step = 3
+    config.train.total_frames = rollouts * ROLLOUT
+    config.train.updates_per_step = 3
+    return config
+
+
+class StopAfter(pl.Callback):
+    """Ends the run where the next thing would be a rollout, as a machine that goes down would."""
+
+    def __init__(self, rollouts: int) -> None:
+        self.frames = rollouts * ROLLOUT
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        data = trainer.datamodule
+        if data.frames >= self.frames and not data.limiter.may_sample(data.batch_size):
+            trainer.should_stop = True
+
+
+class NewEnvironments(pl.Callback):
+    """Puts fresh environments under a running stream after some rollouts, and touches nothing else."""
+
+    def __init__(self, data: Any, rollouts: int) -> None:
+        self.frames = rollouts * ROLLOUT
+        self.streams: list[Any] = []
+        make = data.train_dataloader
+        data.train_dataloader = lambda: self.streams.append(make()) or self.streams[-1]
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        data = trainer.datamodule
+        if data.frames == self.frames and not data.limiter.may_sample(data.batch_size):
+            state = torch.get_rng_state()
+            version, old = data.collector.version, data.collector
+            old.shutdown()
+            data.collector = self.streams[-1]._collector = data.collector_fn(0)
+            data.collector.version = version
+            torch.set_rng_state(state)
+            self.frames = -1
+
+
+def fit(
+    config: Any, folder: Path | None = None, *, stop: int = 10**9, resume: Path | None = None, renew: int = 0
+) -> tuple[Any, Any, pl.Trainer]:
+    pl.seed_everything(3 if resume is None else 99, verbose=False)  # a resumed run takes nothing from its own seed
+    agent, data = BUILDERS[config.family](config)
+    callbacks: list[pl.Callback] = [WeightSync(1)]
+    if folder is not None:
+        data.folder = folder / "replay"
+        callbacks += [Checkpoints(folder, every=10**9), StopAfter(stop)]
+    if resume is not None:
+        data.folder = resume.parent / "replay"
+    if renew:
+        callbacks.append(NewEnvironments(data, renew))
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+    )  # fmt: skip
+    trainer.fit(agent, data, ckpt_path=str(resume) if resume else None, weights_only=True if resume else None)
+    return agent, data, trainer
+
+
+def configs() -> dict[str, Any]:
+    retrace = small(SACConfig())
+    retrace.loss.target = "retrace"
+    n_step = small(SACConfig())
+    n_step.loss.target = "n_step"
+    normalized = small(SACConfig())
+    normalized.network.normalize = True
+    mpo_retrace = small(MPOConfig())
+    mpo_retrace.loss.target = "retrace"
+    smooth = small(SACConfig())
+    smooth.network.smoothing = 0.5
+    return {
+        "sac": small(SACConfig()), "sac n-step": n_step, "sac retrace": retrace, "sac v1": small(sac_v1_config()),
+        "sac normalized": normalized, "sac smooth": smooth, "sac discrete": small(discrete_sac_config(), None),
+        "mpo": small(MPOConfig()), "mpo retrace": mpo_retrace, "dmpo": small(dmpo_config()),
+        "mpo full": small(full_covariance_config()), "mpo discrete": small(discrete_mpo_config(), None),
+    }  # fmt: skip
+
+
+NAMES = list(configs())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant_learns_something_and_its_policy_loads(name: str, tmp_path: Path) -> None:
+    """Every parameter group moved, the ratio held, the saved policy acts as the agent's."""
+    config: ReplayedConfig = configs()[name]
+    config.validate()
+    pl.seed_everything(0, verbose=False)
+    agent, data = BUILDERS[config.family](config)
+    before = {group: [p.detach().clone() for p in params] for group, params in agent.loss.param_groups().items()}
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[WeightSync(1), Checkpoints(tmp_path, every=10**9)],
+    )  # fmt: skip
+    trainer.fit(agent, data)
+    after = agent.loss.param_groups()
+    for group, params in before.items():
+        assert any(not torch.equal(a, b) for a, b in zip(params, after[group], strict=True)), group
+    steps = config.train.total_frames
+    assert data.limiter.inserted == data.frames == steps
+    assert data.limiter.sampled == 4 * (steps - 16)
+    assert agent.updates == data.limiter.sampled // 8
+    policy = load_policy(tmp_path / "last.ckpt")
+    observation = torch.randn(5, *config_shape(config))
+    ours, theirs = (p.get_dist_params(_td(observation)) for p in (agent.policy, policy))
+    for key in policy[-1].in_keys:
+        torch.testing.assert_close(ours[key], theirs[key])
+
+
+def config_shape(config: Any) -> tuple[int, ...]:
+    return (4,) if config.env.task.startswith("CartPole") else (3,)
+
+
+def _td(observation: torch.Tensor) -> Any:
+    from tensordict import TensorDict
+
+    return TensorDict({"observation": observation}, [len(observation)])
+
+
+@pytest.mark.parametrize("name", ["sac", "sac retrace", "sac normalized", "mpo", "sac discrete"])
+def test_k_and_k_updates_are_2k(name: str, tmp_path: Path) -> None:
+    """Both arms get new environments after k rollouts. Bit for bit: weights, targets, moments, samples, counters."""
+    k, config = 6, configs()[name]
+    config.train.total_frames = 2 * k * ROLLOUT
+    config.optim.target_every = 7
+    half, half_data, _ = fit(config, tmp_path / "a", stop=k)
+    assert half_data.frames == k * ROLLOUT
+    resumed, resumed_data, resumed_trainer = fit(
+        config, tmp_path / "b", stop=2 * k, resume=tmp_path / "a" / "last.ckpt"
+    )
+    whole, data, trainer = fit(config, tmp_path / "c", stop=2 * k, renew=k)
+    assert resumed_data.frames == data.frames == 2 * k * ROLLOUT
+    assert resumed.updates == whole.updates > half.updates > 0
+    assert any(not torch.equal(half.state_dict()[name], value) for name, value in whole.state_dict().items())
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    ours, theirs = trainer.optimizers[0].state_dict(), resumed_trainer.optimizers[0].state_dict()
+    for index, moments in ours["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][index][key])), key
+    next_ours, next_theirs = data.replay.sample(), resumed_data.replay.sample()
+    assert (next_ours == next_theirs).all()
+
+
+def test_a_damaged_replay_is_named(tmp_path: Path) -> None:
+    config = configs()["sac"]
+    config.train.total_frames = 12 * ROLLOUT
+    fit(config, tmp_path / "a", stop=6)
+    folder = max((tmp_path / "a" / "replay" / "rank0").iterdir())
+    largest = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(DamagedReplay, match=str(folder)):
+        fit(config, tmp_path / "c", stop=12, resume=tmp_path / "a" / "last.ckpt")
+
+
+def test_actors_in_processes_hold_the_ratio() -> None:
+    config = configs()["sac"]
+    config.collector.num_workers = 2
+    agent, data, _ = fit(config)
+    assert data.limiter.inserted == 8 * ROLLOUT
+    assert data.limiter.sampled == 4 * (8 * ROLLOUT - 16)
+    assert agent.updates == data.limiter.sampled // 8
+
+
+def test_vmpo_learns_something() -> None:
+    config = VMPOConfig()
+    config.env.num_envs, config.collector.unroll, config.collector.num_workers = 4, 8, 0
+    config.train.total_frames = 4 * 8 * 4
+    config.validate()
+    agent, data, _ = fit(config)
+    assert data.frames == 128
+    assert agent.updates == 4 * config.train.minibatches * config.train.epochs
+
+
+def test_a_compiled_loss_is_the_loss() -> None:
+    """The same updates from the same samples; traced, without a C++ compiler."""
+    finals = []
+    for compile_ in (False, True):
+        config = configs()["sac"]
+        config.loss.target = "one_step"
+        config.loss.fixed_alpha = 0.1
+        pl.seed_everything(1, verbose=False)
+        agent, data = BUILDERS["sac"](config)
+        if compile_:
+            torch._dynamo.reset()
+            agent.__dict__["_run_loss"] = torch.compile(agent.loss, backend="aot_eager")
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(agent, data)
+        finals.append({k: v.clone() for k, v in agent.state_dict().items()})
+    assert finals[0].keys() == finals[1].keys()
+    for name, value in finals[0].items():
+        torch.testing.assert_close(value, finals[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"loss.version": 1, "loss.target": "retrace"}, "loss.target is retrace; version 1 has no target critics"),
+        ({"replay.capacity": 5}, "replay.capacity is 5; it must hold replay.batch_size, 8"),
+        ({"replay.min_size": 3}, "replay.min_size is 3; it must be replay.batch_size, 8, or more"),
+        ({"replay.samples_per_insert": 0.0}, "replay.samples_per_insert is 0.0; it must be above 0"),
+        ({"loss.target": "retrace", "replay.length": 1}, "replay.length is 1; Retrace needs sequences of 2"),
+        ({"env.pixels": True}, "network.encoder is mlp; with env.pixels true it must be shallow"),
+        ({"optim.tau": 0.0}, "optim.tau is 0.0; it must be above 0 and at most 1"),
+        ({"network.smoothing": 1.0}, "network.smoothing is 1.0; it must be at least 0 and below 1"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(change: dict[str, Any], words: str) -> None:
+    config = small(SACConfig())
+    for path, value in change.items():
+        group, name = path.split(".")
+        setattr(getattr(config, group), name, value)
+    with pytest.raises(ConfigError, match=words):
+        config.validate()
+
+
+def test_tasks_that_do_not_fit_are_refused() -> None:
+    for config, words in (
+        (small(sac_v1_config(), "CartPole-v1"), "loss.version is 1, which has no form for the discrete actions"),
+        (small(dmpo_config(), "CartPole-v1"), "loss.critic is categorical, which needs continuous actions"),
+        (small(full_covariance_config(), "CartPole-v1"), "loss.covariance is full, which needs continuous actions"),
+        (small(SACConfig(), "pong"), "network.encoder is mlp, and pong shows observations of shape"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            BUILDERS[config.family](config)
+    config = small(SACConfig())
+    config.replay.samples_per_insert = 0.001
+    with pytest.raises(ValueError, match=r"samples-per-insert ratio of 0\.001"):
+        fit(config)
+
+
+@pytest.mark.parametrize("name", ["sac", "mpo"])
+def test_two_ranks_stay_bit_identical(name: str, tmp_path: Path) -> None:
+    """Two gloo ranks, each with its own environments and replay: the same weights, targets, duals and temperature."""
+    script = Path(__file__).with_name("replayed_ddp_script.py")
+    subprocess.run([sys.executable, str(script), name, str(tmp_path)], check=True, timeout=180)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["frames"] == second["frames"] == 2 * 8 * ROLLOUT
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key]), key
+    assert not torch.equal(first["observation"], second["observation"]), "each rank collects for itself"
+    assert not torch.equal(first["noise"], second["noise"]), "and draws for itself"
