@@ -12,8 +12,8 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, T
 from torch import Tensor, nn
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.mpo_states import Batch, Sites, States, read_sites
 from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
+from offtrace.modules.losses.sites import Batch, Sites, States, read_sites
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.returns import (
     categorical_projection,

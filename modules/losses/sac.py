@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.mpo_states import Sites, States
+from offtrace.modules.losses.sites import Sites, States
 from offtrace.modules.losses.soft import Network, SoftLoss, entropy_target, evaluate, least
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.networks.control_heads import TanhNormal

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.mpo_states import Sites, States
 from offtrace.modules.losses.sac import _check_actor, sample
+from offtrace.modules.losses.sites import Sites, States
 from offtrace.modules.losses.soft import Network, SoftLoss, evaluate, least
 from offtrace.modules.losses.stats import Stats
 

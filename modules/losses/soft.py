@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.mpo_states import Batch, Sites, States, read_sites
 from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
+from offtrace.modules.losses.sites import Batch, Sites, States, read_sites
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.networks.control_heads import TanhNormal
 from offtrace.modules.returns import (

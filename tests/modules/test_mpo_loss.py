@@ -16,7 +16,7 @@ from torchrl.objectives import HardUpdate
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_base import MPOBase
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
-from offtrace.modules.losses.mpo_states import Batch, first_window
+from offtrace.modules.losses.sites import Batch, first_window
 from offtrace.modules.networks import DiagonalNormal
 from offtrace.modules.networks.distributions import Categorical
 from offtrace.modules.networks.gaussian_heads import FullNormal
