@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,6 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one sentence."""
+
+
+def may_have_gpu() -> bool:
+    """Whether a GPU driver that torch could use shows itself; only torch can tell how many GPUs there are."""
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, WSL
+    return not sys.platform.startswith("linux") or any(os.path.exists(path) for path in drivers)
 
 
 @dataclass
@@ -119,6 +127,22 @@ class Config:
         )  # fmt: skip
         self.at_least(0, "collector.num_workers", "train.seed", "train.log_every")
         self.positive("collector.step_timeout")
+
+    def check_devices(self, gpus: int) -> None:
+        """Checks that this machine, with ``gpus`` GPUs, has what the run asks for.
+
+        Raises:
+            ConfigError: one sentence.
+        """
+        wanted, accelerator = self.train.devices, self.train.accelerator
+        cores = os.cpu_count() or 1
+        if accelerator == "gpu" and not gpus:
+            raise ConfigError("train.accelerator is gpu; this machine has none that torch can use")
+        if accelerator != "cpu" and gpus:
+            if wanted > gpus:
+                raise ConfigError(f"train.devices is {wanted}; this machine has {gpus} GPUs")
+        elif wanted > cores:
+            raise ConfigError(f"train.devices is {wanted}; this machine has {cores} cores for learners on the CPU")
 
     def at_least(self, least: float, *paths: str) -> None:
         """Every number at ``paths`` must be finite and at least ``least``."""

@@ -23,7 +23,7 @@ from torchrl.modules.utils import get_env_transforms_from_module
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, WeightSync
 from offtrace.agents.checkpoint import read_checkpoint
-from offtrace.agents.config_base import Config, ConfigError
+from offtrace.agents.config_base import Config
 from offtrace.agents.impala import actor_critic_description, make_impala
 from offtrace.agents.mpo import make_mpo, make_vmpo
 from offtrace.agents.mpo import policy_description as mpo_description
@@ -105,7 +105,7 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
         read_checkpoint(resume)
         if not int(os.environ.get("LOCAL_RANK", 0)):
             keep_metrics(run_dir)
-    check_devices(config)
+    config.check_devices(torch.cuda.device_count())
     _quiet()
     torch.set_num_threads(learner_threads(config))
     pl.seed_everything(config.train.seed, verbose=False)
@@ -140,27 +140,16 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     return summary
 
 
-def check_devices(config: Config) -> None:
-    """Raises :class:`ConfigError` if the machine lacks what ``config.train`` asks for."""
-    wanted, accelerator = config.train.devices, config.train.accelerator
-    gpus = torch.cuda.device_count()
-    if accelerator == "gpu" and not gpus:
-        raise ConfigError("train.accelerator is gpu; this machine has none that torch can use")
-    if wanted > gpus and (accelerator == "gpu" or (accelerator == "auto" and gpus)):
-        raise ConfigError(f"train.devices is {wanted}; this machine has {gpus}")
-    cores = os.cpu_count() or 1
-    if wanted > cores and not (gpus and accelerator != "cpu"):
-        raise ConfigError(f"train.devices is {wanted}; this machine has {cores} cores for learners on the CPU")
-
-
 def learner_threads(config: Config) -> int:
     """Torch threads of a learner: the cores that the actors leave over.
 
     A thread too many costs more than it brings: on two cores, one actor beside a learner of two threads made a quarter
-    fewer frames than beside one of a single thread.
+    fewer frames than beside one of a single thread. ``OMP_NUM_THREADS`` limits them, as it does everywhere in torch.
     """
     busy = config.collector.num_workers * config.collector.threads
-    return max(1, (os.cpu_count() or 1) // max(1, config.train.devices) - busy)
+    free = max(1, (os.cpu_count() or 1) // max(1, config.train.devices) - busy)
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(free, int(limit)) if limit.isdigit() and int(limit) else free
 
 
 def make_trainer(config: Config, run_dir: Path, callbacks: list[pl.Callback]) -> pl.Trainer:

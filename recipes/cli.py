@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from offtrace.agents.config_base import Config, ConfigError
+from offtrace.agents.config_base import Config, ConfigError, may_have_gpu
 from offtrace.agents.runs import RunError, new_run, read_config, write_config
 from offtrace.modules.envs.names import check_name
 from offtrace.recipes.flags import check_flags, nearest, numbers, read_file, sentence, types_of_keys
@@ -121,6 +121,8 @@ def check(config: Config) -> None:
         ConfigError: one sentence.
     """
     config.validate()
+    if not may_have_gpu():
+        config.check_devices(0)
     try:
         check_name(config.task)
     except ValueError as error:

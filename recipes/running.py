@@ -8,12 +8,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from offtrace.agents.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
 from offtrace.agents.config_base import Config, ConfigError
 from offtrace.agents.evaluation import evaluate
 from offtrace.agents.media import Recorder, plot_curve, save_gif
 from offtrace.agents.runs import discard, write_config
-from offtrace.agents.training import DESCRIPTIONS, Summary, check_devices, evaluation_env, train
+from offtrace.agents.training import DESCRIPTIONS, Summary, evaluation_env, train
 from offtrace.modules.envs import env_info
 from offtrace.recipes.cli import fail
 
@@ -58,7 +60,7 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
         ConfigError: if the machine lacks what is asked for, or the frames are trained already.
         CheckpointError: if the checkpoint cannot be read, or is of another network.
     """
-    check_devices(config)
+    config.check_devices(torch.cuda.device_count())
     if resume is None:
         return
     load_policy(resume)

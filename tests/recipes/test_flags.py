@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -154,6 +156,37 @@ def test_mistakes_of_evaluate(argv: list[str], told: str, capsys: pytest.Capture
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "gpus", "told"),
+    [
+        ("gpu", 1, 0, "train.accelerator is gpu; this machine has none that torch can use"),
+        ("gpu", 3, 2, "train.devices is 3; this machine has 2 GPUs"),
+        ("auto", 3, 2, "train.devices is 3; this machine has 2 GPUs"),
+        ("auto", 5, 0, "train.devices is 5; this machine has 4 cores for learners on the CPU"),
+        ("cpu", 5, 8, "train.devices is 5; this machine has 4 cores for learners on the CPU"),
+        ("auto", 2, 2, None),
+        ("cpu", 4, 2, None),
+        ("gpu", 8, 8, None),
+    ],
+)
+def test_devices_that_are_not_there(
+    accelerator: Literal["auto", "cpu", "gpu"],
+    devices: int,
+    gpus: int,
+    told: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    config = default_config()
+    config.train.accelerator, config.train.devices = accelerator, devices
+    if told is None:
+        config.check_devices(gpus)
+        return
+    with pytest.raises(ConfigError) as error:
+        config.check_devices(gpus)
+    assert str(error.value) == told
 
 
 @pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--train.seed", "x"], 2), (["--gme", "pong"], 2)])

@@ -14,7 +14,9 @@ import pytest
 import torch
 import yaml
 
+from offtrace.agents.config import control_config
 from offtrace.agents.media import read_curves
+from offtrace.agents.training import learner_threads
 from offtrace.recipes import evaluate, impala_atari, impala_control, running
 
 TINY = [
@@ -162,3 +164,20 @@ def test_the_actions_of_a_protocol_are_not_those_of_another(capsys: pytest.Captu
     capsys.readouterr()
     assert evaluate.main(["runs/p/checkpoints/last.ckpt", "--protocol=sticky"]) == 2
     assert "the policy knows 6 actions of pong; it has 18 under the sticky protocol" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("workers", "devices", "limit", "threads"),
+    [(0, 1, None, 8), (2, 1, None, 6), (2, 2, None, 2), (9, 1, None, 1), (0, 1, "3", 3), (6, 1, "3", 2), (0, 1, "", 8)],
+)
+def test_threads_of_the_learner(
+    workers: int, devices: int, limit: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cores that the actors leave over, and never more than OMP_NUM_THREADS says."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    config = control_config()
+    config.collector.num_workers, config.train.devices = workers, devices
+    assert learner_threads(config) == threads
