@@ -6,13 +6,20 @@ BIN := $(VENV)/bin
 TYPES := $(VENV)/types/offtrace
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test check format bench build clean
+.PHONY: train test test-wheel check format bench build clean
 
 train: $(VENV)/.installed
 	$(BIN)/python recipes/impala_atari.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# the tests against what users would install: neither editable nor the checkout
+test-wheel: build
+	rm -rf $(VENV)/wheel && $(PYTHON) -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"$$(ls -t dist/*.whl | head -1)[test]"
+	$(VENV)/wheel/bin/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
