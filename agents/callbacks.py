@@ -191,9 +191,11 @@ class Checkpoints(pl.Callback):
         self.folder = folder
         self.every = every
         self._next = every
+        self._began = False
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
         """Sets the next checkpoint behind the frames already trained."""
+        self._began = True
         self._next = (agent.frames // self.every + 1) * self.every
 
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -208,7 +210,7 @@ class Checkpoints(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
         """Keeps what was learned, whatever ended the run."""
-        if agent.updates and trainer.state.stage is not None:
+        if agent.updates and self._began:  # before that, what was read from a checkpoint is not all in place
             self.save(trainer, agent, "last.ckpt")
 
     def on_score(self, trainer: pl.Trainer, agent: Agent, score: float, *, best: float) -> None:

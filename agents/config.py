@@ -56,20 +56,22 @@ class CollectorConfig(ActorConfig):
 
 @dataclass
 class LossConfig:
-    """V-trace and the loss."""
+    """V-trace, or what stands in its place, and the loss."""
 
+    estimator: Literal["vtrace", "importance_sampling", "one_step", "none"] = "vtrace"
+    """Correction: vtrace; importance_sampling (no clips); one_step (in the policy gradient only); none."""
     gamma: float = 0.99
     """Discount per agent step."""
     lmbda: float = 0.95
     """Trace decay."""
     rho_clip: float = 1.0
-    """Clip of the ratio in the temporal difference; inf for none."""
+    """Of vtrace: clip of the ratio in the temporal difference; inf for none."""
     c_clip: float = 1.0
-    """Clip of the ratio in the trace; inf for none."""
+    """Of vtrace: clip of the ratio in the trace; inf for none."""
     pg_rho_clip: float = 1.0
-    """Clip of the ratio in the policy gradient; inf for none."""
+    """Of vtrace and one_step: clip of the ratio in the policy gradient; inf for none."""
     leak: float = 1.0
-    """Mixing of clipped (1) and plain (0) ratios."""
+    """Of vtrace: mixing of clipped (1) and plain (0) ratios."""
     value_coef: float = 0.5
     """Weight of half the squared value error."""
     entropy_coef: float = 0.01
@@ -82,8 +84,6 @@ class LossConfig:
     """Advantages of an update are shifted and scaled to mean 0 and deviation 1."""
     policy_clip: float | None = 0.1
     """Trust region: steps whose ratio has moved further than this get no policy gradient; null for none."""
-    correction: bool = True
-    """False takes every ratio as 1: no off-policy correction, for studies."""
 
 
 @dataclass

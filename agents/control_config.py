@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from offtrace.agents.config import CollectorConfig, EnvConfig, NetworkConfig, OnPolicyConfig, OptimConfig, TrainConfig
 from offtrace.agents.config_base import ActorConfig, Config, ConfigError, RunConfig
+from offtrace.modules.envs.suite import control_name
+from offtrace.modules.limiter import SamplesPerInsert
 
-Target = Literal["one_step", "n_step", "retrace"]
+Target = Literal["one_step", "n_step", "retrace", "importance_sampling", "q_lambda", "tree_backup"]
 
 
 @dataclass
@@ -62,7 +65,7 @@ class ReplayConfig:
     batch_size: int = 256
     """Transitions, or sequences, of one update."""
     length: int = 8
-    """Steps of a sequence for Retrace. n-step targets take sequences of loss.n_step."""
+    """Steps of a sequence for targets with a trace. n-step targets take sequences of loss.n_step."""
     samples_per_insert: float = 256.0
     """Transitions or sequences sampled per collected step: with batch_size, the updates per step."""
     min_size: int = 1_000
@@ -102,7 +105,7 @@ class ReplayedConfig(Config):
     @property
     def sample_length(self) -> int:
         """Steps of a sample: 1 for transitions."""
-        return {"one_step": 1, "n_step": self.loss.n_step, "retrace": self.replay.length}[self.loss.target]
+        return int({"one_step": 1, "n_step": self.loss.n_step}.get(self.loss.target, self.replay.length))
 
     def env_options(self) -> dict[str, Any]:
         """What the task's family understands."""
@@ -130,22 +133,64 @@ class ReplayedConfig(Config):
         self.fraction("loss.gamma", "loss.lmbda")
         self.sizes("network.hidden", "network.critic_hidden")
         self.require("network.smoothing", lambda value: 0 <= value < 1, "at least 0 and below 1")
-        replay, images = self.replay, self.env.pixels
+        self._check_task_options()
+        self._check_replay()
+        images = self.env.pixels
+        if images != (self.network.encoder == "shallow"):
+            right = "shallow" if images else "mlp or layernorm_mlp"
+            raise ConfigError(
+                f"network.encoder is {self.network.encoder}; with env.pixels {str(images).lower()} it must be {right}"
+            )
+
+    def _check_task_options(self) -> None:
+        for flag, usual in (("env.action_repeat", 1), ("env.pixels", False)):
+            value = self._get(flag)
+            if value != usual and control_name(self.task) is None:
+                raise ConfigError(
+                    f"{flag} is {str(value).lower()}, which only tasks of dm_control have; for {self.task} it must be "
+                    f"{str(usual).lower()}"
+                )
+
+    def _check_replay(self) -> None:
+        replay, unroll = self.replay, self.collector.unroll
         if replay.capacity < max(replay.batch_size, replay.min_size):
             raise ConfigError(
                 f"replay.capacity is {replay.capacity}; it must hold replay.batch_size, {replay.batch_size}, and "
                 f"replay.min_size, {replay.min_size}"
             )
-        if replay.min_size < replay.batch_size:
+        if self.loss.target not in ("one_step", "n_step") and replay.length < 2:
             raise ConfigError(
-                f"replay.min_size is {replay.min_size}; it must be replay.batch_size, {replay.batch_size}, or more"
+                f"replay.length is {replay.length}; loss.target {self.loss.target} needs sequences of 2 steps or more"
             )
-        if self.loss.target == "retrace" and replay.length < 2:
-            raise ConfigError(f"replay.length is {replay.length}; Retrace needs sequences of 2 steps or more")
-        if images != (self.network.encoder == "shallow"):
-            right = "shallow" if images else "mlp or layernorm_mlp"
+        lanes = self.env.num_envs * max(1, self.collector.num_workers)
+        # the last steps of every environment begin no sequence yet
+        least = replay.batch_size + lanes * (self.sample_length - 1)
+        if replay.min_size < least:
+            sequences = f" sequences of {self.sample_length} steps" if self.sample_length > 1 else ""
             raise ConfigError(
-                f"network.encoder is {self.network.encoder}; with env.pixels {str(images).lower()} it must be {right}"
+                f"replay.min_size is {replay.min_size}; for batches of {replay.batch_size}{sequences} from {lanes} "
+                f"environments it must be at least {least}"
+            )
+        # an ended episode takes one slot more than its steps, and every step of a rollout may end one
+        least = lanes * (2 * unroll + self.sample_length)
+        if replay.capacity < least:
+            raise ConfigError(
+                f"replay.capacity is {replay.capacity}; for {lanes} environments and a collector.unroll of {unroll} it "
+                f"must be at least {least}"
+            )
+        try:
+            limiter = SamplesPerInsert(replay.samples_per_insert, replay.min_size)
+            limiter.check(capacity=replay.capacity, batch=replay.batch_size)
+        except ValueError as error:
+            raise ConfigError(f"replay.samples_per_insert: {error}") from error
+        rollout = self.env.num_envs * unroll
+        frames_per_rollout = rollout * self.env.action_repeat * self.train.devices
+        steps = rollout * math.ceil(self.train.total_frames / frames_per_rollout)
+        needed = math.ceil(replay.min_size + replay.batch_size / limiter.ratio)
+        if steps < needed:
+            raise ConfigError(
+                f"train.total_frames is {self.train.total_frames}, {steps} steps of each learner's actors; the first "
+                f"update comes after {needed}, by replay.min_size, replay.batch_size and replay.samples_per_insert"
             )
 
 
@@ -158,11 +203,11 @@ class SACLossConfig:
     gamma: float = 0.99
     """Discount per agent step."""
     target: Target = "one_step"
-    """What the critics learn: one_step, n_step (uncorrected) or retrace."""
+    """What the critics learn: one_step, n_step (uncorrected), or a trace; tree_backup for discrete actions only."""
     n_step: int = 5
     """Of n_step."""
     lmbda: float = 0.95
-    """Trace decay of retrace."""
+    """Decay of the trace."""
     alpha_init: float = 0.1
     """Temperature at the start."""
     fixed_alpha: float | None = None
@@ -211,8 +256,10 @@ class SACConfig(ReplayedConfig):
         self.positive("optim.lr_alpha", "loss.alpha_init", "loss.reward_scale")
         self.require("loss.fixed_alpha", lambda value: value is None or value >= 0, "at least 0, or null")
         self.require("optim.tau", lambda value: 0 < value <= 1, "above 0 and at most 1")
-        if self.loss.version == 1 and self.loss.target == "retrace":
-            raise ConfigError("loss.target is retrace; version 1 has no target critics: it must be one_step or n_step")
+        if self.loss.version == 1 and self.loss.target not in ("one_step", "n_step"):
+            raise ConfigError(
+                f"loss.target is {self.loss.target}; version 1 has no target critics: it must be one_step or n_step"
+            )
 
 
 @dataclass
@@ -228,11 +275,11 @@ class MPOLossConfig:
     gamma: float = 0.99
     """Discount per agent step."""
     target: Target = "n_step"
-    """What the critic learns: one_step, n_step (uncorrected) or retrace."""
+    """What the critic learns: one_step, n_step (uncorrected), or a trace; tree_backup for discrete actions only."""
     n_step: int = 5
     """Of n_step."""
     lmbda: float = 0.95
-    """Trace decay of retrace."""
+    """Decay of the trace."""
     num_samples: int = 20
     """Actions per state in the E-step."""
     epsilon: float = 0.1

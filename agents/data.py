@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from offtrace.modules.collectors import RolloutCollector
-from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT, POLICY_VERSION
+from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT, POLICY_VERSION, VALID
 
 __all__ = ["OnPolicyData"]
 
@@ -25,14 +25,19 @@ class GameMeter:
     Attributes:
         episodes: how many.
         returns: raw returns of the last 100.
+        dropped: episodes that a failing simulator ended; they are not among the others.
     """
 
     def __init__(self) -> None:
         self.episodes = 0
         self.returns: deque[float] = deque(maxlen=100)
+        self.dropped = 0
 
     def note(self, rollout: TensorDictBase) -> None:
         """Adds the games that ended in a rollout, where the environment tells of games."""
+        valid = rollout.get(VALID, None)
+        if valid is not None:  # each step that is no data ends an episode
+            self.dropped += int((~valid).sum())
         ends = rollout.get((NEXT, EPISODE_END), None)
         if ends is None:
             return
@@ -70,8 +75,7 @@ class OnPolicyData(LightningDataModule):
         frames: environment frames taken so far, over all ranks.
         rollouts: rollouts taken so far on this rank.
         collector: the collector while training runs, else None.
-        episodes: whole games ended in this rank's rollouts.
-        episode_returns: raw returns of the last 100 of them.
+        games: those that ended in this rank's rollouts, since training began.
     """
 
     def __init__(
@@ -100,16 +104,6 @@ class OnPolicyData(LightningDataModule):
         self.rollouts = 0
         self.games = GameMeter()
         self._version = 0
-
-    @property
-    def episodes(self) -> int:
-        """Whole games ended in this rank's rollouts."""
-        return self.games.episodes
-
-    @property
-    def episode_returns(self) -> deque[float]:
-        """Raw returns of the last 100 of them."""
-        return self.games.returns
 
     def behaviour_versions(self, batch: TensorDictBase) -> Tensor:
         """Versions of the weights that acted in ``batch``, int64."""

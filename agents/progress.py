@@ -1,9 +1,9 @@
-"""Meters: frames per second, returns, lag and the loss's diagnostics, on the screen and in the logs."""
+"""Meters: speed, returns, lag and the loss's diagnostics, on the screen and in the logs."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from rich.console import Console
@@ -13,11 +13,21 @@ from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import Evaluation, WeightSync
 
 
+class _Mark(NamedTuple):
+    """A moment, in seconds, and what was done and spent on evaluations up to it."""
+
+    at: float
+    frames: int
+    updates: int
+    evaluating: float
+
+
 class Meters(pl.Callback):
-    """Logs every so many seconds, and shows one line: frames, frames/s, return, score, lag.
+    """Logs every so many seconds, and shows one line: frames, frames/s, updates/s, return, score, lag.
 
     On a terminal the line is a progress bar; elsewhere it is printed as it is logged. Only rank 0 shows and logs.
-    Frames per second leave out the time spent in evaluations.
+    Frames and updates per second leave out the time spent in evaluations. Episodes that a failing simulator ended are
+    counted in both (``train/dropped_episodes``), once there are any.
 
     Args:
         total_frames: the end of the bar.
@@ -30,6 +40,7 @@ class Meters(pl.Callback):
         self.every_s = every_s
         self.console = console or Console(stderr=True, highlight=False)
         self.frames_per_second = 0.0
+        self.updates_per_second = 0.0
         self.first_update_at = 0.0
         self._bar: Progress | None = None
         self._lag_max = 0
@@ -40,7 +51,7 @@ class Meters(pl.Callback):
         """Starts the clock."""
         self._evaluation = _find(trainer, Evaluation)
         self._sync = _find(trainer, WeightSync)
-        self._start = self._last = (time.perf_counter(), agent.frames, 0.0)
+        self._start = self._last = self._mark(agent)
         if trainer.is_global_zero and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(),
@@ -56,13 +67,13 @@ class Meters(pl.Callback):
             self._lag_max = max(self._lag_max, self._sync.lag_max)
             self._lag_sum += self._sync.lag_mean
             self._lag_count += 1
-        if time.perf_counter() - self._last[0] >= self.every_s:
+        if time.perf_counter() - self._last.at >= self.every_s:
             self._log(trainer, agent)
 
     def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
         """Logs the rest; the speed becomes that of the whole run."""
         self._log(trainer, agent)
-        self.frames_per_second = self._speed(self._start, agent)
+        self._measure_speed(self._start, agent)
         self._stop()
 
     def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
@@ -74,26 +85,33 @@ class Meters(pl.Callback):
             self._bar.stop()
             self._bar = None
 
-    def _evaluating_s(self) -> float:
-        return self._evaluation.seconds if self._evaluation is not None else 0.0
+    def _mark(self, agent: Agent) -> _Mark:
+        evaluating = self._evaluation.seconds if self._evaluation is not None else 0.0
+        return _Mark(time.perf_counter(), agent.frames, agent.updates, evaluating)
 
-    def _speed(self, since: tuple[float, int, float], agent: Agent) -> float:
-        seconds = time.perf_counter() - since[0] - (self._evaluating_s() - since[2])
-        return (agent.frames - since[1]) / max(seconds, 1e-9)
+    def _measure_speed(self, since: _Mark, agent: Agent) -> _Mark:
+        now = self._mark(agent)
+        seconds = max(now.at - since.at - (now.evaluating - since.evaluating), 1e-9)
+        self.frames_per_second = (now.frames - since.frames) / seconds
+        self.updates_per_second = (now.updates - since.updates) / seconds
+        return now
 
     def _log(self, trainer: pl.Trainer, agent: Agent) -> None:
         metrics = {f"train/{name}": value for name, value in agent.pop_metrics().items()}
         if not trainer.is_global_zero or not metrics:
             return
-        self.frames_per_second = self._speed(self._last, agent)
-        self._last = (time.perf_counter(), agent.frames, self._evaluating_s())
-        returns = list(trainer.datamodule.episode_returns)
+        self._last = self._measure_speed(self._last, agent)
+        games = trainer.datamodule.games
         metrics["train/frames_per_second"] = self.frames_per_second
+        metrics["train/updates_per_second"] = self.updates_per_second
         metrics["train/updates"] = float(agent.updates)
         metrics["train/learning_rate"] = agent.trainer.optimizers[0].param_groups[0]["lr"]
-        if returns:
-            metrics["train/return"] = sum(returns) / len(returns)
-            metrics["train/episodes"] = float(trainer.datamodule.episodes)
+        if games.returns:
+            metrics["train/return"] = sum(games.returns) / len(games.returns)
+            metrics["train/episodes"] = float(games.episodes)
+        if games.dropped:
+            metrics["train/dropped_episodes"] = float(games.dropped)
+        metrics |= getattr(trainer.datamodule, "metrics", {})
         if self._lag_count:
             metrics["train/lag"] = self._lag_sum / self._lag_count
             metrics["train/lag_max"] = float(self._lag_max)
@@ -104,8 +122,9 @@ class Meters(pl.Callback):
 
     def _show(self, agent: Agent, metrics: dict[str, float]) -> None:
         parts = [
-            f"{agent.frames / 1e6:.2f} of {self.total_frames / 1e6:g} M frames",
+            f"{agent.frames:,} of {self.total_frames:,} frames",
             f"{self.frames_per_second:,.0f}/s",
+            f"{self.updates_per_second:,.0f} updates/s",
         ]
         if "train/return" in metrics:
             parts.append(f"return {metrics['train/return']:.1f}")
@@ -113,6 +132,8 @@ class Meters(pl.Callback):
             parts.append(f"score {self._evaluation.scores[-1][1]:.1f}")
         if "train/lag" in metrics:
             parts.append(f"lag {metrics['train/lag']:.1f}")
+        if "train/dropped_episodes" in metrics:
+            parts.append(f"{metrics['train/dropped_episodes']:.0f} episodes dropped")
         line = " · ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, completed=agent.frames, description=line)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ class ReplayData(LightningDataModule):
         limiter: counts steps and samples of this rank.
         replay, collector: while training runs, else None.
         folder: where :meth:`save` writes, one folder a rank; None: the replay is not saved.
-        episodes, episode_returns: whole games ended, and the raw returns of the last 100.
+        games: those that ended in this rank's rollouts, since training began.
     """
 
     def __init__(
@@ -90,14 +89,11 @@ class ReplayData(LightningDataModule):
         self._versions: Tensor | None = None
 
     @property
-    def episodes(self) -> int:
-        """Whole games ended in this rank's rollouts."""
-        return self.games.episodes
-
-    @property
-    def episode_returns(self) -> deque[float]:
-        """Raw returns of the last 100 of them."""
-        return self.games.returns
+    def metrics(self) -> dict[str, float]:
+        """For the log: steps in the replay, and samples per insert, counted since the replay was filled."""
+        steps = 0 if self.replay is None else len(self.replay)
+        ratio = self.limiter.sampled / max(1, self.limiter.inserted - self.limiter.min_size)
+        return {"replay/steps": float(steps), "replay/samples_per_insert": ratio}
 
     def behaviour_versions(self, batch: Any) -> Tensor:
         """Versions of the weights that acted in the newest rollout: how far the actors are behind, not the replay."""
@@ -120,6 +116,7 @@ class ReplayData(LightningDataModule):
             if self._saved is not None and self.folder is not None:
                 self.replay.load(self._place_of(rank, self._saved))
         except BaseException:
+            self.replay = None  # what could not be filled must not replace what is on disk
             self.shutdown()
             raise
         self.collector.version = self._version

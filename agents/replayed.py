@@ -26,7 +26,7 @@ def task_info(config: ReplayedConfig) -> EnvInfo:
     """Shapes of the task.
 
     Raises:
-        ConfigError: when the network cannot read what the task shows.
+        ConfigError: when the network cannot read what the task shows, or the target does not fit its actions.
     """
     info = env_info(config.task, **config.env_options())
     images = len(info.observation_shape) == 3
@@ -37,6 +37,11 @@ def task_info(config: ReplayedConfig) -> EnvInfo:
         )
     if info.masked:
         raise ConfigError(f"{config.task} has illegal actions, which {config.family} does not know of; use IMPALA")
+    if info.num_actions is None and config.loss.target == "tree_backup":
+        raise ConfigError(
+            f"loss.target is tree_backup, which needs discrete actions; those of {config.task} are continuous: it must "
+            "be another, such as retrace"
+        )
     if info.num_actions is not None and config.network.smoothing:
         raise ConfigError(f"network.smoothing is {config.network.smoothing}; {config.task} has discrete actions")
     return info

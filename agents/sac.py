@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from offtrace.agents.agent import Agent
@@ -24,6 +25,7 @@ def make_sac(config: SACConfig) -> tuple[Agent, ReplayData]:
         ValueError: if the task is unknown or the agent cannot act in it.
     """
     info = task_info(config)
+    _check_entropy(config, info)
     description = policy_description(config, info)
     actor = build_actor(**description["arguments"])
     shared = network_options(config, info)
@@ -63,6 +65,16 @@ def make_sac(config: SACConfig) -> tuple[Agent, ReplayData]:
         description={"policy": description, **config.description()},
     )
     return agent, make_data(config, loss.actor, info)
+
+
+def _check_entropy(config: SACConfig, info: EnvInfo) -> None:
+    wanted = config.loss.target_entropy
+    most = math.log(info.num_actions) if info.num_actions is not None else math.inf
+    if wanted != "auto" and wanted >= most:
+        raise ConfigError(
+            f"loss.target_entropy is {wanted}; it must be below log({info.num_actions}) = {most:.3f}, the entropy of "
+            f"uniform actions in {config.task}"
+        )
 
 
 def policy_description(config: SACConfig, info: EnvInfo) -> dict[str, Any]:

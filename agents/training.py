@@ -24,6 +24,7 @@ from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, WeightSync
 from offtrace.agents.checkpoint import read_checkpoint
 from offtrace.agents.config_base import Config
+from offtrace.agents.data import OnPolicyData
 from offtrace.agents.impala import actor_critic_description, make_impala
 from offtrace.agents.mpo import make_mpo, make_vmpo
 from offtrace.agents.mpo import policy_description as mpo_description
@@ -34,7 +35,7 @@ from offtrace.agents.sac import make_sac
 from offtrace.agents.sac import policy_description as sac_description
 from offtrace.modules.envs import make_env
 
-BUILDERS: dict[str, Callable[..., tuple[Agent, pl.LightningDataModule]]] = {
+BUILDERS: dict[str, Callable[..., tuple[Agent, OnPolicyData | ReplayData]]] = {
     "impala": make_impala,
     "mpo": make_mpo,
     "sac": make_sac,
@@ -59,18 +60,27 @@ class Summary:
     """What a run ended with.
 
     Attributes:
+        task, algorithm, seed: what was trained.
         frames: environment frames over all ranks, since the very beginning.
-        updates: of the learner.
-        frames_per_second: of this process's part of the run, evaluations left out.
+        updates: of the learner, since the very beginning.
+        episodes: whole games that ended in this process's part of the run, on the first rank.
+        dropped_episodes: those that a failing simulator ended, likewise; nothing was learned from their last step.
+        frames_per_second, updates_per_second: of this process's part of the run, evaluations left out.
         seconds: wall time of this process's part.
         scores: ``(frames, mean score)`` of every evaluation.
         signal: number of the signal that stopped the run; 0 if it ended by itself.
         first_update_at: seconds since the epoch when the first update was done.
     """
 
+    task: str
+    algorithm: str
+    seed: int
     frames: int
     updates: int
+    episodes: int
+    dropped_episodes: int
     frames_per_second: float
+    updates_per_second: float
     seconds: float
     scores: list[tuple[int, float]]
     signal: int
@@ -127,13 +137,19 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     trainer = make_trainer(config, run_dir, callbacks)
     trainer.fit(agent, data, ckpt_path=str(resume) if resume else None, weights_only=True if resume else None)
     summary = Summary(
-        data.frames,
-        agent.updates,
-        meters.frames_per_second,
-        time.perf_counter() - start,
-        evaluation.scores,
-        stop.signal,
-        meters.first_update_at,
+        task=config.task,
+        algorithm=config.family,
+        seed=config.train.seed,
+        frames=data.frames,
+        updates=agent.updates,
+        episodes=data.games.episodes,
+        dropped_episodes=data.games.dropped,
+        frames_per_second=meters.frames_per_second,
+        updates_per_second=meters.updates_per_second,
+        seconds=time.perf_counter() - start,
+        scores=evaluation.scores,
+        signal=stop.signal,
+        first_update_at=meters.first_update_at,
     )
     if trainer.is_global_zero:
         (run_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")

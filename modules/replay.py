@@ -331,7 +331,10 @@ class Replay:
             return
         if starts == 0 and self.inserted and self._lanes.longest < self.length:
             raise ValueError(
-                f"no episode has {self.length} steps so far, the longest has {self._lanes.longest}: "
-                "shorten the sequences or set pad=True"
+                f"length is {self.length}, and the longest of the episodes so far has {self._lanes.longest} steps; "
+                f"give a length of {self._lanes.longest} or less, or pad=True"
             )
-        raise ValueError(f"a batch of {number} needs as many steps to begin with; the replay has {starts}")
+        raise ValueError(
+            f"a batch of {number} needs as many steps to begin with, and the replay has {starts}; insert more of them "
+            "before the first batch (min_size)"
+        )

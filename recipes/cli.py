@@ -120,13 +120,13 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: one sentence.
     """
-    config.validate()
-    if not may_have_gpu():
-        config.check_devices(0)
     try:
         check_name(config.task)
     except ValueError as error:
         raise ConfigError(f"{config.task_flag}: {error}") from error
+    config.validate()
+    if not may_have_gpu():
+        config.check_devices(0)
 
 
 def _parser(base: Config, presets: Presets, description: str) -> ArgumentParser:

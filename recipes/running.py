@@ -17,6 +17,7 @@ from offtrace.agents.media import Recorder, plot_curve, save_gif
 from offtrace.agents.runs import discard, write_config
 from offtrace.agents.training import DESCRIPTIONS, Summary, evaluation_env, train
 from offtrace.modules.envs import env_info
+from offtrace.modules.replay import DamagedReplay
 from offtrace.recipes.cli import fail
 
 
@@ -37,6 +38,8 @@ def run(config: Config, folder: Path, resume: Path | None) -> int:
         if resume is None:
             discard(folder)
         return fail(_one_line(error))
+    except DamagedReplay as error:
+        return fail(f"{_one_line(error)}; {folder} cannot go on without it")
     except Exception as error:
         # the task or the network was refused, and nothing had begun
         if isinstance(error, ValueError) and resume is None and discard(folder):
@@ -98,7 +101,9 @@ def _line(summary: Summary, folder: Path) -> str:
     if summary.last_score is not None:
         scores = f"score {summary.last_score:.1f} (best {summary.best_score:.1f})"
     stopped = f"stopped by signal {summary.signal}, go on with --resume {folder}; " if summary.signal else ""
-    return f"{stopped}{scores} after {summary.frames:,} frames at {summary.frames_per_second:,.0f} frames/s: {folder}"
+    dropped = f"{summary.dropped_episodes} episodes dropped, " if summary.dropped_episodes else ""
+    speed = f"{summary.frames_per_second:,.0f} frames/s and {summary.updates_per_second:,.0f} updates/s"
+    return f"{stopped}{scores} after {summary.frames:,} frames, {dropped}{speed}: {folder}"
 
 
 def _record(config: Config, folder: Path) -> None:

@@ -164,7 +164,7 @@ def _make(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
         return gymnasium.make(env_id, **kwargs)
     except gymnasium.error.UnregisteredEnv as error:
         raise ValueError(unknown(env_id)) from error
-    except (gymnasium.error.Error, ImportError) as error:
+    except (gymnasium.error.Error, ImportError, TypeError) as error:  # TypeError: an option that it does not have
         raise ValueError(f"the environment {env_id!r} cannot be made: {error}") from error
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
-from torchrl.data import Categorical
+from torchrl.data import Bounded, Categorical
 from torchrl.envs import EnvBase
 
 from offtrace.modules.envs.atari import AtariEnv, Protocol
@@ -53,12 +53,18 @@ def make_env(
         last_step: also write the last action and reward, which recurrent networks read.
         protocol, num_threads: Atari only, see :class:`AtariEnv`.
         rescale_actions: Gymnasium only: actions in [-1, 1] are mapped to the bounds. Those of dm_control always are.
-        kwargs: for :class:`GymEnv` and ``gymnasium.make``, or for :class:`ControlEnv`.
+        kwargs: for :class:`GymEnv` and ``gymnasium.make``, or for :class:`ControlEnv`; an Atari game and an own
+            environment take none.
 
     Raises:
-        ValueError: on an unknown name, or spaces the agents cannot deal with.
+        ValueError: on an unknown name, an option that the environment does not have, or spaces the agents cannot deal
+            with.
     """
     check_name(name)
+    if kwargs and (":" in name or atari_name(name) is not None):
+        option, value = next(iter(kwargs.items()))
+        kind = "an own environment" if ":" in name else "an Atari game"
+        raise ValueError(f"{option} is {value}; {name!r} is {kind}, which has no such option")
     if ":" in name:
         return _imported(name, num_envs, seed, last_step, rescale_actions)
     if atari_name(name) is not None:
@@ -105,6 +111,13 @@ def _imported(path: str, num_envs: int, seed: int, last_step: bool, rescale_acti
     except TypeError:
         made = make()
     if isinstance(made, EnvBase):
+        space = made.action_spec.space if rescale_actions and isinstance(made.action_spec, Bounded) else None
+        if space is not None and not bool((space.low == -1).all() and (space.high == 1).all()):
+            made.close()
+            raise ValueError(
+                f"{path!r} has actions from {space.low.min():g} to {space.high.max():g}; the agents act in [-1, 1]: "
+                "give it those bounds, or let it be a gymnasium.Env, which is rescaled"
+            )
         return made
     if isinstance(made, gymnasium.Env):
         made.close()

@@ -60,10 +60,11 @@ class MPOLoss(MPOBase):
         action_penalty: penalise samples outside the bounds.
         epsilon_penalty: bound of the penalty's own E-step.
         num_samples: S.
-        target: ``"one_step"``; ``"n_step"``, uncorrected; ``"retrace"``, with the ratio of the *target* policy, whose
-            value the samples estimate, to the stored ``"action_log_prob"``.
+        target: ``"one_step"``; ``"n_step"``, uncorrected; or the name of a trace, ``"retrace"``,
+            ``"importance_sampling"`` or ``"q_lambda"``, with the ratio of the *target* policy, whose value the samples
+            estimate, to the stored ``"action_log_prob"``. (Tree backup needs probabilities of discrete actions.)
         n_step: length of the n-step windows.
-        lmbda: of Retrace.
+        lmbda: decay of the trace.
         policy_states: where the policy is improved: ``"next"``, the states where the critic bootstraps, so that one
             call of the target critic serves both, as in Acme (behind a terminal step there is none, and the step's own
             state takes its place); ``"root"``, the steps' own states, at twice the critic's work.
@@ -74,15 +75,17 @@ class MPOLoss(MPOBase):
     Reads transitions [N] (one-step targets only) or sequences [N, T]. ``"n_step"`` learns the value of the *first* step
     of each sequence, from a window that ends early at a done or before an invalid step; the others learn that of every
     valid step. Entries (names change by :meth:`set_keys`): the inputs of the networks, ``"action"`` as it was sampled,
-    ``"action_log_prob"`` for Retrace, ``("next", ...)`` observation, ``"reward"``, ``"terminated"``, ``"done"``, and
+    ``"action_log_prob"`` for a trace, ``("next", ...)`` observation, ``"reward"``, ``"terminated"``, ``"done"``, and
     ``"valid"`` where there is one.
 
     Returns the three losses and, detached: ``temperature``, ``penalty_temperature``, ``alpha_mean``, ``alpha_cov``
     (mean over dimensions), ``kl_improved`` (of the weights to uniform; compare ``epsilon``), ``kl_mean``, ``kl_cov``
     (largest over dimensions of the mean over states; compare the bounds), ``scale`` (mean standard deviation),
     ``out_of_bounds`` (fraction of sampled actions with a component outside), ``q_value``, ``target_value``,
-    ``td_error`` (mean absolute), ``valid_count``; for Retrace ``rho_clipped``, the fraction of ratios above 1, ``ess``,
-    the effective sample size as a fraction, and ``trace_length``, steps that a trace carries.
+    ``td_error`` (mean absolute), ``valid_count``. With a trace also ``ess``, the effective sample size of the ratios as
+    a fraction; ``trace_length``, steps that a trace carries; ``contraction`` of the critic's operator (not for
+    ``"q_lambda"``, which need not contract); for Retrace ``c_clipped``, the fraction of ratios above its clip, 1. The
+    other targets need no ratio and tell nothing of it.
 
     Raises:
         ValueError: on an argument out of range, networks that do not fit, or a batch of another shape.

@@ -12,21 +12,13 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, T
 from torch import Tensor, nn
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
+from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments
 from offtrace.modules.losses.sites import Batch, Sites, States, read_sites
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.returns import (
-    categorical_projection,
-    clipped_fraction,
-    distributional_return,
-    effective_sample_size,
-    mean_trace_length,
-    q_return,
-    retrace_trace,
-)
+from offtrace.modules.losses.traces import TRACES, check_target, told_of, traced
+from offtrace.modules.returns import categorical_projection, distributional_return, q_return
 
 LOSSES = ("loss_policy", "loss_dual", "loss_critic")
-TARGETS = ("one_step", "n_step", "retrace")
 
 
 class Proposal(NamedTuple):
@@ -87,12 +79,9 @@ class MPOBase(OffPolicyLoss):
         reduction: str,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (
-            ("target", target, TARGETS),
-            ("policy_states", policy_states, ("next", "root")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        check_target(target, discrete=k.ACTION_VALUE in value_keys)
+        if policy_states not in ("next", "root"):
+            raise ValueError(f"policy_states must be 'next' or 'root', got {policy_states!r}")
         check_arguments(reduction=reduction, gamma=gamma, lmbda=lmbda)
         if n_step < 1:
             raise ValueError(f"n_step must be 1 or more, got {n_step}")
@@ -113,8 +102,8 @@ class MPOBase(OffPolicyLoss):
             raise ValueError(f"{type(self).__name__} needs a critic that writes {value_keys}, got {critic.out_keys}")
         self.register_buffer("support", self._support(critic) if self._value_key == k.VALUE_LOGITS else None)
         self._set_in_keys()
-        sequence = ["rho_clipped", "ess", "trace_length"] if target == "retrace" else []
-        self.out_keys = [*LOSSES, *diagnostics, "q_value", "target_value", "td_error", *sequence, "valid_count"]
+        values = ["q_value", "target_value", "td_error"]
+        self.out_keys = [*LOSSES, *diagnostics, *values, *told_of(target), "valid_count"]
 
     @staticmethod
     def _support(critic: TensorDictModule) -> Tensor:
@@ -138,7 +127,7 @@ class MPOBase(OffPolicyLoss):
         names = self.tensor_keys
         ends = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
         self._in_keys = [*self._state_keys, *((k.NEXT, key) for key in self._state_keys), names.action, *ends]
-        if self.target_kind == "retrace":
+        if self.target_kind in TRACES:
             self._in_keys.append(names.sample_log_prob)
 
     @dispatch
@@ -157,7 +146,7 @@ class MPOBase(OffPolicyLoss):
         stats = Stats(sites.valid, sites.reward)
         out = {"valid_count": stats.count}
         with torch.no_grad():
-            both = at_root or self.target_kind == "retrace"
+            both = at_root or self.target_kind in TRACES
             states = (
                 {key: torch.cat([sites.after[key], sites.root[key]]) for key in sites.root} if both else sites.after
             )
@@ -167,8 +156,8 @@ class MPOBase(OffPolicyLoss):
                 states, proposed = sites.after, tuple(x[:size] for x in policy)
             proposal = self._propose(states, proposed)
             bootstrap = proposal.bootstrap[:size]
-            if self.target_kind == "retrace":
-                value = self._retrace(out, tensordict, batch, sites, tuple(x[size:] for x in policy), bootstrap)
+            if self.target_kind in TRACES:
+                value = self._corrected(out, tensordict, batch, sites, tuple(x[size:] for x in policy), bootstrap)
             elif self.support is not None:
                 atoms = sites.reward.unsqueeze(-1) + sites.discount.unsqueeze(-1) * self.support
                 value = categorical_projection(atoms=atoms, probs=bootstrap, support=self.support)
@@ -246,7 +235,7 @@ class MPOBase(OffPolicyLoss):
         )
         return Batch(reward, terminated, done, None if valid is None else valid.view(shape))
 
-    def _retrace(
+    def _corrected(
         self,
         out: dict[str, Tensor],
         tensordict: TensorDictBase,
@@ -255,28 +244,23 @@ class MPOBase(OffPolicyLoss):
         policy: Sequence[Tensor],
         bootstrap: Tensor,
     ) -> Tensor:
-        """Retrace targets of every step, [M] or [M, atoms]; the one place where time changes its dimension."""
+        """Targets of every step, [M] or [M, atoms]; here and in :func:`traced` time changes its dimension."""
         shape = batch.reward.shape
         _, chosen = self._pessimist(self._chosen(self.target("critic"), sites.root, sites.action))
-        behaviour = tensordict.get(self.tensor_keys.sample_log_prob)
-        log_rho = cleared(self._log_prob(policy, sites.action).view(shape) - behaviour, batch.valid).t()
-        valid = None if batch.valid is None else batch.valid.t()
-        common: dict[str, Any] = {
-            "reward": sites.reward.view(shape).t(),
-            "trace": retrace_trace(log_rho=log_rho, lmbda=self.lmbda),
-            "terminated": batch.terminated.t(),
-            "done": batch.done.t(),
-            "gamma": self.gamma,
-            "valid": valid,
-        }
-        out["rho_clipped"] = clipped_fraction(log_rho, 1.0, valid=valid)
-        out["ess"] = effective_sample_size(log_rho, valid=valid)
-        out["trace_length"] = mean_trace_length(trace=common["trace"], done=common["done"], valid=valid)
+        known, told = traced(
+            self.target_kind,
+            log_pi=self._log_prob(policy, sites.action).view(shape),
+            log_mu=tensordict.get(self.tensor_keys.sample_log_prob),
+            batch=batch,
+            gamma=self.gamma,
+            lmbda=self.lmbda,
+        )
+        out.update(told)
         q, following = (x.unflatten(0, shape).transpose(0, 1) for x in (chosen, bootstrap))
         if self.support is None:
-            found = q_return(q_value=q, next_state_value=following, **common)
+            found = q_return(q_value=q, next_state_value=following, **known)
         else:
-            found = distributional_return(q_dist=q, next_state_dist=following, support=self.support, **common)
+            found = distributional_return(q_dist=q, next_state_dist=following, support=self.support, **known)
         return found.transpose(0, 1).flatten(0, 1)
 
     def _reduce(self, x: Tensor, stats: Stats) -> Tensor:

@@ -36,7 +36,7 @@ class DiscreteMPOLoss(MPOBase):
     The other arguments, the layout of the batch and what is returned are those of
     :class:`offtrace.modules.losses.mpo.MPOLoss`; the diagnostics are ``temperature``, ``alpha``, ``kl_improved`` (of q
     to pi_t), ``kl_policy``, ``entropy`` (nats), ``q_value``, ``target_value``, ``td_error``, ``valid_count``, and those
-    of Retrace.
+    of the traces, to which ``target="tree_backup"`` comes here.
 
     Raises:
         ValueError: on an argument out of range, networks that do not fit, or a batch of another shape.

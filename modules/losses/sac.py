@@ -32,8 +32,10 @@ class SACLoss(SoftLoss):
     * ``"one_step"``: kappa r + gamma (1 - terminated) V(x'), on transitions [N] or every step of [N, T];
     * ``"n_step"``: sum of ``n_step`` rewards and V where they end, for the first step of each sequence [N, T]; cut
       at an episode's end and before a step that is not valid. Not corrected for being off-policy;
-    * ``"retrace"``: Munos et al. 2016, arXiv 1606.02647, for every step of [N, T], with trace
-      c = lmbda min(1, pi/mu); the Q of the trace is the minimum of the target critics, as in the bootstrap.
+    * ``"retrace"``, ``"importance_sampling"``, ``"q_lambda"``: every step of [N, T] by
+      :func:`offtrace.modules.returns.q_return` with the trace of that name and decay ``lmbda``, from the ratio pi/mu to
+      the stored log-probability; the Q of the trace is the minimum of the target critics, as in the bootstrap. (Tree
+      backup needs probabilities: :class:`DiscreteSACLoss` has it.)
 
     Time limits are not terminal: only ``"terminated"`` takes the bootstrap away.
 
@@ -53,11 +55,13 @@ class SACLoss(SoftLoss):
 
     Reads (names change by :meth:`set_keys`) what actor and critic read, also under ``"next"``; ``"action"`` [*B, A];
     ``("next", ...)`` ``"reward"``, ``"terminated"``, ``"done"`` [*B, 1]; ``"valid"`` [*B, 1] where there is one, and
-    TorchRL's own masks; for Retrace ``"action_log_prob"`` [*B] and, of a tanh policy, ``"pre_tanh"`` [*B, A].
+    TorchRL's own masks; for a trace ``"action_log_prob"`` [*B] and, of a tanh policy, ``"pre_tanh"`` [*B, A].
 
     Returns the losses and, detached scalars over the valid steps: ``entropy`` of the policy in nats, ``alpha``,
-    ``q_value``, ``td_error`` (mean absolute), ``valid_count``; for Retrace ``rho_clipped``, the fraction of ratios
-    above 1, ``ess``, the effective sample size as a fraction, and ``trace_length``, steps that a trace carries.
+    ``q_value``, ``td_error`` (mean absolute), ``valid_count``. With a trace also ``ess``, the effective sample size of
+    pi/mu as a fraction; ``trace_length``, steps that a trace carries; ``contraction`` of the critic's operator (not for
+    ``"q_lambda"``, which need not contract); for Retrace ``c_clipped``, the fraction of ratios above its clip, 1.
+    One-step and n-step targets need no ratio, which would cost them a density: they tell nothing of it.
 
     Raises:
         ValueError: on an argument out of range, networks for discrete actions, or a batch of another shape.

@@ -26,7 +26,8 @@ class DiscreteSACLoss(SoftLoss):
         loss_alpha  = -alpha (sum over a of pi(a|x) log pi(a|x) + target_entropy)
 
     Summed over actions, then the mean over valid steps. Christodoulou 2019, arXiv 1910.07207 (whose code multiplies
-    log alpha: ``alpha_loss="log_alpha"``). Targets, entries read and diagnostics are those of :class:`SACLoss`.
+    log alpha: ``alpha_loss="log_alpha"``). Targets, entries read and diagnostics are those of :class:`SACLoss`, and
+    there is ``target="tree_backup"``, whose trace lmbda pi(a|x) needs no behaviour policy (``ess`` still does).
 
     Args:
         actor: policy with a categorical distribution.

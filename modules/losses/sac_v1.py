@@ -12,6 +12,7 @@ from offtrace.modules.losses.sac import _check_actor, sample
 from offtrace.modules.losses.sites import Sites, States
 from offtrace.modules.losses.soft import Network, SoftLoss, evaluate, least
 from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.traces import TRACES
 
 
 class SACv1Loss(SoftLoss):
@@ -29,7 +30,7 @@ class SACv1Loss(SoftLoss):
         actor, critic: as :class:`SACLoss`.
         value: reads the observation, writes ``"state_value"`` [*B, 1].
         gamma, n_step, reduction: as there.
-        target: ``"one_step"`` or ``"n_step"``; Retrace needs target critics, which v1 has not.
+        target: ``"one_step"`` or ``"n_step"``; a trace needs target critics, which v1 has not.
         reward_scale: kappa; the paper: 5 for most Gym tasks, 20 for Humanoid.
         actor_value: the Q of the actor's term: ``"first"`` critic, as the author's code, or ``"min"``.
 
@@ -60,8 +61,8 @@ class SACv1Loss(SoftLoss):
         reduction: str = "mean",
     ) -> None:
         _check_actor(self, actor)
-        if target == "retrace":
-            raise ValueError("target='retrace' needs target critics, which SACv1Loss has not: use SACLoss")
+        if target in TRACES:
+            raise ValueError(f"target={target!r} needs target critics, which SACv1Loss has not: use SACLoss")
         if actor_value not in ("first", "min"):
             raise ValueError(f"actor_value must be 'first' or 'min', got {actor_value!r}")
         super().__init__(

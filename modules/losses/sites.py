@@ -1,4 +1,4 @@
-"""The steps and states of a replayed batch that the off-policy MPO losses look at."""
+"""The steps and states of a batch that the losses look at."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ class Batch(NamedTuple):
     terminated: Tensor
     done: Tensor
     valid: Tensor | None
+
+    def time_first(self) -> Batch:
+        """The same as [T, N], as the returns want it."""
+        valid = None if self.valid is None else self.valid.t()
+        return Batch(self.reward.t(), self.terminated.t(), self.done.t(), valid)
 
 
 class Window(NamedTuple):

@@ -17,16 +17,10 @@ from offtrace.modules import keys as k
 from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
 from offtrace.modules.losses.sites import Batch, Sites, States, read_sites
 from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.traces import TRACES, check_target, told_of, traced
 from offtrace.modules.networks.control_heads import TanhNormal
-from offtrace.modules.returns import (
-    clipped_fraction,
-    effective_sample_size,
-    mean_trace_length,
-    q_return,
-    retrace_trace,
-)
+from offtrace.modules.returns import q_return
 
-TARGETS = ("one_step", "n_step", "retrace")
 ALPHA_LOSSES = ("alpha", "log_alpha")
 Network = Callable[[TensorDictBase], TensorDictBase]
 
@@ -81,9 +75,9 @@ class SoftLoss(OffPolicyLoss):
     ) -> None:
         super().__init__()
         check_arguments(reduction=reduction, gamma=gamma, lmbda=lmbda)
-        for name, value, allowed in (("target", target, TARGETS), ("alpha_loss", alpha_loss, ALPHA_LOSSES)):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        check_target(target, discrete=self.critic_key == k.ACTION_VALUE)
+        if alpha_loss not in ALPHA_LOSSES:
+            raise ValueError(f"alpha_loss must be one of {ALPHA_LOSSES}, got {alpha_loss!r}")
         if n_step < 1:
             raise ValueError(f"n_step must be 1 or more, got {n_step}")
         if alpha < 0 or (learn_alpha and alpha == 0):
@@ -131,13 +125,12 @@ class SoftLoss(OffPolicyLoss):
         names = self.tensor_keys
         ends = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
         self._in_keys = [*self._state_keys, *((k.NEXT, key) for key in self._state_keys), names.action, *ends]
-        if self.target_kind == "retrace":
+        if self.target_kind in TRACES:
             self._in_keys.append(names.sample_log_prob)
 
     def _outputs(self) -> list[str]:
         losses = ["loss_critic", "loss_actor", *(["loss_alpha"] if self.learn_alpha else [])]
-        sequence = ["rho_clipped", "ess", "trace_length"] if self.target_kind == "retrace" else []
-        return [*losses, "entropy", "alpha", "q_value", "td_error", *sequence, "valid_count"]
+        return [*losses, "entropy", "alpha", "q_value", "td_error", *told_of(self.target_kind), "valid_count"]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -153,8 +146,8 @@ class SoftLoss(OffPolicyLoss):
         policy = self._policy(sites.root)
         with torch.no_grad():
             following = self._state_value(sites.after, alpha)
-            if self.target_kind == "retrace":
-                target = self._retrace(out, tensordict, batch, sites, policy, following)
+            if self.target_kind in TRACES:
+                target = self._corrected(out, tensordict, batch, sites, policy, following)
             else:
                 target = torch.addcmul(sites.reward, sites.discount, following)
         values = self._values(self.critic, sites.root, sites.action)
@@ -218,7 +211,7 @@ class SoftLoss(OffPolicyLoss):
             reward = reward * self.reward_scale
         return Batch(reward, terminated, done, None if valid is None else valid.view(shape))
 
-    def _retrace(
+    def _corrected(
         self,
         out: dict[str, Tensor],
         tensordict: TensorDictBase,
@@ -227,26 +220,19 @@ class SoftLoss(OffPolicyLoss):
         policy: Distribution,
         following: Tensor,
     ) -> Tensor:
-        """Targets of every step, [M]; the one place where time changes its dimension."""
-        shape, valid = batch.reward.shape, None if batch.valid is None else batch.valid.t()
+        """Targets of every step, [M]; here and in :func:`traced` time changes its dimension."""
+        shape = batch.reward.shape
         values = self._chosen(self._values(self.target("critic"), sites.root, sites.action), sites.action)
-        log_prob = self._log_prob(policy, tensordict, sites).view(shape)
-        log_rho = cleared(log_prob - tensordict.get(self.tensor_keys.sample_log_prob), batch.valid).t()
-        trace = retrace_trace(log_rho=log_rho, lmbda=self.lmbda)
-        done = batch.done.t()
-        out["rho_clipped"] = clipped_fraction(log_rho, 1.0, valid=valid)
-        out["ess"] = effective_sample_size(log_rho, valid=valid)
-        out["trace_length"] = mean_trace_length(trace=trace, done=done, valid=valid)
-        target = q_return(
-            reward=sites.reward.view(shape).t(),
-            q_value=least(values).view(shape).t(),
-            next_state_value=following.view(shape).t(),
-            trace=trace,
-            terminated=batch.terminated.t(),
-            done=done,
+        known, told = traced(
+            self.target_kind,
+            log_pi=self._log_prob(policy, tensordict, sites).view(shape),
+            log_mu=tensordict.get(self.tensor_keys.sample_log_prob),
+            batch=batch,
             gamma=self.gamma,
-            valid=valid,
+            lmbda=self.lmbda,
         )
+        out.update(told)
+        target = q_return(q_value=least(values).view(shape).t(), next_state_value=following.view(shape).t(), **known)
         return target.t().flatten()
 
     def _log_prob(self, policy: Distribution, tensordict: TensorDictBase, sites: Sites) -> Tensor:

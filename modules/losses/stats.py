@@ -42,6 +42,8 @@ class Stats:
 
     def variance(self, x: Tensor) -> Tensor:
         """Scalar, divided by the count."""
+        if self._valid is None:
+            return x.var(correction=0)
         return self.mean((x - self.mean(x)).square())
 
     def std(self, x: Tensor) -> Tensor:

@@ -16,10 +16,18 @@ from offtrace.modules.losses import mpo_duals as m
 from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.unroll import Unroll
-from offtrace.modules.returns import gae, n_step_return, vtrace
+from offtrace.modules.returns import (
+    clipped_fraction,
+    effective_sample_size,
+    gae,
+    n_step_return,
+    trace_reach,
+    vtrace,
+)
 
 _LOSSES = ("loss_policy", "loss_dual", "loss_value")
-_DIAGNOSTICS = ("kl_improved", "ess", "threshold", "entropy", "explained_variance", "advantage_std")
+_DIAGNOSTICS = ("kl_improved", "ess_improved", "threshold", "entropy", "explained_variance", "advantage_std", "ess")
+_REACH = ("trace_length", "contraction")
 _TARGETS = ("lambda", "n_step", "vtrace")
 
 
@@ -60,8 +68,11 @@ class VMPOLoss(OffPolicyLoss):
     distribution (``"logits"``; ``"loc"`` with ``"scale"`` or ``"scale_tril"``).
 
     Returns the three losses and, detached: ``temperature``; ``alpha``, or ``alpha_mean`` and ``alpha_cov``; ``kl``, or
-    ``kl_mean`` and ``kl_cov``; ``kl_improved`` of psi to uniform on D~; ``ess`` of psi as a fraction of D~;
-    ``threshold``, the least advantage in D~; ``entropy``; ``explained_variance``; ``advantage_std``; ``valid_count``.
+    ``kl_mean`` and ``kl_cov``; ``kl_improved`` of psi to uniform on D~, and ``ess_improved``, the effective sample size
+    of psi as a fraction of D~; ``threshold``, the least advantage in D~; ``entropy``; ``explained_variance``;
+    ``advantage_std``; ``ess``, the effective sample size of pi/mu as a fraction of D; ``valid_count``. With traces,
+    ``"lambda"`` and ``"vtrace"``: ``trace_length`` in steps and ``contraction``; with V-trace's clips: ``rho_clipped``
+    and ``c_clipped``, fractions of ratios above them (both are at 1).
 
     Raises:
         ValueError: on an argument out of range, a policy that does not fit, or a batch that is not [B, T].
@@ -126,7 +137,8 @@ class VMPOLoss(OffPolicyLoss):
         self._set_in_keys()
         suffixes = ["" if name == "kl" else f"_{name}" for name in bounds]
         parts = [f"{name}{suffix}" for name in ("alpha", "kl") for suffix in suffixes]
-        self.out_keys = [*_LOSSES, "temperature", *parts, *_DIAGNOSTICS, "valid_count"]
+        told = {"n_step": [], "lambda": _REACH, "vtrace": [*_REACH, "rho_clipped", "c_clipped"]}[target]
+        self.out_keys = [*_LOSSES, "temperature", *parts, *_DIAGNOSTICS, *told, "valid_count"]
 
     @property
     def functional(self) -> bool:
@@ -182,7 +194,21 @@ class VMPOLoss(OffPolicyLoss):
             out["advantage_std"] = stats.std(advantage)
             out["explained_variance"] = 1 - stats.variance(target - value) / stats.variance(target).clamp(min=1e-8)
         out["valid_count"] = stats.count
+        self._tell(out, log_rho.t(), done.t(), None if valid is None else valid.t())
         return TensorDict(out, [])
+
+    @torch.no_grad()
+    def _tell(self, out: dict[str, Tensor], log_rho: Tensor, done: Tensor, valid: Tensor | None) -> None:
+        """Adds how far off-policy the rollout is, from what stands time first."""
+        out["ess"] = effective_sample_size(log_rho, valid=valid)
+        if self.target_kind == "n_step":
+            return
+        rho = log_rho.clamp(max=0).exp() if self.target_kind == "vtrace" else torch.ones_like(log_rho)
+        out["trace_length"], out["contraction"] = trace_reach(
+            trace=self.lmbda * rho, done=done, gamma=self.gamma, rho=rho, valid=valid, bounded=True
+        )
+        if self.target_kind == "vtrace":
+            out["rho_clipped"] = out["c_clipped"] = clipped_fraction(log_rho, 1.0, valid=valid)
 
     def _stored(self, tensordict: TensorDictBase, key: Any) -> Tensor:
         found = tensordict.get(key, None)
@@ -208,7 +234,7 @@ class VMPOLoss(OffPolicyLoss):
         out = {
             "temperature": temperature.detach().squeeze(),
             "kl_improved": some * step.kl,
-            "ess": some / (size * step.weights.square().sum()),
+            "ess_improved": some / (size * step.weights.square().sum()),
             "threshold": some * flat.masked_fill(~chosen, math.inf).amin(),
         }
         return some * step.weights.view_as(advantage), some * step.dual, out

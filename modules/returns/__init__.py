@@ -14,10 +14,10 @@ from offtrace.modules.returns.action_values import (
     tree_backup_trace,
 )
 from offtrace.modules.returns.diagnostics import (
+    TraceReach,
     clipped_fraction,
-    contraction_coefficient,
     effective_sample_size,
-    mean_trace_length,
+    trace_reach,
 )
 from offtrace.modules.returns.distributional import categorical_projection, distributional_return
 from offtrace.modules.returns.state_values import (
@@ -32,21 +32,21 @@ from offtrace.modules.returns.state_values import (
 __all__ = [
     "GAEOutput",
     "TraceName",
+    "TraceReach",
     "VTraceOutput",
     "categorical_projection",
     "clipped_fraction",
-    "contraction_coefficient",
     "distributional_return",
     "effective_sample_size",
     "gae",
     "importance_trace",
     "lambda_return",
     "make_trace",
-    "mean_trace_length",
     "n_step_return",
     "q_lambda_trace",
     "q_return",
     "retrace_trace",
+    "trace_reach",
     "tree_backup_trace",
     "vtrace",
 ]

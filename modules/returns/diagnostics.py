@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,74 +17,88 @@ def effective_sample_size(log_rho: Tensor, *, valid: Tensor | None = None) -> Te
     """(sum rho)^2 / (n sum rho^2), a scalar in (0, 1]: the fraction of the steps that the weighted batch is worth.
 
     Args:
-        log_rho: log pi(a|x) - log mu(a|x), any shape; of any size, since sums are taken of logarithms.
+        log_rho: log pi(a|x) - log mu(a|x), any shape; of any size, since the largest is taken out of the sums.
         valid: bool of the same shape; other steps do not count. No valid step at all: 1.
 
     Source: Kong 1992.
     """
-    flat = _flat(log_rho, valid, -math.inf)
+    flat = (log_rho if valid is None else log_rho.masked_fill(~valid, -math.inf)).flatten()
     count = flat.numel() if valid is None else valid.sum()
-    log_count = torch.as_tensor(count, device=flat.device, dtype=flat.dtype).log()
-    size = (2 * flat.logsumexp(0) - (2 * flat).logsumexp(0) - log_count).exp()
+    rho = (flat - flat.amax()).exp()  # its scale cancels
+    size = rho.sum().square() / (rho.dot(rho) * count)
     return size.nan_to_num(1.0, posinf=1.0).clamp(max=1.0)
 
 
 @torch.no_grad()
 def clipped_fraction(log_rho: Tensor, clip: float, *, valid: Tensor | None = None) -> Tensor:
     """Fraction of the ratios above ``clip``, a scalar; arguments as of :func:`effective_sample_size`."""
-    return _mean((log_rho > math.log(clip)).to(torch.float32), valid)
+    above = (log_rho > math.log(clip)).to(torch.float32).flatten()
+    return _mean(above, None if valid is None else valid.flatten())
+
+
+class TraceReach(NamedTuple):
+    """``length``, steps ahead that a trace carries, and ``contraction``, the modulus of its operator; scalars."""
+
+    length: Tensor
+    contraction: Tensor
 
 
 @torch.no_grad()
-def mean_trace_length(*, trace: Tensor, done: Tensor, valid: Tensor | None = None, from_first: bool = False) -> Tensor:
-    """How many steps ahead a trace really carries, a scalar: the mean over s of c_{s+1} + c_{s+1} c_{s+2} + ...
+def trace_reach(
+    *,
+    trace: Tensor,
+    done: Tensor,
+    gamma: float,
+    rho: Tensor | None = None,
+    valid: Tensor | None = None,
+    bounded: bool = False,
+) -> TraceReach:
+    """How many steps ahead a trace really carries, and how fast the operator that it makes contracts.
 
-    0 is one-step learning; without discount and cuts, lambda / (1 - lambda) for a constant c = lambda.
+    Means over the steps s of a batch, the products cut behind a done and at the end of the rollout::
+
+        length      = mean of  c_{s+1} + c_{s+1} c_{s+2} + ...
+        contraction = 1 - (1 - gamma) mean of  1 + gamma c_{s+1} + gamma^2 c_{s+1} c_{s+2} + ...
+
+    and for V-trace, whose trace begins with c_s itself and whose TD errors are weighted by rho'_s::
+
+        length      = mean of  c_s + c_s c_{s+1} + ...
+        contraction = 1 - (1 - gamma) mean of  rho'_s + gamma c_s rho'_{s+1} + gamma^2 c_s c_{s+1} rho'_{s+2} + ...
+
+    Length 0 is one-step learning; a constant c = lambda gives lambda / (1 - lambda) in long episodes. The contraction
+    is gamma for on-policy one-step learning, and smaller is faster. It is estimated from the batch, where a trace that
+    the rollout's end cuts counts as ended, so short rollouts give too large a number. It means what it says for
+    operators with 0 <= c <= rho, in V-trace 0 <= c <= rho'.
 
     Args:
-        trace: c_t of the action at t, ``[T, *B]``.
-        done: bool; the trace is cut behind the step, as at the end of the rollout.
-        valid: bool; other steps cut the trace and do not count.
-        from_first: the products begin with c_s itself, as V-trace's do.
-    """
-    return _mean(_carried(trace, done, valid, 1.0, from_first), valid)
-
-
-@torch.no_grad()
-def contraction_coefficient(*, trace: Tensor, done: Tensor, gamma: float, valid: Tensor | None = None) -> Tensor:
-    """eta = gamma - (1 - gamma) E[sum_{t>=1} gamma^t c_1 ... c_t], a scalar in [0, gamma]: smaller is faster.
-
-    Estimated from every valid step of the batch as a start. A trace that the rollout's end cuts counts as ended there,
-    so short rollouts give too large a number.
-
-    Args:
-        trace: c_t of the action at t, ``[T, *B]``, of an operator with 0 <= c <= rho.
-        done: bool; the trace is cut behind the step.
+        trace: c_t of the action at t, lambda included, ``[T, *B]``.
+        done: bool, the trace is cut behind the step.
         gamma: discount.
-        valid: bool; other steps cut the trace and do not count.
+        rho: V-trace's clipped ratio rho'_t; None for the operators on action values.
+        valid: bool; other steps cut the trace and do not count. No valid step at all: length 0, contraction 1.
+        bounded: no c is above 1, so products cannot overflow; faster. Otherwise they saturate.
 
-    Source: Munos et al. 2016, arXiv 1606.02647, section 3.2.
+    Source: Munos et al. 2016, arXiv 1606.02647, section 3.2; Espeholt et al. 2018, arXiv 1802.01561, appendix A.
     """
-    return gamma - (1 - gamma) * _mean(_carried(trace, done, valid, gamma, False), valid)
-
-
-def _carried(trace: Tensor, done: Tensor, valid: Tensor | None, gamma: float, from_first: bool) -> Tensor:
-    check({"trace": trace}, {"done": done, "valid": valid})
+    floats = {"trace": trace} if rho is None else {"trace": trace, "rho": rho}
+    check(floats, {"done": done, "valid": valid})
     if valid is not None:
         done = done | ~valid
         trace = trace.masked_fill(~valid, 0)
-    following = trace if from_first else torch.cat([trace[1:], torch.zeros_like(trace[:1])])
-    step = torch.where(done, 0, gamma * following)
-    if from_first:  # the last action's coefficient has nothing left to carry
-        step = torch.cat([step[:-1], torch.zeros_like(step[:1])])
-    return linear_recurrence(step, step, bounded=False)
+        rho = None if rho is None else rho.masked_fill(~valid, 0)
+    # c of the step itself, or of the next one; nothing behind the end of an episode and of the rollout
+    carried = torch.where(done, 0, trace if rho is not None else trace.roll(-1, 0))
+    carried[-1] = 0
+    # both sums in one recurrence: its calls, not its elements, are what it costs
+    weight = torch.stack([carried, gamma * carried], 1)
+    first = torch.stack([carried, torch.ones_like(carried) if rho is None else rho], 1)
+    sums = linear_recurrence(first, weight, bounded=bounded).transpose(0, 1).flatten(1)
+    length, total = _mean(sums, None if valid is None else valid.flatten()).unbind()
+    return TraceReach(length, 1 - (1 - gamma) * total)
 
 
 def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the last dimension of ``x`` [*, N]."""
     if valid is None:
-        return x.mean()
-    return torch.where(valid, x, 0).sum() / valid.sum().clamp(min=1)
-
-
-def _flat(x: Tensor, valid: Tensor | None, fill: float) -> Tensor:
-    return (x if valid is None else x.masked_fill(~valid, fill)).flatten()
+        return x.mean(-1)
+    return torch.where(valid, x, 0).sum(-1) / valid.sum().clamp(min=1)

@@ -108,11 +108,14 @@ def configs() -> dict[str, Any]:
     normalized.network.normalize = True
     mpo_retrace = small(MPOConfig())
     mpo_retrace.loss.target = "retrace"
+    backup = small(discrete_sac_config(), None)
+    backup.loss.target = "tree_backup"
     smooth = small(SACConfig())
     smooth.network.smoothing = 0.5
     return {
         "sac": small(SACConfig()), "sac n-step": n_step, "sac retrace": retrace, "sac v1": small(sac_v1_config()),
         "sac normalized": normalized, "sac smooth": smooth, "sac discrete": small(discrete_sac_config(), None),
+        "sac tree backup": backup,
         "mpo": small(MPOConfig()), "mpo retrace": mpo_retrace, "dmpo": small(dmpo_config()),
         "mpo full": small(full_covariance_config()), "mpo discrete": small(discrete_mpo_config(), None),
     }  # fmt: skip
@@ -241,10 +244,15 @@ def test_a_compiled_loss_is_the_loss() -> None:
     ("change", "words"),
     [
         ({"loss.version": 1, "loss.target": "retrace"}, "loss.target is retrace; version 1 has no target critics"),
+        ({"loss.version": 1, "loss.target": "q_lambda"}, "loss.target is q_lambda; version 1 has no target critics"),
+        ({"loss.target": "q_lambda", "replay.length": 1}, "replay.length is 1; loss.target q_lambda needs sequences"),
         ({"replay.capacity": 5}, "replay.capacity is 5; it must hold replay.batch_size, 8"),
         ({"replay.min_size": 3}, "replay.min_size is 3; it must be replay.batch_size, 8, or more"),
         ({"replay.samples_per_insert": 0.0}, "replay.samples_per_insert is 0.0; it must be above 0"),
-        ({"loss.target": "retrace", "replay.length": 1}, "replay.length is 1; Retrace needs sequences of 2"),
+        (
+            {"loss.target": "retrace", "replay.length": 1},
+            "replay.length is 1; loss.target retrace needs sequences of 2",
+        ),
         ({"env.pixels": True}, "network.encoder is mlp; with env.pixels true it must be shallow"),
         ({"optim.tau": 0.0}, "optim.tau is 0.0; it must be above 0 and at most 1"),
         ({"network.smoothing": 1.0}, "network.smoothing is 1.0; it must be at least 0 and below 1"),
@@ -260,7 +268,10 @@ def test_configurations_that_cannot_work_are_refused(change: dict[str, Any], wor
 
 
 def test_tasks_that_do_not_fit_are_refused() -> None:
+    backup = small(SACConfig())
+    backup.loss.target = "tree_backup"
     for config, words in (
+        (backup, "loss.target is tree_backup, which needs discrete actions"),
         (small(sac_v1_config(), "CartPole-v1"), "loss.version is 1, which has no form for the discrete actions"),
         (small(dmpo_config(), "CartPole-v1"), "loss.critic is categorical, which needs continuous actions"),
         (small(full_covariance_config(), "CartPole-v1"), "loss.covariance is full, which needs continuous actions"),

@@ -172,3 +172,16 @@ def test_names_are_checked_without_making_anything() -> None:
         check_name("CartPol-v1")
     with pytest.raises(ValueError, match=r"'package.module:function', got 'a.b:'"):
         check_name("a.b:")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pong", "action_repeat is 4; 'pong' is an Atari game, which has no such option"),
+        ("own_envs:make", "action_repeat is 4; 'own_envs:make' is an own environment, which has no such option"),
+        ("Pendulum-v1", "the environment 'Pendulum-v1' cannot be made: .*'action_repeat'"),
+    ],
+)
+def test_options_that_an_environment_does_not_have(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_env(name, 1, action_repeat=4)

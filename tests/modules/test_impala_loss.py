@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offtrace.modules.losses import ImpalaLoss
 from offtrace.modules.networks import Policy, build_policy
+from offtrace.modules.returns import effective_sample_size, lambda_return, trace_reach, vtrace
 
 ACTIONS, FEATURES = 3, 4
 LOSSES = ("loss_policy", "loss_value", "loss_entropy")
@@ -133,8 +134,9 @@ def test_loss_equals_the_sums_of_the_paper(dim: int | None, reduction: str) -> N
     torch.testing.assert_close(out["loss_value"], 0.7 * 0.5 * (target - value).square().sum() / scale)
     torch.testing.assert_close(out["loss_entropy"], -0.03 * dist.entropy().sum() / scale)
     torch.testing.assert_close(out["ratio_mean"], rho.mean())
-    torch.testing.assert_close(out["rho_clipped"], (rho > 1.3).double().mean())
-    torch.testing.assert_close(out["c_clipped"], (rho > 1.1).double().mean())
+    torch.testing.assert_close(out["rho_clipped"], (rho > 1.3).float().mean())
+    torch.testing.assert_close(out["c_clipped"], (rho > 1.1).float().mean())
+    torch.testing.assert_close(out["pg_rho_clipped"], (rho > 0.8).float().mean())
     torch.testing.assert_close(out["ess"], rho.sum() ** 2 / (td.numel() * rho.square().sum()))
     torch.testing.assert_close(out["advantage_std"], advantage.std(correction=0))
     explained = 1 - (target - value).var(correction=0) / target.var(correction=0)
@@ -264,27 +266,67 @@ def test_normalised_advantage_is_the_formula() -> None:
     td["valid"] = torch.rand(5, 7, 1, generator=torch.Generator().manual_seed(0)) < 0.6
     plain, dist = ImpalaLoss(policy, normalize_advantage=True), network(policy, td["observation"])[0]
     log_prob = dist.log_prob(td["action"]).detach()
-    unmasked = ImpalaLoss(policy, correction=True)
-    captured: list[Tensor] = []
-    original = unmasked._targets
-    unmasked._targets = lambda *a: (captured.append(original(*a)[1]), original(*a))[1]  # type: ignore[method-assign]
-    unmasked(td)
     mask = td["valid"].squeeze(-1)
-    advantage = captured[0][mask]
+    loss = ImpalaLoss(policy)
+    advantage = loss._estimate(loss._read(td)).advantage[mask]
     normal = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     torch.testing.assert_close(plain(td)["loss_policy"].detach(), -(normal * log_prob[mask]).sum())
 
 
-def test_correction_off_takes_every_ratio_as_one() -> None:
+@pytest.mark.parametrize("estimator", ["vtrace", "importance_sampling", "one_step", "none"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_estimators_by_name_are_the_returns_of_that_name(estimator: str, masked: bool) -> None:
     policy, td = make(), rollout()
-    off = ImpalaLoss(policy, correction=False)(td)
-    on_policy = td.clone()
-    on_policy["action_log_prob"] = network(policy, td["observation"])[0].log_prob(td["action"]).detach()
-    expected = ImpalaLoss(policy)(on_policy)
-    for name in LOSSES:
-        torch.testing.assert_close(off[name], expected[name])
-    assert off["rho_clipped"] > 0
+    valid = None
+    if masked:
+        td["valid"] = torch.rand(5, 7, 1, generator=torch.Generator().manual_seed(3)) < 0.8
+        td["action_log_prob"][~td["valid"].squeeze(-1)] = math.nan
+        valid = td["valid"].squeeze(-1).t()
+    dist, value = network(policy, td["observation"])
+    log_prob, after = dist.log_prob(td["action"]), network(policy, td["next", "observation"])[1].detach()
+    log_rho, done = (log_prob.detach() - td["action_log_prob"]).t(), td["next", "done"].squeeze(-1).t()
+    known: dict[str, Any] = {
+        "reward": td["next", "reward"].squeeze(-1).t(), "value": value.detach().t(), "next_value": after.t(),
+        "terminated": td["next", "terminated"].squeeze(-1).t(), "done": done, "gamma": 0.9, "lmbda": 0.8,
+        "valid": valid,
+    }  # fmt: skip
+    clips = dict.fromkeys(("rho_clip", "c_clip", "pg_rho_clip"), math.inf)
+    rho, one = log_rho.exp(), torch.ones_like(log_rho)
+    pg_clip = {"pg_rho_clip": 0.7} if estimator in ("vtrace", "one_step") else {}
+    if estimator == "vtrace":
+        target, advantage = vtrace(log_rho=log_rho, **pg_clip, **known)
+        weights, trace, clipped = rho.clamp(max=1), rho.clamp(max=1), {"rho_clipped", "c_clipped", "pg_rho_clipped"}
+    elif estimator == "importance_sampling":
+        target, advantage = vtrace(log_rho=log_rho, **clips, **known)
+        weights, trace, clipped = rho, rho, set()
+    else:
+        target = lambda_return(**known)
+        advantage = target - known["value"]
+        if estimator == "one_step":
+            advantage = torch.where(one.bool() if valid is None else valid, advantage * rho.clamp(max=0.7), 0)
+        weights, trace, clipped = one, one, {"pg_rho_clipped"} if estimator == "one_step" else set()
+    loss = ImpalaLoss(policy, estimator=estimator, gamma=0.9, lmbda=0.8, **pg_clip)
+    out = loss(td)
+    torch.testing.assert_close(out["loss_policy"], -(advantage.t() * log_prob).sum())
+    torch.testing.assert_close(out["loss_value"], 0.25 * (target.t() - value).square().sum())
+    torch.testing.assert_close(out["ess"], effective_sample_size(log_rho, valid=valid))
+    reach = trace_reach(trace=0.8 * trace, done=done, gamma=0.9, rho=weights, valid=valid)
+    torch.testing.assert_close(out["trace_length"], reach.length)
+    torch.testing.assert_close(out["contraction"], reach.contraction)
+    assert {name for name in loss.out_keys if name.endswith("_clipped")} - {"policy_clipped"} == clipped
+    assert set(loss.out_keys) == set(out.keys())
+
+
+def test_on_policy_all_estimators_are_one() -> None:
+    policy, td = make(), rollout()
+    td["action_log_prob"] = network(policy, td["observation"])[0].log_prob(td["action"]).detach()
+    expected = ImpalaLoss(policy, lmbda=0.8)(td)
+    for estimator in ("importance_sampling", "one_step", "none"):
+        found = ImpalaLoss(policy, lmbda=0.8, estimator=estimator)(td)
+        for name in (*LOSSES, "ess", "trace_length", "contraction"):
+            torch.testing.assert_close(found[name], expected[name])
     assert expected["kl"].abs() < 1e-12
+    assert expected["ess"] == 1
 
 
 def test_reward_clip() -> None:
@@ -347,7 +389,17 @@ def test_bf16_autocast_gives_float32_losses_close_to_exact(recurrent: int | None
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({"reduction": "none"}, "reduction"), ({"gamma": 1.5}, "gamma"), ({"reward_clip": 0.0}, "reward_clip")],
+    [
+        ({"reduction": "none"}, "reduction"),
+        ({"gamma": 1.5}, "gamma"),
+        ({"leak": -0.1}, "leak"),
+        ({"reward_clip": 0.0}, "reward_clip"),
+        ({"pg_rho_clip": 0.0}, "pg_rho_clip"),
+        ({"estimator": "v-trace"}, r"estimator must be one of \('vtrace', .*\), got 'v-trace'"),
+        ({"estimator": "one_step", "rho_clip": 2.0}, "estimator 'one_step' has no rho_clip: leave it at 1, got 2.0"),
+        ({"estimator": "none", "pg_rho_clip": 2.0}, "estimator 'none' has no pg_rho_clip"),
+        ({"estimator": "importance_sampling", "leak": 0.5}, "estimator 'importance_sampling' has no leak"),
+    ],
 )
 def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -431,8 +483,6 @@ def test_policy_clip_masks_what_has_moved_in_its_direction() -> None:
 
 def _advantages(policy: Any, batch: TensorDict) -> torch.Tensor:
     """V-trace advantages [B, T] of a rollout without ends."""
-    from offtrace.modules.returns import vtrace
-
     with torch.no_grad():
         values = policy.get_dist_params(batch.clone())["state_value"].squeeze(-1)
         last = policy.get_dist_params(batch["next"].select("observation", "is_init", strict=False).clone())[

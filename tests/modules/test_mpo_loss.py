@@ -17,10 +17,11 @@ from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_base import MPOBase
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
 from offtrace.modules.losses.sites import Batch, first_window
+from offtrace.modules.losses.traces import TRACES
 from offtrace.modules.networks import DiagonalNormal
 from offtrace.modules.networks.distributions import Categorical
 from offtrace.modules.networks.gaussian_heads import FullNormal
-from offtrace.modules.returns import n_step_return
+from offtrace.modules.returns import n_step_return, trace_reach
 
 FEATURES, DIM, ATOMS = 4, 2, 11
 LOSSES = ("loss_policy", "loss_dual", "loss_critic")
@@ -214,6 +215,26 @@ def test_windows_end_at_dones_and_before_invalid_steps(n: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- continuous
+def coefficients(kind: str, rho: Tensor, log_pi: Tensor) -> Tensor:
+    """c of a trace without its decay."""
+    every = {"importance_sampling": rho, "q_lambda": torch.ones_like(rho), "tree_backup": log_pi.exp()}
+    return rho.clamp(max=1) if kind == "retrace" else every[kind]
+
+
+def check_told(out: TensorDictBase, td: TensorDict, kind: str, rho: Tensor, c: Tensor) -> None:
+    valid, done = td["valid"].squeeze(-1), td["next", "done"].squeeze(-1)
+    known = rho[valid]
+    torch.testing.assert_close(out["ess"], known.sum() ** 2 / (len(known) * known.square().sum()))
+    reach = trace_reach(trace=c.t(), done=done.t(), gamma=GAMMA, valid=valid.t())
+    torch.testing.assert_close(out["trace_length"], reach.length)
+    assert ("contraction" in out) == (kind != "q_lambda")
+    if kind != "q_lambda":
+        torch.testing.assert_close(out["contraction"], reach.contraction)
+    assert ("c_clipped" in out) == (kind == "retrace")
+    if kind == "retrace":
+        torch.testing.assert_close(out["c_clipped"].double(), (known > 1).double().mean(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("where", ["next", "root"])
 @pytest.mark.parametrize("covariance", ["diagonal", "full", "joint"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -340,8 +361,9 @@ def retrace_by_sums(td: TensorDict, q: Tensor, following: Tensor, c: Tensor) -> 
 
 @pytest.mark.parametrize("where", ["next", "root"])
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
-def test_retrace_critic_with_the_target_policys_ratios(covariance: str, where: str) -> None:
-    loss: Any = make(covariance, critics=2, target="retrace", lmbda=0.8, policy_states=where)
+@pytest.mark.parametrize("target", ["retrace", "importance_sampling", "q_lambda"])
+def test_critic_of_a_trace_with_the_target_policys_ratios(target: str, covariance: str, where: str) -> None:
+    loss: Any = make(covariance, critics=2, target=target, lmbda=0.8, policy_states=where)
     td = with_valid(data(8, 6, ends=0.2), share=0.85)
     valid = td["valid"]
     torch.manual_seed(5)
@@ -355,10 +377,12 @@ def test_retrace_critic_with_the_target_policys_ratios(covariance: str, where: s
         pi = policy_at(loss.target("policy"), clean).log_prob(td["action"])
     rho = (pi - td["action_log_prob"]).exp()
     assert (rho[valid.squeeze(-1)] < 1).any()
-    y = retrace_by_sums(td, estimate(loss, clean, td["action"]), value, 0.8 * rho.clamp(max=1))
+    c = coefficients(target, rho, pi)
+    y = retrace_by_sums(td, estimate(loss, clean, td["action"]), value, 0.8 * c)
     q = value_at(loss.critic, clean, td["action"].clamp(-1, 1))
     expected = 0.5 * (y.unsqueeze(-1) - q).square().sum(-1)[valid.squeeze(-1)].mean()
     torch.testing.assert_close(out["loss_critic"], expected)
+    check_told(out, td, target, rho, 0.8 * c)
 
 
 @pytest.mark.parametrize("target", ["n_step", "retrace"])
@@ -411,7 +435,7 @@ def test_of_several_categorical_critics_the_one_with_the_least_mean_is_the_targe
 
 # ------------------------------------------------------------------------------------------------------------ discrete
 @pytest.mark.parametrize("where", ["next", "root"])
-@pytest.mark.parametrize("target", ["n_step", "retrace"])
+@pytest.mark.parametrize("target", ["n_step", *TRACES])
 def test_discrete_mpo_by_enumeration(target: str, where: str) -> None:
     loss: Any = make("discrete", "discrete", critics=2, target=target, policy_states=where, epsilon_policy=0.02)
     td = with_valid(data(8, 5, discrete=True, ends=0.3), share=0.85)
@@ -432,7 +456,10 @@ def test_discrete_mpo_by_enumeration(target: str, where: str) -> None:
         action = td["action"]
         ratio = policy_at(loss.target("policy"), obs).log_prob(action).detach() - td["action_log_prob"]
         chosen = estimate(loss, obs).gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        y = retrace_by_sums(td, chosen, value, 0.95 * ratio.exp().clamp(max=1))
+        log_pi = policy_at(loss.target("policy"), obs).log_prob(action).detach()
+        c = 0.95 * coefficients(target, ratio.exp(), log_pi)
+        y = retrace_by_sums(td, chosen, value, c)
+        check_told(out, td, target, ratio.exp(), c)
     index = action[..., None, None].expand(*action.shape, 2, 1)
     q = value_at(loss.critic, obs).gather(-1, index).squeeze(-1)
     torch.testing.assert_close(out["loss_critic"], 0.5 * (y.unsqueeze(-1) - q).square().sum(-1)[valid].mean())
@@ -473,7 +500,7 @@ def test_each_term_reaches_its_own_parameters_only(policy: str, critic: str, tar
         assert reached == {id(p) for p in groups[own]}, name
 
 
-@pytest.mark.parametrize("target", ["one_step", "n_step", "retrace"])
+@pytest.mark.parametrize("target", ["one_step", "n_step", "retrace", "importance_sampling", "q_lambda"])
 @pytest.mark.parametrize(("policy", "critic"), KINDS)
 def test_nan_in_entries_that_must_not_be_read_reaches_nothing(policy: str, critic: str, target: str) -> None:
     loss = make(policy, critic, target=target)
@@ -573,7 +600,7 @@ def test_set_keys_and_the_masks_of_torchrl() -> None:
         ({"per_dimension": True, "action_dim": None}, "needs action_dim"),
         ({"covariance": "spherical"}, "covariance must be one of"),
         ({"target": "td"}, "target must be one of"),
-        ({"policy_states": "all"}, "policy_states must be one of"),
+        ({"policy_states": "all"}, "policy_states must be 'next' or 'root'"),
         ({"reduction": "none"}, "reduction must be"),
         ({"epsilon_mean": 0.0}, "epsilon_mean must be positive"),
         ({"num_samples": 0}, "num_samples must be 1 or more"),
@@ -599,6 +626,8 @@ def test_networks_and_batches_that_do_not_fit_are_refused() -> None:
         MPOLoss(make_policy(), make_critic("discrete"), action_dim=DIM)
     with pytest.raises(ValueError, match="critic that writes"):
         DiscreteMPOLoss(make_policy("discrete"), make_critic())
+    with pytest.raises(ValueError, match="a density is no probability; use 'retrace'"):
+        make(target="tree_backup")
     with pytest.raises(ValueError, match=r"needs sequences \[N, T\]"):
         make(target="retrace")(data(4, None))
     with pytest.raises(ValueError, match="needs sequences of that many steps"):

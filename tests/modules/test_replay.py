@@ -453,11 +453,13 @@ def test_other_mistakes() -> None:
         filled().extend(rollout, worker=1)
     with pytest.raises(ValueError, match=r"a rollout of 80 steps does not fit the 51 slots"):
         filled().extend(Stream(2).rollout(80))
-    with pytest.raises(ValueError, match=r"a batch of 4 needs as many steps to begin with; the replay has 0"):
+    with pytest.raises(ValueError, match=r"a batch of 4 needs as many steps to begin with, and the replay has 0"):
         Replay(100, num_envs=2, batch_size=4).sample()
-    with pytest.raises(ValueError, match=r"a batch of 90 needs as many steps to begin with; the replay has 40"):
+    with pytest.raises(ValueError, match=r"a batch of 90 needs as many steps to begin with, and the replay has 40"):
         filled().sample(90)
-    with pytest.raises(ValueError, match=r"no episode has 20 steps so far, the longest has 9: .* pad=True"):
+    with pytest.raises(
+        ValueError, match=r"length is 20, and the longest of the episodes so far has 9 steps; .* 9 or less, or pad=True"
+    ):
         filled(length=20).sample()
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from offtrace.modules.returns import (
     clipped_fraction,
-    contraction_coefficient,
     effective_sample_size,
-    mean_trace_length,
     retrace_trace,
+    trace_reach,
 )
 from tests.modules.rollouts import rollout, validity
 
@@ -42,55 +41,65 @@ def test_clipped_fraction() -> None:
     assert float(clipped_fraction(log_rho, 1.0, valid=torch.tensor([True, True, True, False]))) == pytest.approx(1 / 3)
 
 
-def carried(
-    trace: np.ndarray, done: np.ndarray, known: np.ndarray, gamma: float, from_first: bool
-) -> tuple[float, int]:
-    """Sum over the valid starts of c_{s+1} + c_{s+1} c_{s+2} + ..., product by product."""
-    total, count = 0.0, 0
+def sums(
+    trace: np.ndarray, done: np.ndarray, known: np.ndarray, gamma: float, rho: np.ndarray | None
+) -> tuple[float, float, int]:
+    """Over the valid starts: sums of the products of traces, of their discounted form, and the number of starts."""
+    length, total, count = 0.0, 0.0, 0
     for s in range(len(trace)):
         if not known[s]:
             continue
         count += 1
-        weight = 1.0
+        weight, factor = 1.0, 1.0
+        total += 1.0 if rho is None else rho[s]
         for t in range(s, len(trace) - 1):
-            if done[t] or not known[t]:
+            following = t if rho is not None else t + 1
+            if done[t] or not known[t] or not known[following]:
                 break
-            if not from_first and not known[t + 1]:
-                break
-            weight *= gamma * trace[t if from_first else t + 1]
-            total += weight
-    return total, count
+            weight *= trace[following]
+            factor *= gamma
+            length += weight
+            if rho is None:
+                total += factor * weight
+            elif known[t + 1]:
+                total += factor * weight * rho[t + 1]
+    return length, total, count
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("from_first", [False, True])
-def test_mean_trace_length_and_contraction(from_first: bool, masked: bool) -> None:
+@pytest.mark.parametrize("first", [False, True], ids=["action values", "vtrace"])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_trace_reach_is_the_sum_of_products(first: bool, masked: bool, bounded: bool) -> None:
     inputs = rollout(1, 25, 3)
     trace, done = retrace_trace(log_rho=inputs["log_rho"], lmbda=0.9), inputs["done"]
+    rho = inputs["log_rho"].exp().clamp(max=1.3) if first else None
     valid = validity(1, done.shape) if masked else None
     known = (torch.ones_like(done) if valid is None else valid).numpy()
-
-    def mean(gamma: float, first: bool) -> float:
-        parts = [carried(trace[:, i].numpy(), done[:, i].numpy(), known[:, i], gamma, first) for i in range(3)]
-        return sum(total for total, _ in parts) / sum(count for _, count in parts)
-
-    bad = trace if valid is None else trace.masked_fill(~valid, math.nan)
-    length = mean_trace_length(trace=bad, done=done, valid=valid, from_first=from_first)
-    assert float(length) == pytest.approx(mean(1.0, from_first), rel=1e-12)
-    eta = contraction_coefficient(trace=bad, done=done, gamma=0.95, valid=valid)
-    assert float(eta) == pytest.approx(0.95 - 0.05 * mean(0.95, False), rel=1e-12)
+    parts = [
+        sums(trace[:, i].numpy(), done[:, i].numpy(), known[:, i], 0.95, None if rho is None else rho[:, i].numpy())
+        for i in range(3)
+    ]
+    length, total, count = (sum(column) for column in zip(*parts, strict=True))
+    if valid is not None:
+        trace, rho = trace.masked_fill(~valid, math.nan), None if rho is None else rho.masked_fill(~valid, math.nan)
+    found = trace_reach(trace=trace, done=done, gamma=0.95, rho=rho, valid=valid, bounded=bounded)
+    assert float(found.length) == pytest.approx(length / count, rel=1e-12)
+    assert float(found.contraction) == pytest.approx(1 - 0.05 * total / count, rel=1e-12)
 
 
 def test_a_constant_trace_carries_lambda_over_one_minus_lambda_steps() -> None:
     trace, done = torch.full((4000, 1), 0.9).double(), torch.zeros(4000, 1, dtype=torch.bool)
-    assert float(mean_trace_length(trace=trace, done=done)) == pytest.approx(9.0, abs=0.03)
+    assert float(trace_reach(trace=trace, done=done, gamma=0.9).length) == pytest.approx(9.0, abs=0.03)
 
 
-def test_eta_is_gamma_without_traces_and_small_with_full_ones() -> None:
+@pytest.mark.parametrize("first", [False, True], ids=["action values", "vtrace"])
+def test_contraction_is_gamma_without_traces_and_small_with_full_ones(first: bool) -> None:
     done = torch.zeros(5000, 2, dtype=torch.bool)
 
     def eta(c: float) -> float:
-        return float(contraction_coefficient(trace=torch.full((5000, 2), c).double(), done=done, gamma=0.9))
+        trace = torch.full((5000, 2), c).double()
+        rho = torch.ones_like(trace) if first else None
+        return float(trace_reach(trace=trace, done=done, gamma=0.9, rho=rho).contraction)
 
     assert eta(0.0) == pytest.approx(0.9)
     assert eta(1.0) == pytest.approx(0.0, abs=2e-3)  # what remains is cut by the end of the rollout
@@ -98,12 +107,25 @@ def test_eta_is_gamma_without_traces_and_small_with_full_ones() -> None:
     assert eta(0.5) == pytest.approx(0.9 - 0.1 * 0.45 / 0.55, abs=1e-3)
 
 
+def test_small_ratios_slow_vtrace_down() -> None:
+    """An operator that moves by rho' of the one-step error contracts with 1 - (1 - gamma) rho'."""
+    nothing, done = torch.zeros(9, 2).double(), torch.zeros(9, 2, dtype=torch.bool)
+    found = trace_reach(trace=nothing, done=done, gamma=0.9, rho=nothing + 0.25)
+    assert float(found.contraction) == pytest.approx(1 - 0.1 * 0.25)
+    assert float(found.length) == 0
+
+
+def test_products_that_overflow_saturate() -> None:
+    trace, done = torch.full((200, 2), 1e30), torch.zeros(200, 2, dtype=torch.bool)
+    assert all(not x.isnan() for x in trace_reach(trace=trace, done=done, gamma=0.9, rho=trace))
+
+
 def test_bad_input_is_named() -> None:
     trace = torch.rand(4, 2)
     with pytest.raises(ValueError, match=r"^done must have the shape of trace, \[4, 2\], got \[4\]"):
-        mean_trace_length(trace=trace, done=torch.zeros(4, dtype=torch.bool))
+        trace_reach(trace=trace, done=torch.zeros(4, dtype=torch.bool), gamma=0.9)
     with pytest.raises(TypeError, match=r"^done must be a bool tensor, got torch.float32"):
-        contraction_coefficient(trace=trace, done=trace, gamma=0.9)
+        trace_reach(trace=trace, done=trace, gamma=0.9)
 
 
 def test_no_gradient() -> None:
@@ -111,5 +133,4 @@ def test_no_gradient() -> None:
     done = torch.zeros(4, 2, dtype=torch.bool)
     assert not effective_sample_size(trace).requires_grad
     assert not clipped_fraction(trace, 1.0).requires_grad
-    assert not mean_trace_length(trace=trace, done=done).requires_grad
-    assert not contraction_coefficient(trace=trace, done=done, gamma=0.9).requires_grad
+    assert not any(x.requires_grad for x in trace_reach(trace=trace, done=done, gamma=0.9, rho=trace))

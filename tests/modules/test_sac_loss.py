@@ -14,7 +14,9 @@ from torchrl.objectives import HardUpdate, SoftUpdate
 
 from offtrace.modules.losses import DiscreteSACLoss, FastSoftUpdate, SACLoss, SACv1Loss
 from offtrace.modules.losses.soft import SoftLoss
+from offtrace.modules.losses.traces import TARGETS, TRACES
 from offtrace.modules.networks import ControlPolicy, build_actor, build_critic, build_value, share_normalizer
+from offtrace.modules.returns import trace_reach
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
 FEATURES, ACTIONS = 4, 2
@@ -100,6 +102,11 @@ def single(td: TensorDictBase) -> TensorDictBase:
     return td.apply(lambda x: x.float() if x.is_floating_point() else x)
 
 
+def coefficient(kind: str, rho: float, pi: float) -> float:
+    """c of the trace."""
+    return LMBDA * {"retrace": min(1.0, rho), "importance_sampling": rho, "q_lambda": 1.0, "tree_backup": pi}[kind]
+
+
 def targets(
     loss: SoftLoss, td: TensorDictBase, following: Tensor, values: Tensor, log_prob: Tensor, kind: str
 ) -> Tensor:
@@ -133,7 +140,7 @@ def targets(
                         break
                     if t > s:
                         rho = math.exp(log_prob[n, t] - td["action_log_prob"][n, t])
-                        weight *= GAMMA * LMBDA * min(1.0, rho)
+                        weight *= GAMMA * coefficient(kind, rho, math.exp(log_prob[n, t]))
                     y[n, s] += weight * (kappa * reward[n, t] + bootstrap(n, t) - values[n, t])
                     if done[n, t]:
                         break
@@ -172,7 +179,7 @@ def policies(td: TensorDictBase) -> Any:
     return td["observation"].nan_to_num(), td["next", "observation"].nan_to_num()
 
 
-@pytest.mark.parametrize("target", ["one_step", "n_step", "retrace"])
+@pytest.mark.parametrize("target", ["one_step", "n_step", "retrace", "importance_sampling", "q_lambda"])
 @pytest.mark.parametrize(
     ("reduction", "critics", "valid", "alpha_loss", "kind", "samples"),
     [
@@ -231,14 +238,32 @@ def test_terms_equal_the_formulas(
     torch.testing.assert_close(out["q_value"], select(q)[mask].mean())
     torch.testing.assert_close(out["td_error"], error[mask].abs().mean())
     assert out["valid_count"] == count
-    if target == "retrace":
-        rho = (log_prob - td["action_log_prob"]).flatten()[mask].exp()
-        assert (rho > 1).any()
-        assert (rho < 1).any()
-        torch.testing.assert_close(out["rho_clipped"].double(), (rho > 1).double().mean(), rtol=1e-5, atol=0)
-        torch.testing.assert_close(out["ess"], rho.sum() ** 2 / (count * rho.square().sum()))
+    if target in TRACES:
+        check_told(out, td, target, log_prob)
     assert set(out.keys()) == set(loss.out_keys)
     assert not any(x.requires_grad for name, x in out.items() if not name.startswith("loss_"))
+
+
+def check_told(out: TensorDictBase, td: TensorDictBase, kind: str, log_prob: Tensor) -> None:
+    """Diagnostics of a trace, from log pi of the batch's actions [N, T]."""
+    valid = td["valid"].squeeze(-1) if "valid" in td else torch.ones(td.batch_size).bool()
+    pi = log_prob.detach().exp()
+    rho = pi / td["action_log_prob"].exp()
+    known = rho[valid]
+    assert (known > 1).any()
+    assert (known < 1).any()
+    torch.testing.assert_close(out["ess"], known.sum() ** 2 / (len(known) * known.square().sum()))
+    assert ("c_clipped" in out) == (kind == "retrace")
+    if kind == "retrace":
+        torch.testing.assert_close(out["c_clipped"].double(), (known > 1).double().mean(), rtol=1e-5, atol=0)
+    pairs = zip(rho.flatten().tolist(), pi.flatten().tolist(), strict=True)
+    c = torch.tensor([coefficient(kind, *pair) for pair in pairs], dtype=torch.float64)
+    c, done = c.view(rho.shape).t(), td["next", "done"].squeeze(-1).t()
+    reach = trace_reach(trace=c, done=done, gamma=GAMMA, valid=valid.t())
+    torch.testing.assert_close(out["trace_length"], reach.length)
+    assert ("contraction" in out) == (kind != "q_lambda")
+    if kind != "q_lambda":
+        torch.testing.assert_close(out["contraction"], reach.contraction)
 
 
 def last_of_window(td: TensorDictBase) -> list[int]:
@@ -253,7 +278,7 @@ def last_of_window(td: TensorDictBase) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("target", ["one_step", "n_step", "retrace"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("valid", [False, True])
 def test_discrete_terms_are_exact_expectations(target: str, valid: bool) -> None:
     loss, td = discrete(target), replay(6, 5, kinds=3, valid=valid)
@@ -282,6 +307,9 @@ def test_discrete_terms_are_exact_expectations(target: str, valid: bool) -> None
     entropy = -(pi * pi.log()).sum(-1)
     torch.testing.assert_close(out["loss_alpha"], select(ALPHA * (entropy - 0.98 * math.log(3)))[mask].mean())
     torch.testing.assert_close(out["entropy"], select(entropy)[mask].mean())
+    assert set(out.keys()) == set(loss.out_keys)
+    if target in TRACES:
+        check_told(out, td, target, pi.gather(-1, index).squeeze(-1).log())
 
 
 @pytest.mark.parametrize("target", ["one_step", "n_step"])
@@ -359,7 +387,7 @@ def test_fixed_temperature_does_not_learn() -> None:
         assert out["loss_actor"].isfinite()
 
 
-@pytest.mark.parametrize("target", ["one_step", "n_step", "retrace"])
+@pytest.mark.parametrize("target", ["one_step", "n_step", "retrace", "importance_sampling", "q_lambda"])
 @pytest.mark.parametrize("make", [sac, discrete])
 def test_what_is_not_valid_reaches_nothing(make: Any, target: str) -> None:
     loss = make(target)
@@ -554,6 +582,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
         (lambda: DiscreteSACLoss(*continuous), "needs discrete actions"),
         (lambda: DiscreteSACLoss(exact[0], continuous[1]), "writes 'action_value'"),
         (lambda: SACv1Loss(*continuous, value, target="retrace"), "needs target critics"),
+        (lambda: SACv1Loss(*continuous, value, target="q_lambda"), "needs target critics"),
+        (lambda: SACLoss(*continuous, target="tree_backup"), "a density is no probability; use 'retrace'"),
+        (lambda: sac("q_lambda")(replay(4)), "needs sequences"),
         (lambda: SACLoss(*continuous, target="td"), "target must be one of"),
         (lambda: SACLoss(*continuous, alpha_loss="both"), "alpha_loss must be one of"),
         (lambda: SACLoss(*continuous, reduction="none"), "reduction must be"),

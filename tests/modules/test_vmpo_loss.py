@@ -15,6 +15,7 @@ from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.vmpo import VMPOLoss
 from offtrace.modules.networks import MLP, ActorCritic, Policy, ValueHead, build_policy, make_policy
 from offtrace.modules.networks.gaussian_heads import CholeskyHead
+from offtrace.modules.returns import trace_reach
 
 ACTIONS, FEATURES, DIM, GAMMA = 3, 4, 2, 0.9
 LOSSES = ("loss_policy", "loss_dual", "loss_value")
@@ -165,7 +166,7 @@ def test_loss_equals_the_sums_of_the_paper(kind: str, reduction: str, masked: bo
     gain = (psi * (psi * len(psi)).log()).sum()
     torch.testing.assert_close(out["kl_improved"], gain, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(out["threshold"], advantage[chosen].min())
-    torch.testing.assert_close(out["ess"], 1 / (len(psi) * psi.square().sum()), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(out["ess_improved"], 1 / (len(psi) * psi.square().sum()), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(out["entropy"], dist.entropy()[valid].mean().detach())
     assert out["valid_count"] == valid.sum()
     assert not any(x.requires_grad for name, x in out.items() if name not in LOSSES)
@@ -219,6 +220,30 @@ def test_other_targets(target: str) -> None:
     torch.testing.assert_close(out["loss_value"].detach(), 0.5 * (goal - value).square().mean())
     torch.testing.assert_close(out["advantage_std"], advantage.std(correction=0))
     torch.testing.assert_close(out["threshold"], advantage[top_half(advantage, torch.ones_like(done))].min())
+
+
+@pytest.mark.parametrize("target", ["lambda", "n_step", "vtrace"])
+def test_how_far_off_policy_the_rollout_is(target: str) -> None:
+    policy, td = make(), with_valid(rollout())
+    loss = VMPOLoss(policy, gamma=GAMMA, target=target, lmbda=0.8).double()
+    out, valid = loss(td), td["valid"].squeeze(-1)
+    with torch.no_grad():
+        log_rho = network(policy, td["observation"])[0].log_prob(td["action"]) - td["action_log_prob"]
+    rho = log_rho.exp()
+    known = rho[valid]
+    torch.testing.assert_close(out["ess"], known.sum() ** 2 / (len(known) * known.square().sum()))
+    weight = rho.clamp(max=1) if target == "vtrace" else torch.ones_like(rho)
+    done = td["next", "done"].squeeze(-1)
+    reach = trace_reach(trace=0.8 * weight.t(), done=done.t(), gamma=GAMMA, rho=weight.t(), valid=valid.t())
+    assert ("trace_length" in out) == (target != "n_step")
+    if target != "n_step":
+        torch.testing.assert_close(out["trace_length"], reach.length)
+        torch.testing.assert_close(out["contraction"], reach.contraction)
+    assert ("c_clipped" in out) == (target == "vtrace")
+    if target == "vtrace":
+        for name in ("rho_clipped", "c_clipped"):
+            torch.testing.assert_close(out[name], (known > 1).float().mean())
+    assert set(out.keys()) == set(loss.out_keys)
 
 
 @pytest.mark.parametrize("kind", KINDS)

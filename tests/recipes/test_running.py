@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from offtrace.agents.config import control_config
@@ -24,19 +20,7 @@ TINY = [
     "--train.epochs=1", "--train.eval_episodes=2", "--train.eval_every=64", "--train.log_every=0",
 ]  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder to run in; what a recipe sets for its whole process is put back."""
-    monkeypatch.chdir(tmp_path)
-    environment = dict(os.environ)
-    precision, level = torch.get_float32_matmul_precision(), logging.getLogger("lightning.pytorch").level
-    with warnings.catch_warnings():
-        yield
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_float32_matmul_precision(precision)
-    logging.getLogger("lightning.pytorch").setLevel(level)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def train(*argv: str) -> int:

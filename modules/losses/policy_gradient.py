@@ -1,0 +1,198 @@
+"""What the policy-gradient losses on rollouts share: one call of the network, the three terms, the trust region."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from offtrace.modules import keys as k
+from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
+from offtrace.modules.losses.sites import Batch
+from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.unroll import Unroll
+from offtrace.modules.returns import importance_trace
+
+_DIAGNOSTICS = (
+    "ratio_mean",
+    "entropy",
+    "kl",
+    "explained_variance",
+    "advantage_std",
+    "policy_clipped",
+    "valid_count",
+)
+
+
+class Reading(NamedTuple):
+    """A rollout as the network sees it now: its ``output`` over ``unroll``, and of the steps [B, T] the ``dist``.
+
+    ``log_pi`` carries gradient; ``log_rho`` is log pi - log mu, detached.
+    """
+
+    batch: Batch
+    action: Tensor
+    unroll: Unroll
+    output: TensorDictBase
+    dist: Distribution
+    log_pi: Tensor
+    log_rho: Tensor
+
+
+class Estimate(NamedTuple):
+    """What the critic says, with gradient, and should say; the advantage; diagnostics. [B, T], advantage 0 if invalid.
+
+    ``told`` are detached scalars by their names.
+    """
+
+    prediction: Tensor
+    target: Tensor
+    advantage: Tensor
+    told: dict[str, Tensor]
+
+
+class PolicyGradientLoss(OffPolicyLoss):
+    """Terms of policy, critic and entropy over one shared network; subclasses say what the critic learns.
+
+    Args are those of the subclasses.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        action: Any = k.ACTION
+        sample_log_prob: Any = k.LOG_PROB
+        value: Any = k.VALUE
+        action_value: Any = k.ACTION_VALUE
+        valid: Any = k.VALID
+        reward: Any = k.REWARD
+        done: Any = k.DONE
+        terminated: Any = k.TERMINATED
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
+    def __init__(
+        self,
+        policy: ProbabilisticTensorDictSequential,
+        *,
+        told: list[str],
+        gamma: float,
+        lmbda: float,
+        value_coef: float,
+        entropy_coef: float,
+        reduction: str,
+        pg_rho_clip: float,
+        reward_clip: float | None,
+        normalize_advantage: bool,
+        policy_clip: float | None,
+    ) -> None:
+        super().__init__()
+        check_arguments(reduction=reduction, gamma=gamma, lmbda=lmbda)
+        if not pg_rho_clip > 0:
+            raise ValueError(f"pg_rho_clip must be above 0, got {pg_rho_clip}")
+        for name, value in {"reward_clip": reward_clip, "policy_clip": policy_clip}.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive or None, got {value}")
+        self.policy = policy
+        self.gamma, self.lmbda, self.pg_rho_clip = gamma, lmbda, pg_rho_clip
+        self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
+        self.reward_clip, self.normalize_advantage, self.policy_clip = reward_clip, normalize_advantage, policy_clip
+        self._set_in_keys()
+        self.out_keys = ["loss_policy", "loss_value", "loss_entropy", *_DIAGNOSTICS, *told]
+
+    @property
+    def functional(self) -> bool:
+        """The policy is a plain submodule; its parameters are not copied."""
+        return False
+
+    def set_keys(self, **kwargs: Any) -> None:
+        """Rename entries, see ``_AcceptedKeys``."""
+        super().set_keys(**kwargs)
+        self._set_in_keys()
+
+    def _set_in_keys(self) -> None:
+        names = self.tensor_keys
+        observed = [*self.policy.in_keys, *((k.NEXT, key) for key in self.policy.in_keys)]
+        ends = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
+        self._in_keys = [*observed, names.action, names.sample_log_prob, *ends]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of a rollout [B, T]."""
+        reading = self._read(tensordict)
+        prediction, target, advantage, told = self._estimate(reading)
+        entropy, log_rho = reading.dist.entropy(), reading.log_rho
+        stats = Stats(reading.batch.valid, reading.batch.reward)
+        spread = stats.std(advantage)
+        if self.normalize_advantage:
+            advantage = (advantage - stats.mean(advantage)) / (spread + 1e-8)
+        advantage, outside = self._trust_region(advantage, log_rho)
+        reduce = stats.sum if self.reduction == "sum" else stats.mean
+        error, mean_entropy = target - prediction, stats.mean(entropy)
+        out = {
+            "loss_policy": -reduce(advantage * reading.log_pi),
+            "loss_value": (0.5 * self.value_coef) * reduce(error.square()),
+            "loss_entropy": -self.entropy_coef * (mean_entropy if self.reduction == "mean" else stats.sum(entropy)),
+            "entropy": mean_entropy.detach(),
+            "advantage_std": spread,
+            "policy_clipped": stats.count.new_zeros(()) if outside is None else stats.mean(outside),
+            "valid_count": stats.count,
+            **told,
+        }
+        with torch.no_grad():
+            out["kl"] = stats.mean(self._kl(tensordict, reading.dist, log_rho))
+            out["ratio_mean"] = stats.mean(log_rho.exp())
+            out["explained_variance"] = 1 - stats.variance(error) / stats.variance(target).clamp(min=1e-8)
+        return TensorDict(out, [])
+
+    def _estimate(self, reading: Reading) -> Estimate:
+        """What subclasses define; the one place where time changes its dimension."""
+        raise NotImplementedError
+
+    def _read(self, tensordict: TensorDictBase) -> Reading:
+        if tensordict.ndim != 2:
+            raise ValueError(f"the batch must be [B, T], environments then time; got {list(tensordict.batch_size)}")
+        names, sampler = self.tensor_keys, self.policy[-1]
+        reward, terminated, done = (
+            tensordict.get((k.NEXT, key)).squeeze(-1) for key in (names.reward, names.terminated, names.done)
+        )
+        if self.reward_clip is not None:
+            reward = reward.clamp(-self.reward_clip, self.reward_clip)
+        valid = self._valid(tensordict)
+        unroll = Unroll(tensordict, self.policy, terminated=terminated, done=done, valid=valid)
+        output = self.policy.get_dist_params(unroll.inputs)
+        params = {key: unroll.at(output.get(key)) for key in sampler.in_keys}
+        dist = sampler.build_dist_from_params(TensorDict(params, tensordict.batch_size))
+        action = tensordict.get(names.action)
+        log_pi = dist.log_prob(action)
+        log_rho = log_pi.detach() - tensordict.get(names.sample_log_prob)
+        return Reading(Batch(reward, terminated, done, valid), action, unroll, output, dist, log_pi, log_rho)
+
+    def _weighted(self, advantage: Tensor, reading: Reading) -> Tensor:
+        """min(pg_rho_clip, rho) times ``advantage`` [B, T], 0 where not valid."""
+        rho = importance_trace(log_rho=reading.log_rho.to(advantage.dtype)).clamp(max=self.pg_rho_clip)
+        return cleared(rho * advantage, reading.batch.valid)
+
+    def _trust_region(self, advantage: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The advantage, 0 where the ratio left the trust region in its direction; and those steps as 0 and 1."""
+        if self.policy_clip is None:
+            return advantage, None
+        moved = torch.where(advantage > 0, log_rho, -log_rho)
+        limit = torch.where(advantage > 0, math.log1p(self.policy_clip), -math.log1p(-min(self.policy_clip, 1 - 1e-6)))
+        outside = moved > limit
+        return advantage.masked_fill(outside, 0), outside.to(advantage.dtype)
+
+    def _kl(self, tensordict: TensorDictBase, dist: Distribution, log_rho: Tensor) -> Tensor:
+        """KL of behaviour to target at each step [B, T], from the stored parameters, or one sample of it each."""
+        sampler = self.policy[-1]
+        params = {key: tensordict.get(key, None) for key in sampler.in_keys}
+        if any(param is None for param in params.values()):
+            return -log_rho
+        behaviour = sampler.build_dist_from_params(TensorDict(params, tensordict.batch_size))
+        return torch.distributions.kl_divergence(behaviour, dist)

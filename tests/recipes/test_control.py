@@ -1,0 +1,188 @@
+"""SAC, MPO and V-MPO as a user runs them: what is refused, what is survived, what is left behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from offtrace.recipes import evaluate, mpo_control, sac_control, vmpo_control
+
+TINY = [
+    "--network.hidden=[8,8]", "--network.critic_hidden=[8,8]", "--replay.capacity=300", "--replay.batch_size=8",
+    "--replay.min_size=16", "--replay.samples_per_insert=2", "--train.total_frames=64", "--train.eval_episodes=1",
+    "--train.log_every=0", "--train.name=a",
+]  # fmt: skip
+OWN = "tests.recipes.own_tasks"
+RUN = Path("runs/a")
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def sac(*argv: str) -> int:
+    return sac_control.main([*TINY, *argv])
+
+
+def mpo(*argv: str) -> int:
+    return mpo_control.main([*TINY, "--env.num_envs=1", *argv])
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def rows() -> list[dict[str, str]]:
+    with open(RUN / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def column(name: str) -> list[float]:
+    return [float(row[name]) for row in rows() if row.get(name)]
+
+
+def weights() -> dict[str, Any]:
+    content = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+    return dict(content["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("run", "argv", "told"),
+    [
+        (sac, ["--env.task=Pendulum-v1", "--env.action_repeat=4"], "env.action_repeat is 4, which only tasks of dm_c"),
+        (sac, ["--env.task=Pendulum-v1", "--env.pixels=true"], "env.pixels is true, which only tasks of dm_control"),
+        (mpo, [f"--env.task={OWN}:Short", "--env.action_repeat=2"], f"for {OWN}:Short it must be 1"),
+        (sac, ["--env.task=walker-wlak"], "did you mean 'walker-walk'? (it has stand, walk, run)"),
+        (mpo, ["--env.task=wlaker-walk", "--env.action_repeat=4"], "environment 'wlaker-walk'; did you mean 'walker-w"),
+        (sac, ["--preset=v1", "--env.task=CartPole-v1"], "no form for the discrete actions of CartPole-v1; use 2"),
+        (sac, ["--env.task=CartPole-v1", "--loss.target_entropy=0.7"], "must be below log(2) = 0.693"),
+        (sac, ["--env.task=CartPole-v1", "--network.smoothing=0.5"], "smoothing is 0.5; CartPole-v1 has discrete"),
+        (mpo, ["--preset=dmpo", "--env.task=CartPole-v1"], "those of CartPole-v1 are discrete"),
+        (mpo, ["--preset=full", "--env.task=CartPole-v1"], "those of CartPole-v1 are discrete"),
+        (sac, [f"--env.task={OWN}:wide"], "has actions from -2 to 2; the agents act in [-1, 1]"),
+        (sac, ["--replay.capacity=5"], "replay.capacity is 5; it must hold replay.batch_size, 8, and replay.min_size"),
+        (sac, ["--env.num_envs=30"], "for 30 environments and a collector.unroll of 8 it must be at least 510"),
+        (mpo, ["--loss.target=retrace", "--replay.length=10"], "10 steps from 1 environments it must be at least 17"),
+        (sac, ["--replay.samples_per_insert=0.001"], "more than the replay's 300; raise it to 0.0266667 at least"),
+        (mpo, ["--replay.samples_per_insert=0.1"], "64 steps of each learner's actors; the first update comes after 9"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_one_sentence(
+    run: Callable[..., int], argv: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*argv) == 2
+    assert told in error_line(capsys)
+    assert not RUN.exists()
+
+
+def test_sequences_longer_than_episodes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sac(f"--env.task={OWN}:Short", "--loss.target=retrace", "--replay.length=4", "--replay.min_size=24") == 1
+    assert "length is 4, and the longest of the episodes so far has 3 steps; give a length of 3 or less" in error_line(
+        capsys
+    )
+
+
+@pytest.mark.parametrize("argv", [["--network.normalize=true"], ["--loss.target=retrace", "--replay.length=3"]])
+def test_a_simulator_that_diverges_costs_its_episode_only(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every twentieth step of 64: said when it happens, in the log, in the summary and at the end."""
+    with pytest.warns(RuntimeWarning, match=r"diverging: environment 0 failed at step 20 .* its episode was dropped"):
+        assert sac(f"--env.task={OWN}:diverging", "--replay.min_size=20", *argv) == 0
+    out, err = capsys.readouterr()
+    assert "3 episodes dropped" in out
+    assert "· 3 episodes dropped" in err
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert summary["dropped_episodes"] == 3
+    assert summary["frames"] == 64
+    assert summary["updates"] == (64 - 20) * 2 // 8
+    assert column("train/dropped_episodes")[-1] == 3
+    assert column("replay/steps")[-1] == 64 - 3
+    assert all(torch.isfinite(value).all() for value in weights().values())
+    for name in ("train/loss_critic", "train/grad_norm", "eval/return"):
+        assert column(name), name
+        assert all(map(math.isfinite, column(name))), name
+
+
+def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sac("--train.final_eval=false") == 0
+    folder = max((RUN / "replay/rank0").iterdir())
+    damaged = max(folder.iterdir(), key=lambda file: file.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    kept = {file: file.read_bytes() for file in [*folder.iterdir(), RUN / "checkpoints/last.ckpt"]}
+    capsys.readouterr()
+    for _ in range(2):
+        assert sac_control.main(["--resume", "runs/a", "--train.total_frames=128"]) == 2
+        told = error_line(capsys)
+        assert f"the replay in '{folder}' is damaged: {damaged.name} has" in told
+        assert told.endswith("runs/a cannot go on without it")
+    assert {file: file.read_bytes() for file in kept} == kept
+
+
+def test_a_stopped_run_goes_on_with_its_replay(capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM in the middle of a rollout; the resumed run ends with every step it ever collected."""
+    argv = [f"--env.task={OWN}:Stopped", "--train.total_frames=128", "--replay.capacity=900"]
+    assert sac(*argv) == 128 + signal.SIGTERM
+    assert "go on with --resume runs/a" in capsys.readouterr().out
+    before = json.loads((RUN / "summary.json").read_text())
+    assert before["signal"] == signal.SIGTERM
+    assert 56 <= before["frames"] <= 64
+    assert sac_control.main(["--resume", "runs/a"]) == 0
+    after = json.loads((RUN / "summary.json").read_text())
+    assert (after["frames"], after["updates"], after["signal"]) == (128, (128 - 16) * 2 // 8, 0)
+    assert column("replay/steps")[-1] == 128
+    assert column("replay/samples_per_insert")[-1] == 2
+
+
+@pytest.mark.parametrize(
+    ("run", "repeat", "preset", "metric"),
+    [
+        (sac, 20, "default", "train/alpha"),
+        (sac, 1, "discrete", "train/alpha"),
+        (mpo, 20, "default", "train/loss_critic"),
+        (mpo, 1, "discrete", "train/loss_critic"),
+    ],
+)
+def test_replayed_recipes_from_end_to_end(
+    run: Callable[..., int], repeat: int, preset: str, metric: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An episode of dm_control has a thousand steps: with an action for twenty of them it is soon over."""
+    argv = [f"--env.action_repeat={repeat}", f"--train.total_frames={64 * repeat}", f"--preset={preset}"]
+    assert run(*argv, "--env.num_envs=1", f"--train.eval_every={32 * repeat}") == 0
+    out, err = capsys.readouterr()
+    assert f"score {column('eval/return')[-1]:.1f}" in out
+    assert "updates/s" in err
+    for name in ("config.yaml", "versions.json", "metrics.csv", "curve.png"):
+        assert (RUN / name).stat().st_size > 0, name
+    summary = json.loads((RUN / "summary.json").read_text())
+    task = yaml.safe_load((RUN / "config.yaml").read_text())["env"]["task"]
+    assert (summary["task"], summary["algorithm"], summary["seed"]) == (task, run.__name__, 0)
+    assert (summary["frames"], summary["updates"]) == (64 * repeat, (64 - 16) * 2 // 8)
+    assert summary["updates_per_second"] > 0
+    assert [frames for frames, _ in summary["scores"]] == [32 * repeat, 64 * repeat]
+    assert column("replay/samples_per_insert")[-1] == 2
+    for name in (metric, "train/updates_per_second", "train/frames_per_second", "train/lag", "train/grad_norm"):
+        assert column(name), name
+    assert evaluate.main(["runs/a/checkpoints/last.ckpt", "--episodes=2"]) == 0
+    assert f"{task}, greedy actions, 2 whole games" in capsys.readouterr().out
+
+
+def test_vmpo_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "--env.num_envs=4", "--collector.unroll=8", "--collector.num_workers=0", "--network.hidden=[8,8]",
+        "--train.total_frames=64", "--train.eval_episodes=1", "--train.log_every=0", "--train.name=a",
+    ]  # fmt: skip
+    assert vmpo_control.main(argv) == 0
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert (summary["task"], summary["algorithm"]) == ("CartPole-v1", "vmpo")
+    assert (summary["frames"], summary["updates"]) == (64, 2 * 4 * 4)
+    capsys.readouterr()
+    assert evaluate.main(["runs/a/checkpoints/last.ckpt", "--episodes=2"]) == 0
+    assert "CartPole-v1, sample actions, 2 whole games" in capsys.readouterr().out
