@@ -33,9 +33,9 @@ class SACLoss(SoftLoss):
     * ``"n_step"``: sum of ``n_step`` rewards and V where they end, for the first step of each sequence [N, T]; cut
       at an episode's end and before a step that is not valid. Not corrected for being off-policy;
     * ``"retrace"``, ``"importance_sampling"``, ``"q_lambda"``: every step of [N, T] by
-      :func:`offtrace.modules.returns.q_return` with the trace of that name and decay ``lmbda``, from the ratio pi/mu to
-      the stored log-probability; the Q of the trace is the minimum of the target critics, as in the bootstrap. (Tree
-      backup needs probabilities: :class:`DiscreteSACLoss` has it.)
+      :func:`offtrace.modules.returns.q_return` (Munos et al. 2016, arXiv 1606.02647) with the trace of that name and
+      decay ``lmbda``, from the ratio pi/mu to the stored log-probability; the Q of the trace is the minimum of the
+      target critics, as in the bootstrap. (Tree backup needs probabilities: :class:`DiscreteSACLoss` has it.)
 
     Time limits are not terminal: only ``"terminated"`` takes the bootstrap away.
 
