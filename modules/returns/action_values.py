@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from offtrace.modules.returns import fused
 from offtrace.modules.returns.checks import check, computing_dtype, discount, ratio
 from offtrace.modules.returns.recurrence import Rows, backwards, linear_recurrence
 from offtrace.modules.returns.state_values import bootstrapped, onward
@@ -59,6 +60,8 @@ def q_return(
         floats["trace"] = trace
     check(floats, {"terminated": terminated, "done": done, "valid": valid})
     number, discounts = discount(gamma, q_value)
+    if number is not None and fused.usable(*floats.values(), terminated, done, valid):
+        return fused.q_return(reward, q_value, next_state_value, trace, terminated, done, valid, number)
     coefficient, traces = (None, trace) if isinstance(trace, Tensor) else (float(trace), None)
     rows = (q_value, reward, next_state_value, traces, terminated, done, valid, discounts)
     step = functools.partial(_q_rows, gamma=number, trace=coefficient)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LOG_MAX = {torch.float64: 700.0, torch.float32: 88.0, torch.bfloat16: 88.0, torch.float16: 11.0}
+LOG_MAX = {torch.float64: 700.0, torch.float32: 88.0, torch.bfloat16: 88.0, torch.float16: 11.0}
 
 
 def check(floats: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
@@ -57,7 +57,7 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 
 def ratio(log_rho: Tensor) -> Tensor:
     """exp(log_rho), saturated at a finite number: inf times the 0 of an ended episode would be NaN."""
-    return log_rho.clamp(max=_LOG_MAX[log_rho.dtype]).exp()
+    return log_rho.clamp(max=LOG_MAX[log_rho.dtype]).exp()
 
 
 def _tensor(name: str, value: object) -> None:

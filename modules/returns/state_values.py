@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from offtrace.modules.returns import fused
 from offtrace.modules.returns.checks import check, computing_dtype, discount, ratio
 from offtrace.modules.returns.recurrence import Rows, backwards, linear_recurrence
 
@@ -81,9 +82,18 @@ def vtrace(
     floats = {"value": value, "reward": reward, "next_value": next_value, "log_rho": log_rho}
     check(floats, {"terminated": terminated, "done": done, "valid": valid})
     number, discounts = discount(gamma, value)
-    step = functools.partial(
-        _vtrace_rows, gamma=number, lmbda=lmbda, rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip, leak=leak
-    )
+    options: dict[str, Any] = {
+        "lmbda": lmbda,
+        "rho_clip": rho_clip,
+        "c_clip": c_clip,
+        "pg_rho_clip": pg_rho_clip,
+        "leak": leak,
+    }
+    if number is not None and fused.usable(value, reward, next_value, log_rho, terminated, done, valid):
+        return VTraceOutput(
+            *fused.vtrace(reward, value, next_value, log_rho, terminated, done, valid, gamma=number, **options)
+        )
+    step = functools.partial(_vtrace_rows, gamma=number, **options)
     rows = (value, reward, next_value, log_rho, terminated, done, valid, discounts)
     target, advantage = backwards(step, rows, 2, value.dtype)
     return VTraceOutput(target, advantage)
@@ -160,6 +170,9 @@ def gae(
     floats = {"value": value, "reward": reward, "next_value": next_value}
     check(floats, {"terminated": terminated, "done": done, "valid": valid})
     number, discounts = discount(gamma, value)
+    if number is not None and fused.usable(value, reward, next_value, terminated, done, valid):
+        target = fused.q_return(reward, value, next_value, lmbda, terminated, done, valid, number)
+        return GAEOutput(target, target - value)
     rows = (value, reward, next_value, None, terminated, done, valid, discounts)
     target, advantage = backwards(functools.partial(_gae_rows, gamma=number, lmbda=lmbda), rows, 2, value.dtype)
     return GAEOutput(target, advantage)
