@@ -1,6 +1,6 @@
-"""Run by test_replayed.py: one Lightning fit on two gloo ranks; writes what each rank ended with into a folder.
+"""Run by test_replayed.py: SAC, then MPO, on two gloo ranks; writes what each rank ended with into a folder.
 
-python replayed_ddp_script.py sac|mpo FOLDER
+python replayed_ddp_script.py FOLDER
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from offtrace.agents.control_config import MPOConfig, SACConfig
 from offtrace.agents.training import BUILDERS
 
 
-def main(name: str, folder: Path) -> None:
+def fit(name: str, folder: Path) -> None:
     config: Any = SACConfig() if name == "sac" else MPOConfig()
     config.env.task, config.env.num_envs, config.collector.unroll = "Pendulum-v1", 1, 8
     config.network.hidden = config.network.critic_hidden = [16, 16]
     config.network.normalize = True
     config.replay.capacity, config.replay.batch_size, config.replay.min_size = 500, 8, 16
     config.replay.samples_per_insert, config.loss.n_step = 4.0, 3
-    config.train.total_frames = 2 * 8 * 8
+    config.train.total_frames = 2 * 4 * 8
     pl.seed_everything(0, verbose=False)
     agent, data = BUILDERS[name](config)
     trainer = pl.Trainer(
@@ -41,9 +41,10 @@ def main(name: str, folder: Path) -> None:
             "observation": data.replay.sample()["observation"].clone(),
             "noise": torch.randn(3),
         },
-        folder / f"rank{trainer.global_rank}.pt",
+        folder / f"{name}{trainer.global_rank}.pt",
     )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for algorithm in ("sac", "mpo"):
+        fit(algorithm, Path(sys.argv[1]))
