@@ -58,8 +58,8 @@ class CollectorConfig(ActorConfig):
 class LossConfig:
     """V-trace, or what stands in its place, and the loss."""
 
-    estimator: Literal["vtrace", "importance_sampling", "one_step", "none"] = "vtrace"
-    """Correction: vtrace; importance_sampling (no clips); one_step (in the policy gradient only); none."""
+    estimator: Literal["vtrace", "retrace", "importance_sampling", "one_step", "none"] = "vtrace"
+    """vtrace; retrace (the critic values actions); importance_sampling (no clips); one_step (policy only); none."""
     gamma: float = 0.99
     """Discount per agent step."""
     lmbda: float = 0.95
@@ -69,7 +69,7 @@ class LossConfig:
     c_clip: float = 1.0
     """Of vtrace: clip of the ratio in the trace; inf for none."""
     pg_rho_clip: float = 1.0
-    """Of vtrace and one_step: clip of the ratio in the policy gradient; inf for none."""
+    """Of vtrace, retrace and one_step: clip of the ratio in the policy gradient; inf for none."""
     leak: float = 1.0
     """Of vtrace: mixing of clipped (1) and plain (0) ratios."""
     value_coef: float = 0.5

@@ -9,12 +9,12 @@ from typing import Any
 from tensordict.nn import ProbabilisticTensorDictSequential
 
 from offtrace.agents.agent import Agent
-from offtrace.agents.config import ImpalaConfig, OnPolicyConfig
+from offtrace.agents.config import ConfigError, ImpalaConfig, OnPolicyConfig
 from offtrace.agents.data import OnPolicyData
 from offtrace.agents.optim import make_optimizer
 from offtrace.modules.collectors import RolloutCollector, make_collector
 from offtrace.modules.envs import EnvInfo, env_info, make_env
-from offtrace.modules.losses import ImpalaLoss
+from offtrace.modules.losses import ImpalaLoss, QActorCriticLoss
 from offtrace.modules.networks import build_policy
 
 
@@ -27,9 +27,14 @@ def make_impala(config: ImpalaConfig) -> tuple[Agent, OnPolicyData]:
         ValueError: if the environment is unknown or the agent cannot act in it.
     """
     info = env_info(config.task, **config.env_options())
-    description = actor_critic_description(config, info)
+    if config.loss.estimator == "retrace" and info.num_actions is None:
+        raise ConfigError(
+            f"loss.estimator is retrace, which needs discrete actions; those of {config.task} are continuous: it must "
+            "be another, such as vtrace"
+        )
+    description = actor_critic_description(config, info, critic="q" if config.loss.estimator == "retrace" else "v")
     policy = build_policy(**description["arguments"])
-    loss = ImpalaLoss(policy, **asdict(config.loss))
+    loss = make_loss(config, policy)
     agent = Agent(
         loss,
         policy,
@@ -50,7 +55,24 @@ def make_impala(config: ImpalaConfig) -> tuple[Agent, OnPolicyData]:
     return agent, data
 
 
-def actor_critic_description(config: OnPolicyConfig, info: EnvInfo) -> dict[str, Any]:
+def make_loss(config: ImpalaConfig, policy: ProbabilisticTensorDictSequential) -> ImpalaLoss | QActorCriticLoss:
+    """The loss of the estimator in ``config``.
+
+    Raises:
+        ValueError: if the estimator has not got a clip that is set.
+    """
+    options = asdict(config.loss)
+    if config.loss.estimator != "retrace":
+        return ImpalaLoss(policy, **options)
+    options["trace"] = options.pop("estimator")
+    for name in ("rho_clip", "c_clip", "leak"):
+        value = options.pop(name)
+        if value != 1:
+            raise ConfigError(f"loss.{name} is {value:g}; loss.estimator retrace has none: it must be 1")
+    return QActorCriticLoss(policy, **options)
+
+
+def actor_critic_description(config: OnPolicyConfig, info: EnvInfo, critic: str = "v") -> dict[str, Any]:
     """Plain values from which :func:`offtrace.modules.networks.build_policy` builds the policy again."""
     arguments = {
         "network": config.network.encoder,
@@ -60,12 +82,15 @@ def actor_critic_description(config: OnPolicyConfig, info: EnvInfo) -> dict[str,
         "hidden": config.network.hidden,
         "recurrent": config.network.recurrent or None,
         "masked": info.masked,
+        "critic": critic,
     }
     return {"builder": "build_policy", "arguments": arguments}
 
 
-def rollout_collector(config: OnPolicyConfig, policy: ProbabilisticTensorDictSequential, rank: int) -> RolloutCollector:
-    """The collector of ``rank``."""
+def rollout_collector(
+    config: OnPolicyConfig, policy: ProbabilisticTensorDictSequential, rank: int, frames: int
+) -> RolloutCollector:
+    """The collector of ``rank`` for a run that begins or goes on at ``frames``."""
     env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
     return make_collector(
         env_fn,
@@ -73,6 +98,7 @@ def rollout_collector(config: OnPolicyConfig, policy: ProbabilisticTensorDictSeq
         frames_per_batch=config.env.num_envs * config.collector.unroll,
         num_workers=config.collector.num_workers,
         seed=config.train.seed,
+        start=frames,
         rank=rank,
         step_timeout=config.collector.step_timeout,
         threads_per_worker=config.collector.threads,

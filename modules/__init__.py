@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from offtrace.modules.estimators import VTrace as VTrace
     from offtrace.modules.losses import DiscreteSACLoss as DiscreteSACLoss
     from offtrace.modules.losses import ImpalaLoss as ImpalaLoss
+    from offtrace.modules.losses import QActorCriticLoss as QActorCriticLoss
     from offtrace.modules.losses import SACLoss as SACLoss
     from offtrace.modules.losses import SACv1Loss as SACv1Loss
     from offtrace.modules.networks import build_actor as build_actor
@@ -32,6 +33,7 @@ _MODULE = {
     "ImportanceSampling": "estimators",
     "LambdaReturn": "estimators",
     "QLambda": "estimators",
+    "QActorCriticLoss": "losses",
     "Replay": "replay",
     "Retrace": "estimators",
     "SACLoss": "losses",

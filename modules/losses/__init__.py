@@ -3,6 +3,7 @@
 from offtrace.modules.losses.impala import ImpalaLoss
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
+from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
@@ -15,6 +16,7 @@ __all__ = [
     "FastSoftUpdate",
     "ImpalaLoss",
     "MPOLoss",
+    "QActorCriticLoss",
     "SACLoss",
     "SACv1Loss",
     "VMPOLoss",

@@ -247,10 +247,11 @@ class MPOBase(OffPolicyLoss):
         """Targets of every step, [M] or [M, atoms]; here and in :func:`traced` time changes its dimension."""
         shape = batch.reward.shape
         _, chosen = self._pessimist(self._chosen(self.target("critic"), sites.root, sites.action))
+        log_pi = self._log_prob(policy, sites.action).view(shape)
         known, told = traced(
             self.target_kind,
-            log_pi=self._log_prob(policy, sites.action).view(shape),
-            log_mu=tensordict.get(self.tensor_keys.sample_log_prob),
+            log_pi=log_pi,
+            log_rho=log_pi - tensordict.get(self.tensor_keys.sample_log_prob),
             batch=batch,
             gamma=self.gamma,
             lmbda=self.lmbda,

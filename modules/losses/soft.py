@@ -223,10 +223,11 @@ class SoftLoss(OffPolicyLoss):
         """Targets of every step, [M]; here and in :func:`traced` time changes its dimension."""
         shape = batch.reward.shape
         values = self._chosen(self._values(self.target("critic"), sites.root, sites.action), sites.action)
+        log_pi = self._log_prob(policy, tensordict, sites).view(shape)
         known, told = traced(
             self.target_kind,
-            log_pi=self._log_prob(policy, tensordict, sites).view(shape),
-            log_mu=tensordict.get(self.tensor_keys.sample_log_prob),
+            log_pi=log_pi,
+            log_rho=log_pi - tensordict.get(self.tensor_keys.sample_log_prob),
             batch=batch,
             gamma=self.gamma,
             lmbda=self.lmbda,

@@ -51,19 +51,18 @@ def told_of(name: str) -> list[str]:
 
 @torch.no_grad()
 def traced(
-    name: str, *, log_pi: Tensor, log_mu: Tensor, batch: Batch, gamma: float, lmbda: float
+    name: str, *, log_pi: Tensor, log_rho: Tensor, batch: Batch, gamma: float, lmbda: float
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What :func:`q_return` needs besides values, time first; and the diagnostics that :func:`told_of` names.
 
     Args:
         name: of the trace.
-        log_pi, log_mu: log-probabilities of the batch's actions, now and when they were taken, [N, T].
+        log_pi, log_rho: log pi and log pi - log mu of the batch's actions, [N, T].
         batch: the sequences.
         gamma, lmbda: discount and trace decay.
     """
     reward, terminated, done, valid = batch.time_first()
-    log_pi = cleared(log_pi.detach(), batch.valid).t()
-    log_rho = log_pi - cleared(log_mu, batch.valid).t()
+    log_pi, log_rho = (cleared(x.detach(), batch.valid).t() for x in (log_pi, log_rho))
     trace = make_trace(name, log_rho=log_rho, log_pi=log_pi, lmbda=lmbda)  # type: ignore[arg-type]
     whole = trace if isinstance(trace, Tensor) else q_lambda_trace(log_rho=log_rho, lmbda=lmbda)
     reach = trace_reach(trace=whole, done=done, gamma=gamma, valid=valid, bounded=name != "importance_sampling")

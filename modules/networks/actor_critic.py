@@ -27,18 +27,18 @@ from offtrace.modules.keys import (
     OBSERVATION,
     RECURRENT_C,
     RECURRENT_H,
-    VALUE,
 )
 from offtrace.modules.networks.core import LSTMCore
-from offtrace.modules.networks.heads import CategoricalHead, NormalHead, ValueHead
+from offtrace.modules.networks.heads import ActionValueHead, CategoricalHead, NormalHead, ValueHead
 
 
 class ActorCritic(TensorDictModuleBase):
-    """Encoder, optional recurrent core, policy head and value head: one call gives distribution and value.
+    """Encoder, optional recurrent core, policy head and value head: one call gives distribution and values.
 
     Reads ``"observation"`` [*B, *shape] and, where they apply, ``"action_mask"``, ``"is_init"``, ``"last_action"``,
     ``"last_reward"``, ``"recurrent_h"`` and ``"recurrent_c"`` [*B, H]. Writes the head's parameters (``"logits"``, or
-    ``"loc"`` and ``"scale"``) and ``"state_value"`` [*B, 1], always in the dtype of the weights, under autocast too.
+    ``"loc"`` and ``"scale"``) and the value head's ``"state_value"`` [*B, 1] or ``"action_value"`` [*B, 1, A], always
+    in the dtype of the weights, under autocast too.
 
     A recurrent net takes one step on [*B] and writes the state into ``"next"``. Under TorchRL's
     ``set_recurrent_mode(True)``, which losses set, the last batch dimension is time: it unrolls from the state stored
@@ -47,7 +47,7 @@ class ActorCritic(TensorDictModuleBase):
     Args:
         encoder: observation [N, *shape] to features [N, F].
         policy_head: features to the parameters of the action distribution.
-        value_head: features to [*B, 1].
+        value_head: features to the value of the state, or of every discrete action.
         core: recurrent core between encoder and heads.
         observation_key: name of the observation.
     """
@@ -56,7 +56,7 @@ class ActorCritic(TensorDictModuleBase):
         self,
         encoder: nn.Module,
         policy_head: CategoricalHead | NormalHead,
-        value_head: ValueHead,
+        value_head: ValueHead | ActionValueHead,
         core: LSTMCore | None = None,
         *,
         observation_key: str = OBSERVATION,
@@ -67,7 +67,7 @@ class ActorCritic(TensorDictModuleBase):
         self.policy_head = policy_head
         self.value_head = value_head
         self.in_keys = [observation_key]
-        self.out_keys: list[Any] = [*policy_head.out_keys, VALUE]
+        self.out_keys: list[Any] = [*policy_head.out_keys, value_head.out_key]
         if policy_head.masked:
             self.in_keys.append(ACTION_MASK)
         if core is not None:
@@ -93,7 +93,7 @@ class ActorCritic(TensorDictModuleBase):
             mask = tensordict.get(ACTION_MASK) if self.policy_head.masked else None
             for key, value in zip(self.policy_head.out_keys, self.policy_head(features, mask), strict=True):
                 tensordict.set(key, value)
-            return tensordict.set(VALUE, self.value_head(features))
+            return tensordict.set(self.value_head.out_key, self.value_head(features))
 
     def _recurrent(self, core: LSTMCore, tensordict: TensorDictBase, features: Tensor) -> Tensor:
         is_init = tensordict.get(IS_INIT)

@@ -12,7 +12,7 @@ from torch import nn
 from offtrace.modules.networks.actor_critic import ActorCritic, Policy, make_policy
 from offtrace.modules.networks.core import LSTMCore
 from offtrace.modules.networks.encoders import MLP, ResNetConv, ShallowConv
-from offtrace.modules.networks.heads import CategoricalHead, NormalHead, ValueHead
+from offtrace.modules.networks.heads import ActionValueHead, CategoricalHead, NormalHead, ValueHead
 
 NETWORKS = ("shallow", "resnet", "mlp")
 
@@ -31,6 +31,7 @@ def build_policy(
     state_dependent_scale: bool = False,
     last_step: bool = True,
     channels_last: bool = False,
+    critic: str = "v",
 ) -> Policy:
     """Build the policy that these plain values describe, with fresh weights from torch's global generator.
 
@@ -48,6 +49,7 @@ def build_policy(
         init_scale, state_dependent_scale: standard deviation of continuous actions, see :class:`NormalHead`.
         last_step: the LSTM also reads ``"last_action"`` and ``"last_reward"``.
         channels_last: memory format of image encoders; faster on CUDA.
+        critic: ``"v"`` writes the value of the state, ``"q"`` the values of all discrete actions.
 
     Raises:
         ValueError: on a value that does not fit, by its name.
@@ -56,6 +58,10 @@ def build_policy(
         raise ValueError(f"give num_actions or action_dim, got num_actions={num_actions} and action_dim={action_dim}")
     if masked and num_actions is None:
         raise ValueError("masked=True needs discrete actions; continuous actions have no mask")
+    if critic not in ("v", "q"):
+        raise ValueError(f"critic must be 'v' or 'q', got {critic!r}")
+    if critic == "q" and num_actions is None:
+        raise ValueError("critic='q' needs discrete actions; of continuous actions there is no list of values")
     encoder = _encoder(network, tuple(observation_shape), hidden, activation, channels_last)
     features = int(encoder.out_features)  # type: ignore[arg-type]
     core = None
@@ -69,7 +75,8 @@ def build_policy(
     else:
         assert action_dim is not None
         head = NormalHead(features, action_dim, init_scale=init_scale, state_dependent=state_dependent_scale)
-    return make_policy(ActorCritic(encoder, head, ValueHead(features), core))
+    value_head = ActionValueHead(features, num_actions) if critic == "q" and num_actions else ValueHead(features)
+    return make_policy(ActorCritic(encoder, head, value_head, core))
 
 
 def _encoder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from offtrace.modules.keys import LOC, LOGITS, SCALE
+from offtrace.modules.keys import ACTION_VALUE, LOC, LOGITS, SCALE, VALUE
 from offtrace.modules.networks.distributions import Categorical, DiagonalNormal, mask_logits
 from offtrace.modules.networks.initialise import POLICY_GAIN, VALUE_GAIN, orthogonal
 
@@ -72,6 +72,8 @@ class NormalHead(nn.Module):
 class ValueHead(nn.Module):
     """A state value ``[*B, 1]``. Weights orthogonal with gain 1, bias zero."""
 
+    out_key = VALUE
+
     def __init__(self, in_features: int) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, 1)
@@ -80,3 +82,18 @@ class ValueHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[*B, 1]``."""
         return self.linear(x)
+
+
+class ActionValueHead(nn.Module):
+    """Values of ``num_actions`` discrete actions, by one critic. Weights orthogonal with gain 1, biases zero."""
+
+    out_key = ACTION_VALUE
+
+    def __init__(self, in_features: int, num_actions: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, num_actions)
+        orthogonal(self, VALUE_GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[*B, 1, A]``."""
+        return self.linear(x).unsqueeze(-2)

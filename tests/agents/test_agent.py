@@ -8,12 +8,15 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from tensordict import TensorDict
 
 from offtrace.agents.agent import TrainingDivergedError, random_state, set_random_state
 from offtrace.agents.callbacks import Checkpoints, Evaluation, WeightSync
+from offtrace.agents.checkpoint import load_policy
 from offtrace.agents.config import ImpalaConfig, control_config
 from offtrace.agents.impala import make_impala
 from offtrace.agents.training import evaluation_env
+from offtrace.modules.losses import ImpalaLoss, QActorCriticLoss
 
 MINIBATCHES, EPOCHS, ROLLOUTS = 2, 2, 6
 
@@ -141,3 +144,41 @@ def test_random_state_comes_back() -> None:
 def test_bad_arguments(every: int, lag: int) -> None:
     with pytest.raises(ValueError, match="every must be at least 1 and lag at least 0"):
         WeightSync(every, lag)
+
+
+@pytest.mark.parametrize("estimator", ["vtrace", "retrace", "importance_sampling", "one_step", "none"])
+def test_every_estimator_is_one_flag(estimator: str, tmp_path: Path) -> None:
+    """Each of them trains, and its checkpoint acts as the agent does."""
+    config = tiny()
+    config.loss.estimator = estimator  # type: ignore[assignment]
+    config.validate()
+    torch.manual_seed(0)  # as fit does
+    before = make_impala(config)[0]
+    agent, _ = fit(config, Checkpoints(tmp_path, every=1000))
+    assert isinstance(agent.loss, QActorCriticLoss if estimator == "retrace" else ImpalaLoss)
+    assert getattr(agent.loss, "trace" if estimator == "retrace" else "estimator") == estimator
+    pairs = zip(agent.policy.parameters(), before.policy.parameters(), strict=True)
+    assert all(not torch.equal(after, old) for after, old in pairs)
+    loaded = load_policy(tmp_path / "last.ckpt")
+    step = TensorDict({"observation": torch.randn(5, 4)}, [5])
+    assert torch.equal(loaded.get_dist_params(step.clone())["logits"], agent.policy.get_dist_params(step)["logits"])
+
+
+@pytest.mark.parametrize(
+    ("game", "estimator", "clip", "words"),
+    [
+        (
+            "Pendulum-v1",
+            "retrace",
+            1.0,
+            "loss.estimator is retrace, which needs discrete actions; those of Pendulum-v1",
+        ),
+        ("CartPole-v1", "retrace", 2.0, "loss.rho_clip is 2; loss.estimator retrace has none: it must be 1"),
+        ("CartPole-v1", "one_step", 2.0, "estimator 'one_step' has no rho_clip: leave it at 1, got 2.0"),
+    ],
+)
+def test_estimators_that_do_not_fit_are_refused(game: str, estimator: Any, clip: float, words: str) -> None:
+    config = tiny()
+    config.env.game, config.loss.estimator, config.loss.rho_clip = game, estimator, clip
+    with pytest.raises(ValueError, match=words):
+        make_impala(config)
