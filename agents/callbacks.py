@@ -56,9 +56,9 @@ class WeightSync(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, agent: Agent, batch: Any, batch_idx: int) -> None:
         """Reads the batch's versions."""
-        versions = trainer.datamodule.behaviour_versions(batch).to("cpu", torch.int64)
-        copied = torch.tensor(self._copied_at)[versions - self._first_version]
-        self.lag_mean = agent.updates - float(copied.double().mean())
+        versions, steps = trainer.datamodule.behaviour_versions(batch).to("cpu", torch.int64).unique(return_counts=True)
+        copied = torch.tensor([self._copied_at[version - self._first_version] for version in versions.tolist()])
+        self.lag_mean = agent.updates - float((copied * steps).sum() / steps.sum())
         self.lag_max = agent.updates - int(copied.min())
 
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -92,6 +92,7 @@ class Evaluation(pl.Callback):
 
     Attributes:
         scores: ``(frames, mean score)`` of every evaluation, kept across a resume.
+        last: the newest result of this process; None before the first.
         seconds: spent evaluating.
     """
 
@@ -112,6 +113,7 @@ class Evaluation(pl.Callback):
         self.final = final
         self.on_result = on_result
         self.scores: list[tuple[int, float]] = []
+        self.last: EvaluationResult | None = None
         self.seconds = 0.0
         self._env: EnvBase | None = None
         self._next = every
@@ -154,19 +156,18 @@ class Evaluation(pl.Callback):
         start = time.perf_counter()
         if self._env is None:
             self._env = self.make_env()
-        # Sampled games draw from the same generator as training: put it back, so that evaluating changes nothing.
-        state = torch.get_rng_state()
         training = agent.policy.training
         agent.policy.eval()
-        try:
+        # sampled games draw from the generators of the training, which evaluating must not change
+        with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):
             result = evaluate(agent.policy, self._env, self.episodes, mode=self.mode)
-        finally:
-            agent.policy.train(training)
-            torch.set_rng_state(state)
+        agent.policy.train(training)
         self.seconds += time.perf_counter() - start
         self.scores.append((agent.frames, result.mean))
-        metrics = {"eval/return": result.mean, "eval/return_std": result.std}
-        metrics["eval/length"] = sum(result.lengths) / len(result.lengths)
+        self.last = result
+        metrics = {"eval/return": result.mean, "eval/return_std": result.std, "eval/length": result.mean_length}
+        if result.action_change is not None:
+            metrics["eval/action_change"] = result.action_change
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=agent.frames)
         for callback in trainer.callbacks:
@@ -209,8 +210,12 @@ class Checkpoints(pl.Callback):
         self.save(trainer, agent, "last.ckpt")
 
     def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
-        """Keeps what was learned, whatever ended the run."""
-        if agent.updates and self._began:  # before that, what was read from a checkpoint is not all in place
+        """Keeps what was learned, whatever ended the run.
+
+        Of several ranks with a replay each, one alone cannot: a checkpoint names the replays that all of them wrote.
+        """
+        alone = trainer.world_size > 1 and hasattr(trainer.datamodule, "save")
+        if agent.updates and self._began and not alone:  # before that, what was read is not all in place
             self.save(trainer, agent, "last.ckpt")
 
     def on_score(self, trainer: pl.Trainer, agent: Agent, score: float, *, best: float) -> None:

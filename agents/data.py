@@ -56,15 +56,15 @@ def place(data: LightningDataModule) -> tuple[int, int, torch.device]:
 class OnPolicyData(LightningDataModule):
     """Batches ``[B / minibatches, T]`` from rollouts ``[B, T]``, each rollout used ``epochs`` times and then let go.
 
-    Every rank owns a collector, built by ``collector_fn(rank)`` when training begins, so that it starts from the
-    weights a checkpoint brought back. The environments of a rollout are dealt to the minibatches anew in every epoch.
-    That order is a function of (seed, rank, rollout, epoch) alone: a resumed run deals as the uninterrupted one would,
-    and no rank has state of its own to save.
+    Every rank owns a collector, built by ``collector_fn(rank, frames)`` when training begins, so that it starts from
+    the weights a checkpoint brought back. The environments of a rollout are dealt to the minibatches anew in every
+    epoch. That order is a function of (seed, rank, rollout, epoch) alone: a resumed run deals as the uninterrupted one
+    would, and no rank has state of its own to save.
 
     On a GPU a rollout is copied once, into pinned memory, and crosses once, without waiting.
 
     Args:
-        collector_fn: gives the collector of a rank.
+        collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
         total_frames: environment frames, over all ranks, after which the data ends. The last rollout is whole.
         frame_skip: environment frames per agent step.
         minibatches: parts of a rollout; must divide the number of environments of a collector.
@@ -80,7 +80,7 @@ class OnPolicyData(LightningDataModule):
 
     def __init__(
         self,
-        collector_fn: Callable[[int], RolloutCollector],
+        collector_fn: Callable[[int, int], RolloutCollector],
         *,
         total_frames: int,
         frame_skip: int = 1,
@@ -113,7 +113,7 @@ class OnPolicyData(LightningDataModule):
         """Start the collector and give the stream of batches."""
         self.shutdown()
         rank, world_size, device = place(self)
-        collector = self.collector_fn(rank)
+        collector = self.collector_fn(rank, self.frames)
         self.collector = collector
         if collector.num_envs % self.minibatches:
             self.shutdown()

@@ -35,7 +35,7 @@ class ReplayData(LightningDataModule):
     valid count as collected and are never sampled.
 
     Args:
-        collector_fn: gives the collector of a rank.
+        collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
         replay_fn: gives the empty replay of a rank, for the collector.
         total_frames: environment frames, over all ranks, after which the data ends.
         batch_size: samples (transitions or sequences) of a batch.
@@ -55,7 +55,7 @@ class ReplayData(LightningDataModule):
 
     def __init__(
         self,
-        collector_fn: Callable[[int], RolloutCollector],
+        collector_fn: Callable[[int, int], RolloutCollector],
         replay_fn: Callable[[int, RolloutCollector], Replay],
         *,
         total_frames: int,
@@ -97,8 +97,8 @@ class ReplayData(LightningDataModule):
 
     def behaviour_versions(self, batch: Any) -> Tensor:
         """Versions of the weights that acted in the newest rollout: how far the actors are behind, not the replay."""
-        assert self._versions is not None
-        return self._versions
+        # a resumed run may owe updates before its first rollout
+        return torch.tensor([self._version]) if self._versions is None else self._versions
 
     def train_dataloader(self) -> ReplayStream:
         """Start the collector, fill the replay from disk in a resumed run, and give the stream of lists of batches.
@@ -109,12 +109,11 @@ class ReplayData(LightningDataModule):
         """
         self.shutdown()
         rank, world_size, device = place(self)
-        self.collector = self.collector_fn(rank)
+        self.collector = self.collector_fn(rank, self.frames)
         try:
             self.replay = self.replay_fn(rank, self.collector)
             self.limiter.check(capacity=self.replay.capacity, batch=self.batch_size)
-            if self._saved is not None and self.folder is not None:
-                self.replay.load(self._place_of(rank, self._saved))
+            self._fill(self.replay, rank)
         except BaseException:
             self.replay = None  # what could not be filled must not replace what is on disk
             self.shutdown()
@@ -150,8 +149,8 @@ class ReplayData(LightningDataModule):
         self.limiter.load_state_dict(state_dict["limiter"])
         if self.collector is not None:
             self.collector.version = self._version
-            if self._saved is not None and self.folder is not None and self.replay is not None:
-                self.replay.load(self._place_of(place(self)[0], self._saved))
+            assert self.replay is not None
+            self._fill(self.replay, place(self)[0])
 
     def teardown(self, stage: str) -> None:
         """End the actors."""
@@ -167,6 +166,13 @@ class ReplayData(LightningDataModule):
             collector, self.collector = self.collector, None
             self._version = collector.version
             collector.shutdown()
+
+    def _fill(self, replay: Replay, rank: int) -> None:
+        """What the last run had, or else the counters of an empty replay."""
+        if self._saved is not None and self.folder is not None:
+            replay.load(self._place_of(rank, self._saved))
+        else:
+            self.limiter.restart()
 
     def _place_of(self, rank: int, name: str) -> Path:
         assert self.folder is not None

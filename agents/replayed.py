@@ -107,7 +107,7 @@ def normalizer_update(policy: ControlPolicy) -> Callable[[TensorDictBase], None]
     return update
 
 
-def _collector(config: ReplayedConfig, policy: nn.Module, rank: int) -> RolloutCollector:
+def _collector(config: ReplayedConfig, policy: nn.Module, rank: int, frames: int) -> RolloutCollector:
     env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
     return make_collector(
         env_fn,
@@ -115,6 +115,7 @@ def _collector(config: ReplayedConfig, policy: nn.Module, rank: int) -> RolloutC
         frames_per_batch=config.env.num_envs * config.collector.unroll,
         num_workers=config.collector.num_workers,
         seed=config.train.seed,
+        start=frames,
         rank=rank,
         step_timeout=config.collector.step_timeout,
         threads_per_worker=config.collector.threads,
@@ -128,7 +129,7 @@ def _replay(config: ReplayedConfig, rank: int, collector: RolloutCollector) -> R
         num_workers=max(1, config.collector.num_workers),
         batch_size=config.replay.batch_size,
         length=config.sample_length,
-        pad=config.loss.target == "n_step",
+        pad=config.sample_length > 1,
         storage=config.replay.storage,
         seed=config.train.seed + 7919 * rank,
     )

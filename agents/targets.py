@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torchrl.objectives import HardUpdate
 from torchrl.objectives.common import LossModule
 
-from offtrace.modules.losses.updates import FastSoftUpdate
+from offtrace.modules.losses.updates import FastHardUpdate, FastSoftUpdate
 
 
 def soft_update(loss: LossModule, tau: float) -> Callable[[int], None]:
@@ -18,7 +17,7 @@ def soft_update(loss: LossModule, tau: float) -> Callable[[int], None]:
 
 def hard_update(loss: LossModule, every: int) -> Callable[[int], None]:
     """Copies whole, after every ``every``-th update since the very beginning, resumed or not."""
-    updater = HardUpdate(loss, value_network_update_interval=1)
+    updater = FastHardUpdate(loss)
 
     def update(updates: int) -> None:
         if updates % every == 0:

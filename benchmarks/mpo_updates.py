@@ -13,6 +13,7 @@ what reaches over the end of an episode; the bare loop indexes tensors, and has 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import statistics
@@ -33,8 +34,8 @@ os.environ["OMP_NUM_THREADS"] = str(args.threads)
 import torch  # noqa: E402
 from bare_mpo import ACT, GAMMA, N_STEP, OBS, SAMPLES, BareMPO  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
-from torchrl.objectives import HardUpdate  # noqa: E402
 
+from offtrace.agents.targets import hard_update  # noqa: E402
 from offtrace.modules.losses import MPOLoss  # noqa: E402
 from offtrace.modules.networks import build_actor, build_critic  # noqa: E402
 from offtrace.modules.replay import Replay  # noqa: E402
@@ -59,7 +60,7 @@ def shipped(stored: dict[str, torch.Tensor]) -> Callable[[], None]:
     common = {"network": "layernorm_mlp", "observation_shape": (OBS,), "action_dim": ACT, "hidden": args.hidden}
     actor, critic = build_actor(kind="gaussian", **common), build_critic(critics=1, **common)
     loss = MPOLoss(actor, critic, action_dim=ACT, gamma=GAMMA, n_step=N_STEP, num_samples=SAMPLES)
-    targets = HardUpdate(loss, value_network_update_interval=100)
+    follow, updates = hard_update(loss, 100), itertools.count(1)
     groups = loss.param_groups()
     networks = groups["actor"] + groups["critic"]
     rates = [{"params": networks, "lr": 3e-4}, {"params": groups["duals"], "lr": 1e-2}]
@@ -84,7 +85,7 @@ def shipped(stored: dict[str, torch.Tensor]) -> Callable[[], None]:
         sum(out.get(name) for name in names).backward()
         torch.nn.utils.clip_grad_norm_(networks, 40.0)
         optimizer.step()
-        targets.step()
+        follow(next(updates))
 
     return update
 

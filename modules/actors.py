@@ -30,13 +30,13 @@ _LOCK_TIMEOUT = 30.0
 _MESSAGE_LIMIT = 16_000  # characters; a pipe takes 64 KiB without a reader
 
 
-def actor_seed(seed: int, rank: int, worker: int) -> int:
+def actor_seed(seed: int, rank: int, worker: int, start: int = 0) -> int:
     """Seed of one actor: the same for equal arguments, unrelated for different ones.
 
     A hash and not a sum, so that the environments of run seed 0 are not those of run seed 1 moved by one place.
     The result leaves room below 2**31 for a number per environment.
     """
-    word = np.random.SeedSequence([seed, rank, worker]).generate_state(1)[0]
+    word = np.random.SeedSequence([seed, rank, worker, start]).generate_state(1)[0]
     return int(word) % (2**31 - 2**17)
 
 

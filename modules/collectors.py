@@ -181,6 +181,7 @@ def make_collector(
     frames_per_batch: int,
     num_workers: int = 1,
     seed: int = 0,
+    start: int = 0,
     rank: int = 0,
     step_timeout: float = 60.0,
     threads_per_worker: int = 1,
@@ -194,7 +195,8 @@ def make_collector(
         frames_per_batch: N T agent steps, the size of one rollout of one actor.
         num_workers: actor processes. 0: collect in this process, when asked; nothing runs beside the learner then, and
             actions are drawn from the generators of this process, which are left as they are.
-        seed, rank: the seed of worker w is ``actor_seed(seed, rank, w)``.
+        seed, rank, start: the seed of worker w is ``actor_seed(seed, rank, w, start)``. A resumed run gives its frames
+            as ``start``, so that it does not meet the start states and the noise of its beginning again.
         step_timeout: seconds that one step (a reset included) may take in an actor process. Not applied in process.
         threads_per_worker: torch threads of an actor process. Two processes of one thread do more than one of two.
         device: where the actors run their copy of the policy; rollouts are always on the CPU.
@@ -214,7 +216,7 @@ def make_collector(
         raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds.")
     actor = copy.deepcopy(policy).to("cpu")
     link = Link(actor, num_workers, torch.multiprocessing.get_context("spawn"))
-    seeds = [actor_seed(seed, rank, worker) for worker in range(max(num_workers, 1))]
+    seeds = [actor_seed(seed, rank, worker, start) for worker in range(max(num_workers, 1))]
     env_fns = [partial(env_fn, seed=s) for s in seeds]
     special = {"link": link, "policy_bytes": cloudpickle.dumps(actor), "seeds": seeds, "device": device}
     common: dict[str, Any] = {

@@ -7,75 +7,65 @@ from typing import Any
 
 
 class SamplesPerInsert:
-    """Holds the number of sampled steps at ``ratio`` times the inserted ones, counted from ``min_size`` on.
+    """Holds the number of samples at ``ratio`` times the inserted ones, counted from ``min_size`` on.
 
     As the rate limiter of Reverb (Cassirer et al. 2021, arXiv 2102.04736), with one account. The first ``min_size``
-    inserted steps are for filling the replay and entitle to nothing; each step after them entitles to ``ratio`` sampled
-    steps. The learner asks :meth:`may_sample`, the actors ask :meth:`may_insert`; both are told no when they are ahead,
-    and at any time at least one of them is told yes. So once the replay is filled, with a batch of B steps and
-    insertions of n steps,
+    inserted steps are for filling the replay and entitle to nothing; each step after them entitles to ``ratio``
+    samples. The learner asks :meth:`may_sample` and inserts only when it is told no. So once the replay is filled, with
+    a batch of B samples and insertions of n steps,
 
-        0 <= ratio * (inserted - min_size) - sampled < B + ratio * max(n, ahead),
+        0 <= ratio * (inserted - min_size) - sampled < B + ratio * n,
 
-    which is a fixed number: the ratio over a whole run is ``ratio``, in whatever order the two sides come. Counted
-    exactly, in fractions.
+    which is a fixed number: the ratio over a whole run is ``ratio``. Counted exactly, in fractions.
 
     Args:
-        ratio: sampled steps per inserted step. A batch of B transitions counts B, one of B sequences of T steps B T.
+        ratio: samples, transitions or sequences, per inserted step.
         min_size: inserted steps before the first sample.
-        ahead: inserted steps that the actors may be ahead of the learner, so that both can work at a time.
 
     Raises:
         ValueError: a number is out of range.
 
     Attributes:
-        inserted, sampled: steps so far.
+        inserted, sampled: steps and samples so far.
     """
 
-    def __init__(self, ratio: float, min_size: int, ahead: int = 0) -> None:
+    def __init__(self, ratio: float, min_size: int) -> None:
         if not 0 < ratio < float("inf"):
             raise ValueError(f"the samples-per-insert ratio is {ratio}; it must be above 0 and finite")
-        for name, value in (("min_size", min_size), ("ahead", ahead)):
-            if value < 0:
-                raise ValueError(f"{name} is {value}; it must be at least 0")
+        if min_size < 0:
+            raise ValueError(f"min_size is {min_size}; it must be at least 0")
         self.ratio = Fraction(str(ratio))
         self.min_size = min_size
-        self.ahead = ahead
         self.inserted = 0
         self.sampled = 0
-        self._batch = 0
 
     @property
     def owed(self) -> Fraction:
-        """Steps that may be sampled before more are inserted; negative while the replay is filled."""
+        """Samples that may be taken before more steps are inserted; negative while the replay is filled."""
         return self.ratio * (self.inserted - self.min_size) - self.sampled
 
-    def may_sample(self, steps: int) -> bool:
-        """Whether ``steps`` may be sampled now."""
-        self._batch = max(self._batch, steps)
-        return self.inserted >= self.min_size and steps <= self.owed
-
-    def may_insert(self, steps: int) -> bool:
-        """Whether ``steps`` may be inserted now."""
-        if self.inserted < self.min_size:
-            return True
-        # what the learner cannot take as a whole batch must not keep the actors waiting
-        return self.owed + self.ratio * steps < max(self._batch, 1) + self.ratio * max(steps, self.ahead)
+    def may_sample(self, number: int) -> bool:
+        """Whether ``number`` samples may be taken now."""
+        return self.inserted >= self.min_size and number <= self.owed
 
     def insert(self, steps: int) -> None:
         """Notes that ``steps`` were inserted."""
         self.inserted += steps
 
-    def sample(self, steps: int) -> None:
-        """Notes that ``steps`` were sampled."""
-        self.sampled += steps
+    def sample(self, number: int) -> None:
+        """Notes that ``number`` samples were taken."""
+        self.sampled += number
+
+    def restart(self) -> None:
+        """Back to an empty replay, which has to be filled first."""
+        self.inserted = self.sampled = 0
 
     def check(self, *, capacity: int, batch: int) -> None:
         """Refuses numbers with which no sample would ever come.
 
         Args:
             capacity: steps that the replay holds.
-            batch: steps of one sample.
+            batch: samples of one batch.
 
         Raises:
             ValueError: ``min_size`` does not fit the replay, or a step would be sampled from after it was overwritten.
@@ -87,7 +77,7 @@ class SamplesPerInsert:
         steps = batch / self.ratio
         if steps > capacity:
             raise ValueError(
-                f"a samples-per-insert ratio of {float(self.ratio):g} allows one batch of {batch} steps per "
+                f"a samples-per-insert ratio of {float(self.ratio):g} allows one batch of {batch} per "
                 f"{float(steps):g} inserted ones, more than the replay's {capacity}; raise it to "
                 f"{batch / capacity:g} at least"
             )

@@ -151,11 +151,11 @@ class Replay:
         out of place.
 
         Raises:
-            ValueError: fewer steps to begin with than a batch has samples.
+            ValueError: no step to begin with.
         """
         number = self.batch_size if batch_size is None else batch_size
         with self._lock:
-            self._check_starts(number)
+            self._check_starts()
             draw = torch.randint(self._lanes.count, (number,), generator=self._generator).numpy()
             slots = self._lanes.starts[draw].astype(np.int64)
             self.sampled += number * self.length
@@ -325,16 +325,15 @@ class Replay:
         found = entries_of(self._storage.get(slice(None)))
         self._leaves = {key: found[key].as_subclass(Tensor) for key in leaves}
 
-    def _check_starts(self, number: int) -> None:
-        starts = self._lanes.count
-        if starts >= number:
+    def _check_starts(self) -> None:
+        if self._lanes.count:
             return
-        if starts == 0 and self.inserted and self._lanes.longest < self.length:
+        if self.inserted and self._lanes.longest < self.length:
             raise ValueError(
                 f"length is {self.length}, and the longest of the episodes so far has {self._lanes.longest} steps; "
                 f"give a length of {self._lanes.longest} or less, or pad=True"
             )
         raise ValueError(
-            f"a batch of {number} needs as many steps to begin with, and the replay has {starts}; insert more of them "
-            "before the first batch (min_size)"
+            f"no sample of length {self.length} can begin anywhere: the replay has {len(self)} steps; insert more of "
+            "them before the first batch (min_size)"
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torchrl.objectives import SoftUpdate
+from torch import Tensor
+from torchrl.objectives import HardUpdate, SoftUpdate
+from torchrl.objectives.utils import TargetNetUpdater
 
 
 class FastSoftUpdate(SoftUpdate):
@@ -16,12 +18,33 @@ class FastSoftUpdate(SoftUpdate):
 
     def __init__(self, loss_module: Any, *, eps: float | None = None, tau: float | None = None) -> None:
         super().__init__(loss_module, eps=eps, tau=tau)
-        sources = self._sources
-        keys = list(sources.keys(True, True))
-        self._followed = [sources.get(key) for key in keys]
-        self._following = [self._targets.get((f"target_{key[0]}", *key[1:])) for key in keys]
+        self._following, self._followed = _pairs(self)
 
     @torch.no_grad()
     def step(self) -> None:
         """Move every target parameter towards its source, in place."""
         torch._foreach_lerp_(self._following, self._followed, 1 - self.eps)
+
+
+class FastHardUpdate(HardUpdate):
+    """target <- source at every :meth:`step`, in one foreach call.
+
+    TorchRL's ``HardUpdate`` counts steps itself, from 0 in a resumed run, and copies at every other one where it is
+    told to copy at each; when to copy is left to the caller here.
+    """
+
+    def __init__(self, loss_module: Any) -> None:
+        super().__init__(loss_module, value_network_update_interval=1)
+        self._following, self._followed = _pairs(self)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Copy every target parameter from its source."""
+        torch._foreach_copy_(self._following, self._followed)
+
+
+def _pairs(updater: TargetNetUpdater) -> tuple[list[Tensor], list[Tensor]]:
+    """Target parameters, and their sources."""
+    keys = list(updater._sources.keys(True, True))
+    targets = [updater._targets.get((f"target_{key[0]}", *key[1:])) for key in keys]
+    return targets, [updater._sources.get(key) for key in keys]

@@ -25,6 +25,7 @@ from offtrace.agents.control_config import (
     full_covariance_config,
     sac_v1_config,
 )
+from offtrace.agents.targets import hard_update
 from offtrace.agents.training import BUILDERS
 from offtrace.modules.replay import DamagedReplay
 
@@ -46,14 +47,15 @@ def small(config: Any, task: str | None = "Pendulum-v1", rollouts: int = 8) -> A
 
 
 class StopAfter(pl.Callback):
-    """Ends the run where the next thing would be a rollout, as a machine that goes down would."""
+    """Ends the run where the next thing would be a rollout, or before, where updates are owed."""
 
-    def __init__(self, rollouts: int) -> None:
+    def __init__(self, rollouts: int, owing: bool = False) -> None:
         self.frames = rollouts * ROLLOUT
+        self.owing = owing
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         data = trainer.datamodule
-        if data.frames >= self.frames and not data.limiter.may_sample(data.batch_size):
+        if data.frames >= self.frames and data.limiter.may_sample(data.batch_size) is self.owing:
             trainer.should_stop = True
 
 
@@ -79,14 +81,20 @@ class NewEnvironments(pl.Callback):
 
 
 def fit(
-    config: Any, folder: Path | None = None, *, stop: int = 10**9, resume: Path | None = None, renew: int = 0
+    config: Any,
+    folder: Path | None = None,
+    *,
+    stop: int = 10**9,
+    owing: bool = False,
+    resume: Path | None = None,
+    renew: int = 0,
 ) -> tuple[Any, Any, pl.Trainer]:
     pl.seed_everything(3 if resume is None else 99, verbose=False)  # a resumed run takes nothing from its own seed
     agent, data = BUILDERS[config.family](config)
     callbacks: list[pl.Callback] = [WeightSync(1)]
     if folder is not None:
         data.folder = folder / "replay"
-        callbacks += [Checkpoints(folder, every=10**9), StopAfter(stop)]
+        callbacks += [Checkpoints(folder, every=10**9), StopAfter(stop, owing)]
     if resume is not None:
         data.folder = resume.parent / "replay"
     if renew:
@@ -185,6 +193,54 @@ def test_k_and_k_updates_are_2k(name: str, tmp_path: Path) -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][index][key])), key
     next_ours, next_theirs = data.replay.sample(), resumed_data.replay.sample()
     assert (next_ours == next_theirs).all()
+
+
+def test_updates_that_are_owed_come_first_in_a_resumed_run(tmp_path: Path) -> None:
+    config = configs()["sac"]
+    agent, data, _ = fit(config, tmp_path / "a", stop=4, owing=True)
+    assert data.limiter.owed >= data.batch_size
+    resumed, resumed_data, _ = fit(config, tmp_path / "b", stop=6, resume=tmp_path / "a" / "last.ckpt")
+    assert resumed.updates - agent.updates == (2 * ROLLOUT * 4 + data.limiter.owed) // 8
+    assert resumed_data.frames == 6 * ROLLOUT
+
+
+def test_a_replay_that_was_not_saved_is_filled_again(tmp_path: Path) -> None:
+    config = configs()["sac"]
+    agent, _, _ = fit(config, tmp_path / "a", stop=4)
+    path = tmp_path / "a" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["ReplayData"]["replay"] = None
+    torch.save(content, path)
+    resumed, data, _ = fit(config, tmp_path / "b", stop=7, resume=path)
+    assert data.limiter.inserted == len(data.replay) == 3 * ROLLOUT
+    assert resumed.updates - agent.updates == (3 * ROLLOUT - 16) * 4 // 8
+
+
+def test_target_networks_are_copied_when_it_is_said() -> None:
+    config = configs()["mpo"]
+    agent, _ = BUILDERS["mpo"](config)
+    loss = agent.loss
+    source, target = (
+        next(iter(params.values(True, True))).data for params in (loss.critic_params, loss.target_critic_params)
+    )
+    update, copied = hard_update(loss, 3), []
+    for updates in range(1, 13):
+        source += 1
+        update(updates)
+        if torch.equal(source, target):
+            copied.append(updates)
+    assert copied == [3, 6, 9, 12]
+
+
+def test_a_resumed_run_meets_other_start_states() -> None:
+    config = configs()["sac"]
+    _, data = BUILDERS["sac"](config)
+    firsts = []
+    for frames in (0, 0, 64):
+        with data.collector_fn(0, frames) as collector:
+            firsts.append(next(iter(collector))["observation"][:, 0])
+    assert torch.equal(firsts[0], firsts[1])
+    assert not torch.equal(firsts[0], firsts[2])
 
 
 def test_a_damaged_replay_is_named(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class NewEnvironments(pl.Callback):
             state = torch.get_rng_state()
             version, old = data.collector.version, data.collector
             old.shutdown()
-            data.collector = self.streams[-1]._collector = data.collector_fn(0)
+            data.collector = self.streams[-1]._collector = data.collector_fn(0, data.frames)
             data.collector.version = version
             torch.set_rng_state(state)
             self.frames = -1
