@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
 from offtrace.agents.config_base import Config, ConfigError
+
+
+class SentenceParser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ``ConfigError`` in place of usage and exit."""
+        raise ConfigError(message.removeprefix("argument "))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
