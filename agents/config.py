@@ -133,10 +133,6 @@ class OnPolicyConfig(Config):
         """``collector.lag``."""
         return int(self.collector.lag)
 
-    def sees_images(self) -> bool:
-        """The encoders for images."""
-        return self.network.encoder != "mlp"
-
     def validate(self) -> None:
         """As :meth:`Config.validate`."""
         super().validate()

@@ -111,10 +111,6 @@ class Config:
         """Least age, in updates, of the weights that the actors get."""
         return 0
 
-    def sees_images(self) -> bool:
-        """Whether observations are frames, of which a video can be made."""
-        return False
-
     def validate(self) -> None:
         """Checks every value that can be checked without starting anything.
 

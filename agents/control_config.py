@@ -116,10 +116,6 @@ class ReplayedConfig(Config):
             options["pixels"] = True
         return options
 
-    def sees_images(self) -> bool:
-        """``env.pixels``."""
-        return bool(self.env.pixels)
-
     def validate(self) -> None:
         """As :meth:`Config.validate`."""
         super().validate()

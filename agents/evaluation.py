@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -9,21 +10,34 @@ from typing import Literal
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from offtrace.modules.keys import EPISODE_END, EPISODE_LENGTH, EPISODE_REWARD, NEXT
+from offtrace.modules.keys import ACTION, DONE, EPISODE_END, EPISODE_LENGTH, EPISODE_REWARD, NEXT
 
 EvaluationMode = Literal["sample", "greedy"]
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Raw returns and lengths (agent steps) of the games played, in the order of environment, then of play."""
+    """What games were played, in the order of environment, then of play.
+
+    Attributes:
+        returns: raw returns.
+        lengths: in agent steps.
+        mode: how actions were chosen.
+        action_change: root mean square, over steps and dimensions, of the change from one executed action of a game to
+            the next, in parts of the action's range: 0 for a constant action, 0.41 for independent uniform ones, 1 for
+            one that jumps between the bounds at every step. None for discrete actions, and where a bound is infinite.
+            The plainest measure of smoothness; Mysore et al. 2021 (arXiv 2012.06644) weigh the spectrum instead.
+    """
 
     returns: list[float]
     lengths: list[int]
     mode: EvaluationMode
+    action_change: float | None = None
 
     @property
     def mean(self) -> float:
@@ -34,6 +48,62 @@ class EvaluationResult:
     def std(self) -> float:
         """Standard deviation of the raw return between games (n - 1); 0 for one game."""
         return float(torch.tensor(self.returns, dtype=torch.float64).std()) if len(self.returns) > 1 else 0.0
+
+    @property
+    def spread(self) -> str:
+        """In words: the mean's standard error, and the standard deviation between games."""
+        if len(self.returns) == 1:
+            return "a single game"
+        return f"standard error {self.std / len(self.returns) ** 0.5:.2f}, std {self.std:.2f} between games"
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length in agent steps."""
+        return sum(self.lengths) / len(self.lengths)
+
+
+class _ActionChange:
+    """Sums the squared changes of the executed actions over the games that count.
+
+    Args:
+        low, high: ``[A]``, the bounds to which the environment clips.
+        number: N.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor, number: int) -> None:
+        self._low, self._high = low, high
+        self._before: Tensor | None = None
+        self._begins = torch.ones(number, dtype=torch.bool)
+        self._squares = torch.zeros(number, dtype=torch.float64)  # of the games under way
+        self._changes = torch.zeros(number, dtype=torch.int64)
+        self._total, self._count = 0.0, 0
+
+    def note(self, step: TensorDictBase) -> None:
+        """Takes in a step ``[N]``."""
+        action = torch.clamp(step[ACTION], self._low, self._high) / (self._high - self._low)
+        if self._before is not None:
+            squares = (action - self._before).square().mean(-1).double()
+            self._squares = torch.where(self._begins, 0.0, self._squares + squares)
+            self._changes = torch.where(self._begins, 0, self._changes + 1)
+        self._before = action
+        self._begins = step[NEXT, DONE].view(-1)  # a game that a failing simulator ended has no end, only this
+
+    def count(self, index: int) -> None:
+        """The game of environment ``index`` ended with the last step, and counts."""
+        self._total += float(self._squares[index])
+        self._count += int(self._changes[index])
+
+    @property
+    def root_mean_square(self) -> float:
+        """Over the games counted; 0 if all had a single step."""
+        return math.sqrt(self._total / max(1, self._count))
+
+
+def _action_change(env: EnvBase) -> _ActionChange | None:
+    bounds = getattr(env, "action_bounds", None)  # one of ours
+    if bounds is None and not hasattr(env, "action_bounds") and isinstance(env.action_spec, Bounded):
+        bounds = env.action_spec.space.low[0], env.action_spec.space.high[0]
+    return None if bounds is None else _ActionChange(bounds[0], bounds[1], env.batch_size[0])
 
 
 @torch.no_grad()
@@ -74,6 +144,7 @@ def evaluate(
     quota = episodes // number
     returns: list[list[float]] = [[] for _ in range(number)]
     lengths: list[list[int]] = [[] for _ in range(number)]
+    change = _action_change(env)
     with set_exploration_type(exploration):
         step = env.reset()
         for _ in range(max_steps):
@@ -81,12 +152,20 @@ def evaluate(
             step, following = env.step_and_maybe_reset(step)
             if observer is not None:
                 observer(step)
+            if change is not None:
+                change.note(step)
             for index in step[NEXT, EPISODE_END].view(-1).nonzero().flatten().tolist():
                 if len(returns[index]) < quota:
                     returns[index].append(float(step[NEXT, EPISODE_REWARD].view(-1)[index]))
                     lengths[index].append(int(step[NEXT, EPISODE_LENGTH].view(-1)[index]))
+                    if change is not None:
+                        change.count(index)
             if all(len(games) == quota for games in returns):
-                flat = [score for games in returns for score in games]
-                return EvaluationResult(flat, [steps for games in lengths for steps in games], mode)
+                return EvaluationResult(
+                    [score for games in returns for score in games],
+                    [steps for games in lengths for steps in games],
+                    mode,
+                    None if change is None else change.root_mean_square,
+                )
             step = following
     raise RuntimeError(f"the {episodes} evaluation games did not end within {max_steps} steps of {number} environments")

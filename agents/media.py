@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torchrl.envs import EnvBase
 
 from offtrace.agents.runs import metric_parts
 from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION
@@ -81,27 +82,53 @@ def plot_curve(runs: dict[str, Path], out: Path, *, title: str = "", goal: float
 class Recorder:
     """Keeps the first game of the first environment, as an observer of :func:`offtrace.agents.evaluate`.
 
+    Its pictures are what the environment renders, every fourth one, because rendering costs more than a step; or where
+    it does not render, the newest image of every observation.
+
+    Args:
+        env: batched ``[N]``.
+
+    Raises:
+        ValueError: if ``env`` neither renders nor has observations that are images.
+
     Attributes:
-        frames: the newest image ``[H, W]`` of each step.
+        frames: uint8 ``[H, W, 3]``, or ``[H, W]`` from observations.
     """
 
-    def __init__(self) -> None:
+    every = 4
+
+    def __init__(self, env: EnvBase) -> None:
         self.frames: list[np.ndarray] = []
+        self._render: Callable[[], np.ndarray] | None = env.render if getattr(env, "renders", False) else None
+        if self._render is None and len(env.observation_spec[OBSERVATION].shape) != 4:
+            raise ValueError(
+                f"{getattr(env, 'name', 'the task')} has no pictures: it does not render, and its observations are no "
+                "images"
+            )
+        self._steps = 0
         self._over = False
 
     def __call__(self, step: Any) -> None:
         """Notes a step's TensorDict ``[N]``.
 
         Raises:
-            ValueError: if the observations are no images.
+            EnvironmentFailure: this machine cannot render.
         """
         if self._over:
             return
-        stack = step[OBSERVATION][0]
-        if stack.ndim != 3:
-            raise ValueError("the task's observations are no images")
-        self.frames.append(stack[-1].cpu().numpy().copy())
         self._over = bool(step[NEXT, EPISODE_END][0].any())
+        if self._render is None:
+            self.frames.append(step[OBSERVATION][0, -1].cpu().numpy().copy())
+        elif self._over or self._steps % self.every == 0:
+            self.frames.append(self._render())
+        self._steps += 1
+
+    def save(self, out: Path) -> None:
+        """Writes the game as a GIF; raises as :func:`save_gif`."""
+        if self._render is None:
+            save_gif(self.frames, out)
+        else:
+            save_gif(self.frames, out, fps=25, scale=1)
 
 
 def save_gif(frames: Sequence[np.ndarray], out: Path, *, fps: int = 15, scale: int = 2, limit: int = 1200) -> None:

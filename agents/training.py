@@ -25,6 +25,7 @@ from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, Wei
 from offtrace.agents.checkpoint import read_checkpoint
 from offtrace.agents.config_base import Config
 from offtrace.agents.data import OnPolicyData
+from offtrace.agents.evaluation import EvaluationResult
 from offtrace.agents.impala import actor_critic_description, make_impala
 from offtrace.agents.mpo import make_mpo, make_vmpo
 from offtrace.agents.mpo import policy_description as mpo_description
@@ -68,6 +69,7 @@ class Summary:
         frames_per_second, updates_per_second: of this process's part of the run, evaluations left out.
         seconds: wall time of this process's part.
         scores: ``(frames, mean score)`` of every evaluation.
+        evaluation: the last evaluation of this process's part; None if there was none.
         signal: number of the signal that stopped the run; 0 if it ended by itself.
         first_update_at: seconds since the epoch when the first update was done.
     """
@@ -83,6 +85,7 @@ class Summary:
     updates_per_second: float
     seconds: float
     scores: list[tuple[int, float]]
+    evaluation: EvaluationResult | None
     signal: int
     first_update_at: float
 
@@ -148,6 +151,7 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
         updates_per_second=meters.updates_per_second,
         seconds=time.perf_counter() - start,
         scores=evaluation.scores,
+        evaluation=evaluation.last,
         signal=stop.signal,
         first_update_at=meters.first_update_at,
     )
@@ -192,11 +196,13 @@ def make_trainer(config: Config, run_dir: Path, callbacks: list[pl.Callback]) ->
     )
 
 
-def evaluation_env(config: Config, episodes: int, policy: nn.Module | None = None) -> EnvBase:
+def evaluation_env(
+    config: Config, episodes: int, policy: nn.Module | None = None, *, pictures: bool = False
+) -> EnvBase:
     """The evaluation form of the task, with as many environments as divide ``episodes`` evenly, 16 at the most."""
     number = max(n for n in range(1, 17) if episodes % n == 0)
     seed = config.train.seed + EVALUATION_SEED
-    env = make_env(config.task, number, seed=seed, evaluation=True, **config.env_options())
+    env = make_env(config.task, number, seed=seed, evaluation=True, pictures=pictures, **config.env_options())
     return env if policy is None else with_policy_transforms(env, policy)
 
 

@@ -6,14 +6,14 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from offtrace.agents.atari_scores import human_normalised
 from offtrace.agents.config import ConfigError
 from offtrace.agents.runs import RunError
 from offtrace.modules.envs.names import atari_name
 from offtrace.recipes.cli import checkpoint_file, fail
-from offtrace.recipes.flags import check_flags
+from offtrace.recipes.flags import SentenceParser, check_flags
 
 if TYPE_CHECKING:
     from offtrace.agents.evaluation import EvaluationResult
@@ -36,12 +36,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One sentence instead of usage and exit."""
-        raise ConfigError(message.removeprefix("argument "))
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, as far as they can be checked without torch.
 
@@ -49,7 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ConfigError: an unknown flag (with the nearest one), or a value that does not fit.
         RunError: if the checkpoint is missing or damaged.
     """
-    parser = _Parser(description=__doc__, allow_abbrev=False)
+    parser = SentenceParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--episodes", type=int, default=10, help="whole games (default 10)")
     parser.add_argument(
@@ -58,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--protocol", choices=["classic", "sticky"], help="Atari protocol (default: that of training)")
     parser.add_argument("--seed", type=int, default=2_000_000, help="of the first environment; the others follow it")
     parser.add_argument("--device", default="cpu", help="of the policy: cpu (default), cuda or cuda:<n>")
-    parser.add_argument("--gif", type=Path, help="also write the first game here, if its observations are images")
+    parser.add_argument("--gif", type=Path, help="also write the first game here, if the task has pictures")
     check_flags(argv, [option for option in parser._option_string_actions if option.startswith("--")])
     args = parser.parse_args(argv)
     for name, least in (("episodes", 1), ("seed", 0)):
@@ -75,7 +69,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from offtrace.agents.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
     from offtrace.agents.evaluation import evaluate
-    from offtrace.agents.media import Recorder, save_gif
+    from offtrace.agents.media import Recorder
     from offtrace.agents.training import with_policy_transforms
     from offtrace.modules.envs import env_info, make_env
 
@@ -90,8 +84,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         if atari_name(name) is None:
             return fail(f"--protocol is {args.protocol}; {name} is no Atari game")
         options["protocol"] = args.protocol
-    if args.gif and len(network["observation_shape"]) != 3:
-        return fail(f"--gif is {args.gif}; the observations of {name} are no images")
     torch.manual_seed(args.seed)
     number = max(n for n in range(1, 17) if args.episodes % n == 0)
     try:
@@ -100,12 +92,16 @@ def _evaluate(args: argparse.Namespace) -> int:
             return fail(
                 f"the policy knows {own} actions of {name}; it has {actions} under the {args.protocol} protocol"
             )
-        env = make_env(name, number, seed=args.seed, evaluation=True, **options)
+        env = make_env(name, number, seed=args.seed, evaluation=True, pictures=args.gif is not None, **options)
+        env = with_policy_transforms(env, policy)
     except ValueError as error:
         return fail(str(error))
-    recorder = Recorder() if args.gif else None
     try:
-        env = with_policy_transforms(env, policy)
+        recorder = Recorder(env) if args.gif else None
+    except ValueError as error:
+        env.close()
+        return fail(f"--gif is {args.gif}; {error}")
+    try:
         result = evaluate(policy, env, args.episodes, mode=mode, observer=recorder)
     except (RuntimeError, ValueError) as error:
         print(f"error: the games of {name} were not played to the end: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -115,7 +111,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     print("\n".join(report(result, name, options.get("protocol", ""))))
     if recorder is not None:
         try:
-            save_gif(recorder.frames, args.gif)
+            recorder.save(args.gif)
         except (OSError, ValueError) as error:
             print(f"error: the GIF {args.gif} was not written: {error}", file=sys.stderr)
             return 1
@@ -138,15 +134,14 @@ def _device(name: str) -> str:
 def report(result: EvaluationResult, name: str, protocol: str) -> list[str]:
     """The lines that are printed: what was played, the score and its spread, for Atari the human-normalised score."""
     atari = f"{protocol} protocol, " if atari_name(name) else ""
-    spread = f"std {result.std:.2f}"
-    if len(result.returns) > 1:
-        spread = f"standard error {result.std / len(result.returns) ** 0.5:.2f}, {spread} between games"
     lines = [
         f"{name}, {atari}{result.mode} actions, {len(result.returns)} whole games, raw scores",
-        f"mean {result.mean:.2f}, {spread}",
+        f"mean {result.mean:.2f}, {result.spread}",
         f"median {statistics.median(result.returns):g}, min {min(result.returns):g}, max {max(result.returns):g}",
-        f"mean length {statistics.mean(result.lengths):.0f} agent steps",
+        f"mean length {result.mean_length:.0f} agent steps",
     ]
+    if result.action_change is not None:
+        lines.append(f"action change {result.action_change:.4f} of the range from step to step (root mean square)")
     normalised = human_normalised(name, result.mean)
     if normalised is not None:
         lines.append(f"human-normalised score {100 * normalised:.1f} % (0 at random, 100 a human tester)")

@@ -12,8 +12,8 @@ import torch
 
 from offtrace.agents.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
 from offtrace.agents.config_base import Config, ConfigError
-from offtrace.agents.evaluation import evaluate
-from offtrace.agents.media import Recorder, plot_curve, save_gif
+from offtrace.agents.evaluation import EvaluationResult, evaluate
+from offtrace.agents.media import Recorder, plot_curve
 from offtrace.agents.runs import discard, write_config
 from offtrace.agents.training import DESCRIPTIONS, Summary, evaluation_env, train
 from offtrace.modules.envs import env_info
@@ -50,8 +50,10 @@ def run(config: Config, folder: Path, resume: Path | None) -> int:
     label = f"seed {config.train.seed}"
     curve = folder / "curve.png"
     _safely("the learning curve", lambda: plot_curve({label: folder / "metrics.csv"}, curve, title=config.task))
-    if not summary.signal and config.sees_images():
+    if not summary.signal:
         _safely("the recorded game", lambda: _record(config, folder))
+    if summary.evaluation is not None:
+        print(_evaluation_line(config.task, summary.evaluation))
     print(_line(summary, folder))
     return 128 + summary.signal if summary.signal else 0
 
@@ -106,6 +108,14 @@ def _line(summary: Summary, folder: Path) -> str:
     return f"{stopped}{scores} after {summary.frames:,} frames, {dropped}{speed}: {folder}"
 
 
+def _evaluation_line(task: str, result: EvaluationResult) -> str:
+    change = "" if result.action_change is None else f", action change {result.action_change:.3f}"
+    games = "1 whole game" if len(result.returns) == 1 else f"{len(result.returns)} whole games, {result.spread}"
+    return (
+        f"{task}, {result.mode} actions: mean {result.mean:.1f} over {games}, length {result.mean_length:.0f}{change}"
+    )
+
+
 def _record(config: Config, folder: Path) -> None:
     best, last = folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt"
     record_game(config, best if best.exists() else last, folder / "game.gif")
@@ -115,16 +125,17 @@ def record_game(config: Config, checkpoint: Path, out: Path) -> None:
     """Plays one evaluation game of a checkpoint and writes it as a GIF.
 
     Raises:
-        ValueError: if the observations are no images.
+        ValueError: if the task has no pictures.
+        EnvironmentFailure: if this machine cannot render.
     """
     policy = load_policy(checkpoint)
-    env = evaluation_env(config, 1, policy)
-    recorder = Recorder()
+    env = evaluation_env(config, 1, policy, pictures=True)
     try:
+        recorder = Recorder(env)
         evaluate(policy, env, 1, mode=config.train.eval_mode, observer=recorder)
     finally:
         env.close()
-    save_gif(recorder.frames, out)
+    recorder.save(out)
 
 
 def _safely(what: str, action: Callable[[], None]) -> None:

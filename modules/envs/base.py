@@ -52,7 +52,12 @@ class VectorEnv(EnvBase):
 
     Attributes:
         dropped: episodes that a simulator's failure ended.
+        renders: ``render()`` gives pictures of environment 0, uint8 ``[height, width, 3]``.
+        action_bounds: float32 ``[A]`` each, what continuous actions are clipped to; None for discrete ones, and where
+            a bound is infinite.
     """
+
+    renders = False
 
     batch_locked = True
     # TorchRL would append a second frame skip to an environment that has the attribute and does not say this.
@@ -95,6 +100,9 @@ class VectorEnv(EnvBase):
             entries[k.VALID] = flag()
         self.fallible = fallible
         self.dropped = 0
+        self.action_bounds: tuple[Tensor, Tensor] | None = None
+        if isinstance(action, Bounded):
+            self.action_bounds = action.space.low, action.space.high
         self.observation_spec = Composite(entries, shape=(n,))
         self.action_spec = action.expand(n, *action.shape)
         self.reward_spec = Unbounded((n, 1))

@@ -49,6 +49,8 @@ class ControlEnv(VectorEnv):
         EnvironmentFailure: ``pixels`` on a machine that cannot render.
     """
 
+    renders = True
+
     def __init__(
         self,
         task: str | Callable[[int], Any],
@@ -114,7 +116,8 @@ class ControlEnv(VectorEnv):
         if self._video is None or self._video[0] != (height, width):
             self._video = (height, width), _camera(self.name, self._simulators[0], height, width, self._camera)
             self._final_frame = None
-        return self._video[1].render() if self._final_frame is None else self._final_frame
+        # a camera gives its own buffer again and again
+        return self._video[1].render().copy() if self._final_frame is None else self._final_frame
 
     def _start(self) -> tuple[Tensor | TensorDictBase, None]:
         self._current = np.empty_like(self._current)
@@ -188,7 +191,7 @@ class ControlEnv(VectorEnv):
     def _restart(self, index: int, out: np.ndarray, *, again: bool = True) -> None:
         simulator = self._simulators[index]
         if index == 0 and again and self._video is not None:
-            self._final_frame = self._video[1].render()
+            self._final_frame = self._video[1].render().copy()
         try:
             # made simulators stand at the start of an episode already
             first = simulator.restart() if again else simulator.first

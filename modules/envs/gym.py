@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torchrl.data import Bounded, Categorical, TensorSpec, Unbounded
 
 from offtrace.modules.envs.base import EnvironmentFailure, StepResult, VectorEnv
 from offtrace.modules.envs.names import unknown
+from offtrace.modules.envs.suite import control_suite, has_display
 
 
 class GymEnv(VectorEnv):
@@ -66,6 +68,7 @@ class GymEnv(VectorEnv):
             middle = np.where(bounded, (self._low + self._high) / 2, 0)
             self._scale = middle, np.where(bounded, (self._high - self._low) / 2, 1)
             action = Bounded(-1.0, 1.0, shape=action.shape, dtype=torch.float32)
+        self.renders = first.render_mode == "rgb_array"
         self._mujoco = any(base.__name__ == "MujocoEnv" for base in type(first.unwrapped).__mro__)
         self._warnings = _divergence_warnings() if self._mujoco else []
         self._offset = int(getattr(first.action_space, "start", 0))
@@ -79,12 +82,42 @@ class GymEnv(VectorEnv):
             masked=mask is not None,
             fallible=self._mujoco,
         )
+        if self._scale is None and self._low is not None and bool(np.isfinite([self._low, self._high]).all()):
+            self.action_bounds = torch.from_numpy(self._low), torch.from_numpy(self._high)
         self._seed = seed
         self._started = False
+        self._watched = False
+        self._final_frame: np.ndarray | None = None
         self._current = torch.empty(0)
         self._masks: list[Any] = [None] * num_envs
 
+    def render(self) -> np.ndarray:
+        """A picture of environment 0, uint8 ``[height, width, 3]``.
+
+        An episode that ended in the last step is seen where it ended, if pictures were taken before.
+
+        Raises:
+            EnvironmentFailure: it was not made with ``render_mode="rgb_array"``, or this machine lacks what it needs.
+        """
+        if not self.renders:
+            raise EnvironmentFailure(f"{self.name} was not made with render_mode='rgb_array'; it has no pictures")
+        if not self._watched:
+            self._watched = True
+            if self._mujoco:
+                control_suite()  # it finds an OpenGL that works without a display
+            if not has_display():
+                os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without one, but complains
+        if self._final_frame is not None:
+            return self._final_frame
+        try:
+            return np.asarray(self._envs[0].render())
+        except Exception as error:  # whatever a missing library leads to
+            raise EnvironmentFailure(
+                f"{self.name}: this machine cannot render ({type(error).__name__}: {error})"
+            ) from error
+
     def _start(self) -> tuple[Tensor, Tensor | None]:
+        self._final_frame = None
         seeds = [None if self._started else self._seed + index for index in range(len(self._envs))]
         self._started = True
         resets = [env.reset(seed=seed) for env, seed in zip(self._envs, seeds, strict=True)]
@@ -104,6 +137,7 @@ class GymEnv(VectorEnv):
         if self._mujoco and not np.isfinite(numbers).all():  # not the simulator's fault
             raise EnvironmentFailure(f"{self.name}: the policy gave an action that is not finite at step {self._steps}")
         successors, currents, rewards, terminated, truncated, valid = [], [], [], [], [], []
+        self._final_frame = None
         for index, env in enumerate(self._envs):
             try:
                 observation, reward, term, trunc, info = env.step(numbers[index])
@@ -113,6 +147,8 @@ class GymEnv(VectorEnv):
                     self._drop(index, "MuJoCo's state diverged")
                 successors.append(observation)
                 if term or trunc:
+                    if self._watched and index == 0:
+                        self._final_frame = self.render()
                     observation, info = env.reset()
             except Exception as error:
                 raise EnvironmentFailure(

@@ -39,6 +39,7 @@ def make_env(
     protocol: Protocol = "classic",
     num_threads: int = 1,
     rescale_actions: bool = False,
+    pictures: bool = False,
     **kwargs: Any,
 ) -> EnvBase:
     """A batched environment ``[num_envs]``.
@@ -53,6 +54,7 @@ def make_env(
         last_step: also write the last action and reward, which recurrent networks read.
         protocol, num_threads: Atari only, see :class:`AtariEnv`.
         rescale_actions: Gymnasium only: actions in [-1, 1] are mapped to the bounds. Those of dm_control always are.
+        pictures: Gymnasium only: made for ``render()``, as tasks of dm_control always are.
         kwargs: for :class:`GymEnv` and ``gymnasium.make``, or for :class:`ControlEnv`; an Atari game and an own
             environment take none.
 
@@ -76,6 +78,8 @@ def make_env(
         from offtrace.modules.envs.control import ControlEnv  # MuJoCo takes half a second, and memory in each actor
 
         return ControlEnv(name, num_envs, seed=seed, last_step=last_step, **kwargs)
+    if pictures:
+        kwargs["render_mode"] = "rgb_array"
     return GymEnv(name, num_envs, seed=seed, last_step=last_step, rescale_actions=rescale_actions, **kwargs)
 
 

@@ -11,6 +11,11 @@ from functools import cache
 from typing import Any
 
 
+def has_display() -> bool:
+    """Whether an X or a Wayland server is named."""
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
 @cache
 def control_suite() -> Any:
     """The module ``dm_control.suite``, with an OpenGL that works where there is no display.
@@ -22,12 +27,11 @@ def control_suite() -> Any:
     Raises:
         ValueError: ``MUJOCO_GL`` names something that does not work on this machine.
     """
-    displays = ("DISPLAY", "WAYLAND_DISPLAY")
     if (
         sys.platform == "linux"
         and "MUJOCO_GL" not in os.environ
         and "dm_control._render" not in sys.modules
-        and not any(os.environ.get(name) for name in displays)
+        and not has_display()
     ):
         _choose_renderer()
     try:

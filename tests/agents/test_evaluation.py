@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any, ClassVar
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
 
 from offtrace.agents.atari_scores import RANDOM_HUMAN, human_normalised
 from offtrace.agents.evaluation import evaluate
 from offtrace.agents.media import plot_curve, read_curves, save_gif
-from offtrace.modules.envs import make_env
+from offtrace.modules.envs import GymEnv, make_env
 from offtrace.modules.networks import build_policy
 from tests.agents.published_scores import IMPALA
 
@@ -71,3 +76,67 @@ def test_curve_and_gif(tmp_path: Path) -> None:
     assert 1 < gif.n_frames <= 10  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="at least one frame"):
         save_gif([], tmp_path / "none.gif")
+
+
+class Scripted(TensorDictModuleBase):
+    """Plays the same list of actions [N, A] over and over, wherever the games stand."""
+
+    in_keys: ClassVar[list[str]] = ["observation"]
+    out_keys: ClassVar[list[str]] = ["action"]
+
+    def __init__(self, actions: list[list[float]]) -> None:
+        super().__init__()
+        self.actions = actions
+        self.steps = 0
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, step: TensorDict) -> TensorDict:
+        step["action"] = torch.tensor(self.actions[self.steps % len(self.actions)]).unsqueeze(-1)
+        self.steps += 1
+        return step
+
+
+class Ends(gymnasium.Env[Any, Any]):
+    """Games of three steps in the first environment, of two in the next, with actions from -2 to 6."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-2, 6, (1,), np.float32)
+    made = 0
+
+    def __init__(self) -> None:
+        self.length = 3 - Ends.made % 2
+        Ends.made += 1
+        self.steps = 0
+
+    def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return np.zeros(1, np.float32), 0.0, False, self.steps == self.length, {}
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_action_change_is_of_executed_actions_inside_games_that_count(scale: float) -> None:
+    """Six steps: games 0 0 0 1 1 1 and 0 0 1 1 2 2, two of which count in each environment.
+
+    Changes in parts of the range: environment 0 has 1/2, 1/2 | 1/4, 1/4 and environment 1 has 1 | 1/2 and a third game
+    that counts for nothing. Where a game ends the action jumps, which is no change.
+    """
+    centred = [[-1, -1], [0, 1], [-1, -1], [1, 0], [0.5, 1], [1, -1]]
+    actions = [[(x if scale == 1 else 2 + scale * x) for x in row] for row in centred]
+    actions[1][1] *= 50  # clipped where it is executed
+    env = GymEnv(Ends, 2, rescale_actions=scale == 1)
+    result = evaluate(Scripted(actions), env, 4, mode="greedy")
+    assert result.lengths == [3, 3, 2, 2]
+    squares = [0.25, 0.25, 0.0625, 0.0625, 1, 0.25]
+    assert result.action_change == pytest.approx((sum(squares) / len(squares)) ** 0.5)
+
+
+def test_action_change_of_extremes() -> None:
+    env = GymEnv(Ends, 2)
+    for actions, change in (([[6.0, 6.0], [-2.0, -2.0]], 1.0), ([[1.0, 3.0]], 0.0)):
+        assert evaluate(Scripted(actions), env, 2).action_change == pytest.approx(change)
+    policy = build_policy(network="mlp", observation_shape=[4], num_actions=2)
+    assert evaluate(policy, make_env("CartPole-v1", 2), 2).action_change is None

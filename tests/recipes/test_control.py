@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from offtrace.modules.envs.simulator import Simulator
 from offtrace.recipes import evaluate, mpo_control, sac_control, vmpo_control
 
 TINY = [
@@ -84,11 +85,10 @@ def test_what_cannot_work_is_one_sentence(
     assert not RUN.exists()
 
 
-def test_sequences_longer_than_episodes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sac(f"--env.task={OWN}:Short", "--loss.target=retrace", "--replay.length=4", "--replay.min_size=24") == 1
-    assert "length is 4, and the longest of the episodes so far has 3 steps; give a length of 3 or less" in error_line(
-        capsys
-    )
+def test_episodes_shorter_than_the_sequences_are_learned_from() -> None:
+    assert sac(f"--env.task={OWN}:Short", "--loss.target=retrace", "--replay.length=4", "--replay.min_size=24") == 0
+    assert column("train/updates")[-1] == (64 - 24) * 2 // 8
+    assert all(map(math.isfinite, column("train/loss_critic")))
 
 
 @pytest.mark.parametrize("argv", [["--network.normalize=true"], ["--loss.target=retrace", "--replay.length=3"]])
@@ -158,20 +158,37 @@ def test_replayed_recipes_from_end_to_end(
     assert run(*argv, "--env.num_envs=1", f"--train.eval_every={32 * repeat}") == 0
     out, err = capsys.readouterr()
     assert f"score {column('eval/return')[-1]:.1f}" in out
+    continuous = preset != "discrete"
+    assert ("action change" in out) == bool(column("eval/action_change")) == continuous
     assert "updates/s" in err
-    for name in ("config.yaml", "versions.json", "metrics.csv", "curve.png"):
+    for name in ("config.yaml", "versions.json", "metrics.csv", "curve.png", "game.gif"):
         assert (RUN / name).stat().st_size > 0, name
     summary = json.loads((RUN / "summary.json").read_text())
     task = yaml.safe_load((RUN / "config.yaml").read_text())["env"]["task"]
     assert (summary["task"], summary["algorithm"], summary["seed"]) == (task, run.__name__, 0)
     assert (summary["frames"], summary["updates"]) == (64 * repeat, (64 - 16) * 2 // 8)
     assert summary["updates_per_second"] > 0
+    assert (summary["evaluation"]["action_change"] is not None) == continuous
     assert [frames for frames, _ in summary["scores"]] == [32 * repeat, 64 * repeat]
     assert column("replay/samples_per_insert")[-1] == 2
     for name in (metric, "train/updates_per_second", "train/frames_per_second", "train/lag", "train/grad_norm"):
         assert column(name), name
     assert evaluate.main(["runs/a/checkpoints/last.ckpt", "--episodes=2"]) == 0
     assert f"{task}, greedy actions, 2 whole games" in capsys.readouterr().out
+
+
+def test_a_machine_that_cannot_render_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("No OpenGL rendering backend could be loaded")
+
+    monkeypatch.setattr(Simulator, "camera", fail)
+    assert sac("--env.action_repeat=20", "--train.total_frames=1280", "--train.final_eval=false") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "the recorded game was not made" in line]
+    assert len(told) == 1
+    assert "this machine cannot render (RuntimeError: No OpenGL rendering backend could be loaded); images" in told[0]
+    assert not (RUN / "game.gif").exists()
 
 
 def test_vmpo_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from tensordict import TensorDict
 from offtrace.agents.atari_scores import RANDOM_HUMAN, human_normalised
 from offtrace.agents.evaluation import EvaluationResult
 from offtrace.agents.media import Recorder, plot_curve, save_gif
+from offtrace.modules.envs import make_env
 from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION
 from offtrace.recipes.evaluate import report
 from tests.agents.published_scores import IMPALA
@@ -87,16 +88,39 @@ def step(value: int, over: bool, shape: tuple[int, ...] = (4, 8, 8)) -> TensorDi
 
 
 def test_the_recorder_keeps_the_first_game_of_the_first_environment() -> None:
-    recorder = Recorder()
+    recorder = Recorder(make_env("pong", 2))
     for value, over in ((1, False), (2, False), (3, True), (4, False), (5, True)):
         recorder(step(value, over))
     assert [int(frame[0, 0]) for frame in recorder.frames] == [1, 2, 3]
     assert recorder.frames[0].shape == (8, 8)
 
 
-def test_the_recorder_wants_images() -> None:
-    with pytest.raises(ValueError, match="no images"):
-        Recorder()(step(1, False, (4,)))
+def test_the_recorder_wants_pictures() -> None:
+    with pytest.raises(ValueError, match="CartPole-v1 has no pictures: it does not render, and its observations"):
+        Recorder(make_env("CartPole-v1", 2))
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "cartpole-swingup"])
+def test_the_recorder_takes_every_fourth_picture_and_the_last(name: str, tmp_path: Path) -> None:
+    """The last one shows where the game ended, though the environment has begun another one by then."""
+    env = make_env(name, 2, pictures=True, **({} if name == "CartPole-v1" else {"time_limit": 0.1}))
+    recorder = Recorder(env)
+    state, steps = env.reset(), 0
+    while not state["is_init"][0] or not steps:
+        state["action"] = torch.ones(2, dtype=torch.int64) if name == "CartPole-v1" else torch.ones(2, 1)
+        step, state = env.step_and_maybe_reset(state)
+        recorder(step)
+        steps += 1
+    assert len(recorder.frames) == (steps - 1) // 4 + 1 + ((steps - 1) % 4 != 0)
+    assert recorder.frames[0].shape[-1] == 3
+    shown = len(recorder.frames)
+    assert (recorder.frames[-1] != recorder.frames[0]).any()
+    recorder(step)
+    assert len(recorder.frames) == shown, "one game only"
+    recorder.save(tmp_path / "game.gif")
+    with Image.open(tmp_path / "game.gif") as gif:
+        assert gif.n_frames == shown
+        assert gif.info["duration"] == 40
 
 
 @pytest.mark.parametrize(("column", "median", "mean"), [(0, 0.932, 7.074), (1, 1.918, 15.925)])
