@@ -132,7 +132,9 @@ class ControlPolicy(ProbabilisticTensorDictSequential):
 
     With smoothing all entries are about the action that is executed: ``"action"`` is the low pass of the samples,
     ``"action_log_prob"`` its exact log-density given the action before, log pi(sample|x) - A log(1 - beta), and
-    ``"pre_tanh"`` its inverse tanh. pi(a|x) / mu(a|x, a before) is then the ratio that Retrace asks for.
+    ``"pre_tanh"`` its inverse tanh. That is also what a replay stores, the samples nowhere, and a loss learns the
+    policy without smoothing: pi(a|x) / mu(a|x, a before) is the ratio of the action that was executed, of which Retrace
+    takes no more. Plain importance sampling would miss the actions that the low pass cannot reach.
     Acting then also reads ``"is_init"`` and ``"smoothed_action"``; ``in_keys`` lists what the distribution depends on.
 
     Args:

@@ -112,7 +112,7 @@ def test_a_simulator_that_diverges_costs_its_episode_only(argv: list[str], capsy
 
 
 def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sac("--train.final_eval=false") == 0
+    assert sac(f"--env.task={OWN}:Short", "--train.final_eval=false") == 0
     folder = max((RUN / "replay/rank0").iterdir())
     damaged = max(folder.iterdir(), key=lambda file: file.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[:-1])

@@ -89,7 +89,7 @@ def test_evaluate(cartpole: Path) -> None:
 
 def test_a_checkpoint_of_another_network(cartpole: Path) -> None:
     content = torch.load(cartpole / "runs/a/checkpoints/last.ckpt", weights_only=True)
-    content["offtrace"]["policy"]["hidden"] = [8, 8]
+    content["offtrace"]["policy"]["arguments"]["hidden"] = [8, 8]
     torch.save(content, cartpole / "other.ckpt")
     done = recipe("evaluate", cartpole, "other.ckpt")
     assert done.returncode == 2
