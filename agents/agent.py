@@ -173,6 +173,21 @@ class Agent(pl.LightningModule):
         # already continues where it stopped.
         checkpoint.pop("loops", None)
 
+    def setup(self, stage: str) -> None:
+        """Refuses a trainer that would leave the actors with their first weights.
+
+        Raises:
+            ValueError: no :class:`offtrace.agents.WeightSync` among the callbacks.
+        """
+        from offtrace.agents.callbacks import WeightSync  # imports this module
+
+        acting = hasattr(self.trainer.datamodule, "behaviour_versions")
+        if acting and not any(isinstance(callback, WeightSync) for callback in self.trainer.callbacks):
+            raise ValueError(
+                "the trainer has no WeightSync among its callbacks, so the actors would keep their first weights; "
+                "add offtrace.agents.WeightSync()"
+            )
+
     def on_train_start(self) -> None:
         """Sets the random state of a resumed run."""
         self._frames_before = self.frames

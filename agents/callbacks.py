@@ -44,12 +44,14 @@ class WeightSync(pl.Callback):
         self._old: deque[tuple[int, TensorDict]] = deque()
         self._copied_at: list[int] = []
         self._pushes = 0
+        self._start = 0
         self._first_version = 0
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
         """Notes that the collector starts with the learner's present weights."""
         self._copied_at = [agent.updates]
-        self._pushes = agent.updates // self.every
+        self._start = agent.updates  # a resumed run begins a rollout, wherever in one it was stopped
+        self._pushes = 0
         self._first_version = trainer.datamodule.collector.version
         self._old.clear()
         self._remember(agent)
@@ -64,9 +66,10 @@ class WeightSync(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Pushes, every ``every`` updates."""
         self._remember(agent)
-        if agent.updates // self.every == self._pushes:
+        pushes = (agent.updates - self._start) // self.every
+        if pushes == self._pushes:
             return
-        self._pushes = agent.updates // self.every
+        self._pushes = pushes
         updates, weights = (agent.updates, agent.policy_weights()) if not self.lag else self._old[0]
         self._copied_at.append(updates)
         trainer.datamodule.collector.update_policy(weights)
@@ -240,7 +243,7 @@ class Checkpoints(pl.Callback):
 
 
 class GracefulStop(pl.Callback):
-    """Ends a run at the next update after Ctrl-C or SIGTERM, and at once if the update does not come.
+    """Ends a run at the next update after Ctrl-C or SIGTERM; at once while it starts, and if the update does not come.
 
     Attributes:
         signal: the signal's number, 0 while none came.
@@ -250,14 +253,21 @@ class GracefulStop(pl.Callback):
 
     def __init__(self) -> None:
         self.signal = 0
+        self._training = False
         self._before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
-        """Takes the signals over from Lightning, whose handling loses the exit code."""
+    def setup(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
+        """Takes the signals over before the actors start."""
         if threading.current_thread() is not threading.main_thread():
             return
+        # Lightning would put its own handler in front: it loses the exit code, and waits for the other ranks
+        trainer._signal_connector.register_signal_handlers = lambda: None
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
+
+    def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """From now on an update is worth waiting for."""
+        self._training = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stops the loop when a signal came, on all ranks or on none."""
@@ -272,6 +282,10 @@ class GracefulStop(pl.Callback):
         """Gives the signals back."""
         self._restore()
 
+    def teardown(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
+        """Gives the signals back, where training never began."""
+        self._restore()
+
     def _restore(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
@@ -279,9 +293,10 @@ class GracefulStop(pl.Callback):
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
+        again = bool(self.signal)
         self.signal = number
+        if again or not self._training:
+            raise KeyboardInterrupt
         self._before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, self._expire))
         signal.setitimer(signal.ITIMER_REAL, self.patience_s)
 

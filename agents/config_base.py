@@ -34,8 +34,8 @@ class RunConfig:
     """Learner processes."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the learners run."""
-    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
-    """Of the learner; actors use float32."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """Of the learner; auto: bf16 where the hardware computes it natively. Actors use float32."""
     eval_every: int = 1_000_000
     """Frames between two evaluations."""
     eval_episodes: int = 10

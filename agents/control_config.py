@@ -80,8 +80,8 @@ class ReplayTrainConfig(RunConfig):
 
     total_frames: int = 500_000
     """Environment steps, action repeats included, over all ranks."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Of the learner; actors use float32."""
+    precision: Literal["32-true"] = "32-true"
+    """Of the learner: the values of sampled actions differ by less than a step of bf16."""
     eval_every: int = 10_000
     """Frames between two evaluations."""
     eval_mode: Literal["sample", "greedy"] = "greedy"

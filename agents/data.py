@@ -45,6 +45,15 @@ class GameMeter:
         self.episodes += len(returns)
         self.returns.extend(returns)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"episodes": self.episodes, "returns": list(self.returns), "dropped": self.dropped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the counters."""
+        self.episodes, self.dropped = int(state_dict["episodes"]), int(state_dict["dropped"])
+        self.returns.extend(state_dict["returns"])
+
 
 def place(data: LightningDataModule) -> tuple[int, int, torch.device]:
     """Rank, number of ranks and device of the learner that ``data`` belongs to."""
@@ -130,15 +139,17 @@ class OnPolicyData(LightningDataModule):
             return batch if batch.device == device else batch.to(device, non_blocking=True)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def state_dict(self) -> dict[str, int]:
-        """Counters, equal on all ranks."""
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, equal on all ranks, and the games of the rank that writes."""
         version = self._version if self.collector is None else self.collector.version
-        return {"frames": self.frames, "rollouts": self.rollouts, "version": version}
+        games = self.games.state_dict()
+        return {"frames": self.frames, "rollouts": self.rollouts, "version": version, "games": games}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the counters."""
         self.frames = int(state_dict["frames"])
         self.rollouts = int(state_dict["rollouts"])
+        self.games.load_state_dict(state_dict["games"])
         self._version = int(state_dict["version"])
         if self.collector is not None:
             self.collector.version = self._version

@@ -137,15 +137,19 @@ class ReplayData(LightningDataModule):
             shutil.rmtree(old, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, equal on all ranks, and the name of the saved replay."""
+        """Counters, equal on all ranks, the name of the saved replay, and the games of the rank that writes."""
         version = self._version if self.collector is None else self.collector.version
-        return {"frames": self.frames, "version": version, "limiter": self.limiter.state_dict(), "replay": self._saved}
+        return {
+            "frames": self.frames, "version": version, "limiter": self.limiter.state_dict(), "replay": self._saved,
+            "games": self.games.state_dict(),
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the counters."""
         self.frames = int(state_dict["frames"])
         self._version = int(state_dict["version"])
         self._saved = state_dict["replay"]
+        self.games.load_state_dict(state_dict["games"])
         self.limiter.load_state_dict(state_dict["limiter"])
         if self.collector is not None:
             self.collector.version = self._version

@@ -101,6 +101,7 @@ def recipe(frames: int, flags: list[str]) -> dict[str, float]:
 def compare(args: argparse.Namespace, flags: list[str]) -> None:
     """Alternates the two and prints medians and the ratio pair by pair."""
     from offtrace.agents.config import default_config
+    from offtrace.agents.training import precision
 
     config = default_config()
     defaults = {
@@ -109,10 +110,10 @@ def compare(args: argparse.Namespace, flags: list[str]) -> None:
         "minibatches": config.train.minibatches,
         "epochs": config.train.epochs,
     }
-    precision = "bf16" if config.train.precision == "bf16-mixed" else "float32"
+    bf16 = precision(config) == "bf16-mixed"
     pairs = []
     for index in range(args.pairs):
-        loop = bare(args.frames, precision, defaults, args.bare_threads)
+        loop = bare(args.frames, "bf16" if bf16 else "float32", defaults, args.bare_threads)
         shipped = recipe(args.frames, flags)
         pairs.append((loop, shipped))
         print(

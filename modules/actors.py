@@ -247,8 +247,9 @@ def _seed_everything(seed: int) -> None:
 
 
 def initialise_process(parent: int) -> None:
-    """First call in an actor process: deaf to Ctrl-C, which the learner handles, and gone when the learner is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """First call in an actor process: deaf to what the learner handles, and gone when the learner is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

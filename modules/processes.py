@@ -41,17 +41,17 @@ class RoundRobinCollector(MultiAsyncCollector):
         return int(self.num_workers)
 
     def _run_processes(self) -> None:
-        # Workers must not see Ctrl-C while they import: a blocked signal stays blocked in the child. The tracker is
-        # started first because its start unblocks the signal.
+        # Workers must see neither Ctrl-C nor a SIGTERM to the whole process group, which the learner handles: a blocked
+        # signal stays blocked in the child. The tracker is started first because its start unblocks them.
         multiprocessing.resource_tracker.ensure_running()
         allowance = _START_ALLOWANCE + self._step_timeout
         watchdog = threading.Timer(allowance, self.kill)
         watchdog.daemon = True
         watchdog.start()
         try:
-            with _sigint_blocked():
+            with _signals_blocked():
                 super()._run_processes()
-        except BaseException:  # a Ctrl-C arrives when the signal is let through again
+        except BaseException:  # a signal arrives when it is let through again
             self.kill()
             self.release()
             raise
@@ -141,11 +141,11 @@ def describe(link: Link, worker: int, message: str | None, exitcode: int | None)
 
 
 @contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
+def _signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

@@ -85,6 +85,11 @@ def test_the_lag_told_is_the_lag_there_is(every: int, lag: int) -> None:
     assert max(most for _, most in spy.told) <= lag + (per_rollout - 1) + (every - 1) + (every if lag else 0)
 
 
+def test_a_trainer_that_never_pushes_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="the trainer has no WeightSync among its callbacks"):
+        fit(tiny())
+
+
 class Poison(pl.Callback):
     """Makes one reward infinite."""
 
@@ -154,7 +159,7 @@ def test_every_estimator_is_one_flag(estimator: str, tmp_path: Path) -> None:
     config.validate()
     torch.manual_seed(0)  # as fit does
     before = make_impala(config)[0]
-    agent, _ = fit(config, Checkpoints(tmp_path, every=1000))
+    agent, _ = fit(config, WeightSync(4), Checkpoints(tmp_path, every=1000))
     assert isinstance(agent.loss, QActorCriticLoss if estimator == "retrace" else ImpalaLoss)
     assert getattr(agent.loss, "trace" if estimator == "retrace" else "estimator") == estimator
     pairs = zip(agent.policy.parameters(), before.policy.parameters(), strict=True)

@@ -30,13 +30,13 @@ def config_for(rollouts: int, recurrent: int = 0) -> ImpalaConfig:
 
 
 class StopAfter(pl.Callback):
-    """Ends the run after some rollouts, as a machine that goes down would."""
+    """Ends the run after some updates, as a machine that goes down would."""
 
-    def __init__(self, rollouts: int) -> None:
-        self.frames = rollouts * ROLLOUT
+    def __init__(self, updates: int) -> None:
+        self.updates = updates
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.datamodule.frames >= self.frames:
+    def on_train_batch_end(self, trainer: Any, agent: Any, *_: Any) -> None:
+        if agent.updates >= self.updates:
             trainer.should_stop = True
 
 
@@ -61,10 +61,20 @@ class NewEnvironments(pl.Callback):
             self.frames = -1
 
 
-def run(config: ImpalaConfig, folder: Path, *, stop: int, resume: Path | None = None, renew: int = 0) -> Any:
+def run(
+    config: ImpalaConfig,
+    folder: Path,
+    *,
+    stop: float,
+    resume: Path | None = None,
+    renew: int = 0,
+    more: list[pl.Callback] | None = None,
+) -> Any:
+    """``stop`` in rollouts, which need not be whole ones."""
     pl.seed_everything(3 if resume is None else 99, verbose=False)  # a resumed run takes nothing from its own seed
     agent, data = make_impala(config)
-    callbacks = [WeightSync(MINIBATCHES * EPOCHS), Checkpoints(folder, every=10**9), StopAfter(stop)]
+    callbacks = [WeightSync(MINIBATCHES * EPOCHS), Checkpoints(folder, every=10**9)]
+    callbacks += [StopAfter(round(stop * MINIBATCHES * EPOCHS)), *(more or [])]
     if renew:
         callbacks.append(NewEnvironments(data, renew))
     trainer = pl.Trainer(
@@ -99,6 +109,28 @@ def test_k_and_k_updates_are_2k(tmp_path: Path, recurrent: int) -> None:
     for index, moments in ours["state"].items():
         for name, value in moments.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][index][name])), name
+
+
+class Lags(pl.Callback):
+    """The lag told for every update."""
+
+    def __init__(self) -> None:
+        self.told: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.told.append(next(c.lag_mean for c in trainer.callbacks if isinstance(c, WeightSync)))
+
+
+def test_a_run_stopped_inside_a_rollout_goes_on_in_step(tmp_path: Path) -> None:
+    """Weights are pushed at the end of a rollout again, wherever in one the run was stopped."""
+    config = config_for(4, 0)
+    lags = Lags()
+    run(config, tmp_path / "a", stop=1.25)
+    agent, data, _ = run(config, tmp_path / "b", stop=10**6, resume=tmp_path / "a" / "last.ckpt", more=[lags])
+    per_rollout = MINIBATCHES * EPOCHS
+    assert agent.updates % per_rollout, "the run was stopped at the end of a rollout"
+    assert lags.told == [*range(per_rollout)] * (len(lags.told) // per_rollout)
+    assert data.games.episodes > 0
 
 
 def test_resuming_is_not_starting_again(tmp_path: Path) -> None:

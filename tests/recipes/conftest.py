@@ -17,12 +17,11 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """A folder to run in; what a recipe sets for its whole process is put back."""
     monkeypatch.chdir(tmp_path)
     environment = dict(os.environ)
-    precision, level = torch.get_float32_matmul_precision(), logging.getLogger("lightning.pytorch").level
+    level = logging.getLogger("lightning.pytorch").level
     threads = torch.get_num_threads()
     with warnings.catch_warnings():
         yield
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
     logging.getLogger("lightning.pytorch").setLevel(level)
