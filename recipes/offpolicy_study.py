@@ -1,0 +1,281 @@
+"""What each correction is worth as the actors fall behind: python recipes/offpolicy_study.py [--quick] [--help]
+
+In the spirit of table 2 of Espeholt et al. 2018, arXiv 1802.01561, on tasks of seconds: the actors' weights are a fixed
+number of updates old, and a share of every batch comes from a replay of recent rollouts. Everything happens in order in
+one process per training: a rollout, an update, a push of old weights. No trust region and no normalised advantages,
+which would hide what a correction does.
+
+Written to the folder: study.csv (a finished training is kept and not run again), study.md, study.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offtrace.agents.config_base import ConfigError
+from offtrace.recipes.cli import fail
+from offtrace.recipes.flags import SentenceParser, check_flags, nearest
+from offtrace.recipes.study_report import Cell, Result, append_row, draw, read_rows, write_table
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
+    from offtrace.modules.networks import Policy
+
+ESTIMATORS = ("vtrace", "retrace", "importance_sampling", "one_step", "none")
+LAGS = (0, 1, 4, 16, 64)
+MEMORY = 100
+"""Rollouts that the replay holds."""
+GAMES = 32
+"""Games of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task and what it is trained with; one update for every rollout."""
+
+    lr: float
+    value_coef: float
+    entropy_coef: float
+    num_envs: int = 32
+    unroll: int = 20
+    updates: int = 300
+    gamma: float = 0.99
+    lmbda: float = 1.0
+    clip_grad_norm: float = 0.5
+    hidden: int = 64
+
+
+TASKS = {
+    "CartPole": Task(lr=2e-3, value_coef=0.01, entropy_coef=0.01),
+    "Catch": Task(lr=2e-3, value_coef=0.5, entropy_coef=0.01),
+}
+
+
+Observer = Callable[[int, "TensorDictBase", "Policy"], None]
+
+
+def train(cell: Cell, task: Task, observe: Observer | None = None) -> Result:
+    """One training; deterministic but for ``seconds``.
+
+    Args:
+        cell: estimator, lag, share of replay, seed.
+        task: what everything else is.
+        observe: called before each update with its number, the fresh rollout and the learner's policy.
+    """
+    import torch
+    from torchrl.data import LazyTensorStorage, ReplayBuffer
+
+    from offtrace.modules import ImpalaLoss, QActorCriticLoss, build_policy
+    from offtrace.recipes import study_tasks
+
+    start = time.perf_counter()
+    torch.manual_seed(cell.seed)
+    kind: type[study_tasks.ArrayTask] = getattr(study_tasks, cell.task)
+    env = kind(task.num_envs, cell.seed)
+    network: dict[str, Any] = {
+        "network": "mlp", "observation_shape": [env.features], "num_actions": env.num_actions, "hidden": task.hidden,
+        "critic": "q" if cell.estimator == "retrace" else "v",
+    }  # fmt: skip
+    policy, actor = build_policy(**network), build_policy(**network)
+    options: dict[str, Any] = {
+        "gamma": task.gamma, "lmbda": task.lmbda, "value_coef": task.value_coef, "entropy_coef": task.entropy_coef,
+        "reduction": "mean",
+    }  # fmt: skip
+    loss = (
+        QActorCriticLoss(policy, trace="retrace", **options)
+        if cell.estimator == "retrace"
+        else ImpalaLoss(policy, estimator=cell.estimator, **options)
+    )
+    optimizer = torch.optim.Adam(policy.parameters(), lr=task.lr, eps=1e-5)
+    memory = ReplayBuffer(storage=LazyTensorStorage(MEMORY * task.num_envs))
+    replayed = round(task.num_envs * cell.replay / (1 - cell.replay))
+    past = deque([_weights(policy)], maxlen=cell.lag + 1)
+    told: dict[str, list[float]] = {"trace_length": [], "ess": [], "kl": []}
+    scores: list[float] = []
+    skipped = 0
+    when = {math.ceil(cell.updates * part / 10) for part in (6, 8, 10)}
+    for update in range(cell.updates):
+        actor.load_state_dict(past[0])  # as they were ``lag`` updates ago, or at the start
+        batch = study_tasks.rollout(env, actor, task.unroll)
+        if observe is not None:
+            observe(update, batch, policy)
+        if replayed:
+            memory.extend(batch)
+            batch = torch.cat([batch, memory.sample(replayed)])
+        out = loss(batch)
+        optimizer.zero_grad()
+        (out["loss_policy"] + out["loss_value"] + out["loss_entropy"]).backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), task.clip_grad_norm)
+        if norm.isfinite():
+            optimizer.step()
+        else:  # plain importance sampling overflows
+            skipped += 1
+        past.append(_weights(policy))
+        for name, values in told.items():
+            values.append(float(out[name]))
+        if update + 1 in when:
+            scores.append(study_tasks.play(kind, policy, GAMES, 1_000_000 + cell.seed))
+    means = {name: sum(values) / len(values) for name, values in told.items()}
+    return Result(
+        score=sum(scores) / len(scores), final=scores[-1], **means, skipped=skipped,
+        frames=task.num_envs * task.unroll * cell.updates, seconds=round(time.perf_counter() - start, 1),
+    )  # fmt: skip
+
+
+def _weights(policy: Policy) -> dict[str, Any]:
+    return {name: value.clone() for name, value in policy.state_dict().items()}
+
+
+def run_cells(
+    cells: Sequence[Cell], *, processes: int, done: Callable[[Cell, Result], None], tasks: dict[str, Task]
+) -> None:
+    """Trains every cell in processes of one thread each, and calls ``done`` with each as it finishes.
+
+    Raises:
+        RuntimeError: a training failed; its own message is in the text. The others are not begun.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(cells)), mp_context=context, initializer=_single_thread) as pool:
+        waiting = {pool.submit(train, cell, tasks[cell.task]): cell for cell in cells}
+        try:
+            for future in as_completed(waiting):
+                done(waiting[future], future.result())
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, Exception):
+                raise RuntimeError(f"a training failed: {type(error).__name__}: {error}") from error
+            raise
+
+
+def _single_thread() -> None:
+    import signal
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends the others
+    torch.set_num_threads(1)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, checked.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    parser = SentenceParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, three lags, no replay, fewer updates: minutes")
+    parser.add_argument("--folder", type=Path, default=Path("runs/offpolicy_study"), help="for csv, table and figure")
+    parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(TASKS)}")
+    parser.add_argument("--estimators", nargs="+", help=f"default: {' '.join(ESTIMATORS)}")
+    parser.add_argument("--lags", nargs="+", type=int, help=f"in updates; default: {' '.join(map(str, LAGS))}")
+    parser.add_argument("--replay", nargs="+", type=float, help="shares of a batch; default: 0 0.5")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
+    parser.add_argument("--updates", type=int, help="of one training; default: that of the task")
+    parser.add_argument("--processes", type=int, default=2, help="trainings at a time (default 2)")
+    check_flags(argv, [option for option in parser._option_string_actions if option.startswith("--")])
+    args = parser.parse_args(argv)
+    quick: dict[str, Any] = {"lags": [0, 4, 64], "replay": [0.0], "seeds": [0], "updates": 150}
+    full: dict[str, Any] = {
+        "tasks": list(TASKS), "estimators": list(ESTIMATORS), "lags": list(LAGS), "replay": [0.0, 0.5],
+        "seeds": [0, 1, 2],
+    }  # fmt: skip
+    for name, value in (full | quick if args.quick else full).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, known in (("tasks", tuple(TASKS)), ("estimators", ESTIMATORS)):
+        for word in getattr(args, name):
+            if word not in known:
+                raise ConfigError(f"--{name} has {word}; they must be of {', '.join(known)}{nearest(word, known)}")
+    for name, least in (("lags", 0), ("seeds", 0), ("updates", 10), ("processes", 1)):
+        given = getattr(args, name)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and number < least:
+                raise ConfigError(f"--{name} has {number}; it must be at least {least}")
+    for share in args.replay:
+        if not 0 <= share < 1:
+            raise ConfigError(f"--replay has {share}; it must be at least 0 and below 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs what is not in the folder yet, then writes table and figure.
+
+    Returns:
+        the exit code: 0; 2 for a wrong command line or folder; 1 for a training that failed; 130 after Ctrl-C.
+    """
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        return study(args)
+    except ConfigError as error:
+        return fail(str(error))
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what has finished is kept", file=sys.stderr)
+        return 130
+
+
+def study(args: argparse.Namespace, tasks: dict[str, Task] | None = None) -> int:
+    """The study of checked arguments; ``tasks`` other than the recipe's are for tests.
+
+    Raises:
+        ConfigError: if the folder cannot be used.
+        RuntimeError: if a training failed.
+    """
+    tasks = TASKS if tasks is None else tasks
+    path = args.folder / "study.csv"
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        probe = args.folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--folder is {args.folder}, which cannot be written: {error.strerror}") from error
+    rows = read_rows(path)
+    # seeds first, so that a study that is stopped has whole seeds
+    wanted = [
+        Cell(task, replay, estimator, lag, seed, args.updates or tasks[task].updates)
+        for seed, task, replay, lag, estimator in itertools.product(
+            args.seeds, args.tasks, args.replay, args.lags, args.estimators
+        )
+    ]
+    missing = [cell for cell in wanted if cell not in rows]
+    print(f"{len(wanted)} trainings, {len(wanted) - len(missing)} of them finished before", flush=True)
+    start = time.perf_counter()
+
+    def done(cell: Cell, result: Result) -> None:
+        append_row(path, cell, result)
+        rows[cell] = result
+        count = sum(cell in rows for cell in missing)
+        left = (time.perf_counter() - start) / count * (len(missing) - count)
+        print(
+            f"{count}/{len(missing)} {cell.task} seed {cell.seed}, {cell.replay:.0%} replay, lag {cell.lag}, "
+            f"{cell.estimator}: return {result.score:.3g}, trace {result.trace_length:.2g}, about {left / 60:.0f} min "
+            "left",
+            flush=True,
+        )
+
+    if missing:
+        run_cells(missing, processes=args.processes, done=done, tasks=tasks)
+    chosen = {cell: rows[cell] for cell in wanted}
+    write_table(args.folder / "study.md", chosen, estimators=args.estimators)
+    draw(args.folder / "study.png", chosen, estimators=args.estimators)
+    print(f"written: {', '.join(str(args.folder / name) for name in ('study.csv', 'study.md', 'study.png'))}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

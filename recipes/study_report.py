@@ -1,0 +1,168 @@
+"""What a study of many short trainings writes: its rows, a table with intervals, a figure."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+
+from offtrace.agents.config_base import ConfigError
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One training of the study."""
+
+    task: str
+    replay: float
+    """Share of a batch's unrolls that comes from the replay."""
+    estimator: str
+    lag: int
+    """Age in updates of the weights that act."""
+    seed: int
+    updates: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it. Means over the updates, except the returns."""
+
+    score: float
+    """Mean return of the learner's policy over the evaluations of the last half."""
+    final: float
+    """Mean return of the last evaluation."""
+    trace_length: float
+    ess: float
+    kl: float
+    """Of the acting to the learner's policy, nats."""
+    skipped: int
+    """Updates left out because their gradient was not finite."""
+    frames: int
+    seconds: float
+
+
+Rows = dict[Cell, Result]
+_COLUMNS = [field.name for kind in (Cell, Result) for field in fields(kind)]
+
+
+def read_rows(path: Path) -> Rows:
+    """The finished cells; none where there is no file.
+
+    Raises:
+        ConfigError: if the file is not one of this study.
+    """
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != _COLUMNS:
+            raise ConfigError(f"{path} has columns {reader.fieldnames}; those of this study are {_COLUMNS}")
+        try:
+            return {_build(Cell, row): _build(Result, row) for row in reader}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{path}, line {reader.line_num}, is damaged: {error}") from error
+
+
+def append_row(path: Path, cell: Cell, result: Result) -> None:
+    """Adds a finished cell to the file, which begins with the names of the columns."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(cell) | asdict(result))
+
+
+def _build(kind: Any, row: dict[str, str]) -> Any:
+    return kind(**{name: wanted(row[name]) for name, wanted in get_type_hints(kind).items()})
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean over seeds, by the percentile bootstrap; of one value, that value."""
+    from scipy.stats import bootstrap
+
+    if len(set(values)) < 2:
+        return values[0], values[0]
+    found = bootstrap((np.asarray(values),), np.mean, method="percentile", n_resamples=4000, rng=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def grouped(rows: Rows, value: str) -> dict[tuple[str, float], dict[str, dict[int, list[float]]]]:
+    """Values of the seeds by (task, replay), estimator and lag."""
+    out: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for cell, result in sorted(rows.items(), key=lambda item: item[0]):
+        out[cell.task, cell.replay][cell.estimator][cell.lag].append(getattr(result, value))
+    return out
+
+
+def write_table(path: Path, rows: Rows, *, estimators: Iterable[str]) -> None:
+    """Markdown, for each task and share of replay: estimator by lag, mean return [95 % interval], and trace lengths."""
+    lines = []
+    traces = grouped(rows, "trace_length")
+    for (task, replay), table in grouped(rows, "score").items():
+        lags = sorted({lag for by_lag in table.values() for lag in by_lag})
+        title = f"**{task}, {replay:.0%} replay**"
+        for heading, source, show in (
+            (f"{title}: return by lag, mean [95 % interval]", table, _with_interval),
+            (f"{title}: steps a trace carries, by lag", traces[task, replay], _mean),
+        ):
+            lines += [heading, "", _row(["estimator", *map(str, lags)]), _row(["---"] * (len(lags) + 1))]
+            shown = [name for name in estimators if name in source]
+            lines += [_row([name, *(show(source[name].get(lag, [])) for lag in lags)]) for name in shown]
+            lines.append("")
+    path.write_text("\n".join(lines))
+
+
+def _row(entries: Iterable[str]) -> str:
+    return f"| {' | '.join(entries)} |"
+
+
+def _mean(values: list[float]) -> str:
+    return f"{np.mean(values):.3g}" if values else ""
+
+
+def _with_interval(values: list[float]) -> str:
+    if not values:
+        return ""
+    low, high = interval(values)
+    return f"{_mean(values)} [{low:.3g}, {high:.3g}]" if len(values) > 1 else _mean(values)
+
+
+def draw(path: Path, rows: Rows, *, estimators: Sequence[str]) -> None:
+    """A PNG: return and trace length against lag, one line with its interval per estimator."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = list(grouped(rows, "score"))
+    figure = Figure(figsize=(3.6 * len(columns) + 1, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(columns), squeeze=False, sharex=True)
+    labels: dict[str, Any] = {}
+    for line, (value, name) in enumerate((("score", "return"), ("trace_length", "steps a trace carries"))):
+        for axis, key in zip(axes[line], columns, strict=True):
+            for index, estimator in enumerate(estimators):
+                by_lag = grouped(rows, value)[key].get(estimator, {})
+                if not by_lag:
+                    continue
+                lags = sorted(by_lag)
+                low, high = zip(*(interval(by_lag[lag]) for lag in lags), strict=True)
+                means = [np.mean(by_lag[lag]) for lag in lags]
+                (drawn,) = axis.plot(lags, means, color=f"C{index}", marker="o", markersize=3, label=estimator)
+                axis.fill_between(lags, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+                labels[estimator] = drawn
+            axis.set_xscale("symlog", linthresh=1)
+            axis.set_xticks(sorted({cell.lag for cell in rows}), [str(x) for x in sorted({c.lag for c in rows})])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            if line == 0:
+                axis.set_title(f"{key[0]}, {key[1]:.0%} replay")
+            else:
+                axis.set_xlabel("lag of the actors (updates)")
+        axes[line][0].set_ylabel(name)
+    figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=len(labels))
+    figure.savefig(path, dpi=110)
