@@ -14,6 +14,13 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one sentence."""
 
 
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def may_have_gpu() -> bool:
     """Whether a GPU driver that torch could use shows itself; only torch can tell how many GPUs there are."""
     drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, WSL
@@ -121,7 +128,8 @@ class Config:
             1, "env.num_envs", "collector.unroll", "collector.threads", "train.total_frames", "train.devices",
             "train.eval_every", "train.eval_episodes", "train.checkpoint_every",
         )  # fmt: skip
-        self.at_least(0, "collector.num_workers", "train.seed", "train.log_every")
+        self.at_least(0, "collector.num_workers", "train.log_every")
+        self.require("train.seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
         self.positive("collector.step_timeout")
 
     def check_devices(self, gpus: int) -> None:
@@ -131,7 +139,7 @@ class Config:
             ConfigError: one sentence.
         """
         wanted, accelerator = self.train.devices, self.train.accelerator
-        cores = os.cpu_count() or 1
+        cores = available_cores()
         if accelerator == "gpu" and not gpus:
             raise ConfigError("train.accelerator is gpu; this machine has none that torch can use")
         if accelerator != "cpu" and gpus:
@@ -143,12 +151,14 @@ class Config:
     def at_least(self, least: float, *paths: str) -> None:
         """Every number at ``paths`` must be finite and at least ``least``."""
         for path in paths:
-            self.require(path, lambda value: value >= least and math.isfinite(value), f"at least {least:g}")
+            finite = math.isfinite(self._get(path))
+            right = f"at least {least:g}" if finite else f"finite, and at least {least:g}"
+            self.require(path, lambda value: value >= least and math.isfinite(value), right)
 
     def positive(self, *paths: str) -> None:
         """Every number at ``paths`` must be finite and above 0."""
         for path in paths:
-            self.require(path, lambda value: value > 0 and math.isfinite(value), "above 0")
+            self.require(path, lambda value: value > 0 and math.isfinite(value), "above 0 and finite")
 
     def positive_or_null(self, *paths: str) -> None:
         """Every number at ``paths`` must be above 0, or null."""

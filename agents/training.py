@@ -23,7 +23,7 @@ from torchrl.modules.utils import get_env_transforms_from_module
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, WeightSync
 from offtrace.agents.checkpoint import read_checkpoint
-from offtrace.agents.config_base import Config
+from offtrace.agents.config_base import Config, available_cores
 from offtrace.agents.data import OnPolicyData
 from offtrace.agents.evaluation import EvaluationResult
 from offtrace.agents.impala import actor_critic_description, make_impala
@@ -171,7 +171,7 @@ def learner_threads(config: Config) -> int:
     fewer frames than beside one of a single thread. ``OMP_NUM_THREADS`` limits them, as it does everywhere in torch.
     """
     busy = config.collector.num_workers * config.collector.threads
-    free = max(1, (os.cpu_count() or 1) // max(1, config.train.devices) - busy)
+    free = max(1, available_cores() // max(1, config.train.devices) - busy)
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return min(free, int(limit)) if limit.isdigit() and int(limit) else free
 

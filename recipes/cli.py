@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from offtrace.agents.config_base import Config, ConfigError, may_have_gpu
 from offtrace.agents.runs import RunError, new_run, read_config, write_config
 from offtrace.modules.envs.names import check_name
-from offtrace.recipes.flags import check_flags, nearest, numbers, read_file, sentence, types_of_keys
+from offtrace.recipes.flags import check_flags, import_from_here, nearest, numbers, read_file, sentence, types_of_keys
 
 MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every")
 """Flags that a resumed run may be given; everything else is what the run began with."""
@@ -35,6 +35,7 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
     failed, the last checkpoint is kept; 128 + n: stopped by signal n, likewise.
     """
     argv = sys.argv[1:] if argv is None else argv
+    import_from_here()
     try:
         config, resume = parse(argv, presets=presets, description=description)
         check(config)

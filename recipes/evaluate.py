@@ -13,7 +13,7 @@ from offtrace.agents.config import ConfigError
 from offtrace.agents.runs import RunError
 from offtrace.modules.envs.names import atari_name
 from offtrace.recipes.cli import checkpoint_file, fail
-from offtrace.recipes.flags import SentenceParser, check_flags
+from offtrace.recipes.flags import SentenceParser, check_flags, import_from_here
 
 if TYPE_CHECKING:
     from offtrace.agents.evaluation import EvaluationResult
@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         the exit code: 0, 2 for a wrong command line or checkpoint, 1 for games that could not be played to the end.
     """
     argv = sys.argv[1:] if argv is None else argv
+    import_from_here()
     try:
         args = parse(argv)
         return _evaluate(args)

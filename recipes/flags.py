@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
+import sys
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
@@ -22,6 +24,12 @@ class SentenceParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises ``ConfigError`` in place of usage and exit."""
         raise ConfigError(message.removeprefix("argument "))
+
+
+def import_from_here() -> None:
+    """Lets ``package.module:function`` be found in the folder a recipe is called from, and by its actor processes."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -142,6 +150,9 @@ def sentence(text: str, types_of: dict[str, Any], argv: Sequence[str] = (), sour
     stray = re.search(r"[Uu]nrecognized arguments: (.*)$", flat)
     if stray:
         return f"{stray[1]} stands behind no flag; flags are written --group.name value"
+    bare = re.search(r"argument (--[\w.]+): expected one argument", flat)
+    if bare:
+        return f"{bare[1]} needs a value"
     return flat.removeprefix("error: ")
 
 

@@ -84,17 +84,23 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
             "give more by --train.total_frames to go on"
         )
     if not int(os.environ.get("LOCAL_RANK", 0)):
-        write_config(config, folder, resumed=True)
+        try:
+            write_config(config, folder, resumed=True)
+        except OSError as error:
+            raise ConfigError(f"the run folder {folder} cannot be written: {error.strerror}") from error
 
 
 def _stopped(error: Exception, folder: Path) -> int:
     print(f"error: training stopped: {_one_line(error)}", file=sys.stderr)
-    (folder / "error.txt").write_text("".join(traceback.format_exception(error)))
-    kept = ""
+    text = "".join(traceback.format_exception(error))
     last = folder / "checkpoints" / "last.ckpt"
-    if last.exists():
-        kept = f"the last checkpoint is kept: {last}; "
-    print(f"{kept}the whole error is in {folder / 'error.txt'}", file=sys.stderr)
+    kept = f"the last checkpoint is kept: {last}; " if last.exists() else ""
+    try:
+        (folder / "error.txt").write_text(text)
+    except OSError:  # a full disk may be what ended the run
+        print(f"{kept}the whole error:\n{text}", file=sys.stderr)
+    else:
+        print(f"{kept}the whole error is in {folder / 'error.txt'}", file=sys.stderr)
     return 1
 
 

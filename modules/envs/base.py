@@ -140,6 +140,8 @@ class VectorEnv(EnvBase):
         else:
             observation = self._following()
             mask = mask.view(-1, 1)
+        if not self.fallible:  # those look themselves, and drop
+            self._check(k.OBSERVATION, observation)
         fresh = mask & self._ended
         self._sums = self._sums.masked_fill(fresh, 0)  # in place it would change what was given away
         self._lengths = self._lengths.masked_fill(fresh, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,14 @@ from offtrace.modules.envs.atari import AtariEnv, Protocol
 from offtrace.modules.envs.gym import GymEnv
 from offtrace.modules.envs.names import atari_name, check_name
 from offtrace.modules.envs.suite import control_name
-from offtrace.modules.keys import ACTION_MASK, OBSERVATION
+from offtrace.modules.keys import (
+    ACTION_MASK,
+    EPISODE_END,
+    EPISODE_LENGTH,
+    EPISODE_REWARD,
+    IS_INIT,
+    OBSERVATION,
+)
 
 
 @dataclass(frozen=True)
@@ -104,17 +113,35 @@ def env_info(name: str, **kwargs: Any) -> EnvInfo:
         env.close()
 
 
+_NEEDED = (OBSERVATION, IS_INIT, EPISODE_REWARD, EPISODE_LENGTH, EPISODE_END)
+
+
+def _takes_size_and_seed(make: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(make).bind(num_envs=1, seed=0)
+    except (TypeError, ValueError):  # other arguments, or no signature at all
+        return False
+    return True
+
+
 def _imported(path: str, num_envs: int, seed: int, last_step: bool, rescale_actions: bool) -> EnvBase:
     module, _, function = path.partition(":")
     try:
         make: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"the environment {path!r} cannot be imported: {error}") from error
-    try:
-        made = make(num_envs=num_envs, seed=seed)
-    except TypeError:
-        made = make()
+        raise ValueError(
+            f"the environment {path!r} cannot be imported: {error}; its folder must be on PYTHONPATH"
+        ) from error
+    made = make(num_envs=num_envs, seed=seed) if _takes_size_and_seed(make) else make()
     if isinstance(made, EnvBase):
+        missing = [key for key in _NEEDED if key not in made.observation_spec.keys()]  # noqa: SIM118 - a spec
+        if missing:
+            with contextlib.suppress(Exception):
+                made.close()
+            raise ValueError(
+                f"{path!r} has no {missing[0]!r} among its observations; a TorchRL environment needs "
+                f"{', '.join(_NEEDED)}, as BatchedEnv gives them: derive it from that, or return a gymnasium.Env"
+            )
         space = made.action_spec.space if rescale_actions and isinstance(made.action_spec, Bounded) else None
         if space is not None and not bool((space.low == -1).all() and (space.high == 1).all()):
             made.close()

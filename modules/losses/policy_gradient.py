@@ -131,7 +131,8 @@ class PolicyGradientLoss(OffPolicyLoss):
         stats = Stats(reading.batch.valid, reading.batch.reward)
         spread = stats.std(advantage)
         if self.normalize_advantage:
-            advantage = (advantage - stats.mean(advantage)) / (spread + 1e-8)
+            mean, deviation = stats.moments_of_all_ranks(advantage)
+            advantage = (advantage - mean) / (deviation + 1e-8)
         advantage, outside = self._trust_region(advantage, log_rho)
         reduce = stats.sum if self.reduction == "sum" else stats.mean
         error, mean_entropy = target - prediction, stats.mean(entropy)

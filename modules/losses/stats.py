@@ -49,3 +49,18 @@ class Stats:
     def std(self, x: Tensor) -> Tensor:
         """Scalar."""
         return self.variance(x).sqrt()
+
+    @torch.no_grad()
+    def moments_of_all_ranks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation over the batches of all ranks of ``torch.distributed``; own ones where alone.
+
+        Every rank must call it as often as the others.
+        """
+        mean, variance = self.mean(x), self.variance(x)
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return mean, variance.sqrt()
+        count = self.count.to(mean)
+        sums = torch.stack([count, count * mean, count * (variance + mean.square())]).double()
+        torch.distributed.all_reduce(sums)
+        _, mean, squares = sums / sums[0].clamp(min=1)
+        return mean.to(x.dtype), (squares - mean.square()).clamp(min=0).sqrt().to(x.dtype)

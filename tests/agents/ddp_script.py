@@ -142,7 +142,7 @@ def sgd(params: Iterator[torch.Tensor]) -> torch.optim.Optimizer:
 def gradient(folder: Path, reduction: str, ranks: int) -> None:
     torch.manual_seed(0)
     policy = build_policy(network="mlp", observation_shape=[4], num_actions=2, action_dim=None, hidden=[8])
-    loss = ImpalaLoss(policy, reduction=reduction)
+    loss = ImpalaLoss(policy, reduction=reduction, normalize_advantage=reduction == "mean")
     before = {name: value.detach().clone() for name, value in policy.named_parameters()}
     agent = Agent(loss, policy, optimizer=partial(sgd), total_frames=1, schedule="constant")
     trainer = fit(agent, FixedData(ranks), ranks)

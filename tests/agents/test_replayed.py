@@ -304,7 +304,7 @@ def test_a_compiled_loss_is_the_loss() -> None:
         ({"loss.target": "q_lambda", "replay.length": 1}, "replay.length is 1; loss.target q_lambda needs sequences"),
         ({"replay.capacity": 5}, "replay.capacity is 5; it must hold replay.batch_size, 8"),
         ({"replay.min_size": 3}, "replay.min_size is 3; .* from 1 environments it must be at least 8"),
-        ({"replay.samples_per_insert": 0.0}, "replay.samples_per_insert is 0.0; it must be above 0"),
+        ({"replay.samples_per_insert": 0.0}, "replay.samples_per_insert is 0.0; it must be above 0 and finite"),
         (
             {"loss.target": "retrace", "replay.length": 1},
             "replay.length is 1; loss.target retrace needs sequences of 2",

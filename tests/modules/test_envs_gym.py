@@ -114,6 +114,10 @@ from offtrace.modules.envs import GymEnv
 def single(): return gymnasium.make("CartPole-v1")
 def batched(num_envs, seed): return GymEnv("CartPole-v1", num_envs, seed=seed)
 def typo(): return wrong_name
+def wrong_inside(num_envs, seed): return len(num_envs)
+def plain(num_envs, seed):
+    from torchrl.envs import GymEnv, SerialEnv
+    return SerialEnv(num_envs, lambda: GymEnv("CartPole-v1"))
 def nothing(): return 3
 """
 
@@ -128,6 +132,10 @@ def test_own_environments_by_import_path(tmp_path: Path, monkeypatch: pytest.Mon
         assert torch.equal(env.reset()["observation"], reference)
     with pytest.raises(NameError, match=r"wrong_name"):
         make_env("own_envs:typo", 1)
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        make_env("own_envs:wrong_inside", 1)
+    with pytest.raises(ValueError, match=r"'own_envs:plain' has no 'is_init' among its observations; a TorchRL"):
+        env_info("own_envs:plain")
     with pytest.raises(
         ValueError, match=r"'own_envs:nothing' returned int; it must return a TorchRL EnvBase or a gymnasium"
     ):

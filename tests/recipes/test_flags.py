@@ -178,7 +178,7 @@ def test_devices_that_are_not_there(
     told: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)), raising=False)
     config = default_config()
     config.train.accelerator, config.train.devices = accelerator, devices
     if told is None:

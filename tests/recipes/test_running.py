@@ -159,7 +159,7 @@ def test_threads_of_the_learner(
     workers: int, devices: int, limit: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cores that the actors leave over, and never more than OMP_NUM_THREADS says."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if limit is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", limit)

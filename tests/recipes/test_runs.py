@@ -140,6 +140,25 @@ def test_signals_save_and_end_quickly(tmp_path: Path, number: signal.Signals) ->
     assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE], "processes are left behind"
 
 
+def test_a_signal_while_the_actors_start(tmp_path: Path) -> None:
+    """To the whole process group, as timeout and batch systems send it."""
+    process = subprocess.Popen(
+        [sys.executable, str(RECIPES / "impala_control.py"), *TINY, "--train.name", "s"], start_new_session=True,
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(psutil.Process(process.pid).children()) < 2 and time.monotonic() < deadline:  # resource tracker, actor
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "stopped by signal 15" in out
+    _, left = psutil.wait_procs(children, timeout=5)
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE], "processes are left behind"
+
+
 OWN = """
 import time, numpy as np, gymnasium
 class Env(gymnasium.Env):
@@ -171,7 +190,7 @@ def test_an_environment_that_fails_stops_the_run(tmp_path: Path, how: str, words
             "--train.checkpoint_every", "64", "--collector.step_timeout", "5"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(RECIPES / "impala_control.py"), *argv], cwd=tmp_path, capture_output=True, text=True,
-        timeout=200, check=False, env={**environment(), "PYTHONPATH": str(tmp_path)},
+        timeout=200, check=False, env=environment(),
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert words in done.stderr
