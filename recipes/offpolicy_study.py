@@ -175,21 +175,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: one sentence.
     """
     parser = SentenceParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, three lags, no replay, fewer updates: minutes")
+    parser.add_argument("--quick", action="store_true", help="one seed, three lags, no replay: a minute")
     parser.add_argument("--folder", type=Path, default=Path("runs/offpolicy_study"), help="for csv, table and figure")
     parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(TASKS)}")
     parser.add_argument("--estimators", nargs="+", help=f"default: {' '.join(ESTIMATORS)}")
     parser.add_argument("--lags", nargs="+", type=int, help=f"in updates; default: {' '.join(map(str, LAGS))}")
     parser.add_argument("--replay", nargs="+", type=float, help="shares of a batch; default: 0 0.5")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2 3 4")
     parser.add_argument("--updates", type=int, help="of one training; default: that of the task")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time (default 2)")
     check_flags(argv, [option for option in parser._option_string_actions if option.startswith("--")])
     args = parser.parse_args(argv)
-    quick: dict[str, Any] = {"lags": [0, 4, 64], "replay": [0.0], "seeds": [0], "updates": 150}
+    quick: dict[str, Any] = {"lags": [0, 4, 64], "replay": [0.0], "seeds": [0]}
     full: dict[str, Any] = {
         "tasks": list(TASKS), "estimators": list(ESTIMATORS), "lags": list(LAGS), "replay": [0.0, 0.5],
-        "seeds": [0, 1, 2],
+        "seeds": [0, 1, 2, 3, 4],
     }  # fmt: skip
     for name, value in (full | quick if args.quick else full).items():
         if getattr(args, name) is None:
