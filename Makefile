@@ -31,8 +31,18 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# quick forms of all, some minutes; or one in full: make bench ARGS="sac_updates.py --compile"
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/impala_throughput.py $(ARGS)
+ifdef ARGS
+	$(BIN)/python benchmarks/$(ARGS)
+else
+	$(BIN)/python benchmarks/returns.py --quick --budget 0.3
+	$(BIN)/python benchmarks/envs.py --rounds 60
+	$(BIN)/python benchmarks/replay.py --rounds 50
+	$(BIN)/python benchmarks/sac_updates.py --blocks 6
+	$(BIN)/python benchmarks/mpo_updates.py --pairs 2 --updates 20
+	$(BIN)/python benchmarks/impala_throughput.py --quick
+endif
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build
