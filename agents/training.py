@@ -64,7 +64,7 @@ class Summary:
         task, algorithm, seed: what was trained.
         frames: environment frames over all ranks, since the very beginning.
         updates: of the learner, since the very beginning.
-        episodes: whole games that ended in this process's part of the run, on the first rank.
+        episodes: whole games that ended in the rollouts of the first rank, since the very beginning.
         dropped_episodes: those that a failing simulator ended, likewise; nothing was learned from their last step.
         frames_per_second, updates_per_second: of this process's part of the run, evaluations left out.
         seconds: wall time of this process's part.
