@@ -292,10 +292,12 @@ def test_estimators_by_name_are_the_returns_of_that_name(estimator: str, masked:
     }  # fmt: skip
     clips = dict.fromkeys(("rho_clip", "c_clip", "pg_rho_clip"), math.inf)
     rho, one = log_rho.exp(), torch.ones_like(log_rho)
-    pg_clip = {"pg_rho_clip": 0.7} if estimator in ("vtrace", "one_step") else {}
+    options: dict[str, float] = {"one_step": {"pg_rho_clip": 0.7}}.get(estimator, {})
     if estimator == "vtrace":
-        target, advantage = vtrace(log_rho=log_rho, **pg_clip, **known)
-        weights, trace, clipped = rho.clamp(max=1), rho.clamp(max=1), {"rho_clipped", "c_clipped", "pg_rho_clipped"}
+        options = {"rho_clip": 1.3, "c_clip": 1.1, "pg_rho_clip": 0.7, "leak": 0.9}
+        target, advantage = vtrace(log_rho=log_rho, **options, **known)
+        weights, trace = (0.9 * rho.clamp(max=limit) + 0.1 * rho for limit in (1.3, 1.1))
+        clipped = {"rho_clipped", "c_clipped", "pg_rho_clipped"}
     elif estimator == "importance_sampling":
         target, advantage = vtrace(log_rho=log_rho, **clips, **known)
         weights, trace, clipped = rho, rho, set()
@@ -305,7 +307,7 @@ def test_estimators_by_name_are_the_returns_of_that_name(estimator: str, masked:
         if estimator == "one_step":
             advantage = torch.where(one.bool() if valid is None else valid, advantage * rho.clamp(max=0.7), 0)
         weights, trace, clipped = one, one, {"pg_rho_clipped"} if estimator == "one_step" else set()
-    loss = ImpalaLoss(policy, estimator=estimator, gamma=0.9, lmbda=0.8, **pg_clip)
+    loss = ImpalaLoss(policy, estimator=estimator, gamma=0.9, lmbda=0.8, **options)
     out = loss(td)
     torch.testing.assert_close(out["loss_policy"], -(advantage.t() * log_prob).sum())
     torch.testing.assert_close(out["loss_value"], 0.25 * (target.t() - value).square().sum())
