@@ -82,6 +82,8 @@ class Config:
     """Flag that names the task."""
     family: ClassVar[str]
     """Name of the algorithm; the builder in :mod:`offtrace.agents.training`."""
+    devices_may_change: ClassVar[bool] = True
+    """Whether a resumed run may have another number of learners."""
 
     if TYPE_CHECKING:  # fields of every subclass, in its own order
 

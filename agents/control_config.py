@@ -98,6 +98,7 @@ class ReplayedConfig(Config):
     """What the algorithms on replayed data share."""
 
     task_flag = "env.task"
+    devices_may_change = False  # each has a replay of its own
     network: ControlNetworkConfig
     replay: ReplayConfig
     loss: Any
@@ -252,6 +253,12 @@ class SACConfig(ReplayedConfig):
         self.positive("optim.lr_alpha", "loss.alpha_init", "loss.reward_scale")
         self.require("loss.fixed_alpha", lambda value: value is None or value >= 0, "at least 0, or null")
         self.require("optim.tau", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        usual = SACLossConfig()
+        if self.loss.version == 1:
+            for name in ("alpha_init", "fixed_alpha", "target_entropy", "alpha_loss"):
+                value = getattr(self.loss, name)
+                if value != getattr(usual, name):
+                    raise ConfigError(f"loss.{name} is {value}; version 1 has no temperature, only loss.reward_scale")
         if self.loss.version == 1 and self.loss.target not in ("one_step", "n_step"):
             raise ConfigError(
                 f"loss.target is {self.loss.target}; version 1 has no target critics: it must be one_step or n_step"
@@ -330,6 +337,12 @@ class MPOConfig(ReplayedConfig):
         self.at_least(1, "loss.num_samples", "optim.target_every")
         self.positive("optim.lr_dual", "loss.epsilon", "loss.epsilon_policy", "loss.v_max")
         self.positive_or_null("loss.epsilon_mean", "loss.epsilon_cov")
+        largest = self.env.action_repeat / (1 - self.loss.gamma) if self.loss.gamma < 1 else math.inf
+        if self.loss.critic == "categorical" and control_name(self.task) is not None and self.loss.v_max < largest:
+            raise ConfigError(
+                f"loss.v_max is {self.loss.v_max:g}; with loss.gamma {self.loss.gamma:g} and env.action_repeat "
+                f"{self.env.action_repeat} the returns of dm_control reach {largest:g}: it must be that or more"
+            )
 
 
 @dataclass
@@ -391,9 +404,18 @@ def discrete_sac_config() -> SACConfig:
     config.env.task = "CartPole-v1"
     config.env.num_envs = 4
     config.replay.samples_per_insert = 128.0
-    config.loss.target_entropy = 0.2
+    config.loss.target_entropy = 0.2  # 0.98 log 2, the usual, is next to a coin
     config.train.total_frames = 30_000
     config.train.eval_every = 5_000
+    return config
+
+
+def pixel_sac_config() -> SACConfig:
+    """dm_control from images."""
+    config = SACConfig()
+    config.env.pixels, config.env.action_repeat = True, 4
+    config.network.encoder = "shallow"
+    config.replay.capacity = 100_000  # 6.4 GB
     return config
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -42,9 +44,24 @@ def task_info(config: ReplayedConfig) -> EnvInfo:
             f"loss.target is tree_backup, which needs discrete actions; those of {config.task} are continuous: it must "
             "be another, such as retrace"
         )
+    _check_memory(config, info)
     if info.num_actions is not None and config.network.smoothing:
         raise ConfigError(f"network.smoothing is {config.network.smoothing}; {config.task} has discrete actions")
     return info
+
+
+def _check_memory(config: ReplayedConfig, info: EnvInfo) -> None:
+    """Observations are most of a replay; what its memory cannot hold is refused before it is asked for."""
+    if config.replay.storage != "tensor" or not hasattr(os, "sysconf"):
+        return
+    step = math.prod(info.observation_shape) * (1 if len(info.observation_shape) == 3 else 4)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if config.replay.capacity * step > memory:
+        raise ConfigError(
+            f"replay.capacity is {config.replay.capacity}; observations of {step} bytes take "
+            f"{config.replay.capacity * step / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f}: it must be below "
+            f"{memory // step}, or replay.storage memmap"
+        )
 
 
 def network_options(config: ReplayedConfig, info: EnvInfo) -> dict[str, Any]:

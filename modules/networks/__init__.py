@@ -9,7 +9,7 @@ from offtrace.modules.networks.build_control import (
     build_critic,
     build_value,
 )
-from offtrace.modules.networks.categorical_critic import CategoricalCritic, build_categorical_critic
+from offtrace.modules.networks.categorical_critic import CategoricalCritic
 from offtrace.modules.networks.control_heads import GaussianHead, TanhNormal, TanhNormalHead
 from offtrace.modules.networks.control_policy import ActionSmoother, ControlActor, ControlPolicy
 from offtrace.modules.networks.core import LSTMCore
@@ -56,7 +56,6 @@ __all__ = [
     "TanhNormalHead",
     "ValueHead",
     "build_actor",
-    "build_categorical_critic",
     "build_critic",
     "build_policy",
     "build_value",

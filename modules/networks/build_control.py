@@ -89,7 +89,6 @@ def build_critic(
     num_actions: int | None = None,
     hidden: int | Sequence[int] = (256, 256),
     critics: int = 2,
-    clip_action: bool = False,
     atoms: int = 0,
     v_max: float = 150.0,
     normalize: bool = False,
@@ -102,7 +101,6 @@ def build_critic(
             convolutions of ``"shallow"``.
         action_dim, num_actions: exactly one is given: :class:`Critic` or :class:`DiscreteCritic`.
         critics: K, at least 1.
-        clip_action: clip the action that is put in to [-1, 1].
         atoms: 0: values. More: a :class:`CategoricalCritic` on that many, from ``-v_max`` to ``v_max``; continuous
             actions, clipped by the loss.
 
@@ -126,7 +124,7 @@ def build_critic(
         return DiscreteCritic(ensemble, encoder, normalizer)
     assert action_dim is not None
     ensemble = EnsembleMLP(critics, features + action_dim, _sizes(hidden), 1, layer_norm=layer_norm)
-    return Critic(ensemble, encoder, normalizer, clip_action=clip_action)
+    return Critic(ensemble, encoder, normalizer)
 
 
 def build_value(

@@ -67,20 +67,3 @@ class CategoricalCritic(TensorDictModuleBase):
         action = action.reshape(-1, action.shape[-1]).to(x.dtype)
         logits = self.ensemble(torch.cat([x, action], -1)).transpose(0, 1)
         return tensordict.set(VALUE_LOGITS, logits.reshape(*batch, *logits.shape[1:]))
-
-
-def build_categorical_critic(
-    *,
-    observation_features: int,
-    action_dim: int,
-    hidden: tuple[int, ...] = (256, 256),
-    critics: int = 1,
-    low: float = -150.0,
-    high: float = 150.0,
-    atoms: int = 51,
-    layer_norm: bool = True,
-    normalizer: ObservationNormalizer | None = None,
-) -> CategoricalCritic:
-    """The categorical critic of flat observations of ``observation_features`` numbers; see the class."""
-    ensemble = EnsembleMLP(critics, observation_features + action_dim, hidden, atoms, layer_norm=layer_norm)
-    return CategoricalCritic(ensemble, low=low, high=high, atoms=atoms, normalizer=normalizer)

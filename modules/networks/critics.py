@@ -21,7 +21,6 @@ class Critic(TensorDictModuleBase):
         ensemble: [N, features + A] to [K, N, 1].
         encoder: observation [N, *shape] to features, shared by the K critics; None: the flattened observation.
         normalizer: applied to the observation first.
-        clip_action: clip actions to [-1, 1] first, for policies whose samples lie outside the bounds.
         observation_key: name of the observation.
     """
 
@@ -31,22 +30,18 @@ class Critic(TensorDictModuleBase):
         encoder: nn.Module | None = None,
         normalizer: ObservationNormalizer | None = None,
         *,
-        clip_action: bool = False,
         observation_key: Any = OBSERVATION,
     ) -> None:
         super().__init__()
         self.normalizer = normalizer
         self.encoder = encoder
         self.ensemble = ensemble
-        self.clip_action = clip_action
         self.in_keys = [observation_key, ACTION]
         self.out_keys = [STATE_ACTION_VALUE]
 
     def values(self, observation: Tensor, action: Tensor) -> Tensor:
         """Q [N, K] of ``action`` [N, A] at ``observation`` [N, *shape]."""
         features = _features(observation, self.normalizer, self.encoder)
-        if self.clip_action:
-            action = action.clamp(-1, 1)
         return self.ensemble(torch.cat([features, action.to(features.dtype)], -1)).squeeze(-1).t()
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

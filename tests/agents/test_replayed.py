@@ -313,6 +313,7 @@ def test_a_compiled_loss_is_the_loss() -> None:
             {"env.task": "cartpole-swingup", "env.pixels": True},
             "network.encoder is mlp; with env.pixels true it must be shallow",
         ),
+        ({"loss.version": 1, "loss.alpha_init": 0.5}, "loss.alpha_init is 0.5; version 1 has no temperature"),
         ({"optim.tau": 0.0}, "optim.tau is 0.0; it must be above 0 and at most 1"),
         ({"network.smoothing": 1.0}, "network.smoothing is 1.0; it must be at least 0 and below 1"),
     ],
@@ -338,6 +339,14 @@ def test_tasks_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             BUILDERS[config.family](config)
+    config = small(SACConfig())
+    config.replay.capacity = 10**13
+    with pytest.raises(ConfigError, match=r"observations of 12 bytes take 120000\.0 GB, and this machine has"):
+        BUILDERS["sac"](config)
+    config = small(dmpo_config(), "cartpole-swingup")
+    config.env.action_repeat = 2
+    with pytest.raises(ConfigError, match=r"loss.v_max is 150; .* returns of dm_control reach 200: it must be that"):
+        config.validate()
     config = small(SACConfig())
     config.replay.samples_per_insert = 0.001
     with pytest.raises(ValueError, match=r"samples-per-insert ratio of 0\.001"):

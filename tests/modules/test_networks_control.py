@@ -192,15 +192,6 @@ def test_critics_start_independently(network: str) -> None:
         assert not torch.isclose(layer.weight[0], layer.weight[1]).any()
 
 
-def test_critic_clips_actions_only_if_told() -> None:
-    td = states(6).set("action", 3 * torch.randn(6, ACTIONS))
-    inside = td.clone().set("action", td["action"].clamp(-1, 1))
-    for clip in (True, False):
-        critic = build_critic(network="mlp", observation_shape=[FEATURES], action_dim=ACTIONS, clip_action=clip)
-        values = critic(td.clone())["state_action_value"], critic(inside.clone())["state_action_value"]
-        assert torch.equal(*values) == clip
-
-
 @pytest.mark.parametrize("batch", [(3,), (2, 3)])
 def test_pixels(batch: tuple[int, ...]) -> None:
     shape = (6, 48, 48)

@@ -10,7 +10,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.networks import ControlActor, ControlPolicy, LayerNormMLP, build_actor, build_critic
-from offtrace.modules.networks.categorical_critic import CategoricalCritic, build_categorical_critic
+from offtrace.modules.networks.categorical_critic import CategoricalCritic
 from offtrace.modules.networks.gaussian_heads import CholeskyHead, FullNormal
 from offtrace.modules.networks.torsos import EnsembleMLP
 
@@ -69,7 +69,9 @@ def test_policy_with_full_covariance_acts() -> None:
 
 def test_categorical_critic_shapes_and_independence_of_its_members() -> None:
     torch.manual_seed(0)
-    critic = build_categorical_critic(observation_features=5, action_dim=2, hidden=(8, 8), critics=3, atoms=7)
+    critic = build_critic(
+        network="layernorm_mlp", observation_shape=(5,), action_dim=2, hidden=(8, 8), critics=3, atoms=7
+    )
     td = TensorDict({"observation": torch.randn(4, 6, 5), "action": torch.randn(4, 6, 2)}, [4, 6])
     logits = critic(td)["value_logits"]
     assert logits.shape == (4, 6, 3, 7)
@@ -90,10 +92,10 @@ def test_the_losses_train_the_shipped_networks(categorical: bool) -> None:
     """A few steps on one batch whose reward is known: the critic's error falls, nothing else breaks."""
     torch.manual_seed(0)
     actor = build_actor(kind="gaussian", network="layernorm_mlp", observation_shape=(5,), action_dim=2, hidden=(16, 16))
-    if categorical:
-        critic: object = build_categorical_critic(observation_features=5, action_dim=2, hidden=(16,), low=-3, high=3)
-    else:
-        critic = build_critic(network="layernorm_mlp", observation_shape=(5,), action_dim=2, hidden=(16, 16), critics=1)
+    critic = build_critic(
+        network="layernorm_mlp", observation_shape=(5,), action_dim=2, hidden=(16, 16), critics=1,
+        atoms=51 if categorical else 0, v_max=3.0,
+    )  # fmt: skip
     loss = MPOLoss(actor, critic, action_dim=2, target="one_step", gamma=0.0)  # type: ignore[arg-type]
     groups = loss.param_groups()
     optimizer = torch.optim.Adam(

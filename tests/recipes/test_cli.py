@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from offtrace.agents.config import ConfigError, ImpalaConfig, default_config, paper_config
+from offtrace.agents.control_config import SACConfig
 from offtrace.agents.runs import RunError, new_run, read_config, write_config
 from offtrace.recipes import cli, evaluate, impala_atari, impala_control
 
@@ -80,6 +81,20 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, words: str) -> None:
         parse("--config", str(path))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_learners_with_a_replay_each_keep_their_number(tmp_path: Path) -> None:
+    for config, words in (
+        (SACConfig(), "--train.devices cannot change in a resumed run"),
+        (ImpalaConfig(), "has no checkpoints/last.ckpt"),
+    ):
+        folder = tmp_path / config.family
+        folder.mkdir()
+        write_config(config, folder)
+        with pytest.raises((ConfigError, RunError), match=words):
+            cli.parse(
+                ["--resume", str(folder), "--train.devices", "2"], presets={"default": type(config)}, description=""
+            )
 
 
 @pytest.mark.parametrize(
