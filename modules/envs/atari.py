@@ -28,6 +28,11 @@ class AtariEnv(VectorEnv):
     after a reset where the game needs it, as the wrappers of the published baselines do. Rewards are raw: the loss
     clips them.
 
+    Against Gymnasium's ``AtariPreprocessing`` with ``FrameStackObservation``: grey values differ by 1 of 255 at most,
+    since ale-py scales the picture by its own copy of OpenCV's area interpolation; the first stacks of a game are
+    padded with zeros where Gymnasium repeats the first frame; ``AtariPreprocessing`` never presses FIRE, and ends an
+    episode with a life only if told (``terminal_on_life_loss``), where it restarts the game.
+
     Args:
         game: ``"pong"``, ``"Pong"`` or ``"ALE/Pong-v5"``.
         num_envs: N.

@@ -31,7 +31,8 @@ class SACLoss(SoftLoss):
 
     * ``"one_step"``: kappa r + gamma (1 - terminated) V(x'), on transitions [N] or every step of [N, T];
     * ``"n_step"``: sum of ``n_step`` rewards and V where they end, for the first step of each sequence [N, T]; cut
-      at an episode's end and before a step that is not valid. Not corrected for being off-policy;
+      at an episode's end and before a step that is not valid. Not corrected for being off-policy, and without the
+      entropies of the steps in between, which the other targets count: its values are lower by about alpha times them;
     * ``"retrace"``, ``"importance_sampling"``, ``"q_lambda"``: every step of [N, T] by
       :func:`offtrace.modules.returns.q_return` (Munos et al. 2016, arXiv 1606.02647) with the trace of that name and
       decay ``lmbda``, from the ratio pi/mu to the stored log-probability; the Q of the trace is the minimum of the
