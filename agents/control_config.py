@@ -193,7 +193,7 @@ class ReplayedConfig(Config):
 
 @dataclass
 class SACLossConfig:
-    """Soft actor-critic."""
+    """Soft actor-critic; the paper's values where nothing else is said."""
 
     version: Literal[2, 1] = 2
     """2: temperature learnt (Haarnoja et al. 2018b); 1: value network and reward scale (2018a)."""
@@ -206,7 +206,7 @@ class SACLossConfig:
     lmbda: float = 0.95
     """Decay of the trace."""
     alpha_init: float = 0.1
-    """Temperature at the start."""
+    """Temperature at the start: pytorch_sac's for dm_control; the paper's code has 1."""
     fixed_alpha: float | None = None
     """A temperature that does not learn; null learns it."""
     target_entropy: float | Literal["auto"] = "auto"
@@ -267,7 +267,7 @@ class SACConfig(ReplayedConfig):
 
 @dataclass
 class MPOLossConfig:
-    """Maximum a posteriori policy optimisation."""
+    """Maximum a posteriori policy optimisation; Acme's defaults."""
 
     critic: Literal["scalar", "categorical"] = "scalar"
     """categorical is DMPO, with 51 atoms."""
@@ -302,9 +302,9 @@ class MPOOptimConfig:
     """Adam, and the target networks."""
 
     lr_actor: float = 3e-4
-    """Step size of the policy."""
+    """Step size of the policy: that of Acme's control scripts; its default is 1e-4."""
     lr_critic: float = 3e-4
-    """Step size of the critic."""
+    """Step size of the critic, likewise."""
     lr_dual: float = 1e-2
     """Step size of the multipliers."""
     target_every: int = 100
@@ -347,7 +347,7 @@ class MPOConfig(ReplayedConfig):
 
 @dataclass
 class VMPOLossConfig:
-    """V-MPO."""
+    """V-MPO for small control tasks; the loss's own defaults are those of the paper's Atari runs."""
 
     gamma: float = 0.99
     """Discount per agent step."""
