@@ -20,6 +20,9 @@ __all__ = [
 ]
 
 
+ENCODERS = ("shallow", "resnet", "mlp")
+
+
 @dataclass
 class EnvConfig:
     """The task."""
@@ -36,12 +39,14 @@ class EnvConfig:
 class NetworkConfig:
     """The shared actor-critic."""
 
-    encoder: Literal["shallow", "resnet", "mlp"] = "shallow"
-    """shallow and resnet (the paper's two) read images; mlp reads vectors."""
+    encoder: str = "shallow"
+    """shallow and resnet (the paper's two) read images, mlp reads vectors; or package.module:function of an own one."""
     hidden: list[int] = field(default_factory=lambda: [256])
     """Widths of the fully connected layers."""
     recurrent: int = 0
     """Width of an LSTM behind the encoder, which also reads the last action and reward; 0 for none."""
+    channels_last: bool | None = None
+    """Memory format of image encoders; null: channels last where the learner is on a GPU, where it is faster."""
 
 
 @dataclass
@@ -119,6 +124,7 @@ class OnPolicyConfig(Config):
 
     task_flag = "env.game"
     network: NetworkConfig
+    loss: Any
     optim: OptimConfig
 
     def env_options(self) -> dict[str, Any]:
@@ -142,6 +148,11 @@ class OnPolicyConfig(Config):
         self.positive("optim.lr", "optim.eps")
         self.positive_or_null("optim.clip_grad_norm")
         self.sizes("network.hidden")
+        self.require(
+            "network.encoder",
+            lambda value: value in ENCODERS or ":" in value,
+            f"one of {', '.join(ENCODERS)}, or package.module:function",
+        )
         if self.env.num_envs % self.train.minibatches:
             raise ConfigError(
                 f"train.minibatches is {self.train.minibatches}; it must divide env.num_envs, {self.env.num_envs}"

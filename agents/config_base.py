@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class ActorConfig:
     """Agent steps of an environment in one rollout."""
     threads: int = 1
     """Torch threads of an actor process."""
+    device: str = "cpu"
+    """Where the actors run their copy of the policy: cpu, cuda or cuda:<n>."""
     step_timeout: float = 60.0
     """Seconds after which a step that did not return counts as hung."""
 
@@ -133,6 +136,9 @@ class Config:
         self.at_least(0, "collector.num_workers", "train.log_every")
         self.require("train.seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
         self.positive("collector.step_timeout")
+        self.require(
+            "collector.device", lambda value: re.fullmatch(r"cpu|cuda(:\d+)?", value), "cpu, cuda or cuda:<number>"
+        )
 
     def check_devices(self, gpus: int) -> None:
         """Checks that this machine, with ``gpus`` GPUs, has what the run asks for.
@@ -149,6 +155,9 @@ class Config:
                 raise ConfigError(f"train.devices is {wanted}; this machine has {gpus} GPUs")
         elif wanted > cores:
             raise ConfigError(f"train.devices is {wanted}; this machine has {cores} cores for learners on the CPU")
+        kind, _, number = self.collector.device.partition(":")
+        if kind == "cuda" and int(number or 0) >= gpus:
+            raise ConfigError(f"collector.device is {self.collector.device}; this machine has {gpus} GPUs")
 
     def at_least(self, least: float, *paths: str) -> None:
         """Every number at ``paths`` must be finite and at least ``least``."""

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
 from tensordict.nn import ProbabilisticTensorDictSequential
 
 from offtrace.agents.agent import Agent
@@ -32,7 +33,7 @@ def make_impala(config: ImpalaConfig) -> tuple[Agent, OnPolicyData]:
             f"loss.estimator is retrace, which needs discrete actions; those of {config.task} are continuous: it must "
             "be another, such as vtrace"
         )
-    description = actor_critic_description(config, info, critic="q" if config.loss.estimator == "retrace" else "v")
+    description = actor_critic_description(config, info)
     policy = build_policy(**description["arguments"])
     loss = make_loss(config, policy)
     agent = Agent(
@@ -72,7 +73,7 @@ def make_loss(config: ImpalaConfig, policy: ProbabilisticTensorDictSequential) -
     return QActorCriticLoss(policy, **options)
 
 
-def actor_critic_description(config: OnPolicyConfig, info: EnvInfo, critic: str = "v") -> dict[str, Any]:
+def actor_critic_description(config: OnPolicyConfig, info: EnvInfo) -> dict[str, Any]:
     """Plain values from which :func:`offtrace.modules.networks.build_policy` builds the policy again."""
     arguments = {
         "network": config.network.encoder,
@@ -82,7 +83,8 @@ def actor_critic_description(config: OnPolicyConfig, info: EnvInfo, critic: str 
         "hidden": config.network.hidden,
         "recurrent": config.network.recurrent or None,
         "masked": info.masked,
-        "critic": critic,
+        "critic": "q" if getattr(config.loss, "estimator", "") == "retrace" else "v",
+        "channels_last": _channels_last(config),
     }
     return {"builder": "build_policy", "arguments": arguments}
 
@@ -102,4 +104,11 @@ def rollout_collector(
         rank=rank,
         step_timeout=config.collector.step_timeout,
         threads_per_worker=config.collector.threads,
+        device=config.collector.device,
     )
+
+
+def _channels_last(config: OnPolicyConfig) -> bool:
+    if config.network.channels_last is not None:
+        return config.network.channels_last
+    return config.train.accelerator != "cpu" and torch.cuda.is_available()

@@ -136,6 +136,7 @@ def _collector(config: ReplayedConfig, policy: nn.Module, rank: int, frames: int
         rank=rank,
         step_timeout=config.collector.step_timeout,
         threads_per_worker=config.collector.threads,
+        device=config.collector.device,
     )
 
 

@@ -49,7 +49,8 @@ def run(config: Config, folder: Path, resume: Path | None) -> int:
         return 128 + summary.signal if summary.signal else 0
     label = f"seed {config.train.seed}"
     curve = folder / "curve.png"
-    _safely("the learning curve", lambda: plot_curve({label: folder / "metrics.csv"}, curve, title=config.task))
+    if summary.updates:
+        _safely("the learning curve", lambda: plot_curve({label: folder / "metrics.csv"}, curve, title=config.task))
     if not summary.signal:
         _safely("the recorded game", lambda: _record(config, folder))
     if summary.evaluation is not None:
@@ -73,7 +74,7 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
     saved = checkpoint[CHECKPOINT_KEY]["policy"]["arguments"]
     info = env_info(config.task, **config.env_options())
     for name, own in DESCRIPTIONS[config.family](config, info)["arguments"].items():
-        if saved.get(name) != own:
+        if name != "channels_last" and saved.get(name) != own:  # that one is of the machine
             raise CheckpointError(
                 f"{resume} is of another network: its {name} is {saved.get(name)}, the run's is {own}"
             )
@@ -108,7 +109,10 @@ def _line(summary: Summary, folder: Path) -> str:
     scores = "no evaluation yet"
     if summary.last_score is not None:
         scores = f"score {summary.last_score:.1f} (best {summary.best_score:.1f})"
-    stopped = f"stopped by signal {summary.signal}, go on with --resume {folder}; " if summary.signal else ""
+    stopped = f"stopped by signal {summary.signal}" if summary.signal else ""
+    if stopped and not (folder / "checkpoints" / "last.ckpt").exists():
+        return f"{stopped} before the first update: {folder}"
+    stopped += f", go on with --resume {folder}; " if stopped else ""
     dropped = f"{summary.dropped_episodes} episodes dropped, " if summary.dropped_episodes else ""
     speed = f"{summary.frames_per_second:,.0f} frames/s and {summary.updates_per_second:,.0f} updates/s"
     return f"{stopped}{scores} after {summary.frames:,} frames, {dropped}{speed}: {folder}"

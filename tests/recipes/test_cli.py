@@ -105,6 +105,13 @@ def test_learners_with_a_replay_each_keep_their_number(tmp_path: Path) -> None:
         (["--train.minibatches", "5"], "train.minibatches is 5; it must divide env.num_envs, 16"),
         (["--loss.lmbda", "1.5"], "loss.lmbda is 1.5; it must be between 0 and 1"),
         (["--loss.c_clip", "2"], "loss.c_clip is 2; it must not be above loss.rho_clip, 1"),
+        (
+            ["--network.encoder", "resnt"],
+            "network.encoder is resnt; it must be one of shallow, resnet, mlp, or package",
+        ),
+        (["--collector.device", "gpu"], "collector.device is gpu; it must be cpu, cuda or cuda:<number>"),
+        (["--loss.value_coef", "inf"], "loss.value_coef is inf; it must be finite, and at least 0"),
+        (["--train.seed", "-1"], "train.seed is -1; it must be at least 0 and below 2**32"),
         (["--optim.lr", "nan"], "optim.lr is nan; it must be above 0"),
         (["--env.game", "pnog"], "env.game: unknown environment 'pnog'; did you mean 'pong'?"),
     ],

@@ -181,6 +181,7 @@ def test_devices_that_are_not_there(
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)), raising=False)
     config = default_config()
     config.train.accelerator, config.train.devices = accelerator, devices
+    config.collector.device = "cuda:1" if gpus == 8 else "cpu"
     if told is None:
         config.check_devices(gpus)
         return

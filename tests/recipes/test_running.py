@@ -151,6 +151,18 @@ def test_the_actions_of_a_protocol_are_not_those_of_another(capsys: pytest.Captu
     assert "the policy knows 6 actions of pong; it has 18 under the sticky protocol" in error_line(capsys)
 
 
+def test_an_own_network_and_action_values_resume(tmp_path: Path) -> None:
+    """The network of a checkpoint is compared with that of the run, whatever it is made of."""
+    (tmp_path / "own_net.py").write_text(
+        "import torch\n\n\ndef net(shape, hidden):\n    layer = torch.nn.Linear(shape[0], 7)\n"
+        "    layer.out_features = 7\n    return layer\n"
+    )
+    argv = [*TINY, "--train.name=n", "--loss.estimator=retrace", "--network.encoder=own_net:net"]
+    assert impala_control.main([*argv, "--train.total_frames=64"]) == 0
+    assert impala_control.main(["--resume", "runs/n", "--train.total_frames=128"]) == 0
+    assert json.loads((tmp_path / "runs/n/summary.json").read_text())["frames"] == 128
+
+
 @pytest.mark.parametrize(
     ("workers", "devices", "limit", "threads"),
     [(0, 1, None, 8), (2, 1, None, 6), (2, 2, None, 2), (9, 1, None, 1), (0, 1, "3", 3), (6, 1, "3", 2), (0, 1, "", 8)],
