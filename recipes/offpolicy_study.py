@@ -14,6 +14,7 @@ import argparse
 import itertools
 import math
 import multiprocessing
+import signal
 import sys
 import time
 from collections import deque
@@ -154,14 +155,14 @@ def run_cells(
                 done(waiting[future], future.result())
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
             if isinstance(error, Exception):
                 raise RuntimeError(f"a training failed: {type(error).__name__}: {error}") from error
             raise
 
 
 def _single_thread() -> None:
-    import signal
-
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends the others
@@ -213,11 +214,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs what is not in the folder yet, then writes table and figure.
 
     Returns:
-        the exit code: 0; 2 for a wrong command line or folder; 1 for a training that failed; 130 after Ctrl-C.
+        the exit code: 0; 2 for a wrong command line or folder; 1 for a training that failed; 130 when interrupted.
     """
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        return study(args)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return study(args)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     except ConfigError as error:
         return fail(str(error))
     except RuntimeError as error:

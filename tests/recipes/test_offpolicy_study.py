@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -144,6 +148,36 @@ def test_processes_train_as_this_one_does(tmp_path: Path) -> None:
         study.run_cells(
             [replace(cells[0], task="Chess")], processes=1, done=found.__setitem__, tasks={"Chess": TINY["Catch"]}
         )
+
+
+def test_an_interrupted_study_ends_its_processes_and_keeps_what_has_finished(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        study.__file__,
+        "--folder",
+        str(tmp_path),
+        "--lags",
+        "0",
+        "--replay",
+        "0",
+        "--seeds",
+        "0",
+    ]
+    words = [*command, "--tasks", "CartPole", "--updates", "10", "--estimators", "vtrace"]
+    assert subprocess.run(words, timeout=300, capture_output=True).returncode == 0
+    words[words.index("10")] = "1000000"
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        root = psutil.Process(process.pid)
+        while len(root.children()) < 2:  # the worker, and multiprocessing's own
+            assert process.poll() is None
+            time.sleep(0.1)
+        family = root.children(recursive=True)
+        process.terminate()
+        _, error = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert error.startswith("interrupted; what has finished is kept")
+    assert not psutil.wait_procs(family, timeout=60)[1]
+    assert [cell.updates for cell in read_rows(tmp_path / "study.csv")] == [10]
 
 
 def test_intervals() -> None:
