@@ -115,7 +115,6 @@ class ReplayData(LightningDataModule):
             self.limiter.check(capacity=self.replay.capacity, batch=self.batch_size)
             self._fill(self.replay, rank)
         except BaseException:
-            self.replay = None  # what could not be filled must not replace what is on disk
             self.shutdown()
             raise
         self.collector.version = self._version

@@ -22,7 +22,7 @@ class Collector:
 
     num_envs, frames_per_batch = ENVS, ENVS * STEPS
 
-    def __init__(self, rank: int = 0, first: int = 0) -> None:
+    def __init__(self, rank: int = 0, frames: int = 0, first: int = 0) -> None:
         self.rank, self.taken, self.version, self.closed = rank, first, 0, False
         self.order: Any = None
         self.pin_memory = False
@@ -73,7 +73,7 @@ def samples(batch: TensorDictBase) -> list[int]:
 
 
 def test_each_epoch_holds_every_sample_once_in_another_order() -> None:
-    data = OnPolicyData(lambda rank: Collector(), total_frames=2 * ENVS * STEPS, minibatches=3, epochs=2)
+    data = OnPolicyData(lambda rank, frames: Collector(), total_frames=2 * ENVS * STEPS, minibatches=3, epochs=2)
     found = list(batches(data))
     assert len(found) == len(data.train_dataloader()) == 2 * 2 * 3
     assert all(batch.shape == (ENVS // 3, STEPS) for batch in found)
@@ -120,7 +120,7 @@ def test_the_order_differs_by_rank_and_seed_and_repeats() -> None:
 def test_resumed_deals_as_uninterrupted() -> None:
     def data(first: int = 0) -> OnPolicyData:
         total = 4 * ENVS * STEPS
-        return OnPolicyData(lambda rank: Collector(first=first), total_frames=total, minibatches=2, epochs=2)
+        return OnPolicyData(lambda rank, frames: Collector(first=first), total_frames=total, minibatches=2, epochs=2)
 
     whole = list(batches(data()))
     before = data()
@@ -148,7 +148,7 @@ def test_sizes_below_one_are_refused(name: str) -> None:
 
 def test_minibatches_that_do_not_divide_are_refused_before_collection() -> None:
     collector = Collector()
-    data = OnPolicyData(lambda rank: collector, total_frames=10, minibatches=4)
+    data = OnPolicyData(lambda rank, frames: collector, total_frames=10, minibatches=4)
     with pytest.raises(ValueError, match="it must divide the 6 environments"):
         data.train_dataloader()
     assert collector.closed
@@ -160,7 +160,7 @@ def test_minibatches_that_do_not_divide_are_refused_before_collection() -> None:
 
 def test_lightning_fetches_no_batch_ahead_and_stops_at_the_count(tmp_path: Path) -> None:
     collector = Collector()
-    data = OnPolicyData(lambda rank: collector, total_frames=4 * ENVS * STEPS, minibatches=2)
+    data = OnPolicyData(lambda rank, frames: collector, total_frames=4 * ENVS * STEPS, minibatches=2)
     learner = Learner()
     trainer(tmp_path).fit(learner, data)
     assert learner.taken == [1, 1, 2, 2, 3, 3, 4, 4]
@@ -174,7 +174,7 @@ def test_lightning_fetches_no_batch_ahead_and_stops_at_the_count(tmp_path: Path)
 )
 def test_actors_end_with_the_training_however_it_ends(error: type[BaseException], outcome: Any, tmp_path: Path) -> None:
     collector = Collector()
-    data = OnPolicyData(lambda rank: collector, total_frames=1000)
+    data = OnPolicyData(lambda rank, frames: collector, total_frames=1000)
     with pytest.raises(outcome):
         trainer(tmp_path).fit(Learner(fail_at=2, error=error), data)
     assert collector.closed
@@ -189,10 +189,10 @@ def test_a_checkpoint_continues_the_count(tmp_path: Path) -> None:
             if trainer.global_step == 4:
                 trainer.save_checkpoint(path)
 
-    first = OnPolicyData(lambda rank: Collector(), total_frames=total, minibatches=2)
+    first = OnPolicyData(lambda rank, frames: Collector(), total_frames=total, minibatches=2)
     whole = Learner()
     trainer(tmp_path, callbacks=[Save()]).fit(whole, first)
-    second = OnPolicyData(lambda rank: Collector(first=2), total_frames=total, minibatches=2)
+    second = OnPolicyData(lambda rank, frames: Collector(first=2), total_frames=total, minibatches=2)
     rest = Learner()
     resumed = trainer(tmp_path)
     resumed.fit(rest, second, ckpt_path=path, weights_only=True)

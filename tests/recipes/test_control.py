@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 
+from offtrace.agents.training import Summary
 from offtrace.modules.envs.simulator import Simulator
-from offtrace.recipes import evaluate, mpo_control, sac_control, vmpo_control
+from offtrace.recipes import evaluate, mpo_control, running, sac_control, vmpo_control
 
 TINY = [
     "--network.hidden=[8,8]", "--network.critic_hidden=[8,8]", "--replay.capacity=300", "--replay.batch_size=8",
@@ -203,3 +204,14 @@ def test_vmpo_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert evaluate.main(["runs/a/checkpoints/last.ckpt", "--episodes=2"]) == 0
     assert "CartPole-v1, sample actions, 2 whole games" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_while_it_started_cannot_be_resumed(tmp_path: Path) -> None:
+    summary = Summary(
+        task="t", algorithm="sac", seed=0, frames=0, updates=0, episodes=0, dropped_episodes=0, frames_per_second=0.0,
+        updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=15, first_update_at=0.0,
+    )  # fmt: skip
+    assert running._line(summary, tmp_path) == f"stopped by signal 15 before the first update: {tmp_path}"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    assert running._line(summary, tmp_path).startswith(f"stopped by signal 15, go on with --resume {tmp_path}; no")
