@@ -193,3 +193,24 @@ def test_names_are_checked_without_making_anything() -> None:
 def test_options_that_an_environment_does_not_have(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make_env(name, 1, action_repeat=4)
+
+
+def test_pictures_show_the_end_of_an_episode() -> None:
+    env, single = (
+        make_env("CartPole-v1", 2, seed=3, pictures=True),
+        gymnasium.make("CartPole-v1", render_mode="rgb_array"),
+    )
+    single.reset(seed=3)
+    state = env.reset()
+    np.testing.assert_array_equal(env.render(), single.render())
+    for count in range(1, 12):
+        state["action"] = torch.ones(2, dtype=torch.int64)
+        step, state = env.step_and_maybe_reset(state)
+        over = single.step(1)[2]
+        assert bool(step["next", "terminated"][0]) == over
+        np.testing.assert_array_equal(env.render(), single.render(), err_msg=str(count))
+        if over:
+            single.reset()
+    assert count > 10
+    with pytest.raises(EnvironmentFailure, match="CartPole-v1 was not made with render_mode='rgb_array'"):
+        make_env("CartPole-v1", 1).render()
