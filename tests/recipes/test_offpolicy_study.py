@@ -135,7 +135,15 @@ def test_files_agree_and_what_has_finished_is_not_run_again(
     assert study.study(arguments(tmp_path, "--seeds", "0", "1"), TINY) == 0
     assert [cell.seed for cell in ran[4:]] == [1] * 4
     assert "8 trainings, 4 of them finished before" in capsys.readouterr().out
-    assert "[" in (tmp_path / "study.md").read_text()
+    text = (tmp_path / "study.md").read_text()
+    for estimator, lag in (("vtrace", 2), ("none", 0)):
+        both = [
+            result.score
+            for cell, result in read_rows(tmp_path / "study.csv").items()
+            if (cell.estimator, cell.lag) == (estimator, lag)
+        ]
+        low, high = interval(both)
+        assert f"{np.mean(both):.3g} [{low:.3g}, {high:.3g}]" in text
 
 
 def test_processes_train_as_this_one_does(tmp_path: Path) -> None:
