@@ -287,7 +287,7 @@ def test_a_compiled_loss_is_the_loss() -> None:
             agent.__dict__["_run_loss"] = torch.compile(agent.loss, backend="aot_eager")
         trainer = pl.Trainer(
             accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False,
+            enable_model_summary=False, callbacks=[WeightSync(1)],
         )  # fmt: skip
         trainer.fit(agent, data)
         finals.append({k: v.clone() for k, v in agent.state_dict().items()})
