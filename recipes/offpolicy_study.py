@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import math
 import multiprocessing
 import signal
@@ -165,6 +166,7 @@ def run_cells(
 def _single_thread() -> None:
     import torch
 
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it tells of every storage
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends the others
     torch.set_num_threads(1)
 
