@@ -415,7 +415,7 @@ def pixel_sac_config() -> SACConfig:
     config = SACConfig()
     config.env.pixels, config.env.action_repeat = True, 4
     config.network.encoder = "shallow"
-    config.replay.capacity = 100_000  # 6.4 GB
+    config.replay.capacity = 300_000  # 6.4 GB: of the three stacked frames each is stored once
     return config
 
 

@@ -45,6 +45,7 @@ def task_info(config: ReplayedConfig) -> EnvInfo:
             "be another, such as retrace"
         )
     _check_memory(config, info)
+    _check_lanes(config, info)
     if info.num_actions is not None and config.network.smoothing:
         raise ConfigError(f"network.smoothing is {config.network.smoothing}; {config.task} has discrete actions")
     return info
@@ -54,13 +55,26 @@ def _check_memory(config: ReplayedConfig, info: EnvInfo) -> None:
     """Observations are most of a replay; what its memory cannot hold is refused before it is asked for."""
     if config.replay.storage != "tensor" or not hasattr(os, "sysconf"):
         return
-    step = math.prod(info.observation_shape) * (1 if len(info.observation_shape) == 3 else 4)
+    # of a stack one frame is stored
+    step = math.prod(info.observation_shape) // info.frame_stack * (1 if len(info.observation_shape) == 3 else 4)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if config.replay.capacity * step > memory:
         raise ConfigError(
             f"replay.capacity is {config.replay.capacity}; observations of {step} bytes take "
             f"{config.replay.capacity * step / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f}: it must be below "
             f"{memory // step}, or replay.storage memmap"
+        )
+
+
+def _check_lanes(config: ReplayedConfig, info: EnvInfo) -> None:
+    """Where frames are stored once, each episode takes slots for the older frames of its first observation."""
+    lanes, unroll = config.env.num_envs * max(1, config.collector.num_workers), config.collector.unroll
+    # every step of a rollout may be an episode
+    least = lanes * ((info.frame_stack + 1) * unroll + config.sample_length)
+    if info.frame_stack > 1 and config.replay.capacity < least:
+        raise ConfigError(
+            f"replay.capacity is {config.replay.capacity}; for {lanes} environments that stack {info.frame_stack} "
+            f"frames and a collector.unroll of {unroll} it must be at least {least}"
         )
 
 
@@ -91,7 +105,7 @@ def make_data(config: ReplayedConfig, policy: ControlPolicy, info: EnvInfo) -> R
     replay = config.replay
     return ReplayData(
         partial(_collector, config, policy),
-        partial(_replay, config),
+        partial(_replay, config, info),
         total_frames=config.train.total_frames,
         batch_size=replay.batch_size,
         samples_per_insert=replay.samples_per_insert,
@@ -140,7 +154,7 @@ def _collector(config: ReplayedConfig, policy: nn.Module, rank: int, frames: int
     )
 
 
-def _replay(config: ReplayedConfig, rank: int, collector: RolloutCollector) -> Replay:
+def _replay(config: ReplayedConfig, info: EnvInfo, rank: int, collector: RolloutCollector) -> Replay:
     return Replay(
         config.replay.capacity,
         num_envs=config.env.num_envs,
@@ -150,4 +164,5 @@ def _replay(config: ReplayedConfig, rank: int, collector: RolloutCollector) -> R
         pad=config.sample_length > 1,
         storage=config.replay.storage,
         seed=config.train.seed + 7919 * rank,
+        frame_stack=info.frame_stack,
     )

@@ -5,7 +5,8 @@
 
 Both hold what a tanh-Gaussian policy of 6 actions writes: observation, action, log-probability, loc, scale, pre-tanh
 sample, reward and flags. TorchRL's buffer stores the rollout as a collector gives it, with the successors, and samples
-sequences by its SliceSampler from the ends of the episodes. Times are medians, in microseconds.
+sequences by its SliceSampler from the ends of the episodes. Of images there is a third column: our replay with
+``frame_stack=3``, which stores each of the frames 3x84x84 once. Times are medians, in microseconds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torchrl.data.replay_buffers import RandomSampler, SliceSampler
 
 from offtrace.modules.replay import Replay
 
-ENVS, EPISODE, ACTIONS = 8, 1000, 6
+ENVS, EPISODE, ACTIONS, FRAMES = 8, 1000, 6, 3
 
 
 class Rollouts:
@@ -33,16 +34,18 @@ class Rollouts:
     def __init__(self, pixels: bool) -> None:
         self.pixels = pixels
         self.step = 0
-        self.last = self._observation(1)[:, 0]
+        self.seen = self._new(FRAMES if pixels else 1)
 
-    def _observation(self, steps: int) -> torch.Tensor:
+    def _new(self, steps: int) -> torch.Tensor:
         if self.pixels:
-            return torch.randint(256, (ENVS, steps, 9, 84, 84), dtype=torch.uint8)
+            return torch.randint(256, (ENVS, steps, 3, 84, 84), dtype=torch.uint8)
         return torch.rand(ENVS, steps, 17)
 
     def next(self, steps: int) -> TensorDict:
-        states = torch.cat([self.last[:, None], self._observation(steps)], 1)
-        self.last = states[:, -1]
+        states = torch.cat([self.seen, self._new(steps)], 1)
+        self.seen = states[:, -self.seen.shape[1] :]
+        if self.pixels:
+            states = torch.cat([states[:, index : index + steps + 1] for index in range(FRAMES)], 2)
         count = torch.arange(self.step, self.step + steps).expand(ENVS, steps).unsqueeze(-1)
         self.step += steps
         over = count % EPISODE == EPISODE - 1
@@ -92,36 +95,42 @@ def median(call: Callable[[], Any], times: list[float]) -> None:
 
 
 def compare(capacity: int, batch: int, length: int, *, pixels: bool, rounds: int, folder: str) -> None:
-    """Fills both until the ring has turned over, then measures in turns."""
+    """Fills all until the ring has turned over, then measures in turns."""
     kind: Any = "memmap" if pixels else "tensor"
-    ours = Replay(
-        capacity, num_envs=ENVS, batch_size=batch, length=length, pad=length > 1, storage=kind,
-        path=folder if pixels else None,
-    )  # fmt: skip
-    theirs = Theirs(capacity, batch, length, pixels)
+
+    def ours(name: str, frames: int) -> Replay:
+        return Replay(
+            capacity, num_envs=ENVS, batch_size=batch, length=length, pad=length > 1, storage=kind,
+            path=f"{folder}/{name}" if pixels else None, frame_stack=frames,
+        )  # fmt: skip
+
+    contenders: dict[str, Any] = {"ours": ours("whole", 1)}
+    if pixels:
+        contenders["frames once"] = ours("frames", FRAMES)
+    contenders["TorchRL"] = Theirs(capacity, batch, length, pixels)
     rollouts = Rollouts(pixels)
     chunk = 250 if not pixels else 25
-    while ours.inserted < 1.1 * capacity:
+    while contenders["ours"].inserted < 1.1 * capacity:
         rollout = rollouts.next(chunk)
-        ours.extend(rollout)
-        theirs.extend(rollout)
-    rows = {}
-    for name, steps in (("insert 8 x 1", 1), (f"insert 8 x {chunk}", chunk)):
-        one, two = [], []  # type: list[float], list[float]
+        for one in contenders.values():
+            one.extend(rollout)
+    rows: dict[str, dict[str, list[float]]] = {}
+    for row, steps in (("insert 8 x 1", 1), (f"insert 8 x {chunk}", chunk)):
+        rows[row] = {name: [] for name in contenders}
         for _ in range(max(rounds // steps, 20)):
             rollout = rollouts.next(steps)
-            median(lambda rollout=rollout: ours.extend(rollout), one)  # type: ignore[misc]
-            median(lambda rollout=rollout: theirs.extend(rollout), two)  # type: ignore[misc]
-        rows[name] = one, two
-    one, two = [], []
+            for name, one in contenders.items():
+                median(lambda one=one, rollout=rollout: one.extend(rollout), rows[row][name])  # type: ignore[misc]
+    rows[f"sample {batch}"] = times = {name: [] for name in contenders}
     for _ in range(rounds if not pixels else 30):
-        median(ours.sample, one)
-        median(theirs.sample, two)
-    rows[f"sample {batch}"] = one, two
+        for name, one in contenders.items():
+            median(one.sample, times[name])
     print(f"length {length}, {'images' if pixels else '17 numbers'}, {capacity} steps")
-    for name, (mine, other) in rows.items():
-        print(f"  {name:14} {statistics.median(mine):9.0f} us, TorchRL {statistics.median(other):9.0f} us")
-    print(f"  {'memory':14} {ours.bytes_per_slot:9.0f} bytes a step, TorchRL {theirs.bytes():.0f}")
+    for row, measured in rows.items():
+        found = (f"{name} {statistics.median(values):9.0f} us" for name, values in measured.items())
+        print(f"  {row:14} {', '.join(found)}")
+    sizes = {name: one.bytes() if name == "TorchRL" else one.bytes_per_slot for name, one in contenders.items()}
+    print(f"  {'bytes a step':14} {', '.join(f'{name} {size:9.0f}   ' for name, size in sizes.items())}")
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from offtrace.modules.keys import DONE, IS_INIT, NEXT, OBSERVATION, TERMINATED, 
 from offtrace.modules.limiter import SamplesPerInsert
 from offtrace.modules.replay_entries import Key, check, choose, entries_of, nested
 from offtrace.modules.replay_files import DamagedReplay, read_folder, write_folder
-from offtrace.modules.replay_lanes import INIT, Lanes
+from offtrace.modules.replay_frames import STACK, check_shifted, newest_only
+from offtrace.modules.replay_lanes import INIT, Lanes, joined
 from offtrace.modules.replay_lanes import TERMINATED as TERMINATED_BIT
 from offtrace.modules.replay_lanes import TRUNCATED as TRUNCATED_BIT
 
@@ -34,8 +35,13 @@ class Replay:
     stored, nor the place where a lane is being written. Where a rollout does not go on from the state in which the last
     one of its lane ended, because an actor was restarted, the episode ends there, with the bootstrap intact.
 
+    With ``frame_stack`` k the observation is a stack of k frames, of which each is stored once: that of a slot is the
+    newest, and a sample's stacks are put together from k slots in a row. They come back bit for bit, whatever the
+    environment pads the first stack of an episode with, because its k - 1 older frames take slots too.
+
     Args:
-        capacity: slots, rounded up to a multiple of the lanes; an ended episode takes one more than its steps.
+        capacity: slots, rounded up to a multiple of the lanes; an ended episode takes ``frame_stack`` more than its
+            steps.
         num_envs: N, environments of one actor.
         batch_size: samples in a batch.
         num_workers: actors; one for collection in process.
@@ -47,6 +53,8 @@ class Replay:
         path: folder of the files; a temporary one if not given.
         seed: of the sampling, which draws from a generator of its own.
         device: where a ``"tensor"`` storage lies and samples come from.
+        frame_stack: frames of equal size along the first dimension of the one observation ``[k * C, ...]``, the newest
+            last; 1 stores observations whole.
 
     Raises:
         ValueError: a number is out of range or does not fit the others.
@@ -70,9 +78,10 @@ class Replay:
         path: str | Path | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
+        frame_stack: int = 1,
     ) -> None:
         sizes = {"num_envs": num_envs, "batch_size": batch_size, "num_workers": num_workers, "length": length}
-        for name, value in {"capacity": capacity, **sizes}.items():
+        for name, value in {"capacity": capacity, **sizes, "frame_stack": frame_stack}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if storage not in ("tensor", "memmap"):
@@ -88,12 +97,13 @@ class Replay:
                 f"length is {length}; a capacity of {capacity} leaves each of {lanes} environments {size - 1} steps, "
                 f"so it must be below {size}"
             )
+        size += frame_stack - 1  # the oldest slots of a lane lack older frames
         self.capacity, self.num_envs, self.num_workers = capacity, num_envs, num_workers
         self.batch_size, self.length, self.pad = batch_size, length, pad and length > 1
-        self.device = torch.device(device)
+        self.device, self.frame_stack = torch.device(device), frame_stack
         self.inserted = self.sampled = self.dropped = 0
         self._kind, self._path = storage, path
-        self._lanes = Lanes(lanes, size, length, self.pad)
+        self._lanes = Lanes(lanes, size, length, self.pad, older=frame_stack - 1)
         self._generator = torch.Generator().manual_seed(seed)
         self._storage: Any = None
         self._leaves: dict[Key, Tensor] = {}
@@ -126,7 +136,8 @@ class Replay:
 
         Raises:
             ValueError: the rollout has another number of environments, lacks an entry, has one of another shape or
-                type, or is longer than a lane. Nothing is inserted then.
+                type, or is longer than a lane; or its observations are no stacks of ``frame_stack`` frames. Nothing is
+                inserted then.
         """
         if rollout.ndim != 2 or rollout.shape[0] != self.num_envs:
             raise ValueError(
@@ -136,12 +147,17 @@ class Replay:
         if not 0 <= worker < self.num_workers:
             raise ValueError(f"worker is {worker}; the replay has lanes for actors 0 to {self.num_workers - 1}")
         with self._lock:
-            entries = entries_of(rollout)
+            entries = whole = entries_of(rollout)
+            flags = _flags(entries, *rollout.shape)
+            if self.frame_stack > 1:
+                entries = newest_only(whole, self.frame_stack)
+                check_shifted(whole, self.frame_stack, flags["valid"], joined(**flags))
             if not self._leaves:
                 self._state, leaves = choose(entries)
                 self._allocate(leaves)
             check(entries, self._state, self._leaves)
-            return self._insert(entries, worker, rollout.shape[0], rollout.shape[1])
+            self._has_init |= (IS_INIT,) in entries
+            return self._insert(entries, whole, flags, worker)
 
     def sample(self, batch_size: int | None = None) -> TensorDict:
         """A batch ``[B]``, or ``[B, length]`` with ``length`` above 1, in memory of its own.
@@ -207,10 +223,11 @@ class Replay:
         """
         with self._lock:
             folder = read_folder(Path(path))
+            numbers = {"frame_stack": 1, **folder.facts}  # older folders do not say it
             for name, value in self._shape().items():
-                if folder.facts.get(name) != value:
+                if numbers.get(name) != value:
                     raise ValueError(
-                        f"the replay in {str(path)!r} has {name} {folder.facts.get(name)}, this one has {value}"
+                        f"the replay in {str(path)!r} has {name} {numbers.get(name)}, this one has {value}"
                     )
             self._allocate(folder.leaves())
             lanes, books, facts = self._lanes, folder.books, folder.facts
@@ -227,54 +244,58 @@ class Replay:
             self.inserted, self.sampled, self.dropped = (int(facts[x]) for x in ("inserted", "sampled", "dropped"))
 
     def _shape(self) -> dict[str, Any]:
-        names = ("capacity", "num_envs", "num_workers", "length", "pad")
+        names = ("capacity", "num_envs", "num_workers", "length", "pad", "frame_stack")
         return {name: getattr(self, name) for name in names}
 
-    def _insert(self, entries: dict[Key, Tensor], worker: int, envs: int, steps: int) -> int:
-        def flag(*keys: Key) -> np.ndarray:
-            found = next((entries[key] for key in keys if key in entries), None)
-            return np.zeros((envs, steps), bool) if found is None else found.reshape(envs, steps).cpu().numpy()
-
-        terminated = flag((NEXT, TERMINATED))
-        truncated = flag((NEXT, TRUNCATED)) if (NEXT, TRUNCATED) in entries else flag((NEXT, DONE)) & ~terminated
-        given = (NEXT, VALID) in entries or (VALID,) in entries
-        valid = flag((NEXT, VALID), (VALID,)) if given else np.ones((envs, steps), bool)
-        init = flag((IS_INIT,))
-        self._has_init |= (IS_INIT,) in entries
+    def _insert(
+        self, entries: dict[Key, Tensor], whole: dict[Key, Tensor], flags: dict[str, np.ndarray], worker: int
+    ) -> int:
+        envs, steps = flags["valid"].shape
         lanes = slice(worker * envs, worker * envs + envs)
-        continues = valid[:, 0] & ~init[:, 0] & self._lanes.open[lanes]
+        continues = flags["valid"][:, 0] & ~flags["init"][:, 0] & self._lanes.open[lanes]
         if continues.any():
-            continues &= self._same_state(entries, lanes, envs)
-        plan = self._lanes.insert(
-            lanes, valid=valid, terminated=terminated, truncated=truncated, init=init, continues=continues
-        )
-        whole = len(plan.step_rows) == envs * steps
+            continues &= self._same_state(whole, lanes, envs)
+        plan = self._lanes.insert(lanes, **flags, continues=continues)
+        every = len(plan.step_rows) == envs * steps
         to = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
-        rows, slots, final_rows, final_slots = map(to, plan)
+        rows, slots, final_rows, final_slots = map(to, plan[:4])
         for key, leaf in self._leaves.items():
             data = entries[key].flatten(0, 1).to(self.device)
-            leaf.index_copy_(0, slots, data if whole else data.index_select(0, rows))
+            leaf.index_copy_(0, slots, data if every else data.index_select(0, rows))
         for key in self._state if len(plan.final_slots) else ():
             data = entries[(NEXT, *key)].flatten(0, 1)
             self._leaves[key].index_copy_(0, final_slots, data.to(self.device).index_select(0, final_rows))
+        if plan.older_slots.size:
+            leaf = self._leaves[STACK]
+            stacks = whole[STACK].flatten(0, 1).to(self.device).index_select(0, to(plan.first_rows))
+            frames = stacks.view(len(stacks), self.frame_stack, *leaf.shape[1:])[:, :-1]
+            leaf.index_copy_(0, to(plan.older_slots.ravel()), frames.flatten(0, 1))
         self.inserted += len(plan.step_rows)
         self.dropped += envs * steps - len(plan.step_rows)
         return len(plan.step_rows)
 
-    def _same_state(self, entries: dict[Key, Tensor], lanes: slice, envs: int) -> np.ndarray:
+    def _same_state(self, whole: dict[Key, Tensor], lanes: slice, envs: int) -> np.ndarray:
         slots = torch.from_numpy(self._lanes.provisional(lanes)).to(self.device)
         same = np.ones(envs, bool)
         for key in self._state:
             if key[0] == OBSERVATION:
-                stored, first = self._leaves[key].index_select(0, slots), entries[key][:, 0].to(self.device)
+                stored, first = self._take(key, slots), whole[key][:, 0].to(self.device)
                 same &= (stored == first).reshape(envs, -1).all(1).cpu().numpy()
         return same
 
+    def _take(self, key: Key, slots: Tensor) -> Tensor:
+        """What was inserted into ``slots`` ``[B]``, ``[B, ...]``; stacks of frames are whole again."""
+        leaf = self._leaves[key]
+        if self.frame_stack == 1 or key != STACK:
+            return leaf.index_select(0, slots)
+        frames = leaf.index_select(0, self._lanes.stacks(slots).flatten())
+        return frames.view(len(slots), self.frame_stack * leaf.shape[1], *leaf.shape[2:])
+
     def _transitions(self, slots: np.ndarray) -> TensorDict:
         index, following = (torch.from_numpy(x).to(self.device) for x in (slots, self._lanes.successors(slots)))
-        found = {key: leaf.index_select(0, index) for key, leaf in self._leaves.items()}
+        found = {key: self._take(key, index) for key in self._leaves}
         for key in self._state:
-            found[(NEXT, *key)] = self._leaves[key].index_select(0, following)
+            found[(NEXT, *key)] = self._take(key, following)
         return self._assemble(found, slots, None)
 
     def _sequences(self, slots: np.ndarray) -> TensorDict:
@@ -286,8 +307,8 @@ class Replay:
             if key not in self._state:
                 found[key] = leaf.index_select(0, index).view(*shape, *leaf.shape[1:])
         for key in self._state:
-            leaf = self._leaves[key]
-            window = leaf.index_select(0, both).view(shape[0], shape[1] + 1, *leaf.shape[1:])
+            window = self._take(key, both)
+            window = window.view(shape[0], shape[1] + 1, *window.shape[1:])
             found[key], found[(NEXT, *key)] = window[:, :-1], window[:, 1:]
         return self._assemble(found, steps, valid)
 
@@ -337,3 +358,17 @@ class Replay:
             f"no sample of length {self.length} can begin anywhere: the replay has {len(self)} steps; insert more of "
             "them before the first batch (min_size)"
         )
+
+
+def _flags(entries: dict[Key, Tensor], envs: int, steps: int) -> dict[str, np.ndarray]:
+    """The flags of a rollout, bool ``[N, T]`` each."""
+
+    def flag(*keys: Key) -> np.ndarray:
+        found = next((entries[key] for key in keys if key in entries), None)
+        return np.zeros((envs, steps), bool) if found is None else found.reshape(envs, steps).cpu().numpy()
+
+    terminated = flag((NEXT, TERMINATED))
+    truncated = flag((NEXT, TRUNCATED)) if (NEXT, TRUNCATED) in entries else flag((NEXT, DONE)) & ~terminated
+    given = (NEXT, VALID) in entries or (VALID,) in entries
+    valid = flag((NEXT, VALID), (VALID,)) if given else np.ones((envs, steps), bool)
+    return {"valid": valid, "terminated": terminated, "truncated": truncated, "init": flag((IS_INIT,))}

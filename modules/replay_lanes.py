@@ -5,18 +5,34 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 # One byte says all about a slot. A slot without STEP holds the state after the last step of an episode.
 STEP, TERMINATED, TRUNCATED, INIT, START = 1, 2, 4, 8, 16
 
+_NONE = np.zeros(0, np.int64)
+
 
 class Plan(NamedTuple):
-    """What to write where; rows count ``environment * T + time`` in the rollout."""
+    """What to write where; rows count ``environment * T + time`` in the rollout.
+
+    ``older_slots`` ``[F, older]`` take the older frames, oldest first, of the states with which F runs begin.
+    """
 
     step_rows: np.ndarray
     step_slots: np.ndarray
     final_rows: np.ndarray
     final_slots: np.ndarray
+    first_rows: np.ndarray
+    older_slots: np.ndarray
+
+
+def joined(*, valid: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, init: np.ndarray) -> np.ndarray:
+    """Which steps of a rollout ``[N, T]`` are of one run with the step after them, ``[N, T - 1]``."""
+    parted = (terminated | truncated)[:, :-1] | init[:, 1:]
+    both: np.ndarray = valid[:, :-1] & valid[:, 1:] & ~parted
+    return both
 
 
 class Lanes:
@@ -30,11 +46,17 @@ class Lanes:
     the last steps of an ended run, whose windows are shorter. The starts are kept as a list in which one that is
     overwritten is replaced by the last, so drawing uniformly is one lookup.
 
+    Where a state is a stack of frames and a slot holds the newest one, the others lie in the ``older`` slots before it:
+    those of the steps before, and ahead of a run's first step as many slots that hold nothing else. So whatever an
+    environment pads its first stack with comes back. The oldest slots of a full lane are no steps any more, but still
+    give frames to those behind them.
+
     Args:
         number: lanes.
         size: slots of each.
         length: steps of a sample.
         pad: shorter windows at the end of a run.
+        older: frames of a state besides the newest.
 
     Attributes:
         flags: uint8 ``[number * size]``.
@@ -43,8 +65,8 @@ class Lanes:
         longest: steps of the longest run so far.
     """
 
-    def __init__(self, number: int, size: int, length: int, pad: bool) -> None:
-        self.number, self.size, self.length, self.pad = number, size, length, pad
+    def __init__(self, number: int, size: int, length: int, pad: bool, older: int = 0) -> None:
+        self.number, self.size, self.length, self.pad, self.older = number, size, length, pad, older
         self.flags = np.zeros(number * size, np.uint8)
         self.starts = np.zeros(number * size, np.int32)
         self._place = np.zeros(number * size, np.int32)
@@ -81,18 +103,28 @@ class Lanes:
             ValueError: the rollout is longer than a lane. Nothing has changed then.
         """
         size, steps = self.size, valid.shape[1]
-        done = terminated | truncated
-        ended = valid & done
-        ended[:, :-1] |= valid[:, :-1] & (~valid[:, 1:] | init[:, 1:])
+        stops = ~joined(valid=valid, terminated=terminated, truncated=truncated, init=init)
+        ended = valid.copy()
+        ended[:, :-1] &= stops
+        ended[:, -1] &= terminated[:, -1] | truncated[:, -1]
         was_open, carried = self.open[lanes], self.run[lanes]
         lead = was_open & ~continues  # the provisional state stays, as the last of its run
+        breaks = np.zeros_like(valid)  # where no run goes on
+        breaks[:, 0] = ~continues
+        breaks[:, 1:] = stops
         emitted = valid.astype(np.int64) + ended
+        if self.older:
+            ahead = self.older * (valid & breaks)
+            emitted += ahead
         offset = np.cumsum(emitted, 1) - emitted + lead[:, None]
+        if self.older:
+            offset += ahead
         total = emitted.sum(1) + lead
         is_open = valid[:, -1] & ~ended[:, -1]
-        if int((total + is_open).max()) > size:
+        usable = size - self.older
+        if int((total + is_open).max()) > usable:
             raise ValueError(
-                f"a rollout of {steps} steps does not fit the {size} slots that the replay has for an environment; "
+                f"a rollout of {steps} steps does not fit the {usable} slots that the replay has for an environment; "
                 "raise its capacity or shorten the rollouts"
             )
         written = self.written[lanes]
@@ -106,18 +138,24 @@ class Lanes:
             [ended.ravel().nonzero()[0], is_open.nonzero()[0] * steps + steps - 1]  # the tail is the state after it
         )
         final_slots = np.concatenate([final_slots, tail_slots])
+        head = (written + total + is_open)[:, None]
+        no_steps = [final_slots, lead_slots]
+        first_rows = older_slots = _NONE
+        if self.older:
+            first_rows = ahead.ravel().nonzero()[0]
+            before = absolute[..., None] + np.arange(-self.older, 0)
+            older_slots = self._slots(base[..., None], before).reshape(-1, self.older)[first_rows]
+            # the slots behind the head are the oldest ones: frames of their states are lost
+            no_steps += [older_slots.ravel(), self._slots(base, head + np.arange(self.older)).ravel()]
 
         flags = (STEP + TERMINATED * terminated + TRUNCATED * truncated + INIT * init).astype(np.uint8)[valid]
-        self._overwrite(step_slots, np.concatenate([final_slots, lead_slots]), flags)
+        self._overwrite(step_slots, np.concatenate(no_steps), flags)
 
         # run[n, t]: steps of the run that ends at t, t included
-        breaks = np.zeros_like(valid)
-        breaks[:, 1:] = ended[:, :-1] | ~valid[:, :-1]
-        carried_on = np.where(lead, 0, carried)
         time = np.arange(steps)
-        last_break = np.maximum.accumulate(np.where(breaks, time, -carried_on[:, None]), 1)
+        last_break = np.maximum.accumulate(np.where(breaks, time, -carried[:, None]), 1)
         run = time - last_break + 1
-        floor = (written + total + is_open - size)[:, None]
+        floor = head - usable
         # the step that completes a window makes the window's first step a start
         first = absolute - (self.length - 1)
         self._add(self._slots(base, first)[valid & (run >= self.length) & (first >= floor)])
@@ -129,7 +167,7 @@ class Lanes:
         self.open[lanes] = is_open
         self.run[lanes] = np.where(is_open, run[:, -1], 0)
         self.longest = max(self.longest, int((run * valid).max(initial=0)))
-        return Plan(valid.ravel().nonzero()[0], step_slots, final_rows, final_slots)
+        return Plan(valid.ravel().nonzero()[0], step_slots, final_rows, final_slots, first_rows, older_slots)
 
     def _overwrite(self, step_slots: np.ndarray, other_slots: np.ndarray, flags: np.ndarray) -> None:
         every = np.concatenate([step_slots, other_slots])
@@ -180,6 +218,12 @@ class Lanes:
         following = slots + 1
         following[following % self.size == 0] -= self.size
         return following
+
+    def stacks(self, slots: Tensor) -> Tensor:
+        """The slots with the frames of the states in ``slots`` ``[B]``, oldest first, ``[B, older + 1]``."""
+        place = (slots % self.size)[:, None]
+        back = torch.arange(self.older, -1, -1, device=slots.device)
+        return slots[:, None] - place + (place - back) % self.size
 
     def windows(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """States ``[B, length + 1]``, steps ``[B, length]`` and, with ``pad``, which of them are valid ``[B, length]``.

@@ -88,6 +88,7 @@ class AtariEnv(VectorEnv):
             action=Categorical(actions, dtype=torch.int64),
             frame_skip=4,
             last_step=last_step,
+            frame_stack=4,
         )
         self._seed = seed
         self._started = False

@@ -49,6 +49,8 @@ class VectorEnv(EnvBase):
         last_step: also write ``"last_action"`` and ``"last_reward"``, zeros at the start of an episode.
         masked: the environment gives ``"action_mask"``.
         fallible: a simulator may fail: also write ``"valid"``, False under ``"next"`` where it did in the step.
+        frame_stack: frames along an observation's first dimension, the newest last. Within an episode each observation
+            is the one before, moved by a frame; what the first one holds is free. 1: no stack.
 
     Attributes:
         dropped: episodes that a simulator's failure ended.
@@ -74,12 +76,14 @@ class VectorEnv(EnvBase):
         last_step: bool = False,
         masked: bool = False,
         fallible: bool = False,
+        frame_stack: int = 1,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
         super().__init__(device=torch.device("cpu"), batch_size=[num_envs])
         self.name = name
         self.frame_skip = frame_skip
+        self.frame_stack = frame_stack
         self.last_step = last_step
         n = num_envs
         flag = lambda: Binary(n=1, shape=(n, 1), dtype=torch.bool)  # noqa: E731

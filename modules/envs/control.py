@@ -98,6 +98,7 @@ class ControlEnv(VectorEnv):
             frame_skip=action_repeat,
             last_step=last_step,
             fallible=True,
+            frame_stack=frame_stack if pixels else 1,
         )
         shape = tuple(observation.shape) if pixels else (first.size,)
         self._current = np.zeros((num_envs, *shape), np.uint8 if pixels else np.float32)

@@ -29,13 +29,17 @@ from offtrace.modules.keys import (
 
 @dataclass(frozen=True)
 class EnvInfo:
-    """What an agent has to know of an environment; exactly one of ``num_actions`` and ``action_dim`` is set."""
+    """What an agent has to know of an environment; exactly one of ``num_actions`` and ``action_dim`` is set.
+
+    ``frame_stack`` is the number of frames in an observation, 1 where it is no stack.
+    """
 
     observation_shape: tuple[int, ...]
     num_actions: int | None
     action_dim: int | None
     frame_skip: int
     masked: bool
+    frame_stack: int = 1
 
 
 def make_env(
@@ -108,6 +112,7 @@ def env_info(name: str, **kwargs: Any) -> EnvInfo:
             action_dim=None if discrete else int(action.shape[-1]),
             frame_skip=int(getattr(env, "frame_skip", 1)),
             masked=ACTION_MASK in env.observation_spec.keys(),  # noqa: SIM118 - a spec
+            frame_stack=int(getattr(env, "frame_stack", 1)),
         )
     finally:
         env.close()

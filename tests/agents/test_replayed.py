@@ -23,6 +23,7 @@ from offtrace.agents.control_config import (
     discrete_sac_config,
     dmpo_config,
     full_covariance_config,
+    pixel_sac_config,
     sac_v1_config,
 )
 from offtrace.agents.targets import hard_update
@@ -252,6 +253,35 @@ def test_a_damaged_replay_is_named(tmp_path: Path) -> None:
     largest.write_bytes(largest.read_bytes()[:-1])
     with pytest.raises(DamagedReplay, match=str(folder)):
         fit(config, tmp_path / "c", stop=12, resume=tmp_path / "a" / "last.ckpt")
+
+
+def small_pixels() -> SACConfig:
+    config: SACConfig = small(pixel_sac_config(), "cartpole-swingup", rollouts=4)
+    config.env.action_repeat, config.loss.fixed_alpha = 1, 0.1
+    return config
+
+
+def test_of_stacked_images_each_frame_is_stored_once() -> None:
+    config = small_pixels()
+    config.validate()
+    agent, data, _ = fit(config)
+    assert agent.updates == 4 * (4 * ROLLOUT - 16) // 8
+    assert data.replay.frame_stack == 3
+    assert data.replay._leaves["observation",].shape[1:] == (3, 84, 84)
+    assert data.replay.sample()["observation"].shape == (8, 9, 84, 84)
+    _, data, _ = fit(configs()["sac"])
+    assert data.replay.frame_stack == 1
+
+
+def test_a_capacity_that_stacked_images_do_not_fit_is_refused() -> None:
+    config = small_pixels()
+    config.replay.capacity = 10**13
+    with pytest.raises(ConfigError, match=r"observations of 21168 bytes take 211680000\.0 GB, and this machine has"):
+        BUILDERS["sac"](config)
+    config.replay.capacity = 32
+    config.validate()
+    with pytest.raises(ConfigError, match=r"for 1 environments that stack 3 frames and .* of 8 it must be at least 33"):
+        BUILDERS["sac"](config)
 
 
 def test_actors_in_processes_hold_the_ratio() -> None:
