@@ -123,14 +123,14 @@ def _row(entries: Iterable[str]) -> str:
 
 
 def _mean(values: list[float]) -> str:
-    return f"{np.mean(values):.3g}" if values else ""
+    return f"{round(float(np.mean(values)), 6):.3g}" if values else ""
 
 
 def _with_interval(values: list[float]) -> str:
     if not values:
         return ""
     low, high = interval(values)
-    return f"{_mean(values)} [{low:.3g}, {high:.3g}]" if len(values) > 1 else _mean(values)
+    return f"{_mean(values)} [{round(low, 6):.3g}, {round(high, 6):.3g}]" if len(values) > 1 else _mean(values)
 
 
 def draw(path: Path, rows: Rows, *, estimators: Sequence[str]) -> None:

@@ -427,7 +427,7 @@ def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
         os.killpg(learner.pid, signal.SIGINT)  # as a terminal does: to the workers as well
     elif end == "kill":
         learner.kill()
-    _, errors = learner.communicate(timeout=20)
+    _, errors = learner.communicate(timeout=60)
     assert learner.returncode not in (0, None)
     gone = time.monotonic() + 5.0
     while psutil.pid_exists(worker) and time.monotonic() < gone:
