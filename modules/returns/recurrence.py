@@ -11,15 +11,20 @@ elementwise steps around the recurrence do not each travel to memory and back.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Elements of a block: a few buffers of this size fit the second-level cache."""
+
+_PAGE = 1 << 21
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
 Rows = list[Any]
 """Tensors ``[rows, *B]``, or None where an argument was not given."""
@@ -70,7 +75,7 @@ def backwards(step: Step, tensors: Sequence[Tensor | None], outputs: int, dtype:
     if rows >= length or not _eager_cpu(*present):
         out, _ = step(list(tensors), None)
         return [x.to(dtype) for x in out]
-    results = [torch.empty(first.shape, dtype=dtype, device=first.device) for _ in range(outputs)]
+    results = [_huge(torch.empty(first.shape, dtype=dtype, device=first.device)) for _ in range(outputs)]
     carry = None
     for end in range(length, 0, -rows):
         start = max(0, end - rows)
@@ -109,6 +114,15 @@ def _limited(x: Tensor, bounded: bool) -> Tensor:
         return x
     limit = torch.finfo(x.dtype).max
     return x.clamp(-limit, limit)
+
+
+def _huge(x: Tensor) -> Tensor:
+    """``x``, its fresh memory asked for in pages of 2 MiB: to touch it first in pages of 4 KiB costs as much as a third
+    of the arithmetic. Advice to the system, on Linux; nothing depends on it."""
+    start, end = (-(-x.data_ptr() // _PAGE) * _PAGE, (x.data_ptr() + x.nbytes) // _PAGE * _PAGE)
+    if _madvise is not None and end > start:
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14)  # MADV_HUGEPAGE
+    return x
 
 
 def _eager_cpu(*tensors: Tensor) -> bool:
