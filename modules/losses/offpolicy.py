@@ -78,6 +78,16 @@ class OffPolicyLoss(LossModule):
         super().__setstate__(state)
         self._bind()
 
+    def make_value_estimator(self, *args: Any, **kwargs: Any) -> Any:
+        """Not taken: the correction is an argument of the loss.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} takes its correction by name: its argument estimator, target or trace"
+        )
+
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         """There is no estimator object: the returns are functions of tensors."""
 

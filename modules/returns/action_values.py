@@ -61,7 +61,8 @@ def q_return(
     check(floats, {"terminated": terminated, "done": done, "valid": valid})
     number, discounts = discount(gamma, q_value)
     if number is not None and fused.usable(*floats.values(), terminated, done, valid):
-        return fused.q_return(reward, q_value, next_state_value, trace, terminated, done, valid, number)
+        target = fused.q_return(reward, q_value, next_state_value, trace, terminated, done, valid, number)
+        return target.to(q_value.dtype)
     coefficient, traces = (None, trace) if isinstance(trace, Tensor) else (float(trace), None)
     rows = (q_value, reward, next_state_value, traces, terminated, done, valid, discounts)
     step = functools.partial(_q_rows, gamma=number, trace=coefficient)

@@ -45,7 +45,7 @@ def discount(gamma: float | Tensor, like: Tensor) -> tuple[float | None, Tensor 
     if not isinstance(gamma, Tensor):
         return float(gamma), None
     try:
-        return None, gamma.to(like.dtype).expand(like.shape)
+        return None, gamma.to(computing_dtype(like)).expand(like.shape)
     except RuntimeError:
         raise ValueError(f"gamma must broadcast to {list(like.shape)}, got {list(gamma.shape)}") from None
 

@@ -26,7 +26,7 @@ def effective_sample_size(log_rho: Tensor, *, valid: Tensor | None = None) -> Te
     count = flat.numel() if valid is None else valid.sum()
     rho = (flat - flat.amax()).exp()  # its scale cancels
     size = rho.sum().square() / (rho.dot(rho) * count)
-    return size.nan_to_num(1.0, posinf=1.0).clamp(max=1.0)
+    return torch.where(torch.as_tensor(count, device=flat.device) == 0, 1.0, size.clamp(max=1.0))
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offtrace.modules.returns.checks import check
+from offtrace.modules.returns.checks import check, computing_dtype, discount
+from offtrace.modules.returns.state_values import saturated
 
 
 @torch.no_grad()
@@ -60,7 +61,8 @@ def distributional_return(
         P_n ( sum_a pi(a|x_{s+n}) q(x_{s+n}, a)  -  c_{s+n} q(x_{s+n}, a_{s+n}) )
 
     They sum to one; single ones, and so single probabilities of the target, can be negative, and must stay so. If no
-    mass meets an end of the support, the mean is that of :func:`q_return` on the means. Costs O(T^2).
+    mass meets an end of the support, the mean is that of :func:`q_return` on the means. Costs O(T^2). Half precision is
+    computed in float32, and what overflows saturates, as there.
 
     Args:
         reward: r_t, ``[T, *B]``.
@@ -80,10 +82,15 @@ def distributional_return(
     for name, dist in (("q_dist", q_dist), ("next_state_dist", next_state_dist)):
         if dist.shape != (*reward.shape, len(support)):
             raise ValueError(f"{name} must be [T, *B, K], {[*reward.shape, len(support)]}, got {list(dist.shape)}")
-    per_step = torch.as_tensor(gamma, dtype=reward.dtype, device=reward.device).expand(reward.shape)
+    dtype, given = computing_dtype(q_dist), q_dist.dtype
+    reward, q_dist, next_state_dist, support = (x.to(dtype) for x in (reward, q_dist, next_state_dist, support))
+    number, discounts = discount(gamma, reward)
+    per_step = torch.full_like(reward, number) if number is not None else discounts
+    assert per_step is not None
     known = torch.ones_like(done) if valid is None else valid
     reward = reward.masked_fill(~known, 0)
-    c = trace if isinstance(trace, Tensor) else torch.full_like(reward, trace)
+    c = trace.to(dtype) if isinstance(trace, Tensor) else torch.full_like(reward, trace)
+    bounded = not isinstance(trace, Tensor) and abs(trace) <= 1
     # behind step t: c of the next action, 0 where the trace is cut or the next successor is unknown
     cut = torch.cat([(done | terminated | ~known)[:-1] | ~known[1:], torch.ones_like(done[:1])])
     behind = torch.cat([c[1:], c[-1:]]).masked_fill(cut, 0)
@@ -99,10 +106,17 @@ def distributional_return(
         weight, gained, factor = weight[:rest], gained[:rest], factor[:rest]
         gained = gained + factor * reward[n:]
         factor = factor * per_step[n:]
-        mass = successor[n:] - behind[n:].unsqueeze(-1) * torch.cat([q_dist[n + 1 :], q_dist[-1:]])
+        following = behind[n:].unsqueeze(-1)
+        # what stands behind a cut need not be a distribution
+        mass = torch.where(following == 0, 0, following * torch.cat([q_dist[n + 1 :], q_dist[-1:]]))
+        mass = successor[n:] - mass
         places = gained.unsqueeze(-1) + (factor * ~terminated[n:]).unsqueeze(-1) * support
         # where the weight is 0 the sum has ended; what stands there may belong to another episode
         mass = torch.where((weight == 0).unsqueeze(-1), 0, weight.unsqueeze(-1) * mass)
-        out[:rest] += categorical_projection(atoms=places, probs=mass, support=support)
         weight = weight * behind[n:]
-    return torch.where(known.unsqueeze(-1), out, q_dist)
+        if not bounded:  # products of ratios may overflow, and infinities meet zeros
+            mass, weight = saturated(mass), saturated(weight)
+        out[:rest] += categorical_projection(atoms=places, probs=mass, support=support)
+        if not bounded:
+            out = saturated(out)
+    return torch.where(known.unsqueeze(-1), out, q_dist).to(given)

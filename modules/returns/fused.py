@@ -72,7 +72,7 @@ def q_return(
     valid: Tensor | None,
     gamma: float,
 ) -> Tensor:
-    """G of :func:`offtrace.modules.returns.q_return`."""
+    """G of :func:`offtrace.modules.returns.q_return`, float32 for half precision."""
     inputs = [x.contiguous() for x in (q_value, reward, next_state_value)]
     traces = trace.contiguous() if isinstance(trace, Tensor) else inputs[0]
     number = None if isinstance(trace, Tensor) else trace
@@ -82,13 +82,14 @@ def q_return(
         kernels.q_kernel, (*inputs, traces, *flags, target), q_value, HAS_VALID=valid is not None, GAMMA=gamma,
         TRACE=number, BOUNDED=number is not None and abs(number) <= 1,
     )  # fmt: skip
-    return target.to(q_value.dtype)
+    return target
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], like: Tensor, **constants: Any) -> None:
     length = like.shape[0]
     width = like.numel() // length
     limit = torch.finfo(computing_dtype(like)).max
-    kernel[(math.ceil(width / COLUMNS),)](
-        *tensors, length, width, LIMIT=limit, DOUBLE=like.dtype is torch.float64, R=ROWS, C=COLUMNS, **constants
-    )
+    with torch.cuda.device_of(like):  # Triton launches on the current device
+        kernel[(math.ceil(width / COLUMNS),)](
+            *tensors, length, width, LIMIT=limit, DOUBLE=like.dtype is torch.float64, R=ROWS, C=COLUMNS, **constants
+        )

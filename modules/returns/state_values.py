@@ -67,7 +67,8 @@ def vtrace(
         rho_clip, c_clip, pg_rho_clip: clips, ``inf`` for none; all ``inf`` is plain importance sampling.
         leak: every clipped ratio becomes ``leak min(clip, rho) + (1 - leak) rho`` (Zahavy et al. 2020, 2002.12928).
         valid: bool; False where the successor is unknown: TD error 0, trace cut, target the step's own value,
-            advantage 0. Whatever stands there, NaN included, reaches nothing.
+            advantage 0. Reward, ratio and successor value there, NaN included, reach nothing; its value reaches the
+            step before it alone, where the trace goes on to it.
 
     Returns:
         :class:`VTraceOutput`, in the dtype of ``value``; no gradient flows. Half precision is computed in float32.
@@ -132,6 +133,8 @@ def _vtrace_rows(
     target = value + correction
     mixed = target if lmbda == 1 else torch.add(value, correction, alpha=lmbda)
     behind = torch.cat([mixed[1:], next_value[-1:] if carry is None else carry[1]])
+    if valid is not None:  # an unknown step's value may be anything, and 0 times NaN is NaN
+        behind = torch.where(done, next_value, behind)
     # the mixture in place of V(x') where the trace goes on; cheaper than to select one of the two
     advantage = clipped[pg_rho_clip] * torch.addcmul(error, going, behind - next_value)
     if not bounded or pg_rho_clip == math.inf:
@@ -172,7 +175,10 @@ def gae(
     number, discounts = discount(gamma, value)
     if number is not None and fused.usable(value, reward, next_value, terminated, done, valid):
         target = fused.q_return(reward, value, next_value, lmbda, terminated, done, valid, number)
-        return GAEOutput(target, target - value)
+        advantage = target - value
+        if valid is not None:
+            advantage = torch.where(valid, advantage, 0)
+        return GAEOutput(target.to(value.dtype), advantage.to(value.dtype))
     rows = (value, reward, next_value, None, terminated, done, valid, discounts)
     target, advantage = backwards(functools.partial(_gae_rows, gamma=number, lmbda=lmbda), rows, 2, value.dtype)
     return GAEOutput(target, advantage)

@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import A2CLoss, ClipPPOLoss
 
-from offtrace.modules import LambdaReturn, VTrace
+from offtrace.modules import ImpalaLoss, LambdaReturn, SACLoss, VTrace, build_actor, build_critic, build_policy
 from offtrace.modules.returns import gae, vtrace
 
 B, T, A = 3, 7, 4
@@ -199,3 +199,12 @@ def test_bad_input_is_named() -> None:
     data["target_log_prob"] = torch.ones(B, T)
     with pytest.raises(ValueError, match="target_log_prob is the log-probability of a discrete action and must not be"):
         VTrace(gamma=0.9, value_network=critic, validate=True)(data)
+
+
+def test_our_losses_say_that_they_take_their_correction_by_name() -> None:
+    actor = build_actor(kind="tanh", network="mlp", observation_shape=[3], action_dim=2, hidden=[4])
+    critic = build_critic(network="mlp", observation_shape=[3], action_dim=2, hidden=[4])
+    policy = build_policy(network="mlp", observation_shape=[3], num_actions=2, hidden=[4])
+    for loss in (SACLoss(actor, critic), ImpalaLoss(policy)):
+        with pytest.raises(NotImplementedError, match="takes its correction by name"):
+            loss.make_value_estimator(VTrace(gamma=0.9, value_network=None))

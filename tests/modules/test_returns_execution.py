@@ -109,8 +109,6 @@ def test_vmap_equals_a_batch_dimension(function: Any) -> None:
 @each
 def test_half_precision_is_computed_in_float32(function: Any) -> None:
     """bf16 keeps 8 bits: the result is the float32 one on the same rounded inputs, rounded once (relative 2^-8)."""
-    if function is distributional:
-        pytest.skip("distributions are computed in the precision they come in")
     x = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs(20, 3).items()}
     wide = {k: v.float() if v.is_floating_point() else v for k, v in x.items()}
     if function is retrace:  # the trace itself is rounded to bf16 before it enters
@@ -122,7 +120,8 @@ def test_half_precision_is_computed_in_float32(function: Any) -> None:
         expected = function(wide)
     for a, b in zip(function(x), expected, strict=True):
         assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(a.float(), b, rtol=2**-8, atol=1e-3)
+        # the trace of distributional is rounded to bf16 before it enters
+        torch.testing.assert_close(a.float(), b, rtol=2**-8, atol=5e-3 if function is distributional else 1e-3)
 
 
 @each
