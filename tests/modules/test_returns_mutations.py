@@ -90,7 +90,8 @@ MUTATIONS = {
     ),
     "shifted successor": (vtrace_error, state_values, "torch.cat([mixed[1:],", "torch.cat([mixed[:-1],"),
     "the next episode's target": (
-        vtrace_error, state_values, "torch.addcmul(error, going,", "torch.addcmul(error, 0 * going + 0.9,",
+        vtrace_error, state_values, "    if valid is not None:  # an unknown step's",
+        "    going = 0 * going + 0.9\n    if valid is None:  # an unknown step's",
     ),
     "mixture without lambda": (
         vtrace_error, state_values, "target if lmbda == 1 else", "target if lmbda else",
