@@ -3,66 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from offtrace.agents.acting import ActingData, place
 from offtrace.modules.collectors import RolloutCollector
-from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT, POLICY_VERSION, VALID
+from offtrace.modules.keys import NEXT, POLICY_VERSION
 
 __all__ = ["OnPolicyData"]
 
 
-class GameMeter:
-    """Whole games that ended in the rollouts.
-
-    Attributes:
-        episodes: how many.
-        returns: raw returns of the last 100.
-        dropped: episodes that a failing simulator ended; they are not among the others.
-    """
-
-    def __init__(self) -> None:
-        self.episodes = 0
-        self.returns: deque[float] = deque(maxlen=100)
-        self.dropped = 0
-
-    def note(self, rollout: TensorDictBase) -> None:
-        """Adds the games that ended in a rollout, where the environment tells of games."""
-        valid = rollout.get(VALID, None)
-        if valid is not None:  # each step that is no data ends an episode
-            self.dropped += int((~valid).sum())
-        ends = rollout.get((NEXT, EPISODE_END), None)
-        if ends is None:
-            return
-        returns = rollout[NEXT, EPISODE_REWARD][ends].tolist()
-        self.episodes += len(returns)
-        self.returns.extend(returns)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"episodes": self.episodes, "returns": list(self.returns), "dropped": self.dropped}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the counters."""
-        self.episodes, self.dropped = int(state_dict["episodes"]), int(state_dict["dropped"])
-        self.returns.extend(state_dict["returns"])
-
-
-def place(data: LightningDataModule) -> tuple[int, int, torch.device]:
-    """Rank, number of ranks and device of the learner that ``data`` belongs to."""
-    if data.trainer is None:
-        return 0, 1, torch.device("cpu")
-    return data.trainer.global_rank, data.trainer.world_size, data.trainer.strategy.root_device
-
-
-class OnPolicyData(LightningDataModule):
+class OnPolicyData(ActingData):
     """Batches ``[B / minibatches, T]`` from rollouts ``[B, T]``, each rollout used ``epochs`` times and then let go.
 
     Every rank owns a collector, built by ``collector_fn(rank, frames)`` when training begins, so that it starts from
@@ -81,10 +37,8 @@ class OnPolicyData(LightningDataModule):
         seed: of the order.
 
     Attributes:
-        frames: environment frames taken so far, over all ranks.
+        frames, collector, games: as of :class:`ActingData`.
         rollouts: rollouts taken so far on this rank.
-        collector: the collector while training runs, else None.
-        games: those that ended in this rank's rollouts, since training began.
     """
 
     def __init__(
@@ -97,22 +51,17 @@ class OnPolicyData(LightningDataModule):
         epochs: int = 1,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(collector_fn)
         sizes = {"total_frames": total_frames, "frame_skip": frame_skip, "minibatches": minibatches, "epochs": epochs}
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
-        self.collector_fn = collector_fn
         self.total_frames = total_frames
         self.frame_skip = frame_skip
         self.minibatches = minibatches
         self.epochs = epochs
         self.seed = seed
-        self.collector: RolloutCollector | None = None
-        self.frames = 0
         self.rollouts = 0
-        self.games = GameMeter()
-        self._version = 0
 
     def behaviour_versions(self, batch: TensorDictBase) -> Tensor:
         """Versions of the weights that acted in ``batch``, int64."""
@@ -140,34 +89,13 @@ class OnPolicyData(LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, equal on all ranks, and the games of the rank that writes."""
-        version = self._version if self.collector is None else self.collector.version
-        games = self.games.state_dict()
-        return {"frames": self.frames, "rollouts": self.rollouts, "version": version, "games": games}
+        """As :class:`ActingData`, and the rollouts taken."""
+        return {**super().state_dict(), "rollouts": self.rollouts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the counters."""
-        self.frames = int(state_dict["frames"])
+        super().load_state_dict(state_dict)
         self.rollouts = int(state_dict["rollouts"])
-        self.games.load_state_dict(state_dict["games"])
-        self._version = int(state_dict["version"])
-        if self.collector is not None:
-            self.collector.version = self._version
-
-    def teardown(self, stage: str) -> None:
-        """End the actors."""
-        self.shutdown()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """End the actors; else the interpreter would wait for them at its exit."""
-        self.shutdown()
-
-    def shutdown(self) -> None:
-        """End the actors, if any run."""
-        if self.collector is not None:
-            collector, self.collector = self.collector, None
-            self._version = collector.version
-            collector.shutdown()
 
 
 class RolloutStream:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from tensordict.nn import ProbabilisticTensorDictSequential
 
+from offtrace.agents.acting import rollout_collector
 from offtrace.agents.agent import Agent
 from offtrace.agents.config import ConfigError, ImpalaConfig, OnPolicyConfig
 from offtrace.agents.data import OnPolicyData
 from offtrace.agents.optim import make_optimizer
-from offtrace.modules.collectors import RolloutCollector, make_collector
-from offtrace.modules.envs import EnvInfo, env_info, make_env
+from offtrace.modules.envs import EnvInfo, env_info
 from offtrace.modules.losses import ImpalaLoss, QActorCriticLoss
 from offtrace.modules.networks import build_policy
 
@@ -87,25 +87,6 @@ def actor_critic_description(config: OnPolicyConfig, info: EnvInfo) -> dict[str,
         "channels_last": _channels_last(config),
     }
     return {"builder": "build_policy", "arguments": arguments}
-
-
-def rollout_collector(
-    config: OnPolicyConfig, policy: ProbabilisticTensorDictSequential, rank: int, frames: int
-) -> RolloutCollector:
-    """The collector of ``rank`` for a run that begins or goes on at ``frames``."""
-    env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
-    return make_collector(
-        env_fn,
-        policy,
-        frames_per_batch=config.env.num_envs * config.collector.unroll,
-        num_workers=config.collector.num_workers,
-        seed=config.train.seed,
-        start=frames,
-        rank=rank,
-        step_timeout=config.collector.step_timeout,
-        threads_per_worker=config.collector.threads,
-        device=config.collector.device,
-    )
 
 
 def _channels_last(config: OnPolicyConfig) -> bool:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from offtrace.agents.data import GameMeter, place
+from offtrace.agents.acting import ActingData, place
 from offtrace.modules.collectors import RolloutCollector
 from offtrace.modules.keys import NEXT, POLICY_VERSION
 from offtrace.modules.replay import Replay, SamplesPerInsert
@@ -23,7 +22,7 @@ __all__ = ["ReplayData"]
 _ENDLESS = 10**12
 
 
-class ReplayData(LightningDataModule):
+class ReplayData(ActingData):
     """Lists of batches from a replay that a collector fills; one list is the work of one ``training_step``.
 
     A rollout is taken and inserted whenever the learner has used up what the samples-per-insert ratio entitles it to;
@@ -36,7 +35,7 @@ class ReplayData(LightningDataModule):
 
     Args:
         collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
-        replay_fn: gives the empty replay of a rank, for the collector.
+        replay_fn: gives the empty replay of a rank.
         total_frames: environment frames, over all ranks, after which the data ends.
         batch_size: samples (transitions or sequences) of a batch.
         samples_per_insert: samples per collected step.
@@ -56,7 +55,7 @@ class ReplayData(LightningDataModule):
     def __init__(
         self,
         collector_fn: Callable[[int, int], RolloutCollector],
-        replay_fn: Callable[[int, RolloutCollector], Replay],
+        replay_fn: Callable[[int], Replay],
         *,
         total_frames: int,
         batch_size: int,
@@ -66,12 +65,11 @@ class ReplayData(LightningDataModule):
         updates_per_step: int = 8,
         on_rollout: Callable[[TensorDictBase], None] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(collector_fn)
         sizes = {"total_frames": total_frames, "frame_skip": frame_skip, "updates_per_step": updates_per_step}
         for name, value in {**sizes, "batch_size": batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
-        self.collector_fn = collector_fn
         self.replay_fn = replay_fn
         self.total_frames = total_frames
         self.batch_size = batch_size
@@ -79,12 +77,8 @@ class ReplayData(LightningDataModule):
         self.updates_per_step = updates_per_step
         self.on_rollout = on_rollout
         self.limiter = SamplesPerInsert(samples_per_insert, min_size)
-        self.collector: RolloutCollector | None = None
         self.replay: Replay | None = None
         self.folder: Path | None = None
-        self.frames = 0
-        self.games = GameMeter()
-        self._version = 0
         self._saved: str | None = None
         self._versions: Tensor | None = None
 
@@ -111,7 +105,7 @@ class ReplayData(LightningDataModule):
         rank, world_size, device = place(self)
         self.collector = self.collector_fn(rank, self.frames)
         try:
-            self.replay = self.replay_fn(rank, self.collector)
+            self.replay = self.replay_fn(rank)
             self.limiter.check(capacity=self.replay.capacity, batch=self.batch_size)
             self._fill(self.replay, rank)
         except BaseException:
@@ -136,39 +130,17 @@ class ReplayData(LightningDataModule):
             shutil.rmtree(old, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, equal on all ranks, the name of the saved replay, and the games of the rank that writes."""
-        version = self._version if self.collector is None else self.collector.version
-        return {
-            "frames": self.frames, "version": version, "limiter": self.limiter.state_dict(), "replay": self._saved,
-            "games": self.games.state_dict(),
-        }  # fmt: skip
+        """As :class:`ActingData`, the limiter's counters, and the name of the saved replay."""
+        return {**super().state_dict(), "limiter": self.limiter.state_dict(), "replay": self._saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the counters."""
-        self.frames = int(state_dict["frames"])
-        self._version = int(state_dict["version"])
+        super().load_state_dict(state_dict)
         self._saved = state_dict["replay"]
-        self.games.load_state_dict(state_dict["games"])
         self.limiter.load_state_dict(state_dict["limiter"])
         if self.collector is not None:
-            self.collector.version = self._version
             assert self.replay is not None
             self._fill(self.replay, place(self)[0])
-
-    def teardown(self, stage: str) -> None:
-        """End the actors."""
-        self.shutdown()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """End the actors; else the interpreter would wait for them at its exit."""
-        self.shutdown()
-
-    def shutdown(self) -> None:
-        """End the actors, if any run. The replay stays, so that it can still be saved."""
-        if self.collector is not None:
-            collector, self.collector = self.collector, None
-            self._version = collector.version
-            collector.shutdown()
 
     def _fill(self, replay: Replay, rank: int) -> None:
         """What the last run had, or else the counters of an empty replay."""

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.objectives.common import LossModule
 
+from offtrace.agents.acting import rollout_collector
 from offtrace.agents.config_base import ConfigError
 from offtrace.agents.control_config import ReplayedConfig
 from offtrace.agents.optim import OptimizerFactory
 from offtrace.agents.replay_data import ReplayData
-from offtrace.modules.collectors import RolloutCollector, make_collector
-from offtrace.modules.envs import EnvInfo, env_info, make_env
+from offtrace.modules.envs import EnvInfo, env_info
 from offtrace.modules.keys import OBSERVATION, VALID
 from offtrace.modules.networks import ControlPolicy
 from offtrace.modules.replay import Replay
@@ -104,7 +104,7 @@ def make_data(config: ReplayedConfig, policy: ControlPolicy, info: EnvInfo) -> R
     """The data module of ``config``."""
     replay = config.replay
     return ReplayData(
-        partial(_collector, config, policy),
+        partial(rollout_collector, config, policy),
         partial(_replay, config, info),
         total_frames=config.train.total_frames,
         batch_size=replay.batch_size,
@@ -138,23 +138,7 @@ def normalizer_update(policy: ControlPolicy) -> Callable[[TensorDictBase], None]
     return update
 
 
-def _collector(config: ReplayedConfig, policy: nn.Module, rank: int, frames: int) -> RolloutCollector:
-    env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
-    return make_collector(
-        env_fn,
-        policy,
-        frames_per_batch=config.env.num_envs * config.collector.unroll,
-        num_workers=config.collector.num_workers,
-        seed=config.train.seed,
-        start=frames,
-        rank=rank,
-        step_timeout=config.collector.step_timeout,
-        threads_per_worker=config.collector.threads,
-        device=config.collector.device,
-    )
-
-
-def _replay(config: ReplayedConfig, info: EnvInfo, rank: int, collector: RolloutCollector) -> Replay:
+def _replay(config: ReplayedConfig, info: EnvInfo, rank: int) -> Replay:
     return Replay(
         config.replay.capacity,
         num_envs=config.env.num_envs,
