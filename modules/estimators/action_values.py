@@ -107,15 +107,12 @@ class _ActionEstimator(ReturnEstimator):
         used = params if target_params is None else target_params
         chosen = self._chosen(tensordict, used)
         following = self._following(tensordict, used)
-        valid = tensordict.get(names.valid, None)
-        if self.validate:
-            self._check_finite(valid, chosen_action_value=chosen)
         trace = self._coefficients(tensordict, chosen)
         target = q_return(
             q_value=chosen.transpose(0, dim),
             next_state_value=following.transpose(0, dim),
             trace=trace.transpose(0, dim) if isinstance(trace, Tensor) else trace,
-            **self._ends(tensordict, dim, chosen),
+            **self._ends(tensordict, dim, chosen, following),
         ).transpose(0, dim)
         tensordict.set(names.value_target, target)
         tensordict.set(names.advantage, target - chosen)
@@ -137,7 +134,7 @@ class _ActionEstimator(ReturnEstimator):
         if self._enumerates():
             every = self._least_of_all(out, tensordict.ndim)
             return every.gather(-1, action.view(*every.shape[:-1], 1))
-        return out.get(names.state_action_value).amin(-1, keepdim=True)
+        return self._written(out, names.state_action_value, "qvalue_network").amin(-1, keepdim=True)
 
     @torch.no_grad()
     def _following(self, tensordict: TensorDictBase, params: TensorDictBase | None) -> Tensor:
@@ -150,8 +147,8 @@ class _ActionEstimator(ReturnEstimator):
         if self._enumerates():
             every = self._least_of_all(self._call(network, states.select(*network.in_keys), params), tensordict.ndim)
             log_pi = dist.logits.log_softmax(-1)
-            # an illegal action has probability 0 and log-probability -inf
-            soft = every - self.alpha * log_pi.clamp(min=torch.finfo(log_pi.dtype).min)
+            # an illegal action has probability 0 and log-probability -inf, and 0 times inf is NaN
+            soft = every - self.alpha * log_pi.masked_fill(log_pi.isinf(), 0)
             return (log_pi.exp() * soft).sum(-1, keepdim=True)
         if self.num_samples == "mean":
             action = dist.deterministic_sample.unsqueeze(0)
@@ -159,7 +156,8 @@ class _ActionEstimator(ReturnEstimator):
             action = dist.sample(torch.Size([self.num_samples]))
         observed = states.select(*(key for key in network.in_keys if key != names.action))
         inputs = observed.expand(len(action), *observed.batch_size).clone(False).set(names.action, action)
-        value = self._call(network, inputs, params).get(names.state_action_value).amin(-1, keepdim=True)
+        out = self._call(network, inputs, params)
+        value = self._written(out, names.state_action_value, "qvalue_network").amin(-1, keepdim=True)
         if isinstance(self.alpha, Tensor) or self.alpha != 0:
             value = value - self.alpha * dist.log_prob(action).unsqueeze(-1)
         return value.mean(0)

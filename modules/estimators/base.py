@@ -68,19 +68,24 @@ class ReturnEstimator(ValueEstimatorBase):
         out = self.forward(tensordict.clone(False), params=target_params, target_params=target_params)
         return out.get(self.tensor_keys.value_target)
 
-    def _ends(self, tensordict: TensorDictBase, dim: int, like: Tensor) -> dict[str, Any]:
-        """Reward, masks and discount as the functions take them, time first."""
+    def _ends(self, tensordict: TensorDictBase, dim: int, value: Tensor, following: Tensor) -> dict[str, Any]:
+        """Reward, masks and discount as the functions take them, time first; checked against the values."""
         names = self.tensor_keys
-        valid = tensordict.get(names.valid, None)
-        reward = self._entry(tensordict, (k.NEXT, names.reward))
+        valid = self._valid(tensordict, value)
+        found = {}
+        for name in (names.reward, names.terminated, names.done):
+            entry = self._entry(tensordict, (k.NEXT, name))
+            found[name] = _like((k.NEXT, name), entry, value)
         if self.validate:
-            self._check_finite(valid, reward=reward)
+            self._check_finite(valid, reward=found[names.reward], value=value)
+            bootstraps = ~found[names.terminated] if valid is None else valid & ~found[names.terminated]
+            self._check_finite(bootstraps, next_value=following)
         return {
-            "reward": reward.transpose(0, dim),
-            "terminated": self._entry(tensordict, (k.NEXT, names.terminated)).transpose(0, dim),
-            "done": self._entry(tensordict, (k.NEXT, names.done)).transpose(0, dim),
+            "reward": found[names.reward].transpose(0, dim),
+            "terminated": found[names.terminated].transpose(0, dim),
+            "done": found[names.done].transpose(0, dim),
             "gamma": self.gamma,
-            "valid": None if valid is None else valid.view_as(like).transpose(0, dim),
+            "valid": None if valid is None else valid.transpose(0, dim),
         }
 
     @torch.no_grad()
@@ -91,7 +96,7 @@ class ReturnEstimator(ValueEstimatorBase):
             return self._entry(tensordict, self.tensor_keys.value, "value_network").detach()
         inputs = tensordict.select(*network.in_keys)
         with _with(params, network):
-            return network(inputs).get(self.tensor_keys.value)
+            return self._written(network(inputs), self.tensor_keys.value, "value_network")
 
     @torch.no_grad()
     def _target_log_prob(self, tensordict: TensorDictBase, like: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ class ReturnEstimator(ValueEstimatorBase):
                 found = dist.log_prob_pre_tanh(pre_tanh)
             else:
                 found = dist.log_prob(self._entry(tensordict, names.action))
-        found = found.detach().view_as(like)
+        found = _like(names.target_log_prob, found.detach(), like)
         if self.validate:
             self._check_probability(tensordict, "target_log_prob", found)
         return found
@@ -116,10 +121,11 @@ class ReturnEstimator(ValueEstimatorBase):
         behaviour = tensordict.get(self.tensor_keys.sample_log_prob, None)
         if behaviour is None:
             raise KeyError(f"{self.tensor_keys.sample_log_prob!r}, the behaviour policy's log-probability, is missing")
-        log_rho = log_pi - behaviour.view_as(log_pi)
+        behaviour = _like(self.tensor_keys.sample_log_prob, behaviour, log_pi)
+        log_rho = log_pi - behaviour
         if self.validate:
             self._check_probability(tensordict, "action_log_prob", behaviour)
-            self._check_finite(tensordict.get(self.tensor_keys.valid, None), log_rho=log_rho)
+            self._check_finite(self._valid(tensordict, log_rho), log_rho=log_rho)
         return log_rho
 
     def _entry(self, tensordict: TensorDictBase, key: Any, network: str | None = None) -> Tensor:
@@ -129,25 +135,48 @@ class ReturnEstimator(ValueEstimatorBase):
             raise KeyError(f"{key!r} is missing{hint}")
         return found
 
+    def _valid(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
+        valid = tensordict.get(self.tensor_keys.valid, None)
+        return None if valid is None else _like(self.tensor_keys.valid, valid, like)
+
+    def _written(self, out: TensorDictBase, key: Any, network: str) -> Tensor:
+        found = out.get(key, None)
+        if found is None:
+            raise KeyError(f"the {network} does not write {key!r}")
+        return found
+
     def _discrete(self, tensordict: TensorDictBase) -> bool:
         action = tensordict.get(self.tensor_keys.action, None)
         return action is not None and not action.is_floating_point()
 
     def _check_probability(self, tensordict: TensorDictBase, name: str, log_prob: Tensor) -> None:
-        if self._discrete(tensordict) and bool((log_prob > 1e-6).any()):
+        valid = self._valid(tensordict, log_prob)
+        known = log_prob if valid is None else log_prob[valid]
+        if bool(known.isnan().any()):
+            raise ValueError(f"{name} must be a number, got {int(known.isnan().sum())} entries that are NaN")
+        if self._discrete(tensordict) and bool((known > 1e-6).any()):
             raise ValueError(
                 f"{name} is the log-probability of a discrete action and must not be above 0, "
-                f"got {float(log_prob.max()):g}"
+                f"got {float(known.max()):g}"
             )
 
     def _check_finite(self, valid: Tensor | None, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             bad = ~torch.isfinite(tensor)
             if valid is not None:
-                bad = bad & valid.view_as(tensor)
+                bad = bad & valid
             if bool(bad.any()):
                 raise ValueError(f"{name} must be finite, got {int(bad.sum())} entries that are not")
 
 
 def _with(params: TensorDictBase | None, network: TensorDictModuleBase) -> AbstractContextManager[Any]:
     return nullcontext() if params is None else params.to_module(network)
+
+
+def _like(name: Any, tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` in the shape of the values ``like`` [*B, T, 1], of which it may lack the last dimension."""
+    if tensor.shape not in (like.shape, like.shape[:-1]):
+        raise ValueError(f"{name!r} must have the shape of the values, {list(like.shape)}, got {list(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name!r} must be on the device of the values, {like.device}, got {tensor.device}")
+    return tensor.view_as(like)

@@ -11,6 +11,7 @@ from torch import Tensor
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.base import ReturnEstimator
 from offtrace.modules.returns import gae, vtrace
+from offtrace.modules.returns.checks import check_clips
 
 
 class _StateEstimator(ReturnEstimator):
@@ -50,13 +51,11 @@ class _StateEstimator(ReturnEstimator):
         dim = self._get_time_dim(time_dim, tensordict)
         value = self._state_value(tensordict, params)
         following = self._state_value(tensordict.get(k.NEXT), params if target_params is None else target_params)
-        if self.validate:
-            self._check_finite(tensordict.get(names.valid, None), value=value)
         extra = {}
         if self._off_policy:
             log_rho = self._log_rho(tensordict, self._target_log_prob(tensordict, value))
             extra["log_rho"] = log_rho.transpose(0, dim)
-        ends = self._ends(tensordict, dim, value)
+        ends = self._ends(tensordict, dim, value, following)
         target, advantage = self._compute(
             value=value.transpose(0, dim), next_value=following.transpose(0, dim), **ends, **extra
         )
@@ -112,10 +111,7 @@ class VTrace(_StateEstimator):
         leak: float = 1.0,
         validate: bool = False,
     ) -> None:
-        if not 0 < c_clip <= rho_clip:
-            raise ValueError(f"c_clip must be above 0 and at most rho_clip, {rho_clip}, got {c_clip}")
-        if not pg_rho_clip > 0:
-            raise ValueError(f"pg_rho_clip must be above 0, got {pg_rho_clip}")
+        check_clips(rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
         super().__init__(
             gamma=gamma, value_network=value_network, actor_network=actor_network, validate=validate, lmbda=lmbda,
             leak=leak,

@@ -19,6 +19,7 @@ from offtrace.modules.returns import (
     trace_reach,
     vtrace,
 )
+from offtrace.modules.returns.checks import check_clips
 
 Estimator = Literal["vtrace", "importance_sampling", "one_step", "none"]
 
@@ -109,6 +110,7 @@ class ImpalaLoss(PolicyGradientLoss):
             if value != 1 and name not in has:
                 raise ValueError(f"estimator {estimator!r} has no {name}: leave it at 1, got {value}")
         check_arguments(reduction=reduction, leak=leak)
+        check_clips(rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
         clipped = [f"{name}ped" for name in has if name != "leak"]
         super().__init__(
             policy,
@@ -128,7 +130,7 @@ class ImpalaLoss(PolicyGradientLoss):
         self._options = _UNCLIPPED if estimator == "importance_sampling" else given
 
     def _estimate(self, reading: Reading) -> Estimate:
-        values = reading.output.get(self.tensor_keys.value).squeeze(-1)
+        values = self._entry(reading.output, self.tensor_keys.value).squeeze(-1)
         value, next_value = reading.unroll.at(values), reading.unroll.behind(values).detach()
         reward, terminated, done, valid = reading.batch.time_first()
         known: dict[str, Any] = {

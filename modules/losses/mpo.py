@@ -82,10 +82,10 @@ class MPOLoss(MPOBase):
     (mean over dimensions), ``kl_improved`` (of the weights to uniform; compare ``epsilon``), ``kl_mean``, ``kl_cov``
     (largest over dimensions of the mean over states; compare the bounds), ``scale`` (mean standard deviation),
     ``out_of_bounds`` (fraction of sampled actions with a component outside), ``q_value``, ``target_value``,
-    ``td_error`` (mean absolute), ``valid_count``. With a trace also ``ess``, the effective sample size of the ratios as
-    a fraction; ``trace_length``, steps that a trace carries; ``contraction`` of the critic's operator (not for
-    ``"q_lambda"``, which need not contract); for Retrace ``c_clipped``, the fraction of ratios above its clip, 1. The
-    other targets need no ratio and tell nothing of it.
+    ``td_error`` (mean absolute), ``valid_count``; ``ess``, the effective sample size of the ratios as a fraction (NaN
+    for one-step and n-step targets of a batch without ``"action_log_prob"``); ``trace_length``, steps that a trace, or
+    an n-step window, carries beyond the first; ``contraction`` of the critic's operator (not for ``"q_lambda"``, which
+    need not contract); for Retrace ``c_clipped``, the fraction of ratios above its clip, 1.
 
     Raises:
         ValueError: on an argument out of range, networks that do not fit, or a batch of another shape.

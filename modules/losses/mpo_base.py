@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +11,11 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, T
 from torch import Tensor, nn
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments
-from offtrace.modules.losses.sites import Batch, Sites, States, read_sites
+from offtrace.modules.losses.replayed import ReplayedLoss
+from offtrace.modules.losses.sites import Sites, States
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.traces import TRACES, check_target, told_of, traced
-from offtrace.modules.returns import categorical_projection, distributional_return, q_return
+from offtrace.modules.losses.traces import TRACES, told_of
+from offtrace.modules.returns import categorical_projection
 
 LOSSES = ("loss_policy", "loss_dual", "loss_critic")
 
@@ -38,23 +37,11 @@ class Proposal(NamedTuple):
         return Proposal(self.value[:, size:], self.bootstrap[size:], noise, cost)
 
 
-class MPOBase(OffPolicyLoss):
+class MPOBase(ReplayedLoss):
     """Networks, targets and the critic's term; subclasses add the step that improves the policy.
 
     Args are those of the subclasses.
     """
-
-    @dataclass
-    class _AcceptedKeys:
-        action: Any = k.ACTION
-        sample_log_prob: Any = k.LOG_PROB
-        valid: Any = k.VALID
-        reward: Any = k.REWARD
-        done: Any = k.DONE
-        terminated: Any = k.TERMINATED
-
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
 
     policy: ProbabilisticTensorDictSequential
     policy_params: TensorDictParams
@@ -78,19 +65,18 @@ class MPOBase(OffPolicyLoss):
         policy_states: str,
         reduction: str,
     ) -> None:
-        super().__init__()
-        check_target(target, discrete=k.ACTION_VALUE in value_keys)
+        super().__init__(
+            target=target,
+            discrete=k.ACTION_VALUE in value_keys,
+            n_step=n_step,
+            gamma=gamma,
+            lmbda=lmbda,
+            reduction=reduction,
+            reward_scale=1.0,
+        )
         if policy_states not in ("next", "root"):
             raise ValueError(f"policy_states must be 'next' or 'root', got {policy_states!r}")
-        check_arguments(reduction=reduction, gamma=gamma, lmbda=lmbda)
-        if n_step < 1:
-            raise ValueError(f"n_step must be 1 or more, got {n_step}")
-        self.gamma = gamma
-        self.target_kind = target
-        self.n_step = n_step
-        self.lmbda = lmbda
         self.policy_states = policy_states
-        self.reduction = reduction
         self.add_network("policy", policy, target=True)
         self.add_network("critic", critic, target=True)
         self._dist_keys = list(policy[-1].in_keys)
@@ -101,7 +87,6 @@ class MPOBase(OffPolicyLoss):
         if self._value_key is None:
             raise ValueError(f"{type(self).__name__} needs a critic that writes {value_keys}, got {critic.out_keys}")
         self.register_buffer("support", self._support(critic) if self._value_key == k.VALUE_LOGITS else None)
-        self._set_in_keys()
         values = ["q_value", "target_value", "td_error"]
         self.out_keys = [*LOSSES, *diagnostics, *values, *told_of(target), "valid_count"]
 
@@ -118,35 +103,16 @@ class MPOBase(OffPolicyLoss):
         taken = {id(p) for parameters in groups.values() for p in parameters}
         return groups | {"duals": [p for p in self.parameters() if id(p) not in taken]}
 
-    def set_keys(self, **kwargs: Any) -> None:
-        """Rename entries, see ``_AcceptedKeys``."""
-        super().set_keys(**kwargs)
-        self._set_in_keys()
-
-    def _set_in_keys(self) -> None:
-        names = self.tensor_keys
-        ends = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
-        self._in_keys = [*self._state_keys, *((k.NEXT, key) for key in self._state_keys), names.action, *ends]
-        if self.target_kind in TRACES:
-            self._in_keys.append(names.sample_log_prob)
-
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
-        batch = self._batch(tensordict)
-        sites = read_sites(
-            tensordict,
-            batch,
-            state_keys=self._state_keys,
-            action_key=self.tensor_keys.action,
-            gamma=self.gamma,
-            n=self.n_step if self.target_kind == "n_step" else None,
-        )
+        batch, sites = self._read(tensordict)
         size, at_root = len(sites.reward), self.policy_states == "root"
         stats = Stats(sites.valid, sites.reward)
         out = {"valid_count": stats.count}
         with torch.no_grad():
-            both = at_root or self.target_kind in TRACES
+            known = self._has_behaviour(tensordict)
+            both = at_root or known
             states = (
                 {key: torch.cat([sites.after[key], sites.root[key]]) for key in sites.root} if both else sites.after
             )
@@ -156,13 +122,20 @@ class MPOBase(OffPolicyLoss):
                 states, proposed = sites.after, tuple(x[:size] for x in policy)
             proposal = self._propose(states, proposed)
             bootstrap = proposal.bootstrap[:size]
+            log_pi = self._log_prob([x[size:] for x in policy], sites.action) if known else None
+            log_rho = None if log_pi is None else self._log_rho(tensordict, log_pi)
             if self.target_kind in TRACES:
-                value = self._corrected(out, tensordict, batch, sites, tuple(x[size:] for x in policy), bootstrap)
+                assert log_pi is not None
+                assert log_rho is not None
+                _, chosen = self._pessimist(self._chosen(self.target("critic"), sites.root, sites.action))
+                value = self._corrected(out, batch, log_pi, log_rho, chosen, bootstrap, self.support)
             elif self.support is not None:
                 atoms = sites.reward.unsqueeze(-1) + sites.discount.unsqueeze(-1) * self.support
                 value = categorical_projection(atoms=atoms, probs=bootstrap, support=self.support)
             else:
                 value = sites.reward + sites.discount * bootstrap
+            if self.target_kind not in TRACES:
+                self._tell_uncorrected(out, sites, stats, log_rho)
         self._add_critic(out, sites, value, stats)
         if at_root:
             states, proposed = sites.root, tuple(x[size:] for x in proposed)
@@ -219,53 +192,6 @@ class MPOBase(OffPolicyLoss):
         value, which = means.min(-1)
         index = which[..., None, None].expand(*which.shape, 1, probs.shape[-1])
         return value, probs.gather(-2, index).squeeze(-2)
-
-    def _batch(self, tensordict: TensorDictBase) -> Batch:
-        if tensordict.ndim not in (1, 2):
-            raise ValueError(f"the batch must be [N] or [N, T], got {list(tensordict.batch_size)}")
-        single = tensordict.ndim == 1
-        if single and self.target_kind != "one_step":
-            raise ValueError(f"target {self.target_kind!r} needs sequences [N, T], got {list(tensordict.batch_size)}")
-        shape = (len(tensordict), 1) if single else tensordict.batch_size
-        if self.target_kind == "n_step" and shape[1] < self.n_step:
-            raise ValueError(f"n_step={self.n_step} needs sequences of that many steps, got {shape[1]}")
-        names, valid = self.tensor_keys, self._valid(tensordict)
-        reward, terminated, done = (
-            tensordict.get((k.NEXT, key)).reshape(shape) for key in (names.reward, names.terminated, names.done)
-        )
-        return Batch(reward, terminated, done, None if valid is None else valid.view(shape))
-
-    def _corrected(
-        self,
-        out: dict[str, Tensor],
-        tensordict: TensorDictBase,
-        batch: Batch,
-        sites: Sites,
-        policy: Sequence[Tensor],
-        bootstrap: Tensor,
-    ) -> Tensor:
-        """Targets of every step, [M] or [M, atoms]; here and in :func:`traced` time changes its dimension."""
-        shape = batch.reward.shape
-        _, chosen = self._pessimist(self._chosen(self.target("critic"), sites.root, sites.action))
-        log_pi = self._log_prob(policy, sites.action).view(shape)
-        known, told = traced(
-            self.target_kind,
-            log_pi=log_pi,
-            log_rho=log_pi - tensordict.get(self.tensor_keys.sample_log_prob),
-            batch=batch,
-            gamma=self.gamma,
-            lmbda=self.lmbda,
-        )
-        out.update(told)
-        q, following = (x.unflatten(0, shape).transpose(0, 1) for x in (chosen, bootstrap))
-        if self.support is None:
-            found = q_return(q_value=q, next_state_value=following, **known)
-        else:
-            found = distributional_return(q_dist=q, next_state_dist=following, support=self.support, **known)
-        return found.transpose(0, 1).flatten(0, 1)
-
-    def _reduce(self, x: Tensor, stats: Stats) -> Tensor:
-        return stats.sum(x) if self.reduction == "sum" else stats.mean(x)
 
     def _add_critic(self, out: dict[str, Tensor], sites: Sites, target: Tensor, stats: Stats) -> None:
         """Adds ``loss_critic``, summed over the K critics, and its diagnostics."""

@@ -1,15 +1,31 @@
-"""What the losses on replayed data share: networks with targets, masks, and the reduction over valid steps."""
+"""What all losses share: networks with targets, the entries they read, and masks."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
+
+from offtrace.modules import keys as k
+
+
+class Batch(NamedTuple):
+    """Entries of the batch as [N, T]."""
+
+    reward: Tensor
+    terminated: Tensor
+    done: Tensor
+    valid: Tensor | None
+
+    def time_first(self) -> Batch:
+        """The same as [T, N], as the returns want it."""
+        valid = None if self.valid is None else self.valid.t()
+        return Batch(self.reward.t(), self.terminated.t(), self.done.t(), valid)
 
 
 class OffPolicyLoss(LossModule):
@@ -27,6 +43,8 @@ class OffPolicyLoss(LossModule):
     """
 
     reduction: str
+    _state_keys: list[Any]
+    """Of the networks' inputs those that are read at a step and behind it."""
 
     def add_network(self, name: str, network: nn.Module, *, target: bool = False, frozen: bool = False) -> None:
         """Register ``network`` as ``self.<name>``, its parameters as ``<name>_params`` and ``target_<name>_params``."""
@@ -94,11 +112,40 @@ class OffPolicyLoss(LossModule):
     @property
     def in_keys(self) -> list[Any]:
         """Entries that are read."""
-        return self._in_keys
+        names = self.tensor_keys
+        ends = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
+        following = [(k.NEXT, key) for key in self._state_keys]
+        return [*self._state_keys, *following, names.action, *self._behaviour_keys(), *ends]
 
-    @in_keys.setter
-    def in_keys(self, values: list[Any]) -> None:
-        self._in_keys = values
+    def _behaviour_keys(self) -> list[Any]:
+        """Entries that tell of the behaviour policy."""
+        return [self.tensor_keys.sample_log_prob]
+
+    def _entry(self, tensordict: TensorDictBase, key: Any, shape: Sequence[int] | None = None) -> Tensor:
+        """The entry ``key``, of ``shape`` (a last dimension of 1 is dropped) if one is given."""
+        found = tensordict.get(key, None)
+        if found is None:
+            raise KeyError(f"{type(self).__name__} reads {key!r}, which the batch lacks")
+        if shape is None:
+            return found
+        if tuple(found.shape) not in (tuple(shape), (*shape, 1)):
+            raise ValueError(f"{key!r} must be {list(shape)} or {[*shape, 1]}, got {list(found.shape)}")
+        return found.reshape(tuple(shape))
+
+    def _ends(self, tensordict: TensorDictBase) -> Batch:
+        """Reward, ends and mask in the shape of the batch."""
+        names, shape = self.tensor_keys, tensordict.batch_size
+        device = next(self.parameters()).device
+        found = []
+        for name, dtype in ((names.reward, "floating-point"), (names.terminated, "bool"), (names.done, "bool")):
+            entry = self._entry(tensordict, (k.NEXT, name), shape)
+            if entry.device != device:
+                raise ValueError(f"{(k.NEXT, name)!r} is on {entry.device}, the networks are on {device}")
+            if not (entry.dtype == torch.bool if dtype == "bool" else entry.is_floating_point()):
+                raise TypeError(f"{(k.NEXT, name)!r} must be a {dtype} tensor, got {entry.dtype}")
+            found.append(entry)
+        reward, terminated, done = found
+        return Batch(reward, terminated, done, self._valid(tensordict))
 
     def _valid(self, tensordict: TensorDictBase) -> Tensor | None:
         """bool [*B], or None where nothing is masked: the project's mask and those of TorchRL's samplers."""
@@ -106,7 +153,7 @@ class OffPolicyLoss(LossModule):
         for key in (self.tensor_keys.valid, *self._loss_mask_keys()):
             mask = tensordict.get(key, None)
             if mask is not None:
-                mask = mask.reshape(tensordict.batch_size)
+                mask = self._entry(tensordict, key, tensordict.batch_size)
                 valid = mask if valid is None else valid & mask
         return valid
 
@@ -115,7 +162,7 @@ def cleared(x: Tensor, valid: Tensor | None) -> Tensor:
     """``x`` [*B, ...] with zeros where ``valid`` [*B] is False: a NaN would pass through the weight of 0."""
     if valid is None:
         return x
-    return torch.where(valid.view(*valid.shape, *(1,) * (x.ndim - valid.ndim)), x, 0)
+    return torch.where(valid.view(*valid.shape, *(1,) * (x.ndim - valid.ndim)), x, x.new_zeros(()))
 
 
 def check_arguments(*, reduction: str, **unit_interval: float) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,12 +11,11 @@ from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from offtrace.modules import keys as k
-from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
-from offtrace.modules.losses.sites import Batch
+from offtrace.modules.losses.offpolicy import check_arguments, cleared
+from offtrace.modules.losses.rollout import Reading, RolloutLoss
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.unroll import Unroll
 from offtrace.modules.returns import importance_trace
+from offtrace.modules.returns.checks import check_clips
 
 _DIAGNOSTICS = (
     "ratio_mean",
@@ -28,21 +26,6 @@ _DIAGNOSTICS = (
     "policy_clipped",
     "valid_count",
 )
-
-
-class Reading(NamedTuple):
-    """A rollout as the network sees it now: its ``output`` over ``unroll``, and of the steps [B, T] the ``dist``.
-
-    ``log_pi`` carries gradient; ``log_rho`` is log pi - log mu, detached.
-    """
-
-    batch: Batch
-    action: Tensor
-    unroll: Unroll
-    output: TensorDictBase
-    dist: Distribution
-    log_pi: Tensor
-    log_rho: Tensor
 
 
 class Estimate(NamedTuple):
@@ -57,25 +40,11 @@ class Estimate(NamedTuple):
     told: dict[str, Tensor]
 
 
-class PolicyGradientLoss(OffPolicyLoss):
+class PolicyGradientLoss(RolloutLoss):
     """Terms of policy, critic and entropy over one shared network; subclasses say what the critic learns.
 
     Args are those of the subclasses.
     """
-
-    @dataclass
-    class _AcceptedKeys:
-        action: Any = k.ACTION
-        sample_log_prob: Any = k.LOG_PROB
-        value: Any = k.VALUE
-        action_value: Any = k.ACTION_VALUE
-        valid: Any = k.VALID
-        reward: Any = k.REWARD
-        done: Any = k.DONE
-        terminated: Any = k.TERMINATED
-
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
 
     def __init__(
         self,
@@ -92,35 +61,16 @@ class PolicyGradientLoss(OffPolicyLoss):
         normalize_advantage: bool,
         policy_clip: float | None,
     ) -> None:
-        super().__init__()
+        super().__init__(policy)
         check_arguments(reduction=reduction, gamma=gamma, lmbda=lmbda)
-        if not pg_rho_clip > 0:
-            raise ValueError(f"pg_rho_clip must be above 0, got {pg_rho_clip}")
+        check_clips(rho_clip=math.inf, c_clip=1.0, pg_rho_clip=pg_rho_clip)
         for name, value in {"reward_clip": reward_clip, "policy_clip": policy_clip}.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive or None, got {value}")
-        self.policy = policy
         self.gamma, self.lmbda, self.pg_rho_clip = gamma, lmbda, pg_rho_clip
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.reward_clip, self.normalize_advantage, self.policy_clip = reward_clip, normalize_advantage, policy_clip
-        self._set_in_keys()
         self.out_keys = ["loss_policy", "loss_value", "loss_entropy", *_DIAGNOSTICS, *told]
-
-    @property
-    def functional(self) -> bool:
-        """The policy is a plain submodule; its parameters are not copied."""
-        return False
-
-    def set_keys(self, **kwargs: Any) -> None:
-        """Rename entries, see ``_AcceptedKeys``."""
-        super().set_keys(**kwargs)
-        self._set_in_keys()
-
-    def _set_in_keys(self) -> None:
-        names = self.tensor_keys
-        observed = [*self.policy.in_keys, *((k.NEXT, key) for key in self.policy.in_keys)]
-        ends = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
-        self._in_keys = [*observed, names.action, names.sample_log_prob, *ends]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -157,23 +107,11 @@ class PolicyGradientLoss(OffPolicyLoss):
         raise NotImplementedError
 
     def _read(self, tensordict: TensorDictBase) -> Reading:
-        if tensordict.ndim != 2:
-            raise ValueError(f"the batch must be [B, T], environments then time; got {list(tensordict.batch_size)}")
-        names, sampler = self.tensor_keys, self.policy[-1]
-        reward, terminated, done = (
-            tensordict.get((k.NEXT, key)).squeeze(-1) for key in (names.reward, names.terminated, names.done)
-        )
-        if self.reward_clip is not None:
-            reward = reward.clamp(-self.reward_clip, self.reward_clip)
-        valid = self._valid(tensordict)
-        unroll = Unroll(tensordict, self.policy, terminated=terminated, done=done, valid=valid)
-        output = self.policy.get_dist_params(unroll.inputs)
-        params = {key: unroll.at(output.get(key)) for key in sampler.in_keys}
-        dist = sampler.build_dist_from_params(TensorDict(params, tensordict.batch_size))
-        action = tensordict.get(names.action)
-        log_pi = dist.log_prob(action)
-        log_rho = log_pi.detach() - tensordict.get(names.sample_log_prob)
-        return Reading(Batch(reward, terminated, done, valid), action, unroll, output, dist, log_pi, log_rho)
+        reading = super()._read(tensordict)
+        if self.reward_clip is None:
+            return reading
+        clipped = reading.batch.reward.clamp(-self.reward_clip, self.reward_clip)
+        return reading._replace(batch=reading.batch._replace(reward=clipped))
 
     def _weighted(self, advantage: Tensor, reading: Reading) -> Tensor:
         """min(pg_rho_clip, rho) times ``advantage`` [B, T], 0 where not valid."""

@@ -90,15 +90,13 @@ class QActorCriticLoss(PolicyGradientLoss):
         self.trace = trace
 
     def _read(self, tensordict: TensorDictBase) -> Reading:
-        if k.ACTION_MASK in self.policy.in_keys and (k.NEXT, k.ACTION_MASK) not in tensordict.keys(True):
-            raise KeyError(
-                f"the policy's value behind a step needs ('next', {k.ACTION_MASK!r}), which the rollout lacks"
-            )
+        if k.ACTION_MASK in self.policy.in_keys:  # the policy's value behind a step needs it there too
+            self._entry(tensordict, (k.NEXT, k.ACTION_MASK))
         return super()._read(tensordict)
 
     def _estimate(self, reading: Reading) -> Estimate:
         unroll, batch = reading.unroll, reading.batch
-        q_values = reading.output.get(self.tensor_keys.action_value).squeeze(-2)
+        q_values = self._entry(reading.output, self.tensor_keys.action_value).squeeze(-2)
         chosen = unroll.at(q_values).gather(-1, reading.action.unsqueeze(-1)).squeeze(-1)
         with torch.no_grad():
             prob = reading.output.get(k.LOGITS).softmax(-1)

@@ -59,10 +59,11 @@ class SACLoss(SoftLoss):
     TorchRL's own masks; for a trace ``"action_log_prob"`` [*B] and, of a tanh policy, ``"pre_tanh"`` [*B, A].
 
     Returns the losses and, detached scalars over the valid steps: ``entropy`` of the policy in nats, ``alpha``,
-    ``q_value``, ``td_error`` (mean absolute), ``valid_count``. With a trace also ``ess``, the effective sample size of
-    pi/mu as a fraction; ``trace_length``, steps that a trace carries; ``contraction`` of the critic's operator (not for
-    ``"q_lambda"``, which need not contract); for Retrace ``c_clipped``, the fraction of ratios above its clip, 1.
-    One-step and n-step targets need no ratio, which would cost them a density: they tell nothing of it.
+    ``q_value``, ``td_error`` (mean absolute), ``valid_count``; ``ess``, the effective sample size of pi/mu as a
+    fraction (NaN where the batch lacks what it is computed from, which one-step and n-step targets can do without);
+    ``trace_length``, steps that a trace, or an n-step window, carries beyond the first; ``contraction`` of the critic's
+    operator (not for ``"q_lambda"``, which need not contract); for Retrace ``c_clipped``, the fraction of ratios above
+    its clip, 1.
 
     Raises:
         ValueError: on an argument out of range, networks for discrete actions, or a batch of another shape.
@@ -88,7 +89,7 @@ class SACLoss(SoftLoss):
         reduction: str = "mean",
         reward_scale: float = 1.0,
     ) -> None:
-        _check_actor(self, actor)
+        check_continuous(self, actor)
         if num_samples < 1:
             raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
         super().__init__(
@@ -143,7 +144,7 @@ def sample(policy: Distribution, number: int = 1) -> tuple[Tensor, Tensor]:
     return (action.flatten(0, 1), log_prob.flatten()) if shape else (action, log_prob)
 
 
-def _check_actor(loss: SoftLoss, actor: ProbabilisticTensorDictSequential) -> None:
+def check_continuous(loss: SoftLoss, actor: ProbabilisticTensorDictSequential) -> None:
     if getattr(actor, "num_actions", None) is not None:
         raise ValueError(
             f"{type(loss).__name__} needs continuous actions, got an actor of discrete ones: use DiscreteSACLoss"

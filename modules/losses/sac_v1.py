@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.sac import _check_actor, sample
+from offtrace.modules.losses.sac import check_continuous, sample
 from offtrace.modules.losses.sites import Sites, States
 from offtrace.modules.losses.soft import Network, SoftLoss, evaluate, least
 from offtrace.modules.losses.stats import Stats
@@ -60,7 +60,7 @@ class SACv1Loss(SoftLoss):
         actor_value: str = "first",
         reduction: str = "mean",
     ) -> None:
-        _check_actor(self, actor)
+        check_continuous(self, actor)
         if target in TRACES:
             raise ValueError(f"target={target!r} needs target critics, which SACv1Loss has not: use SACLoss")
         if actor_value not in ("first", "min"):

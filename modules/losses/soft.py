@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,35 +13,22 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
-from offtrace.modules.losses.sites import Batch, Sites, States, read_sites
+from offtrace.modules.losses.offpolicy import cleared
+from offtrace.modules.losses.replayed import ReplayedLoss
+from offtrace.modules.losses.sites import Sites, States, at_sites
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.traces import TRACES, check_target, told_of, traced
+from offtrace.modules.losses.traces import TRACES, told_of
 from offtrace.modules.networks.control_heads import TanhNormal
-from offtrace.modules.returns import q_return
 
 ALPHA_LOSSES = ("alpha", "log_alpha")
 Network = Callable[[TensorDictBase], TensorDictBase]
 
 
-class SoftLoss(OffPolicyLoss):
+class SoftLoss(ReplayedLoss):
     """Actor, K critics and temperature; subclasses say how an action is valued and what the actor's term is.
 
     Args are those of the subclasses.
     """
-
-    @dataclass
-    class _AcceptedKeys:
-        action: Any = k.ACTION
-        sample_log_prob: Any = k.LOG_PROB
-        pre_tanh: Any = k.PRE_TANH
-        valid: Any = k.VALID
-        reward: Any = k.REWARD
-        done: Any = k.DONE
-        terminated: Any = k.TERMINATED
-
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
 
     actor: ProbabilisticTensorDictSequential
     actor_params: TensorDictParams
@@ -73,27 +59,25 @@ class SoftLoss(OffPolicyLoss):
         target_critic: bool,
         frozen_critic: bool,
     ) -> None:
-        super().__init__()
-        check_arguments(reduction=reduction, gamma=gamma, lmbda=lmbda)
-        check_target(target, discrete=self.critic_key == k.ACTION_VALUE)
+        super().__init__(
+            target=target,
+            discrete=self.critic_key == k.ACTION_VALUE,
+            n_step=n_step,
+            gamma=gamma,
+            lmbda=lmbda,
+            reduction=reduction,
+            reward_scale=reward_scale,
+        )
         if alpha_loss not in ALPHA_LOSSES:
             raise ValueError(f"alpha_loss must be one of {ALPHA_LOSSES}, got {alpha_loss!r}")
-        if n_step < 1:
-            raise ValueError(f"n_step must be 1 or more, got {n_step}")
         if alpha < 0 or (learn_alpha and alpha == 0):
             raise ValueError(f"the temperature must be positive (fixed: at least 0), got {alpha}")
         if self.critic_key not in critic.out_keys:
             raise ValueError(
                 f"{type(self).__name__} needs a critic that writes {self.critic_key!r}, got {critic.out_keys}"
             )
-        self.gamma = gamma
-        self.target_kind = target
-        self.n_step = n_step
-        self.lmbda = lmbda
-        self.reward_scale = reward_scale
         self.alpha_loss = alpha_loss
         self.target_entropy = target_entropy
-        self.reduction = reduction
         self.add_network("actor", actor)
         self.add_network("critic", critic, target=target_critic, frozen=frozen_critic)
         log_alpha = torch.tensor(math.log(alpha) if alpha else -math.inf)
@@ -104,7 +88,6 @@ class SoftLoss(OffPolicyLoss):
         self.learn_alpha = learn_alpha
         states = [*actor.in_keys, *(key for key in critic.in_keys if key != k.ACTION)]
         self._state_keys = list(dict.fromkeys(states))
-        self._set_in_keys()
         self.out_keys = self._outputs()
 
     @property
@@ -116,18 +99,6 @@ class SoftLoss(OffPolicyLoss):
         """Parameters by what they belong to: ``"actor"``, ``"critic"``, ``"alpha"`` if it learns, ``"value"`` in v1."""
         return {("alpha" if name == "log_alpha" else name): p for name, p in super().param_groups().items()}
 
-    def set_keys(self, **kwargs: Any) -> None:
-        """Rename entries, see ``_AcceptedKeys``."""
-        super().set_keys(**kwargs)
-        self._set_in_keys()
-
-    def _set_in_keys(self) -> None:
-        names = self.tensor_keys
-        ends = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
-        self._in_keys = [*self._state_keys, *((k.NEXT, key) for key in self._state_keys), names.action, *ends]
-        if self.target_kind in TRACES:
-            self._in_keys.append(names.sample_log_prob)
-
     def _outputs(self) -> list[str]:
         losses = ["loss_critic", "loss_actor", *(["loss_alpha"] if self.learn_alpha else [])]
         return [*losses, "entropy", "alpha", "q_value", "td_error", *told_of(self.target_kind), "valid_count"]
@@ -135,21 +106,23 @@ class SoftLoss(OffPolicyLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
-        batch = self._batch(tensordict)
-        n = self.n_step if self.target_kind == "n_step" else None
-        sites = read_sites(
-            tensordict, batch, state_keys=self._state_keys, action_key=self.tensor_keys.action, gamma=self.gamma, n=n
-        )
+        batch, sites = self._read(tensordict)
         stats = Stats(sites.valid, sites.reward)
         alpha = self.alpha
         out = {"alpha": alpha, "valid_count": stats.count}
         policy = self._policy(sites.root)
         with torch.no_grad():
             following = self._state_value(sites.after, alpha)
+            log_pi = self._log_prob(policy, tensordict, sites) if self._has_behaviour(tensordict) else None
+            log_rho = None if log_pi is None else self._log_rho(tensordict, log_pi)
             if self.target_kind in TRACES:
-                target = self._corrected(out, tensordict, batch, sites, policy, following)
+                assert log_pi is not None
+                assert log_rho is not None
+                chosen = self._chosen(self._values(self.target("critic"), sites.root, sites.action), sites.action)
+                target = self._corrected(out, batch, log_pi, log_rho, least(chosen), following)
             else:
                 target = torch.addcmul(sites.reward, sites.discount, following)
+                self._tell_uncorrected(out, sites, stats, log_rho)
         values = self._values(self.critic, sites.root, sites.action)
         chosen = self._chosen(values, sites.action)
         error = chosen - target.unsqueeze(-1)
@@ -191,57 +164,18 @@ class SoftLoss(OffPolicyLoss):
             return self.actor.distribution_at(states[keys[0]])
         return self.actor.get_dist(TensorDict({key: states[key] for key in keys}, states[keys[0]].shape[:1]))
 
-    def _reduce(self, x: Tensor, stats: Stats) -> Tensor:
-        return stats.sum(x) if self.reduction == "sum" else stats.mean(x)
-
-    def _batch(self, tensordict: TensorDictBase) -> Batch:
-        if tensordict.ndim not in (1, 2):
-            raise ValueError(f"the batch must be [N] or [N, T], got {list(tensordict.batch_size)}")
-        single = tensordict.ndim == 1
-        if single and self.target_kind != "one_step":
-            raise ValueError(f"target {self.target_kind!r} needs sequences [N, T], got {list(tensordict.batch_size)}")
-        shape = (len(tensordict), 1) if single else tensordict.batch_size
-        if self.target_kind == "n_step" and shape[1] < self.n_step:
-            raise ValueError(f"n_step={self.n_step} needs sequences of that many steps, got {shape[1]}")
-        names, valid = self.tensor_keys, self._valid(tensordict)
-        reward, terminated, done = (
-            tensordict.get((k.NEXT, key)).reshape(shape) for key in (names.reward, names.terminated, names.done)
-        )
-        if self.reward_scale != 1:
-            reward = reward * self.reward_scale
-        return Batch(reward, terminated, done, None if valid is None else valid.view(shape))
-
-    def _corrected(
-        self,
-        out: dict[str, Tensor],
-        tensordict: TensorDictBase,
-        batch: Batch,
-        sites: Sites,
-        policy: Distribution,
-        following: Tensor,
-    ) -> Tensor:
-        """Targets of every step, [M]; here and in :func:`traced` time changes its dimension."""
-        shape = batch.reward.shape
-        values = self._chosen(self._values(self.target("critic"), sites.root, sites.action), sites.action)
-        log_pi = self._log_prob(policy, tensordict, sites).view(shape)
-        known, told = traced(
-            self.target_kind,
-            log_pi=log_pi,
-            log_rho=log_pi - tensordict.get(self.tensor_keys.sample_log_prob),
-            batch=batch,
-            gamma=self.gamma,
-            lmbda=self.lmbda,
-        )
-        out.update(told)
-        target = q_return(q_value=least(values).view(shape).t(), next_state_value=following.view(shape).t(), **known)
-        return target.t().flatten()
+    def _has_behaviour(self, tensordict: TensorDictBase) -> bool:
+        """Without a trace, what was stored before a tanh may be missing too."""
+        squashed = self.target_kind not in TRACES and k.PRE_TANH in self.actor.out_keys
+        known = not squashed or tensordict.get(self.tensor_keys.pre_tanh, None) is not None
+        return known and super()._has_behaviour(tensordict)
 
     def _log_prob(self, policy: Distribution, tensordict: TensorDictBase, sites: Sites) -> Tensor:
         """log pi of the batch's actions, [M], from what was stored before the tanh where the policy has one."""
         if not isinstance(policy, TanhNormal):
             return policy.log_prob(sites.action)
-        pre_tanh = tensordict.get(self.tensor_keys.pre_tanh)
-        return policy.log_prob_pre_tanh(cleared(pre_tanh.flatten(0, tensordict.ndim - 1), sites.valid))
+        pre_tanh = at_sites(self._entry(tensordict, self.tensor_keys.pre_tanh), tensordict.ndim, self._window)
+        return policy.log_prob_pre_tanh(cleared(pre_tanh, sites.valid))
 
 
 def least(values: Tensor) -> Tensor:

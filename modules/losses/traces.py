@@ -38,13 +38,11 @@ def check_target(target: str, *, discrete: bool) -> None:
 
 
 def told_of(name: str) -> list[str]:
-    """Diagnostics of the trace ``name``; of no trace, none.
+    """Diagnostics of the target ``name``.
 
     ``ess``, effective sample size as a fraction; ``trace_length`` in steps; ``c_clipped``, fraction of ratios above
     Retrace's clip, 1; ``contraction``, for traces that never exceed the ratio: Q(lambda)'s may.
     """
-    if name not in TRACES:
-        return []
     own = {"retrace": ["contraction", "c_clipped"], "q_lambda": []}.get(name, ["contraction"])
     return ["ess", "trace_length", *own]
 

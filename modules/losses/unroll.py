@@ -10,13 +10,15 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from offtrace.modules.keys import ACTION_MASK, IS_INIT, NEXT
+from offtrace.modules.losses.offpolicy import cleared
 
 
 class Unroll:
     """x_0, ..., x_{T-1} and the last successor, with the final observations of truncated steps behind their x_t.
 
     The successor of every step then stands one place behind it. (Behind a step that terminated stands the first
-    observation of the next episode, which nobody may read; where the successor of the last step is terminal or unknown,
+    observation of the next episode, which nobody may read; the observation of an invalid step is 0 where no valid step
+    goes on to it; where the successor of the last step is terminal or unknown,
     x_{T-1} stands in its place, so that whatever was stored there reaches nothing.) Rows with fewer truncations than
     others are padded at their end with some observation of the batch. A recurrent state is reset by the ``is_init`` of
     the observation that follows a final one.
@@ -51,6 +53,8 @@ class Unroll:
             self._place(inserted)
         states = {key[1] for key in policy.out_keys if isinstance(key, tuple) and key[0] == NEXT}
         length = self._time + 1 + self._extra
+        # an invalid step's observation is read as the successor of the step before it, if that goes on to it
+        read = None if valid is None else valid | torch.nn.functional.pad((valid & ~done)[:, :-1], (1, 0))
         found: dict[Any, Tensor] = {}
         for key in policy.in_keys:
             root = tensordict.get(key, None)
@@ -60,7 +64,7 @@ class Unroll:
                 found[key] = root[:, :1].expand(-1, length, *root.shape[2:])
                 continue
             following = self._following(tensordict, key, root)
-            found[key] = self._sequence(root, following)
+            found[key] = self._sequence(cleared(root, read), following)
         self.inputs = TensorDict(found, [self._batch, length])
 
     def at(self, x: Tensor) -> Tensor:

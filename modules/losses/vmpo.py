@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from offtrace.modules import keys as k
 from offtrace.modules.losses import mpo_duals as m
-from offtrace.modules.losses.offpolicy import OffPolicyLoss, check_arguments, cleared
+from offtrace.modules.losses.offpolicy import Batch, check_arguments, cleared
+from offtrace.modules.losses.rollout import RolloutLoss
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.unroll import Unroll
 from offtrace.modules.returns import (
     clipped_fraction,
     effective_sample_size,
@@ -26,12 +25,21 @@ from offtrace.modules.returns import (
 )
 
 _LOSSES = ("loss_policy", "loss_dual", "loss_value")
-_DIAGNOSTICS = ("kl_improved", "ess_improved", "threshold", "entropy", "explained_variance", "advantage_std", "ess")
-_REACH = ("trace_length", "contraction")
+_DIAGNOSTICS = (
+    "kl_improved",
+    "ess_improved",
+    "threshold",
+    "entropy",
+    "explained_variance",
+    "advantage_std",
+    "ess",
+    "trace_length",
+    "contraction",
+)
 _TARGETS = ("lambda", "n_step", "vtrace")
 
 
-class VMPOLoss(OffPolicyLoss):
+class VMPOLoss(RolloutLoss):
     """V-MPO over a shared actor-critic, called once per batch of rollouts [B, T].
 
     With advantages A = G - V(x) held constant, D the valid steps and D~ the half of them with the greatest advantages::
@@ -70,27 +78,14 @@ class VMPOLoss(OffPolicyLoss):
     Returns the three losses and, detached: ``temperature``; ``alpha``, or ``alpha_mean`` and ``alpha_cov``; ``kl``, or
     ``kl_mean`` and ``kl_cov``; ``kl_improved`` of psi to uniform on D~, and ``ess_improved``, the effective sample size
     of psi as a fraction of D~; ``threshold``, the least advantage in D~; ``entropy``; ``explained_variance``;
-    ``advantage_std``; ``ess``, the effective sample size of pi/mu as a fraction of D; ``valid_count``. With traces,
-    ``"lambda"`` and ``"vtrace"``: ``trace_length`` in steps and ``contraction``; with V-trace's clips: ``rho_clipped``
-    and ``c_clipped``, fractions of ratios above them (both are at 1).
+    ``advantage_std``; ``ess``, the effective sample size of pi/mu as a fraction of D; ``trace_length`` in
+    steps and ``contraction`` of the value's operator; ``valid_count``; with V-trace's clips ``rho_clipped`` and
+    ``c_clipped``, fractions of ratios above them (both are at 1).
 
     Raises:
         ValueError: on an argument out of range, a policy that does not fit, or a batch that is not [B, T].
         KeyError: when an entry is missing, by its name.
     """
-
-    @dataclass
-    class _AcceptedKeys:
-        action: Any = k.ACTION
-        sample_log_prob: Any = k.LOG_PROB
-        value: Any = k.VALUE
-        valid: Any = k.VALID
-        reward: Any = k.REWARD
-        done: Any = k.DONE
-        terminated: Any = k.TERMINATED
-
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
 
     def __init__(
         self,
@@ -110,7 +105,7 @@ class VMPOLoss(OffPolicyLoss):
         alpha: float = 5.0,
         reduction: str = "mean",
     ) -> None:
-        super().__init__()
+        super().__init__(policy)
         check_arguments(reduction=reduction, gamma=gamma, lmbda=lmbda)
         if target not in _TARGETS:
             raise ValueError(f"target must be one of {_TARGETS}, got {target!r}")
@@ -128,93 +123,75 @@ class VMPOLoss(OffPolicyLoss):
         for name, value in {"temperature": temperature, "alpha": alpha}.items():
             if value <= 0:
                 raise ValueError(f"{name} must start positive, got {value}")
-        self.policy = policy
         self.gamma, self.target_kind, self.lmbda, self.n_step = gamma, target, lmbda, n_step
         self.epsilon, self.bounds, self.top_fraction = epsilon, bounds, top_fraction
         self.value_coef, self.reduction = value_coef, reduction
         self.temperature = m.Dual.at(temperature)
         self.alphas = nn.ModuleDict({name: m.Dual.at(alpha) for name in bounds})
-        self._set_in_keys()
         suffixes = ["" if name == "kl" else f"_{name}" for name in bounds]
         parts = [f"{name}{suffix}" for name in ("alpha", "kl") for suffix in suffixes]
-        told = {"n_step": [], "lambda": _REACH, "vtrace": [*_REACH, "rho_clipped", "c_clipped"]}[target]
+        told = ["rho_clipped", "c_clipped"] if target == "vtrace" else []
         self.out_keys = [*_LOSSES, "temperature", *parts, *_DIAGNOSTICS, *told, "valid_count"]
-
-    @property
-    def functional(self) -> bool:
-        """The policy is a plain submodule; its parameters are not copied."""
-        return False
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by what they belong to: ``"actor_critic"`` and ``"duals"``."""
         duals = [*self.temperature.parameters(), *self.alphas.parameters()]
         return {"actor_critic": list(self.policy.parameters()), "duals": duals}
 
-    def set_keys(self, **kwargs: Any) -> None:
-        """Rename entries, see ``_AcceptedKeys``."""
-        super().set_keys(**kwargs)
-        self._set_in_keys()
-
-    def _set_in_keys(self) -> None:
-        names = self.tensor_keys
-        observed = [*self.policy.in_keys, *((k.NEXT, key) for key in self.policy.in_keys)]
-        ends = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
-        self._in_keys = [*observed, names.action, names.sample_log_prob, *self.policy[-1].in_keys, *ends]
+    def _behaviour_keys(self) -> list[Any]:
+        return [*super()._behaviour_keys(), *self.policy[-1].in_keys]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of a rollout [B, T]."""
-        if tensordict.ndim != 2:
-            raise ValueError(f"the batch must be [B, T], environments then time; got {list(tensordict.batch_size)}")
-        names, sampler = self.tensor_keys, self.policy[-1]
-        reward, terminated, done = (
-            tensordict.get((k.NEXT, key)).squeeze(-1) for key in (names.reward, names.terminated, names.done)
-        )
-        valid = self._valid(tensordict)
-        unroll = Unroll(tensordict, self.policy, terminated=terminated, done=done, valid=valid)
-        output = self.policy.get_dist_params(unroll.inputs)
-        values = output.get(names.value).squeeze(-1)
-        value, next_value = unroll.at(values), unroll.behind(values).detach()
-        params = {key: unroll.at(output.get(key)) for key in sampler.in_keys}
-        behaviour = {key: cleared(self._stored(tensordict, key), valid) for key in sampler.in_keys}
-        dist = sampler.build_dist_from_params(TensorDict(params, tensordict.batch_size))
-        log_prob = dist.log_prob(cleared(tensordict.get(names.action), valid))
-        log_rho = cleared(log_prob.detach() - tensordict.get(names.sample_log_prob), valid)
-        target, advantage = self._targets(reward, value.detach(), next_value, log_rho, terminated, done, valid)
+        reading = self._read(tensordict)
+        valid, log_rho = reading.batch.valid, reading.log_rho
+        behaviour = {key: cleared(self._entry(tensordict, key), valid) for key in reading.params}
+        values = self._entry(reading.output, self.tensor_keys.value).squeeze(-1)
+        value, next_value = reading.unroll.at(values), reading.unroll.behind(values).detach()
+        target, advantage = self._targets(reading.batch, value.detach(), next_value, log_rho)
 
-        stats = Stats(valid, reward)
+        stats = Stats(valid, reading.batch.reward)
         times = stats.count if self.reduction == "sum" else 1
         weights, dual, out = self._select(advantage, valid, stats)
-        penalty, constraint = self._constrain(params, behaviour, valid, stats, out)
-        out["loss_policy"] = times * (penalty - (weights * log_prob).sum())
+        penalty, constraint = self._constrain(reading.params, behaviour, valid, stats, out)
+        out["loss_policy"] = times * (penalty - (weights * reading.log_pi).sum())
         out["loss_dual"] = times * (dual + constraint)
         out["loss_value"] = (times * 0.5 * self.value_coef) * stats.mean((target - value).square())
         with torch.no_grad():
-            out["entropy"] = stats.mean(dist.entropy())
+            out["entropy"] = stats.mean(reading.dist.entropy())
             out["advantage_std"] = stats.std(advantage)
             out["explained_variance"] = 1 - stats.variance(target - value) / stats.variance(target).clamp(min=1e-8)
         out["valid_count"] = stats.count
-        self._tell(out, log_rho.t(), done.t(), None if valid is None else valid.t())
+        self._tell(out, log_rho.t(), reading.batch.time_first())
         return TensorDict(out, [])
 
     @torch.no_grad()
-    def _tell(self, out: dict[str, Tensor], log_rho: Tensor, done: Tensor, valid: Tensor | None) -> None:
+    def _tell(self, out: dict[str, Tensor], log_rho: Tensor, batch: Batch) -> None:
         """Adds how far off-policy the rollout is, from what stands time first."""
+        _, terminated, done, valid = batch
         out["ess"] = effective_sample_size(log_rho, valid=valid)
+        ones = torch.ones_like(log_rho)
         if self.target_kind == "n_step":
+            stats = Stats(valid, ones)
+            length = n_step_return(  # of rewards 1, the return is the number of steps
+                reward=ones,
+                next_value=0 * ones,
+                terminated=terminated,
+                done=done,
+                gamma=1.0,
+                n=self.n_step,
+                valid=valid,
+            )
+            out["trace_length"] = stats.mean(length - 1)
+            out["contraction"] = 1 - stats.mean(1 - self.gamma**length)
             return
-        rho = log_rho.clamp(max=0).exp() if self.target_kind == "vtrace" else torch.ones_like(log_rho)
+        rho = log_rho.clamp(max=0).exp() if self.target_kind == "vtrace" else ones
         out["trace_length"], out["contraction"] = trace_reach(
             trace=self.lmbda * rho, done=done, gamma=self.gamma, rho=rho, valid=valid, bounded=True
         )
         if self.target_kind == "vtrace":
             out["rho_clipped"] = out["c_clipped"] = clipped_fraction(log_rho, 1.0, valid=valid)
-
-    def _stored(self, tensordict: TensorDictBase, key: Any) -> Tensor:
-        found = tensordict.get(key, None)
-        if found is None:
-            raise KeyError(f"V-MPO reads {key!r} of the behaviour policy, its target policy, which the rollout lacks")
-        return found
 
     def _select(
         self, advantage: Tensor, valid: Tensor | None, stats: Stats
@@ -271,30 +248,22 @@ class VMPOLoss(OffPolicyLoss):
             out[f"alpha{suffix}"], out[f"kl{suffix}"] = alpha.detach(), kl.detach()
         return penalty, dual
 
-    def _targets(
-        self,
-        reward: Tensor,
-        value: Tensor,
-        next_value: Tensor,
-        log_rho: Tensor,
-        terminated: Tensor,
-        done: Tensor,
-        valid: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _targets(self, batch: Batch, value: Tensor, next_value: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
         """Return and advantage [B, T], 0 advantage where not valid; the one place where time changes its dimension."""
+        reward, terminated, done, valid = batch.time_first()
         known: dict[str, Any] = {
-            "reward": reward.to(value.dtype).t(),
+            "reward": reward.to(value.dtype),
             "next_value": next_value.t(),
-            "terminated": terminated.t(),
-            "done": done.t(),
+            "terminated": terminated,
+            "done": done,
             "gamma": self.gamma,
-            "valid": None if valid is None else valid.t(),
+            "valid": valid,
         }
         if self.target_kind == "n_step":
             target = n_step_return(n=self.n_step, **known).t()
-            return target, cleared(target - value, valid)
+            return target, cleared(target - value, batch.valid)
         if self.target_kind == "lambda":
             found: Any = gae(value=value.t(), lmbda=self.lmbda, **known)
         else:
             found = vtrace(value=value.t(), log_rho=log_rho.to(value.dtype).t(), lmbda=self.lmbda, **known)
-        return found.target.t(), cleared(found.advantage.t(), valid)
+        return found.target.t(), cleared(found.advantage.t(), batch.valid)

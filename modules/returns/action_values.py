@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offtrace.modules.returns import fused
-from offtrace.modules.returns.checks import check, computing_dtype, discount, ratio
+from offtrace.modules.returns.checks import check, check_float, computing_dtype, discount, ratio
 from offtrace.modules.returns.recurrence import Rows, backwards, linear_recurrence
 from offtrace.modules.returns.state_values import bootstrapped, onward
 
@@ -135,6 +135,7 @@ def retrace_trace(*, log_rho: Tensor, lmbda: float = 1.0, action_dim: int = 1) -
 
     Source: Munos et al. 2016, arXiv 1606.02647; Wang et al. 2017, arXiv 1611.01224 for the root.
     """
+    check_float("log_rho", log_rho)
     if action_dim < 1:
         raise ValueError(f"action_dim must be at least 1, got {action_dim}")
     return lmbda * (log_rho.clamp(max=0) / action_dim).exp()
@@ -148,6 +149,7 @@ def importance_trace(*, log_rho: Tensor, lmbda: float = 1.0) -> Tensor:
 
     Source: Precup, Sutton and Singh 2000.
     """
+    check_float("log_rho", log_rho)
     return lmbda * ratio(log_rho)
 
 
@@ -159,6 +161,7 @@ def q_lambda_trace(*, log_rho: Tensor, lmbda: float) -> Tensor:
 
     Source: Harutyunyan et al. 2016, arXiv 1602.04951.
     """
+    check_float("log_rho", log_rho)
     return torch.full_like(log_rho, lmbda)
 
 
@@ -172,4 +175,5 @@ def tree_backup_trace(*, log_pi: Tensor, lmbda: float = 1.0) -> Tensor:
 
     Source: Precup, Sutton and Singh 2000.
     """
+    check_float("log_pi", log_pi)
     return lmbda * log_pi.exp()

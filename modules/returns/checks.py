@@ -1,4 +1,4 @@
-"""What every function of this package checks before it computes: shapes, dtypes and devices, never values."""
+"""What every function of this package checks before it computes: shapes, dtypes and devices, not what tensors hold."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ def check(floats: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
     if not shape or not shape[0]:
         raise ValueError(f"{anchor} must be [T, *B] with T at least 1, got {list(shape)}")
     for name, tensor in floats.items():
-        _tensor(name, tensor)
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        check_float(name, tensor)
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must have the dtype of {anchor}, {dtype}, got {tensor.dtype}")
         _same(name, tensor, anchor, shape, device)
@@ -36,14 +34,42 @@ def check(floats: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
         _same(name, mask, anchor, shape, device)
 
 
+def check_float(name: str, tensor: Tensor) -> None:
+    """Of any shape.
+
+    Raises:
+        TypeError: on something that is no tensor, or none of floats.
+    """
+    _tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def check_clips(*, rho_clip: float, c_clip: float, pg_rho_clip: float) -> None:
+    """Of V-trace: c_clip above rho_clip would not contract.
+
+    Raises:
+        ValueError: by the argument's name.
+    """
+    if not 0 < c_clip <= rho_clip:
+        raise ValueError(f"c_clip must be above 0 and at most rho_clip, {rho_clip}, got {c_clip}")
+    if not pg_rho_clip > 0:
+        raise ValueError(f"pg_rho_clip must be above 0, got {pg_rho_clip}")
+
+
 def discount(gamma: float | Tensor, like: Tensor) -> tuple[float | None, Tensor | None]:
     """A number, or a tensor of the shape of ``like``; the other of the two is None.
 
     Raises:
-        ValueError: when a tensor does not broadcast to that shape.
+        TypeError: when it is neither.
+        ValueError: when a tensor does not broadcast to that shape, or is elsewhere.
     """
-    if not isinstance(gamma, Tensor):
+    if isinstance(gamma, (int, float)):
         return float(gamma), None
+    if not isinstance(gamma, Tensor):
+        raise TypeError(f"gamma must be a number or a tensor, got {type(gamma).__name__}")
+    if gamma.ndim and gamma.device != like.device:
+        raise ValueError(f"gamma must be on {like.device}, got {gamma.device}")
     try:
         return None, gamma.to(computing_dtype(like)).expand(like.shape)
     except RuntimeError:

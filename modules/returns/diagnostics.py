@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from offtrace.modules.returns.checks import check
+from offtrace.modules.returns.checks import check, check_float
 from offtrace.modules.returns.recurrence import linear_recurrence
 
 
@@ -20,8 +20,12 @@ def effective_sample_size(log_rho: Tensor, *, valid: Tensor | None = None) -> Te
         log_rho: log pi(a|x) - log mu(a|x), any shape; of any size, since the largest is taken out of the sums.
         valid: bool of the same shape; other steps do not count. No valid step at all: 1.
 
+    Raises:
+        TypeError, ValueError: on a dtype or a shape that does not fit, by the argument's name.
+
     Source: Kong 1992.
     """
+    _check(log_rho, valid)
     flat = (log_rho if valid is None else log_rho.masked_fill(~valid, -math.inf)).flatten()
     count = flat.numel() if valid is None else valid.sum()
     rho = (flat - flat.amax()).exp()  # its scale cancels
@@ -32,6 +36,9 @@ def effective_sample_size(log_rho: Tensor, *, valid: Tensor | None = None) -> Te
 @torch.no_grad()
 def clipped_fraction(log_rho: Tensor, clip: float, *, valid: Tensor | None = None) -> Tensor:
     """Fraction of the ratios above ``clip``, a scalar; arguments as of :func:`effective_sample_size`."""
+    _check(log_rho, valid)
+    if not clip > 0:
+        raise ValueError(f"clip must be above 0, got {clip}")
     above = (log_rho > math.log(clip)).to(torch.float32).flatten()
     return _mean(above, None if valid is None else valid.flatten())
 
@@ -95,6 +102,13 @@ def trace_reach(
     sums = linear_recurrence(first, weight, bounded=bounded).transpose(0, 1).flatten(1)
     length, total = _mean(sums, None if valid is None else valid.flatten()).unbind()
     return TraceReach(length, 1 - (1 - gamma) * total)
+
+
+def _check(log_rho: Tensor, valid: Tensor | None) -> None:
+    check_float("log_rho", log_rho)
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != log_rho.shape):
+        wanted = f"a bool tensor of the shape of log_rho, {list(log_rho.shape)}"
+        raise ValueError(f"valid must be {wanted}, got {valid.dtype} {list(valid.shape)}")
 
 
 def _mean(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offtrace.modules.returns.checks import check, computing_dtype, discount
+from offtrace.modules.returns.checks import check, check_float, computing_dtype, discount
 from offtrace.modules.returns.state_values import saturated
 
 
@@ -24,10 +24,13 @@ def categorical_projection(*, atoms: Tensor, probs: Tensor, support: Tensor) -> 
         ``[*B, K]``, with the sum of ``probs``.
 
     Raises:
-        ValueError: on shapes that do not fit.
+        TypeError, ValueError: on a dtype, shape or device that does not fit, by the argument's name.
 
     Source: Bellemare et al. 2017, arXiv 1707.06887 (C51).
     """
+    check_float("atoms", atoms)
+    _like("probs", probs, "atoms", atoms)
+    _like("support", support, "atoms", atoms)
     if atoms.shape != probs.shape:
         raise ValueError(f"probs must have the shape of atoms, {list(atoms.shape)}, got {list(probs.shape)}")
     if support.ndim != 1 or len(support) < 2:
@@ -77,6 +80,11 @@ def distributional_return(
 
     Source: Gruslys et al. 2018, arXiv 1704.04651, section 3.2.
     """
+    check_float("reward", reward)
+    for name, tensor in (("q_dist", q_dist), ("next_state_dist", next_state_dist), ("support", support)):
+        _like(name, tensor, "reward", reward)
+    if support.ndim != 1 or len(support) < 2:
+        raise ValueError(f"support must be [K] with K at least 2, got {list(support.shape)}")
     floats = {"reward": reward, **({"trace": trace} if isinstance(trace, Tensor) else {})}
     check(floats, {"terminated": terminated, "done": done, "valid": valid})
     for name, dist in (("q_dist", q_dist), ("next_state_dist", next_state_dist)):
@@ -120,3 +128,11 @@ def distributional_return(
         if not bounded:
             out = saturated(out)
     return torch.where(known.unsqueeze(-1), out, q_dist).to(given)
+
+
+def _like(name: str, tensor: Tensor, anchor: str, like: Tensor) -> None:
+    check_float(name, tensor)
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of {anchor}, {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of {anchor}, {like.device}, got {tensor.device}")

@@ -218,3 +218,79 @@ def test_bad_input_is_named() -> None:
     data["next", "reward"][0, 0] = torch.nan
     with pytest.raises(ValueError, match="reward must be finite, got 1 entries that are not"):
         QLambda(gamma=GAMMA, qvalue_network=critic, actor_network=actor, validate=True)(data)
+
+
+def test_values_and_shapes_that_do_not_fit_are_named() -> None:
+    actor, critic = discrete(2)
+    networks: dict[str, Any] = {"qvalue_network": critic, "actor_network": actor}
+    for key in ("action_log_prob", ("next", "reward"), ("next", "done")):
+        data = rollout()
+        data[key] = data[key].reshape(B, T, 1).expand(B, T, 2).clone()
+        with pytest.raises(ValueError, match=r"must have the shape of the values, \[3, 8, 1\], got \[3, 8, 2\]"):
+            Retrace(gamma=GAMMA, **networks)(data)
+    data = rollout()
+    data["action_log_prob"] = data["action_log_prob"].to("meta")
+    with pytest.raises(ValueError, match="'action_log_prob' must be on the device of the values, cpu, got meta"):
+        Retrace(gamma=GAMMA, **networks)(data)
+    data = rollout()
+    data["next", "reward"] = data["next", "reward"].long()
+    with pytest.raises(TypeError, match=r"reward must be a floating-point tensor, got torch.int64"):
+        Retrace(gamma=GAMMA, **networks)(data)
+    other = TensorDictModule(nn.Linear(5, A), in_keys=["observation"], out_keys=["q"])
+    with pytest.raises(KeyError, match="the qvalue_network does not write 'state_action_value'"):
+        Retrace(gamma=GAMMA, qvalue_network=other, actor_network=actor)(rollout())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_validate_looks_behind_the_steps_but_not_behind_the_end(kind: Any) -> None:
+    data = rollout()
+    data["chosen_action_value"] = torch.zeros(B, T, 1)
+    data["target_log_prob"] = data["action_log_prob"].clamp(max=0)
+    data["action_log_prob"] = data["action_log_prob"].clamp(max=0)
+    data["next", "state_value"] = torch.zeros(B, T, 1).masked_fill(data["next", "terminated"], torch.nan)
+    assert data["next", "terminated"].any()
+    estimator = kind(gamma=GAMMA, validate=True)
+    assert estimator(data)["value_target"].isfinite().all()
+    step = (~data["next", "terminated"]).nonzero()[0]
+    data["next", "state_value"][tuple(step)] = torch.nan
+    with pytest.raises(ValueError, match="next_value must be finite, got 1 entries that are not"):
+        estimator(data)
+    data["valid"] = data["next", "state_value"].isfinite() | data["next", "terminated"]
+    if kind is not QLambda:  # nor at steps that are no data
+        data["target_log_prob"] = data["target_log_prob"].masked_fill(~data["valid"].squeeze(-1), torch.nan)
+    assert estimator(data)["value_target"].isfinite().all()
+    if kind is not QLambda:
+        with pytest.raises(ValueError, match="target_log_prob must be a number, got 1 entries that are NaN"):
+            estimator(data.exclude("valid"))
+
+
+@pytest.mark.parametrize("alpha", [0.3, 2.0, 1e4])
+def test_illegal_actions_count_for_nothing_whatever_the_temperature(alpha: float) -> None:
+    _, critic = discrete(2)
+    legal = torch.tensor([0.0, 0.0, 0.0, -torch.inf])
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(5, A)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + legal
+
+    torch.manual_seed(0)
+    masked = Masked()
+    actor = ProbabilisticActor(
+        TensorDictModule(masked, in_keys=["observation"], out_keys=["logits"]),
+        in_keys=["logits"],
+        distribution_class=torch.distributions.Categorical,
+    )
+    data = rollout()
+    data["action"] = data["action"].clamp(max=A - 2)
+    data["next", "done"][:] = True  # then the target is the successor's value alone
+    data["next", "terminated"][:] = False
+    found = TreeBackup(gamma=1.0, qvalue_network=critic, actor_network=actor, alpha=alpha)(data.clone())
+    with torch.no_grad():
+        log_pi = masked.net(data["next", "observation"])[..., :-1].log_softmax(-1)
+        every = critic(data["next"].clone())["action_value"].amin(-2)[..., :-1]
+    expected = (log_pi.exp() * (every - alpha * log_pi)).sum(-1, keepdim=True)
+    torch.testing.assert_close(found["value_target"] - data["next", "reward"], expected, rtol=1e-4, atol=1e-4)

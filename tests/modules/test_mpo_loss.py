@@ -205,12 +205,12 @@ def test_windows_end_at_dones_and_before_invalid_steps(n: int) -> None:
         if valid[row, 0]:
             assert window.reward[row].item() == pytest.approx(reward)
             assert window.discount[row].item() == pytest.approx(discount)
-            assert window.last[row] == last
+            assert window.length[row] - 1 == last
     value = torch.randn(40, 5, dtype=torch.float64)
     reward, terminated, done = (x.t() for x in flags)
     common: dict[str, Any] = {"terminated": terminated, "done": done, "gamma": GAMMA, "n": n, "valid": valid.t()}
     expected = n_step_return(reward=reward, next_value=value.t(), **common)[0]
-    found = window.reward + window.discount * value[torch.arange(40), window.last]
+    found = window.reward + window.discount * value[torch.arange(40), window.length - 1]
     torch.testing.assert_close(found[valid[:, 0]], expected[valid[:, 0]])
 
 

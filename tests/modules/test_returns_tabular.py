@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from offtrace.modules.returns import q_return, retrace_trace, tree_backup_trace, vtrace
+from offtrace.modules.returns import q_return, retrace_trace, trace_reach, tree_backup_trace, vtrace
 
 GAMMA = 0.9
 
@@ -50,6 +50,22 @@ class MDP:
         carried = np.linalg.solve(np.eye(len(onward)) - GAMMA * onward, np.ones(len(onward))) - 1
         return (GAMMA - (1 - GAMMA) * carried).reshape(states, actions)
 
+    def clipped(self, clip: float) -> np.ndarray:
+        """min(clip, pi / mu), ``[S, A]``."""
+        return np.minimum(clip, self.target / self.behaviour)
+
+    def value_operator(self, value: np.ndarray, rho: np.ndarray, c: np.ndarray) -> np.ndarray:
+        """V-trace's expected operator with infinitely long traces."""
+        onward = np.einsum("sa,sax->sx", c * self.behaviour, self.transition)
+        error = self.reward + GAMMA * self.transition @ value - value[:, None]
+        return value + np.linalg.solve(np.eye(len(value)) - GAMMA * onward, (self.behaviour * rho * error).sum(-1))
+
+    def value_contraction(self, rho: np.ndarray, c: np.ndarray) -> np.ndarray:
+        """1 - (1 - gamma) E_mu sum_{t>=0} gamma^t c_0 ... c_{t-1} rho_t, ``[S]``."""
+        onward = np.einsum("sa,sax->sx", c * self.behaviour, self.transition)
+        carried = np.linalg.solve(np.eye(len(onward)) - GAMMA * onward, (self.behaviour * rho).sum(-1))
+        return 1 - (1 - GAMMA) * carried
+
 
 def coefficients(mdp: MDP, name: str, lmbda: float) -> np.ndarray:
     log_pi, log_mu = torch.tensor(mdp.target).log(), torch.tensor(mdp.behaviour).log()
@@ -72,6 +88,60 @@ def test_the_expected_operator_contracts_to_q_of_the_target_policy(seed: int, lm
         q = truth + np.random.default_rng(100 + start).normal(size=truth.shape)
         distance = np.abs(q - truth).max()
         assert (np.abs(mdp.operator(q, trace) - truth) <= eta * distance + 1e-10).all()
+
+
+@pytest.mark.parametrize(("rho_clip", "c_clip"), [(1.0, 1.0), (2.0, 1.0), (2.0, 2.0), (0.7, 0.4), (np.inf, 1.0)])
+@pytest.mark.parametrize("seed", range(10))
+def test_vtraces_expected_operator_contracts_to_the_value_of_the_clipped_policy(
+    seed: int, rho_clip: float, c_clip: float
+) -> None:
+    mdp = MDP.random(seed)
+    rho, c = mdp.clipped(rho_clip), 0.9 * mdp.clipped(c_clip)
+    policy = rho * mdp.behaviour  # proportional to min(rho_clip mu, pi)
+    policy = policy / policy.sum(-1, keepdims=True)
+    truth, eta = (policy * mdp.q_of(policy)).sum(-1), mdp.value_contraction(rho, c)
+    smallest = (mdp.behaviour * rho).sum(-1).min()
+    assert (eta <= 1 - (1 - GAMMA) * smallest + 1e-12).all()  # the bound of the paper
+    assert (eta >= -1e-12).all()
+    np.testing.assert_allclose(mdp.value_operator(truth, rho, c), truth, atol=1e-10)
+    for start in range(5):
+        value = truth + np.random.default_rng(100 + start).normal(size=truth.shape)
+        distance = np.abs(value - truth).max()
+        assert (np.abs(mdp.value_operator(value, rho, c) - truth) <= eta * distance + 1e-10).all()
+
+
+@pytest.mark.parametrize("rho_clip", [1.0, 2.0])
+def test_vtraces_sample_operator_is_the_expected_one_on_average(rho_clip: float) -> None:
+    mdp = MDP.random(3, states=3, actions=2)
+    value = np.random.default_rng(0).normal(size=3)
+    expected = mdp.value_operator(value, mdp.clipped(rho_clip), 0.9 * mdp.clipped(1.0))
+    state, action, following = sample(mdp, episodes=40_000, length=60, seed=1)
+    none = torch.zeros(state.shape, dtype=torch.bool)
+    out = vtrace(
+        reward=torch.tensor(mdp.reward[state, action]), value=torch.tensor(value[state]),
+        next_value=torch.tensor(value[following]), terminated=none, done=none, gamma=GAMMA, lmbda=0.9,
+        log_rho=torch.tensor(np.log(mdp.target / mdp.behaviour)[state, action]), rho_clip=rho_clip,
+    ).target.numpy()[0]  # fmt: skip
+    for s in range(3):
+        found = out[state[0] == s]
+        assert abs(found.mean() - expected[s]) < 4.5 * found.std() / np.sqrt(len(found)) + 1e-2, s
+
+
+@pytest.mark.parametrize("name", ["retrace", "tree backup", "vtrace"])
+def test_the_contraction_of_a_batch_is_the_exact_one_where_it_was(name: str) -> None:
+    """Averaged over the steps, whose successors' steps are samples of the expectation."""
+    mdp = MDP.random(4, states=3, actions=2)
+    state, action, _ = sample(mdp, episodes=2_000, length=400, seed=2)
+    rho = mdp.clipped(1.5) if name == "vtrace" else None
+    c = mdp.clipped(1.0) if rho is not None else coefficients(mdp, name, 0.9)
+    exact = mdp.contraction(c)[state, action] if rho is None else mdp.value_contraction(rho, c)[state]
+    found = trace_reach(
+        trace=torch.tensor(c[state, action]), done=torch.zeros(state.shape, dtype=torch.bool), gamma=GAMMA,
+        rho=None if rho is None else torch.tensor(rho[state, action]),
+    )  # fmt: skip
+    # a rollout's end cuts traces: a few of 400 steps
+    assert float(found.contraction) == pytest.approx(exact.mean(), abs=6e-3)
+    assert abs(exact.mean() - GAMMA) > 0.05
 
 
 @pytest.mark.parametrize("name", ["retrace", "tree backup"])

@@ -222,6 +222,15 @@ def test_other_targets(target: str) -> None:
     torch.testing.assert_close(out["threshold"], advantage[top_half(advantage, torch.ones_like(done))].min())
 
 
+def window(td: TensorDict, b: int, t: int, n: int) -> int:
+    """Steps of the n-step return of step t: up to an end of the episode, of the rollout, or of what is known."""
+    done, valid = (x.squeeze(-1) for x in (td["next", "done"], td["valid"]))
+    for m in range(1, n + 1):
+        if done[b, t + m - 1] or t + m == td.shape[1] or not valid[b, t + m]:
+            return m
+    return n
+
+
 @pytest.mark.parametrize("target", ["lambda", "n_step", "vtrace"])
 def test_how_far_off_policy_the_rollout_is(target: str) -> None:
     policy, td = make(), with_valid(rollout())
@@ -235,8 +244,12 @@ def test_how_far_off_policy_the_rollout_is(target: str) -> None:
     weight = rho.clamp(max=1) if target == "vtrace" else torch.ones_like(rho)
     done = td["next", "done"].squeeze(-1)
     reach = trace_reach(trace=0.8 * weight.t(), done=done.t(), gamma=GAMMA, rho=weight.t(), valid=valid.t())
-    assert ("trace_length" in out) == (target != "n_step")
-    if target != "n_step":
+    if target == "n_step":
+        steps = torch.tensor([window(td, b, t, loss.n_step) for b, t in valid.nonzero().tolist()], dtype=torch.float64)
+        assert len(steps.unique()) > 2
+        torch.testing.assert_close(out["trace_length"], (steps - 1).mean())
+        torch.testing.assert_close(out["contraction"], (GAMMA**steps).mean())
+    else:
         torch.testing.assert_close(out["trace_length"], reach.length)
         torch.testing.assert_close(out["contraction"], reach.contraction)
     assert ("c_clipped" in out) == (target == "vtrace")

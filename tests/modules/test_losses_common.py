@@ -1,0 +1,183 @@
+"""What holds for every loss: entries are named when they are missing or do not fit, and how far off-policy is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from offtrace.modules.losses import ImpalaLoss
+from offtrace.modules.losses.offpolicy import OffPolicyLoss
+from offtrace.modules.losses.vmpo import VMPOLoss
+from tests.modules import test_impala_loss as impala
+from tests.modules import test_mpo_loss as mpo
+from tests.modules import test_q_actor_critic_loss as q_actor_critic
+from tests.modules import test_sac_loss as sac
+from tests.modules import test_vmpo_loss as vmpo
+
+pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
+Case = tuple[OffPolicyLoss, TensorDict]
+CASES: dict[str, Callable[[], Case]] = {
+    "impala": lambda: (ImpalaLoss(impala.make()), impala.rollout()),
+    "impala-continuous": lambda: (ImpalaLoss(impala.make(action_dim=2)), impala.rollout(dim=2)),
+    "q-actor-critic": lambda: (q_actor_critic.QActorCriticLoss(q_actor_critic.policy_of()), impala.rollout()),
+    "vmpo": lambda: (VMPOLoss(vmpo.make()).double(), vmpo.rollout()),
+    "vmpo-diagonal": lambda: (VMPOLoss(vmpo.make("diagonal")).double(), vmpo.rollout("diagonal")),
+    "sac": lambda: (sac.sac("retrace"), finite(sac.replay(6, 5))),
+    "sac-one-step": lambda: (sac.sac("one_step"), finite(sac.replay(6))),
+    "sac-v1": lambda: (sac.v1(), finite(sac.replay(6))),
+    "discrete-sac": lambda: (sac.discrete("retrace"), finite(sac.replay(6, 5, kinds=3))),
+    "mpo": lambda: (mpo.make(target="retrace"), mpo.data()),
+    "mpo-n-step": lambda: (mpo.make(target="n_step"), mpo.data()),
+    "dmpo": lambda: (mpo.make(critic="categorical", target="retrace"), mpo.data()),
+    "discrete-mpo": lambda: (mpo.make("discrete", "discrete", target="retrace"), mpo.data(discrete=True)),
+}
+
+
+def finite(td: TensorDictBase) -> TensorDict:
+    return td.apply(lambda x: x.nan_to_num() if x.is_floating_point() else x)  # type: ignore[return-value]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]()
+
+
+def test_each_entry_that_is_read_is_named_when_it_is_missing(case: Case) -> None:
+    loss, td = case
+    loss(td.select(*loss.in_keys, "pre_tanh", strict=False))
+    for key in loss.in_keys:
+        message = f"reads .*{words(key)}.*, which the (batch|rollout) lacks|but the rollout lacks .*{words(key)}"
+        with pytest.raises(KeyError, match=message):
+            loss(td.exclude(key))
+
+
+def test_shapes_and_kinds_that_do_not_fit_are_named(case: Case) -> None:
+    loss, td = case
+    shape = list(td.batch_size)
+    for key in (("next", "reward"), ("next", "done"), ("next", "terminated"), "action_log_prob"):
+        if key in loss.in_keys:
+            wrong = td.clone().set(key, torch.cat([td[key].reshape(*shape, 1)] * 2, -1))
+            with pytest.raises(ValueError, match=rf"{words(key)}.* must be \[.*\] or \[.*, 1\], got \[.*, 2\]"):
+                loss(wrong)
+    with pytest.raises(TypeError, match=r"'next', 'reward'.* must be a floating-point tensor, got torch.int64"):
+        loss(td.clone().set(("next", "reward"), td["next", "reward"].long()))
+    with pytest.raises(TypeError, match=r"'next', 'done'.* must be a bool tensor, got torch.float32"):
+        loss(td.clone().set(("next", "done"), td["next", "done"].float()))
+    with pytest.raises(ValueError, match=r"'next', 'reward'.* is on meta, the networks are on cpu"):
+        loss(td.clone().set(("next", "reward"), td["next", "reward"].to("meta")))
+
+
+def test_actions_of_the_other_kind_are_named(case: Case) -> None:
+    loss, td = case
+    continuous = td["action"].is_floating_point()
+    other = torch.zeros(td.batch_size, dtype=torch.int64) if continuous else torch.zeros(*td.batch_size, 2)
+    with pytest.raises((TypeError, ValueError), match=r"'action' (must be|is)|'action' is torch"):
+        loss(td.clone().set("action", other))
+
+
+def words(key: Any) -> str:
+    return "'" + (key if isinstance(key, str) else "', '".join(key)) + "'"
+
+
+@pytest.mark.parametrize("name", ["impala", "q-actor-critic"])
+def test_an_action_with_one_dimension_too_many_is_named(name: str) -> None:
+    loss, td = CASES[name]()
+    with pytest.raises(ValueError, match=r"'action' must be \[5, 7\], got \[5, 7, 1\]"):
+        loss(td.clone().set("action", td["action"].unsqueeze(-1)))
+
+
+def test_vtraces_clips_are_those_of_the_estimator() -> None:
+    for options, message in (
+        ({"c_clip": 2.0}, "c_clip must be above 0 and at most rho_clip, 1.0, got 2.0"),
+        ({"rho_clip": 0.5}, "c_clip must be above 0 and at most rho_clip, 0.5, got 1.0"),
+        ({"c_clip": -1.0}, "c_clip must be above 0"),
+        ({"pg_rho_clip": 0.0}, "pg_rho_clip must be above 0, got 0.0"),
+        ({"rho_clip": math.nan}, "c_clip must be above 0 and at most rho_clip, nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImpalaLoss(impala.make(), **options)
+
+
+def log_ratio(name: str, loss: Any, td: TensorDict) -> Tensor:
+    """log pi - log mu of every step, by torch's own distributions; of MPO pi is the target policy."""
+    if name == "sac":
+        actor = loss.actor.get_dist(td.select("observation"))
+        log_pi = actor.log_prob_pre_tanh(td["pre_tanh"])
+    elif name == "discrete-sac":
+        log_pi = loss.actor.get_dist(td.select("observation")).log_prob(td["action"])
+    else:
+        log_pi = mpo.policy_at(loss.target("policy"), td["observation"]).log_prob(td["action"])
+    return (log_pi - td["action_log_prob"]).detach()
+
+
+def lengths(td: TensorDict, n: int) -> Tensor:
+    """Steps of the n-step window at the first step of each row."""
+    return torch.tensor([last + 1 for _, _, last in mpo.windows(td, n)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("target", ["one_step", "n_step"])
+@pytest.mark.parametrize("name", ["sac", "discrete-sac", "mpo", "discrete-mpo"])
+def test_uncorrected_targets_tell_how_far_off_policy_they_are(name: str, target: str) -> None:
+    if name.endswith("sac"):
+        loss: Any = sac.sac(target) if name == "sac" else sac.discrete(target)
+        td, gamma, n = finite(sac.replay(40, 5, kinds=None if name == "sac" else 3)), sac.GAMMA, 3
+    else:
+        kinds = ("discrete", "discrete") if name == "discrete-mpo" else ()
+        loss = mpo.make(*kinds, target=target, n_step=3)
+        td, gamma, n = mpo.data(40, discrete=name == "discrete-mpo"), mpo.GAMMA, 3
+    td = mpo.with_valid(td)
+    out, valid = loss(td), td["valid"].squeeze(-1)
+    assert set(out.keys()) == set(loss.out_keys)
+    log_rho = log_ratio(name, loss, td)
+    if target == "n_step":
+        log_rho, valid = log_rho[:, 0], valid[:, 0]
+        length = lengths(td, n)[valid]
+    else:
+        length = torch.ones(int(valid.sum()), dtype=torch.float64)
+    rho = log_rho[valid].exp()
+    torch.testing.assert_close(out["ess"], rho.sum() ** 2 / (len(rho) * rho.square().sum()))
+    torch.testing.assert_close(out["trace_length"], (length - 1).mean())
+    torch.testing.assert_close(out["contraction"], (gamma**length).mean())
+    assert (target == "one_step") == (out["trace_length"] == 0)
+    without = loss(td.exclude("action_log_prob"))
+    assert without["ess"].isnan()
+    assert set(without.keys()) == set(loss.out_keys)
+
+
+def test_the_tanh_without_its_sample_leaves_only_the_ratio_out() -> None:
+    loss, td = CASES["sac-one-step"]()
+    assert not loss(td)["ess"].isnan()
+    out = loss(td.exclude("pre_tanh"))
+    assert out["ess"].isnan()
+    assert out["loss_critic"].isfinite()
+
+
+@pytest.mark.parametrize("recurrent", [None, 6])
+@pytest.mark.parametrize("critic", ["v", "q"])
+def test_observations_of_steps_that_are_no_data_reach_nothing(critic: str, recurrent: int | None) -> None:
+    options: dict[str, Any] = {} if recurrent is None else {"recurrent": recurrent}
+    policy = impala.make(critic=critic, **options)
+    loss: Any = ImpalaLoss(policy) if critic == "v" else q_actor_critic.QActorCriticLoss(policy)
+    td = impala.rollout(8, 9)
+    # padding behind the end of an episode, as TorchRL's samplers give it, and before its start
+    done = td["next", "done"].squeeze(-1)
+    valid = torch.ones_like(done)
+    valid[:4, 6:] = False
+    valid[4:6, :2] = False
+    done[:4, 5] = True
+    td["next", "done"] = done.unsqueeze(-1)
+    td["valid"] = valid.unsqueeze(-1)
+    td["is_init"][4:6, 2] = True
+    expected = impala.gradients(loss, td)
+    assert any(g.any() for g in expected)
+    for key in ("observation", "action_log_prob", ("next", "observation"), ("next", "reward")):
+        mask = ~valid.view(8, 9, *(1,) * (td[key].ndim - 2))
+        td[key] = td[key].masked_fill(mask, math.nan)
+    for found, wanted in zip(impala.gradients(loss, td), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
