@@ -11,6 +11,7 @@ Written to the folder: study.csv (a finished training is kept and not run again)
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import logging
 import math
@@ -58,6 +59,14 @@ class Task:
     clip_grad_norm: float = 0.5
     hidden: int = 64
 
+    def digest(self) -> str:
+        """A short name of all these numbers."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+
+    def replayed(self, share: float) -> int:
+        """Unrolls from the replay in a batch of which they are ``share``."""
+        return round(self.num_envs * share / (1 - share))
+
 
 TASKS = {
     "CartPole": Task(lr=2e-3, value_coef=0.01, entropy_coef=0.01),
@@ -102,7 +111,7 @@ def train(cell: Cell, task: Task, observe: Observer | None = None) -> Result:
     )
     optimizer = torch.optim.Adam(policy.parameters(), lr=task.lr, eps=1e-5)
     memory = ReplayBuffer(storage=LazyTensorStorage(MEMORY * task.num_envs))
-    replayed = round(task.num_envs * cell.replay / (1 - cell.replay))
+    replayed = task.replayed(cell.replay)
     past = deque([_weights(policy)], maxlen=cell.lag + 1)
     told: dict[str, list[float]] = {"trace_length": [], "ess": [], "kl": []}
     scores: list[float] = []
@@ -209,6 +218,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for share in args.replay:
         if not 0 <= share < 1:
             raise ConfigError(f"--replay has {share}; it must be at least 0 and below 1")
+        for name in args.tasks:
+            rows, fresh = TASKS[name].replayed(share), TASKS[name].num_envs
+            if abs(rows / (fresh + rows) - share) > 0.005:
+                below = math.floor(fresh * share / (1 - share))
+                near = " or ".join(f"{rows / (fresh + rows):.3f}" for rows in (below, below + 1))
+                raise ConfigError(f"--replay has {share}; beside {fresh} fresh unrolls whole ones give {near}")
     return args
 
 
@@ -253,12 +268,12 @@ def study(args: argparse.Namespace, tasks: dict[str, Task] | None = None) -> int
         raise ConfigError(f"--folder is {args.folder}, which cannot be written: {error.strerror}") from error
     rows = read_rows(path)
     # seeds first, so that a study that is stopped has whole seeds
-    wanted = [
-        Cell(task, replay, estimator, lag, seed, args.updates or tasks[task].updates)
+    wanted = dict.fromkeys(
+        Cell(task, replay, estimator, lag, seed, args.updates or tasks[task].updates, tasks[task].digest())
         for seed, task, replay, lag, estimator in itertools.product(
             args.seeds, args.tasks, args.replay, args.lags, args.estimators
         )
-    ]
+    )
     missing = [cell for cell in wanted if cell not in rows]
     print(f"{len(wanted)} trainings, {len(wanted) - len(missing)} of them finished before", flush=True)
     start = time.perf_counter()

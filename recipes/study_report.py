@@ -26,6 +26,8 @@ class Cell:
     """Age in updates of the weights that act."""
     seed: int
     updates: int
+    settings: str
+    """What else the training depends on, see :meth:`Task.digest`; other settings make another training."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,19 @@ def _row(entries: Iterable[str]) -> str:
 
 
 def _mean(values: list[float]) -> str:
-    return f"{round(float(np.mean(values)), 6):.3g}" if values else ""
+    return _number(float(np.mean(values))) if values else ""
 
 
 def _with_interval(values: list[float]) -> str:
     if not values:
         return ""
     low, high = interval(values)
-    return f"{_mean(values)} [{round(low, 6):.3g}, {round(high, 6):.3g}]" if len(values) > 1 else _mean(values)
+    return f"{_mean(values)} [{_number(low)}, {_number(high)}]" if len(values) > 1 else _mean(values)
+
+
+def _number(x: float) -> str:
+    """Three digits; what rounds to zero has no sign."""
+    return f"{round(x, 6) + 0.0:.3g}"
 
 
 def draw(path: Path, rows: Rows, *, estimators: Sequence[str]) -> None:
