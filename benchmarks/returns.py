@@ -26,8 +26,13 @@ def inputs(length: int, width: int, device: str) -> dict[str, Tensor]:
     """float32 ``[T, B]``; an end in a hundred steps."""
     torch.manual_seed(0)
     floats = {k: torch.randn(length, width, device=device) for k in ("reward", "value", "next_value")}
-    done = torch.rand(length, width, device=device) < 0.01
-    return {**floats, "log_rho": 0.3 * torch.randn(length, width, device=device), "terminated": done, "done": done}
+    terminated, truncated = (torch.rand(length, width, device=device) < 0.005 for _ in range(2))
+    return {
+        **floats,
+        "log_rho": 0.3 * torch.randn(length, width, device=device),
+        "terminated": terminated,
+        "done": terminated | truncated,
+    }
 
 
 def calls(x: dict[str, Tensor]) -> dict[str, Callable[[], object]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from offtrace.modules import returns
 from offtrace.modules.returns import recurrence
@@ -76,6 +79,49 @@ def test_blocks_change_nothing(function: Any, rows: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(recurrence, "BLOCK", 3 * rows)
     for a, b in zip(function(x), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the tensors made inside that are alive at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        old = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (pointer := x.untyped_storage().data_ptr()) not in old | self._seen:
+                size = x.untyped_storage().nbytes()
+                self._seen.add(pointer)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(x.untyped_storage(), self._free, pointer, size)
+        return out
+
+    def _free(self, pointer: int, size: int) -> None:
+        self._seen.discard(pointer)
+        self.now -= size
+
+
+@each
+def test_memory_is_a_constant_number_of_input_sized_buffers(function: Any) -> None:
+    """Whatever T: in blocks hardly more than the results themselves."""
+
+    def buffers(length: int, width: int) -> float:
+        x = {k: v.float() if v.is_floating_point() else v for k, v in inputs(length, width).items()}
+        with Peak() as peak:
+            function(x)
+        return peak.most / x["reward"].nbytes
+
+    sizes = ((64, 16), (256, 16)) if function is distributional else ((2048, 256), (8192, 256))
+    few, many = (buffers(*size) for size in sizes)
+    assert many <= 1.1 * few
+    # blocks of 2^17 elements are a sixteenth of the larger size; of a distribution one buffer is 7 atoms wide
+    limit = {distributional: 20 * 7, n_step: 7}.get(function, 4)
+    assert 1 <= many <= limit
 
 
 @pytest.mark.parametrize("bounded", [True, False])
