@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from offtrace.agents.checkpoint import load_policy as load_policy
     from offtrace.agents.config import ConfigError as ConfigError
     from offtrace.agents.config import ImpalaConfig as ImpalaConfig
-    from offtrace.agents.control_config import MPOConfig as MPOConfig
-    from offtrace.agents.control_config import SACConfig as SACConfig
-    from offtrace.agents.control_config import VMPOConfig as VMPOConfig
     from offtrace.agents.data import OnPolicyData as OnPolicyData
     from offtrace.agents.evaluation import EvaluationResult as EvaluationResult
     from offtrace.agents.evaluation import evaluate as evaluate
     from offtrace.agents.impala import make_impala as make_impala
     from offtrace.agents.mpo import make_mpo as make_mpo
     from offtrace.agents.mpo import make_vmpo as make_vmpo
+    from offtrace.agents.mpo_config import MPOConfig as MPOConfig
+    from offtrace.agents.mpo_config import VMPOConfig as VMPOConfig
     from offtrace.agents.optim import RMSpropTF as RMSpropTF
     from offtrace.agents.optim import make_optimizer as make_optimizer
     from offtrace.agents.progress import Meters as Meters
     from offtrace.agents.replay_data import ReplayData as ReplayData
     from offtrace.agents.sac import make_sac as make_sac
+    from offtrace.agents.sac_config import SACConfig as SACConfig
     from offtrace.agents.targets import hard_update as hard_update
     from offtrace.agents.targets import soft_update as soft_update
     from offtrace.agents.training import Summary as Summary
@@ -43,15 +43,16 @@ _WHERE = {
     "callbacks": ("Checkpoints", "Evaluation", "GracefulStop", "WeightSync"),
     "checkpoint": ("CheckpointError", "load_policy"),
     "config": ("ConfigError", "ImpalaConfig"),
-    "control_config": ("MPOConfig", "SACConfig", "VMPOConfig"),
     "data": ("OnPolicyData",),
     "evaluation": ("EvaluationResult", "evaluate"),
     "impala": ("make_impala",),
     "mpo": ("make_mpo", "make_vmpo"),
+    "mpo_config": ("MPOConfig", "VMPOConfig"),
     "optim": ("RMSpropTF", "make_optimizer"),
     "progress": ("Meters",),
     "replay_data": ("ReplayData",),
     "sac": ("make_sac",),
+    "sac_config": ("SACConfig",),
     "targets": ("hard_update", "soft_update"),
     "training": ("Summary", "train"),
 }

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from offtrace.agents.acting import rollout_collector
 from offtrace.agents.agent import Agent
 from offtrace.agents.config_base import ConfigError
-from offtrace.agents.control_config import MPOConfig, VMPOConfig
 from offtrace.agents.data import OnPolicyData
 from offtrace.agents.impala import actor_critic_description
+from offtrace.agents.mpo_config import MPOConfig, VMPOConfig
 from offtrace.agents.replay_data import ReplayData
 from offtrace.agents.replayed import group_optimizer, make_data, network_options, task_info
 from offtrace.agents.targets import hard_update

@@ -15,9 +15,9 @@ from torchrl.objectives.common import LossModule
 
 from offtrace.agents.acting import rollout_collector
 from offtrace.agents.config_base import ConfigError
-from offtrace.agents.control_config import ReplayedConfig
 from offtrace.agents.optim import OptimizerFactory
 from offtrace.agents.replay_data import ReplayData
+from offtrace.agents.replayed_config import ReplayedConfig
 from offtrace.modules.envs import EnvInfo, env_info
 from offtrace.modules.keys import OBSERVATION, VALID
 from offtrace.modules.networks import ControlPolicy

@@ -7,9 +7,9 @@ from typing import Any
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.config_base import ConfigError
-from offtrace.agents.control_config import SACConfig
 from offtrace.agents.replay_data import ReplayData
 from offtrace.agents.replayed import group_optimizer, make_data, network_options, task_info
+from offtrace.agents.sac_config import SACConfig
 from offtrace.agents.targets import soft_update
 from offtrace.modules.envs import EnvInfo
 from offtrace.modules.losses import DiscreteSACLoss, SACLoss, SACv1Loss

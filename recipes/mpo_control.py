@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from offtrace.agents.control_config import (
-    MPOConfig,
-    discrete_mpo_config,
-    dmpo_config,
-    full_covariance_config,
-)
+from offtrace.agents.mpo_config import MPOConfig, discrete_mpo_config, dmpo_config, full_covariance_config
 from offtrace.recipes.cli import run_recipe
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from offtrace.agents.control_config import SACConfig, discrete_sac_config, pixel_sac_config, sac_v1_config
+from offtrace.agents.sac_config import SACConfig, discrete_sac_config, pixel_sac_config, sac_v1_config
 from offtrace.recipes.cli import run_recipe
 
 

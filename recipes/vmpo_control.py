@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from offtrace.agents.control_config import VMPOConfig
+from offtrace.agents.mpo_config import VMPOConfig
 from offtrace.recipes.cli import run_recipe
 
 

@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 import torch
 
 from offtrace.agents.callbacks import WeightSync
-from offtrace.agents.control_config import MPOConfig, SACConfig
+from offtrace.agents.mpo_config import MPOConfig
+from offtrace.agents.sac_config import SACConfig
 from offtrace.agents.training import BUILDERS
 
 

@@ -14,18 +14,9 @@ import torch
 from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.checkpoint import load_policy
 from offtrace.agents.config_base import ConfigError
-from offtrace.agents.control_config import (
-    MPOConfig,
-    ReplayedConfig,
-    SACConfig,
-    VMPOConfig,
-    discrete_mpo_config,
-    discrete_sac_config,
-    dmpo_config,
-    full_covariance_config,
-    pixel_sac_config,
-    sac_v1_config,
-)
+from offtrace.agents.mpo_config import MPOConfig, VMPOConfig, discrete_mpo_config, dmpo_config, full_covariance_config
+from offtrace.agents.replayed_config import ReplayedConfig
+from offtrace.agents.sac_config import SACConfig, discrete_sac_config, pixel_sac_config, sac_v1_config
 from offtrace.agents.targets import hard_update
 from offtrace.agents.training import BUILDERS
 from offtrace.modules.replay import DamagedReplay

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from offtrace.agents.config import ConfigError, ImpalaConfig, default_config, paper_config
-from offtrace.agents.control_config import SACConfig
 from offtrace.agents.runs import RunError, new_run, read_config, write_config
+from offtrace.agents.sac_config import SACConfig
 from offtrace.recipes import cli, evaluate, impala_atari, impala_control
 
 PRESETS = {"default": default_config, "paper": paper_config}
