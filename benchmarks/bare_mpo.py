@@ -14,8 +14,9 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transitions import ACT, OBS
 
-OBS, ACT, N_STEP, GAMMA, SAMPLES = 17, 6, 5, 0.99, 20
+N_STEP, GAMMA, SAMPLES = 5, 0.99, 20
 EPSILON, EPSILON_MEAN, EPSILON_COV, EPSILON_PENALTY = 0.1, 2.5e-3, 1e-6, 1e-3
 
 

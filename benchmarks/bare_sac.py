@@ -3,7 +3,7 @@
     python benchmarks/bare_sac.py
 
 Twin critics, learnt temperature, one backward pass over the three terms, fused Adam, targets by one foreach call; the
-critics' parameters are switched off for the actor's term. Batches are ready in memory.
+critics' parameters are switched off for the actor's term. The replay is tensors, indexed.
 """
 
 import math
@@ -12,6 +12,7 @@ import time
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transitions import ACT, OBS, transitions
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -25,7 +26,7 @@ class BareSAC:
 
     gamma, tau = 0.99, 0.005
 
-    def __init__(self, observation: int = 17, action: int = 6, hidden: int = 256) -> None:
+    def __init__(self, observation: int = OBS, action: int = ACT, hidden: int = 256) -> None:
         self.actor = mlp(observation, hidden, 2 * action)
         self.q1, self.q2 = mlp(observation + action, hidden, 1), mlp(observation + action, hidden, 1)
         self.t1, self.t2 = mlp(observation + action, hidden, 1), mlp(observation + action, hidden, 1)
@@ -64,8 +65,11 @@ class BareSAC:
         actor = (alpha.detach() * log_prob - best).mean()
         return critic + actor - alpha * (log_prob.detach().mean() + self.entropy)
 
-    def update(self, batch: tuple[Tensor, ...]) -> None:
-        """One gradient step and one step of the targets."""
+    def update(self, stored: dict[str, Tensor], size: int = 256) -> None:
+        """One gradient step, on ``size`` of the stored transitions, and one step of the targets."""
+        index = torch.randint(len(stored["reward"]), (size,))
+        batch = [stored[name][index] for name in ("observation", "action", "reward", "next")]
+        batch.append((~stored["terminated"][index]).float())
         self.optimizer.zero_grad()
         self.loss(*batch).backward()
         self.optimizer.step()
@@ -74,9 +78,9 @@ class BareSAC:
 
 if __name__ == "__main__":
     sac = BareSAC()
-    data = [torch.randn(256, 17), torch.rand(256, 6) * 2 - 1, torch.randn(256), torch.randn(256, 17), torch.ones(256)]
+    data = transitions()
     for count in (100, 1000):
         start = time.perf_counter()
         for _ in range(count):
-            sac.update(tuple(data))
+            sac.update(data)
     print(f"{1000 / (time.perf_counter() - start):.0f} updates/s, {torch.get_num_threads()} threads")

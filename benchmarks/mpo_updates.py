@@ -32,27 +32,13 @@ args = parser.parse_args()
 os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
 import torch  # noqa: E402
-from bare_mpo import ACT, GAMMA, N_STEP, OBS, SAMPLES, BareMPO  # noqa: E402
-from tensordict import TensorDict  # noqa: E402
+from bare_mpo import GAMMA, N_STEP, SAMPLES, BareMPO  # noqa: E402
+from transitions import ACT, OBS, as_rollout, transitions  # noqa: E402
 
 from offtrace.agents.targets import hard_update  # noqa: E402
 from offtrace.modules.losses import MPOLoss  # noqa: E402
 from offtrace.modules.networks import build_actor, build_critic  # noqa: E402
 from offtrace.modules.replay import Replay  # noqa: E402
-
-
-def transitions(size: int = 100_000) -> dict[str, torch.Tensor]:
-    """Random transitions, one after the other, with an end after every thousandth."""
-    observation = torch.randn(size + 1, OBS)
-    done = torch.arange(1, size + 1) % 1000 == 0
-    return {
-        "observation": observation[:-1].contiguous(),
-        "next": observation[1:].contiguous(),
-        "action": torch.randn(size, ACT),
-        "reward": torch.rand(size),
-        "terminated": done & (torch.arange(size) % 2000 < 1000),
-        "done": done,
-    }
 
 
 def shipped(stored: dict[str, torch.Tensor]) -> Callable[[], None]:
@@ -65,17 +51,8 @@ def shipped(stored: dict[str, torch.Tensor]) -> Callable[[], None]:
     networks = groups["actor"] + groups["critic"]
     rates = [{"params": networks, "lr": 3e-4}, {"params": groups["duals"], "lr": 1e-2}]
     optimizer = torch.optim.Adam(rates, fused=True)
-    size = len(stored["reward"])
-    columns = {name: stored[name].view(1, size, 1) for name in ("reward", "terminated", "done")}
-    columns["truncated"] = columns["done"] & ~columns["terminated"]
-    steps = {"observation": stored["observation"].unsqueeze(0), "action": stored["action"].unsqueeze(0)}
-    with torch.no_grad():
-        steps |= {name: actor(TensorDict(steps, [1, size]))[name].clone() for name in ("loc", "scale")}
-    steps["action_log_prob"] = torch.zeros(1, size)
-    steps["is_init"] = torch.cat([torch.ones(1, 1, 1, dtype=torch.bool), columns["done"][:, :-1]], 1)
-    rollout = TensorDict({**steps, "next": {"observation": stored["next"].unsqueeze(0), **columns}}, [1, size])
-    replay = Replay(2 * size, num_envs=1, batch_size=args.batch, length=N_STEP, pad=True)
-    replay.extend(rollout)
+    replay = Replay(2 * len(stored["reward"]), num_envs=1, batch_size=args.batch, length=N_STEP, pad=True)
+    replay.extend(as_rollout(stored, actor))
     call = torch.compile(loss) if args.compile else loss
     names = [name for name in loss.out_keys if name.startswith("loss_")]
 

@@ -3,8 +3,8 @@
     python benchmarks/sac_updates.py                 the eager ratio
     python benchmarks/sac_updates.py --compile       torch.compile of the shipped loss against the bare eager loop
 
-17 numbers in an observation, 6 in an action, 256x256 networks, batches of 256, twin critics, learnt temperature. One
-update is loss, backward, fused Adam and the targets' step, on a batch that is ready. Blocks of updates of the two
+17 numbers in an observation, 6 in an action, 256x256 networks, batches of 256 out of 100,000 transitions, twin critics,
+learnt temperature. One update is sampling, loss, backward, fused Adam, the targets' step. Blocks of updates of the two
 alternate; the ratio is the median over pairs of blocks, of wall time and of the processor time of the process, which
 what else runs on the machine disturbs less.
 """
@@ -29,26 +29,30 @@ os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
 import torch  # noqa: E402
 from bare_sac import BareSAC  # noqa: E402
-from tensordict import TensorDict  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transitions import ACT, OBS, as_rollout, transitions  # noqa: E402
 
 from offtrace.modules.losses import SACLoss  # noqa: E402
 from offtrace.modules.losses.updates import FastSoftUpdate  # noqa: E402
 from offtrace.modules.networks import build_actor, build_critic  # noqa: E402
+from offtrace.modules.replay import Replay  # noqa: E402
 
-OBSERVATION, ACTION, BATCH = 17, 6, 256
+BATCH = 256
 
 
-def make_shipped(batch: TensorDict, compiled: bool) -> Callable[[], None]:
+def make_shipped(stored: dict[str, Tensor], compiled: bool) -> Callable[[], None]:
     """One update of the shipped path."""
-    actor = build_actor(kind="tanh", network="mlp", observation_shape=[OBSERVATION], action_dim=ACTION)
-    critic = build_critic(network="mlp", observation_shape=[OBSERVATION], action_dim=ACTION)
+    actor = build_actor(kind="tanh", network="mlp", observation_shape=[OBS], action_dim=ACT)
+    critic = build_critic(network="mlp", observation_shape=[OBS], action_dim=ACT)
     loss = SACLoss(actor, critic)
     targets = FastSoftUpdate(loss, tau=0.005)
     optimizer = torch.optim.Adam(loss.parameters(), 3e-4, fused=True)
     function = torch.compile(loss, fullgraph=True) if compiled else loss
+    replay = Replay(2 * len(stored["reward"]), num_envs=1, batch_size=BATCH)
+    replay.extend(as_rollout(stored, actor))
 
     def update() -> None:
-        out = function(batch)
+        out = function(replay.sample())
         optimizer.zero_grad()
         (out["loss_critic"] + out["loss_actor"] + out["loss_alpha"]).backward()
         optimizer.step()
@@ -72,16 +76,8 @@ def main() -> None:
     print(
         f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}; {' '.join(sys.argv)}"
     )
-    observation, action, reward, following = (torch.randn(BATCH, n) for n in (OBSERVATION, ACTION, 1, OBSERVATION))
-    action, no = action.tanh(), torch.zeros(BATCH, 1, dtype=torch.bool)
-    ends = {"terminated": no, "truncated": no, "done": no}
-    batch = TensorDict(
-        {"observation": observation, "action": action, "next": {"observation": following, "reward": reward, **ends}},
-        [BATCH],
-    )
-    bare_loop = BareSAC(OBSERVATION, ACTION)
-    plain = (observation, action, reward.squeeze(-1), following, torch.ones(BATCH))
-    updates = (lambda: bare_loop.update(plain)), make_shipped(batch, args.compile)
+    stored, bare_loop = transitions(), BareSAC()
+    updates = (lambda: bare_loop.update(stored, BATCH)), make_shipped(stored, args.compile)
     for update in updates:
         timed(update, 30)
     pairs = [[timed(update, args.updates) for update in updates] for _ in range(args.blocks)]

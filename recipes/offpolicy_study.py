@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +174,7 @@ def run_cells(
 
 def _single_thread() -> None:
     import torch
+    import torchrl  # noqa: F401  its import sets the level of its log
 
     logging.getLogger("torchrl").setLevel(logging.WARNING)  # it tells of every storage
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends the others
@@ -187,7 +188,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: one sentence.
     """
     parser = SentenceParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, three lags, no replay: a minute")
+    parser.add_argument("--quick", action="store_true", help="one seed, three lags, no replay: a minute or two")
     parser.add_argument("--folder", type=Path, default=Path("runs/offpolicy_study"), help="for csv, table and figure")
     parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(TASKS)}")
     parser.add_argument("--estimators", nargs="+", help=f"default: {' '.join(ESTIMATORS)}")
@@ -195,6 +196,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--replay", nargs="+", type=float, help="shares of a batch; default: 0 0.5")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2 3 4")
     parser.add_argument("--updates", type=int, help="of one training; default: that of the task")
+    parser.add_argument("--lr", type=float, help="Adam's step size; default: that of the task")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time (default 2)")
     check_flags(argv, [option for option in parser._option_string_actions if option.startswith("--")])
     args = parser.parse_args(argv)
@@ -215,6 +217,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         for number in given if isinstance(given, list) else [given]:
             if number is not None and number < least:
                 raise ConfigError(f"--{name} has {number}; it must be at least {least}")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ConfigError(f"--lr is {args.lr}; it must be positive")
     for share in args.replay:
         if not 0 <= share < 1:
             raise ConfigError(f"--replay has {share}; it must be at least 0 and below 1")
@@ -258,6 +262,8 @@ def study(args: argparse.Namespace, tasks: dict[str, Task] | None = None) -> int
         RuntimeError: if a training failed.
     """
     tasks = TASKS if tasks is None else tasks
+    if args.lr is not None:
+        tasks = {name: replace(task, lr=args.lr) for name, task in tasks.items()}
     path = args.folder / "study.csv"
     try:
         args.folder.mkdir(parents=True, exist_ok=True)

@@ -136,9 +136,10 @@ def test_files_agree_and_what_has_finished_is_not_run_again(
     assert [cell.seed for cell in ran[4:]] == [1] * 4
     assert "8 trainings, 4 of them finished before" in capsys.readouterr().out
     # other settings are other trainings
-    changed = {name: replace(task, lr=2 * task.lr) for name, task in TINY.items()}
-    assert study.study(arguments(tmp_path), changed) == 0
+    assert study.study(arguments(tmp_path, "--lr", "0.004"), TINY) == 0
     assert len(ran) == 12
+    faster = TINY["CartPole"].digest(), replace(TINY["CartPole"], lr=0.004).digest()
+    assert [cell.settings for cell in ran] == [faster[0]] * 8 + [faster[1]] * 4
     assert study.study(arguments(tmp_path, "--seeds", "0", "1"), TINY) == 0
     assert len(ran) == 12
     text = (tmp_path / "study.md").read_text()
@@ -216,6 +217,7 @@ def test_intervals() -> None:
         (["--lags", "many"], "--lags: invalid int value: 'many'"),
         (["--replay", "1"], "--replay has 1.0; it must be at least 0 and below 1"),
         (["--replay", "0.01"], "--replay has 0.01; beside 32 fresh unrolls whole ones give 0.000 or 0.030"),
+        (["--lr", "0"], "--lr is 0.0; it must be positive"),
         (["--updates", "3"], "--updates has 3; it must be at least 10"),
         (["--lag", "3"], "there is no flag --lag; did you mean --lags?"),
         (["--folder", "/proc/none"], "--folder is /proc/none, which cannot be written: "),
