@@ -33,7 +33,7 @@ class _ActionEstimator(ReturnEstimator):
         qvalue_network: the critic; a target network, usually.
         actor_network: a probabilistic TensorDict module, the target policy.
         num_samples: actions over which a continuous policy's value is averaged, or ``"mean"``.
-        alpha: temperature: the successor's value is E_pi [Q - alpha log pi].
+        alpha: temperature: the successor's value is E_pi [Q - alpha log pi]. A value that is read is used as it is.
         action_dim: of ACER's root, see :func:`offtrace.modules.returns.retrace_trace`.
         validate: also check values: finite, log-probabilities of a discrete policy not above 0. Costs a device sync.
 
@@ -105,8 +105,9 @@ class _ActionEstimator(ReturnEstimator):
         names = self.tensor_keys
         dim = self._get_time_dim(time_dim, tensordict)
         used = params if target_params is None else target_params
-        chosen = self._chosen(tensordict, used)
-        following = self._following(tensordict, used)
+        chosen, following = self._promoted(
+            tensordict, self._chosen(tensordict, used), self._following(tensordict, used)
+        )
         trace = self._coefficients(tensordict, chosen)
         target = q_return(
             q_value=chosen.transpose(0, dim),
@@ -115,7 +116,8 @@ class _ActionEstimator(ReturnEstimator):
             **self._ends(tensordict, dim, chosen, following),
         ).transpose(0, dim)
         tensordict.set(names.value_target, target)
-        tensordict.set(names.advantage, target - chosen)
+        advantage, valid = target - chosen, self._valid(tensordict, chosen)
+        tensordict.set(names.advantage, advantage if valid is None else torch.where(valid, advantage, 0))
         return tensordict
 
     def _coefficients(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | float:
@@ -133,7 +135,12 @@ class _ActionEstimator(ReturnEstimator):
         out = self._call(network, tensordict.select(*network.in_keys), params)
         if self._enumerates():
             every = self._least_of_all(out, tensordict.ndim)
-            return every.gather(-1, action.view(*every.shape[:-1], 1))
+            if action.is_floating_point() or action.numel() != tensordict.numel():
+                raise ValueError(
+                    f"{names.action!r} must hold the indices of discrete actions, {list(tensordict.batch_size)}, got "
+                    f"{action.dtype} {list(action.shape)}; of one-hot actions take argmax(-1)"
+                )
+            return every.gather(-1, action.long().view(*every.shape[:-1], 1))
         return self._written(out, names.state_action_value, "qvalue_network").amin(-1, keepdim=True)
 
     @torch.no_grad()
@@ -142,7 +149,7 @@ class _ActionEstimator(ReturnEstimator):
         names, network, actor = self.tensor_keys, self.value_network, self.actor_network
         if network is None:
             return self._entry(tensordict, (k.NEXT, names.value), "qvalue_network").detach()
-        states = tensordict.get(k.NEXT)
+        states = self._successor(tensordict)
         dist = actor.get_dist(states.select(*actor.in_keys))
         if self._enumerates():
             every = self._least_of_all(self._call(network, states.select(*network.in_keys), params), tensordict.ndim)
@@ -203,6 +210,7 @@ class TreeBackup(_ActionEstimator):
     {_ActionEstimator.__doc__}"""
     _trace = "tree_backup"
     _needs_behaviour = False
+    _only_discrete = True
 
     def _coefficients(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | float:
         action = tensordict.get(self.tensor_keys.action, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchrl.objectives.value import ValueEstimatorBase
 
 from offtrace.modules import keys as k
+from offtrace.modules.returns.checks import check_numbers
 
 
 class ReturnEstimator(ValueEstimatorBase):
@@ -42,6 +44,7 @@ class ReturnEstimator(ValueEstimatorBase):
         valid: Any = k.VALID
 
     default_keys = _AcceptedKeys
+    _only_discrete = False
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class ReturnEstimator(ValueEstimatorBase):
         validate: bool,
         **unit_interval: float,
     ) -> None:
+        check_numbers(gamma=gamma, **unit_interval)
         for name, number in {"gamma": gamma, **unit_interval}.items():
             if not 0 <= number <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {number}")
@@ -76,6 +80,8 @@ class ReturnEstimator(ValueEstimatorBase):
         for name in (names.reward, names.terminated, names.done):
             entry = self._entry(tensordict, (k.NEXT, name))
             found[name] = _like((k.NEXT, name), entry, value)
+        if found[names.reward].is_floating_point():
+            found[names.reward] = found[names.reward].to(value.dtype)
         if self.validate:
             self._check_finite(valid, reward=found[names.reward], value=value)
             bootstraps = ~found[names.terminated] if valid is None else valid & ~found[names.terminated]
@@ -88,13 +94,21 @@ class ReturnEstimator(ValueEstimatorBase):
             "valid": None if valid is None else valid.transpose(0, dim),
         }
 
+    def _promoted(self, tensordict: TensorDictBase, *values: Tensor) -> list[Tensor]:
+        """``values`` in the reward's precision, if that is higher: under autocast they come in half."""
+        reward = self._entry(tensordict, (k.NEXT, self.tensor_keys.reward))
+        dtype = reward.dtype if reward.is_floating_point() else values[0].dtype
+        return [x.to(torch.promote_types(x.dtype, dtype)) for x in values]
+
     @torch.no_grad()
-    def _state_value(self, tensordict: TensorDictBase, params: TensorDictBase | None) -> Tensor:
-        """V(x), ``[*B, T, 1]``."""
-        network = self.value_network
+    def _state_value(
+        self, tensordict: TensorDictBase, params: TensorDictBase | None, *, successor: bool = False
+    ) -> Tensor:
+        """V(x), or V(x'), ``[*B, T, 1]``."""
+        network, key = self.value_network, self.tensor_keys.value
         if network is None:
-            return self._entry(tensordict, self.tensor_keys.value, "value_network").detach()
-        inputs = tensordict.select(*network.in_keys)
+            return self._entry(tensordict, (k.NEXT, key) if successor else key, "value_network").detach()
+        inputs = (self._successor(tensordict) if successor else tensordict).select(*network.in_keys)
         with _with(params, network):
             return self._written(network(inputs), self.tensor_keys.value, "value_network")
 
@@ -111,7 +125,7 @@ class ReturnEstimator(ValueEstimatorBase):
                 found = dist.log_prob_pre_tanh(pre_tanh)
             else:
                 found = dist.log_prob(self._entry(tensordict, names.action))
-        found = _like(names.target_log_prob, found.detach(), like)
+        found = _like(names.target_log_prob, found.detach().to(like.dtype), like)
         if self.validate:
             self._check_probability(tensordict, "target_log_prob", found)
         return found
@@ -121,11 +135,12 @@ class ReturnEstimator(ValueEstimatorBase):
         behaviour = tensordict.get(self.tensor_keys.sample_log_prob, None)
         if behaviour is None:
             raise KeyError(f"{self.tensor_keys.sample_log_prob!r}, the behaviour policy's log-probability, is missing")
-        behaviour = _like(self.tensor_keys.sample_log_prob, behaviour, log_pi)
+        behaviour = _like(self.tensor_keys.sample_log_prob, behaviour.to(log_pi.dtype), log_pi)
         log_rho = log_pi - behaviour
         if self.validate:
             self._check_probability(tensordict, "action_log_prob", behaviour)
-            self._check_finite(self._valid(tensordict, log_rho), log_rho=log_rho)
+            # pi = 0 is a ratio of 0
+            self._check_finite(self._valid(tensordict, log_rho), log_rho=log_rho.masked_fill(log_pi == -math.inf, 0))
         return log_rho
 
     def _entry(self, tensordict: TensorDictBase, key: Any, network: str | None = None) -> Tensor:
@@ -137,7 +152,16 @@ class ReturnEstimator(ValueEstimatorBase):
 
     def _valid(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | None:
         valid = tensordict.get(self.tensor_keys.valid, None)
-        return None if valid is None else _like(self.tensor_keys.valid, valid, like)
+        if valid is None:
+            return None
+        if valid.dtype != torch.bool:
+            raise TypeError(f"{self.tensor_keys.valid!r} must be a bool tensor, got {valid.dtype}")
+        return _like(self.tensor_keys.valid, valid, like)
+
+    def _successor(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if (found := tensordict.get(k.NEXT, None)) is None:
+            raise KeyError(f"{k.NEXT!r}, which holds the successors, is missing")
+        return found
 
     def _written(self, out: TensorDictBase, key: Any, network: str) -> Tensor:
         found = out.get(key, None)
@@ -154,7 +178,7 @@ class ReturnEstimator(ValueEstimatorBase):
         known = log_prob if valid is None else log_prob[valid]
         if bool(known.isnan().any()):
             raise ValueError(f"{name} must be a number, got {int(known.isnan().sum())} entries that are NaN")
-        if self._discrete(tensordict) and bool((known > 1e-6).any()):
+        if (self._only_discrete or self._discrete(tensordict)) and bool((known > 1e-6).any()):
             raise ValueError(
                 f"{name} is the log-probability of a discrete action and must not be above 0, "
                 f"got {float(known.max()):g}"

@@ -50,7 +50,8 @@ class _StateEstimator(ReturnEstimator):
         names = self.tensor_keys
         dim = self._get_time_dim(time_dim, tensordict)
         value = self._state_value(tensordict, params)
-        following = self._state_value(tensordict.get(k.NEXT), params if target_params is None else target_params)
+        used = params if target_params is None else target_params
+        value, following = self._promoted(tensordict, value, self._state_value(tensordict, used, successor=True))
         extra = {}
         if self._off_policy:
             log_rho = self._log_rho(tensordict, self._target_log_prob(tensordict, value))

@@ -10,7 +10,8 @@ from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor
 
 from offtrace.modules.losses.offpolicy import check_arguments
-from offtrace.modules.losses.policy_gradient import Estimate, PolicyGradientLoss, Reading
+from offtrace.modules.losses.policy_gradient import Estimate, PolicyGradientLoss
+from offtrace.modules.losses.rollout import Reading
 from offtrace.modules.returns import (
     clipped_fraction,
     effective_sample_size,
@@ -73,7 +74,8 @@ class ImpalaLoss(PolicyGradientLoss):
     from the actions.
 
     Returns the three losses and, detached scalars over the valid steps: ``ess``, effective sample size as a fraction in
-    (0, 1]; ``ratio_mean`` of pi/mu; ``rho_clipped``, ``c_clipped`` and ``pg_rho_clipped``, fractions of ratios above
+    (0, 1]; ``ratio_mean`` of pi/mu, ``inf`` where it
+    overflows; ``rho_clipped``, ``c_clipped`` and ``pg_rho_clipped``, fractions of ratios above
     the clips that the estimator has; ``trace_length`` in steps and ``contraction`` of the value's operator, by
     :func:`offtrace.modules.returns.trace_reach`; ``entropy`` in nats; ``kl`` of behaviour to target in nats;
     ``explained_variance`` of the targets by the value; ``advantage_std``, before normalisation; ``policy_clipped``,

@@ -14,8 +14,7 @@ from offtrace.modules import keys as k
 from offtrace.modules.losses.replayed import ReplayedLoss
 from offtrace.modules.losses.sites import Sites, States
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.traces import TRACES, told_of
-from offtrace.modules.returns import categorical_projection
+from offtrace.modules.losses.traces import told_of
 
 LOSSES = ("loss_policy", "loss_dual", "loss_critic")
 
@@ -122,20 +121,16 @@ class MPOBase(ReplayedLoss):
                 states, proposed = sites.after, tuple(x[:size] for x in policy)
             proposal = self._propose(states, proposed)
             bootstrap = proposal.bootstrap[:size]
-            log_pi = self._log_prob([x[size:] for x in policy], sites.action) if known else None
-            log_rho = None if log_pi is None else self._log_rho(tensordict, log_pi)
-            if self.target_kind in TRACES:
-                assert log_pi is not None
-                assert log_rho is not None
-                _, chosen = self._pessimist(self._chosen(self.target("critic"), sites.root, sites.action))
-                value = self._corrected(out, batch, log_pi, log_rho, chosen, bootstrap, self.support)
-            elif self.support is not None:
-                atoms = sites.reward.unsqueeze(-1) + sites.discount.unsqueeze(-1) * self.support
-                value = categorical_projection(atoms=atoms, probs=bootstrap, support=self.support)
-            else:
-                value = sites.reward + sites.discount * bootstrap
-            if self.target_kind not in TRACES:
-                self._tell_uncorrected(out, sites, stats, log_rho)
+            value = self._targets(
+                out,
+                tensordict,
+                batch,
+                sites,
+                log_pi=self._log_prob([x[size:] for x in policy], sites.action) if known else None,
+                chosen=lambda: self._pessimist(self._chosen(self.target("critic"), sites.root, sites.action))[1],
+                following=bootstrap,
+                support=self.support,
+            )
         self._add_critic(out, sites, value, stats)
         if at_root:
             states, proposed = sites.root, tuple(x[size:] for x in proposed)

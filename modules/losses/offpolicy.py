@@ -133,27 +133,37 @@ class OffPolicyLoss(LossModule):
         return found.reshape(tuple(shape))
 
     def _ends(self, tensordict: TensorDictBase) -> Batch:
-        """Reward, ends and mask in the shape of the batch."""
+        """Reward, ends and mask in the shape of the batch; an episode that terminated is also done."""
         names, shape = self.tensor_keys, tensordict.batch_size
-        device = next(self.parameters()).device
+        if 0 in shape:
+            raise ValueError(f"the batch is empty, {list(shape)}")
+        parameter = next(self.parameters())
+        device = parameter.device
+        if tensordict.device is None:  # a TensorDict that has a device has all entries there
+            for key in self.in_keys:
+                entry = tensordict.get(key, None)
+                if entry is not None and entry.device != device:
+                    raise ValueError(f"{key!r} is on {entry.device}, the networks are on {device}")
+        elif tensordict.device != device:
+            raise ValueError(f"the batch is on {tensordict.device}, the networks are on {device}")
         found = []
         for name, dtype in ((names.reward, "floating-point"), (names.terminated, "bool"), (names.done, "bool")):
             entry = self._entry(tensordict, (k.NEXT, name), shape)
-            if entry.device != device:
-                raise ValueError(f"{(k.NEXT, name)!r} is on {entry.device}, the networks are on {device}")
             if not (entry.dtype == torch.bool if dtype == "bool" else entry.is_floating_point()):
                 raise TypeError(f"{(k.NEXT, name)!r} must be a {dtype} tensor, got {entry.dtype}")
             found.append(entry)
         reward, terminated, done = found
-        return Batch(reward, terminated, done, self._valid(tensordict))
+        return Batch(reward.to(parameter.dtype), terminated, done | terminated, self._valid(tensordict))
 
     def _valid(self, tensordict: TensorDictBase) -> Tensor | None:
         """bool [*B], or None where nothing is masked: the project's mask and those of TorchRL's samplers."""
-        valid = None
+        valid, device = None, next(self.parameters()).device
         for key in (self.tensor_keys.valid, *self._loss_mask_keys()):
             mask = tensordict.get(key, None)
             if mask is not None:
                 mask = self._entry(tensordict, key, tensordict.batch_size)
+                if mask.dtype != torch.bool or mask.device != device:
+                    raise TypeError(f"{key!r} must be a bool tensor on {device}, got {mask.dtype} on {mask.device}")
                 valid = mask if valid is None else valid & mask
         return valid
 

@@ -7,7 +7,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.policy_gradient import Estimate, PolicyGradientLoss, Reading
+from offtrace.modules.losses.policy_gradient import Estimate, PolicyGradientLoss
+from offtrace.modules.losses.rollout import Reading
 from offtrace.modules.losses.traces import TRACES, told_of, traced
 from offtrace.modules.returns import clipped_fraction, q_return
 
@@ -109,7 +110,8 @@ class QActorCriticLoss(PolicyGradientLoss):
                 gamma=self.gamma,
                 lmbda=self.lmbda,
             )
-            target = q_return(q_value=chosen.t(), next_state_value=unroll.behind(values).t(), **known).t()
+            taken, following = (x.to(batch.reward.dtype).t() for x in (chosen, unroll.behind(values)))
+            target = q_return(q_value=taken, next_state_value=following, **known).t()
             advantage = self._weighted(target - unroll.at(values), reading)
             told["pg_rho_clipped"] = clipped_fraction(reading.log_rho, self.pg_rho_clip, valid=batch.valid)
         return Estimate(chosen, target, advantage, told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,12 @@ from offtrace.modules.losses.offpolicy import Batch, OffPolicyLoss, check_argume
 from offtrace.modules.losses.sites import Sites, at_sites, read_sites
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.traces import TRACES, check_target, traced
-from offtrace.modules.returns import distributional_return, effective_sample_size, q_return
+from offtrace.modules.returns import (
+    categorical_projection,
+    distributional_return,
+    effective_sample_size,
+    q_return,
+)
 
 
 class ReplayedLoss(OffPolicyLoss):
@@ -103,30 +109,38 @@ class ReplayedLoss(OffPolicyLoss):
         """Whether the ratio to the behaviour policy is wanted: the diagnostics take it where the batch has it."""
         return self.target_kind in TRACES or tensordict.get(self.tensor_keys.sample_log_prob, None) is not None
 
-    def _log_rho(self, tensordict: TensorDictBase, log_pi: Tensor) -> Tensor:
-        """log pi - log mu of the steps whose values are learnt, [M]; from ``log_pi`` [M]."""
-        log_mu = self._entry(tensordict, self.tensor_keys.sample_log_prob, tensordict.batch_size)
-        return log_pi.detach() - at_sites(log_mu, tensordict.ndim, self._window)
-
-    def _corrected(
+    def _targets(
         self,
         out: dict[str, Tensor],
+        tensordict: TensorDictBase,
         batch: Batch,
-        log_pi: Tensor,
-        log_rho: Tensor,
-        q: Tensor,
+        sites: Sites,
+        *,
+        log_pi: Tensor | None,
+        chosen: Callable[[], Tensor],
         following: Tensor,
         support: Tensor | None = None,
     ) -> Tensor:
-        """Targets by a trace, [M] or [M, atoms]; adds what is told of it.
+        """What the critics learn, [M] or [M, atoms]; adds to ``out`` what is told of it.
 
         Here and in :func:`traced` time changes its dimension.
 
         Args:
-            log_pi, log_rho: of the batch's actions, [M].
-            q, following: value of the batch's action, and of the policy behind it: [M], or distributions [M, atoms].
+            log_pi: of the batch's actions [M], or None: then the target is not corrected, and no ratio told.
+            chosen: gives the target critic's value of the batch's action, [M], or its distribution [M, atoms].
+            following: value of the policy where the step bootstraps, [M], or its distribution [M, atoms].
+            support: the atoms.
         """
-        shape = batch.reward.shape
+        if log_pi is not None:
+            log_mu = self._entry(tensordict, self.tensor_keys.sample_log_prob, tensordict.batch_size)
+            log_rho = log_pi.detach() - at_sites(log_mu, tensordict.ndim, self._window).to(log_pi.dtype)
+        if self.target_kind not in TRACES or log_pi is None:
+            self._tell_uncorrected(out, sites, None if log_pi is None else log_rho)
+            if support is None:
+                return torch.addcmul(sites.reward, sites.discount, following)
+            atoms = sites.reward.unsqueeze(-1) + sites.discount.unsqueeze(-1) * support
+            return categorical_projection(atoms=atoms, probs=following.to(atoms.dtype), support=support)
+        shape, dtype = batch.reward.shape, batch.reward.dtype
         known, told = traced(
             self.target_kind,
             log_pi=log_pi.view(shape),
@@ -136,15 +150,17 @@ class ReplayedLoss(OffPolicyLoss):
             lmbda=self.lmbda,
         )
         out.update(told)
-        q, following = (x.unflatten(0, shape).transpose(0, 1) for x in (q, following))
+        # under autocast values come in half precision
+        q, following = (x.to(dtype).unflatten(0, shape).transpose(0, 1) for x in (chosen(), following))
         if support is None:
             found = q_return(q_value=q, next_state_value=following, **known)
         else:
             found = distributional_return(q_dist=q, next_state_dist=following, support=support, **known)
         return found.transpose(0, 1).flatten(0, 1)
 
-    def _tell_uncorrected(self, out: dict[str, Tensor], sites: Sites, stats: Stats, log_rho: Tensor | None) -> None:
+    def _tell_uncorrected(self, out: dict[str, Tensor], sites: Sites, log_rho: Tensor | None) -> None:
         """Adds how far off-policy the batch is where the target is not corrected for it."""
+        stats = Stats(sites.valid, sites.reward)
         if log_rho is None:
             out["ess"] = sites.reward.new_full((), math.nan)
         else:

@@ -73,5 +73,5 @@ class RolloutLoss(OffPolicyLoss):
         if action.shape != (expected := dist.batch_shape + dist.event_shape):
             raise ValueError(f"{names.action!r} must be {list(expected)}, got {list(action.shape)}")
         log_pi = dist.log_prob(action)
-        log_rho = cleared(log_pi.detach() - log_mu, batch.valid)
+        log_rho = cleared(log_pi.detach() - log_mu, batch.valid).to(log_pi.dtype)
         return Reading(batch, action, unroll, output, params, dist, log_pi, log_rho)

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 
 from offtrace.modules import keys as k
 from offtrace.modules.losses.sites import Sites, States
-from offtrace.modules.losses.soft import Network, SoftLoss, entropy_target, evaluate, least
+from offtrace.modules.losses.soft import SoftLoss, entropy_target, least
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.networks.control_heads import TanhNormal
 
@@ -109,12 +109,6 @@ class SACLoss(SoftLoss):
             frozen_critic=True,
         )
         self.num_samples = num_samples
-
-    def _values(self, critic: Network, states: States, action: Tensor | None) -> Tensor:
-        return evaluate(critic, self.critic_key, states, action)
-
-    def _chosen(self, values: Tensor, action: Tensor) -> Tensor:
-        return values
 
     def _state_value(self, states: States, alpha: Tensor) -> Tensor:
         policy, s = self._policy(states), self.num_samples

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 from offtrace.modules import keys as k
 from offtrace.modules.losses.sac import check_continuous, sample
 from offtrace.modules.losses.sites import Sites, States
-from offtrace.modules.losses.soft import Network, SoftLoss, evaluate, least
+from offtrace.modules.losses.soft import SoftLoss, evaluate, least
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.traces import TRACES
 
@@ -84,12 +84,6 @@ class SACv1Loss(SoftLoss):
         self.actor_value = actor_value
         self.add_network("value", value, target=True)
         self.out_keys = ["loss_value", *self.out_keys]
-
-    def _values(self, critic: Network, states: States, action: Tensor | None) -> Tensor:
-        return evaluate(critic, self.critic_key, states, action)
-
-    def _chosen(self, values: Tensor, action: Tensor) -> Tensor:
-        return values
 
     def _state_value(self, states: States, alpha: Tensor) -> Tensor:
         return evaluate(self.target("value"), k.VALUE, states).squeeze(-1)

@@ -113,16 +113,17 @@ class SoftLoss(ReplayedLoss):
         policy = self._policy(sites.root)
         with torch.no_grad():
             following = self._state_value(sites.after, alpha)
-            log_pi = self._log_prob(policy, tensordict, sites) if self._has_behaviour(tensordict) else None
-            log_rho = None if log_pi is None else self._log_rho(tensordict, log_pi)
-            if self.target_kind in TRACES:
-                assert log_pi is not None
-                assert log_rho is not None
-                chosen = self._chosen(self._values(self.target("critic"), sites.root, sites.action), sites.action)
-                target = self._corrected(out, batch, log_pi, log_rho, least(chosen), following)
-            else:
-                target = torch.addcmul(sites.reward, sites.discount, following)
-                self._tell_uncorrected(out, sites, stats, log_rho)
+            target = self._targets(
+                out,
+                tensordict,
+                batch,
+                sites,
+                log_pi=self._log_prob(policy, tensordict, sites) if self._has_behaviour(tensordict) else None,
+                chosen=lambda: least(
+                    self._chosen(self._values(self.target("critic"), sites.root, sites.action), sites.action)
+                ),
+                following=following,
+            )
         values = self._values(self.critic, sites.root, sites.action)
         chosen = self._chosen(values, sites.action)
         error = chosen - target.unsqueeze(-1)
@@ -141,11 +142,11 @@ class SoftLoss(ReplayedLoss):
     # what subclasses define
     def _values(self, critic: Network, states: States, action: Tensor | None) -> Tensor:
         """What the critic writes: [M, K] of ``action``, or [M, K, A] of every action."""
-        raise NotImplementedError
+        return evaluate(critic, self.critic_key, states, action)
 
     def _chosen(self, values: Tensor, action: Tensor) -> Tensor:
         """Of what :meth:`_values` gives those of the batch's actions, [M, K]."""
-        raise NotImplementedError
+        return values
 
     def _state_value(self, states: States, alpha: Tensor) -> Tensor:
         """E_pi [min Q - alpha log pi] by the target networks, [M]; called without gradient."""

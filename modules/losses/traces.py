@@ -7,8 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from offtrace.modules.losses.offpolicy import cleared
-from offtrace.modules.losses.sites import Batch
+from offtrace.modules.losses.offpolicy import Batch, cleared
 from offtrace.modules.returns import (
     TraceName,
     clipped_fraction,
@@ -60,7 +59,7 @@ def traced(
         gamma, lmbda: discount and trace decay.
     """
     reward, terminated, done, valid = batch.time_first()
-    log_pi, log_rho = (cleared(x.detach(), batch.valid).t() for x in (log_pi, log_rho))
+    log_pi, log_rho = (cleared(x.detach().to(reward.dtype), batch.valid).t() for x in (log_pi, log_rho))
     trace = make_trace(name, log_rho=log_rho, log_pi=log_pi, lmbda=lmbda)  # type: ignore[arg-type]
     whole = trace if isinstance(trace, Tensor) else q_lambda_trace(log_rho=log_rho, lmbda=lmbda)
     reach = trace_reach(trace=whole, done=done, gamma=gamma, valid=valid, bounded=name != "importance_sampling")

@@ -1,7 +1,7 @@
 """Off-policy returns as pure functions of tensors, time first ``[T, *B]``.
 
-Every scalar return is the linear recurrence ``y_t = b_t + a_t y_{t+1}``, written once in
-:mod:`offtrace.modules.returns.recurrence`.
+Every return with a trace is the linear recurrence ``y_t = b_t + a_t y_{t+1}``, written once in
+:mod:`offtrace.modules.returns.recurrence`; n-step and distributional returns are sums of their own.
 """
 
 from offtrace.modules.returns.action_values import (

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from offtrace.modules.returns import fused
-from offtrace.modules.returns.checks import check, check_float, computing_dtype, discount, ratio
+from offtrace.modules.returns.checks import (
+    check,
+    check_float,
+    check_numbers,
+    computing_dtype,
+    discount,
+    narrowed,
+    ratio,
+)
 from offtrace.modules.returns.recurrence import Rows, backwards, linear_recurrence
 from offtrace.modules.returns.state_values import bootstrapped, onward
 
@@ -58,11 +66,13 @@ def q_return(
     floats = {"q_value": q_value, "reward": reward, "next_state_value": next_state_value}
     if isinstance(trace, Tensor):
         floats["trace"] = trace
+    else:
+        check_numbers(trace=trace)
     check(floats, {"terminated": terminated, "done": done, "valid": valid})
     number, discounts = discount(gamma, q_value)
     if number is not None and fused.usable(*floats.values(), terminated, done, valid):
         target = fused.q_return(reward, q_value, next_state_value, trace, terminated, done, valid, number)
-        return target.to(q_value.dtype)
+        return narrowed(target, q_value.dtype)
     coefficient, traces = (None, trace) if isinstance(trace, Tensor) else (float(trace), None)
     rows = (q_value, reward, next_state_value, traces, terminated, done, valid, discounts)
     step = functools.partial(_q_rows, gamma=number, trace=coefficient)
@@ -135,6 +145,7 @@ def retrace_trace(*, log_rho: Tensor, lmbda: float = 1.0, action_dim: int = 1) -
 
     Source: Munos et al. 2016, arXiv 1606.02647; Wang et al. 2017, arXiv 1611.01224 for the root.
     """
+    check_numbers(lmbda=lmbda)
     check_float("log_rho", log_rho)
     if action_dim < 1:
         raise ValueError(f"action_dim must be at least 1, got {action_dim}")
@@ -145,10 +156,11 @@ def retrace_trace(*, log_rho: Tensor, lmbda: float = 1.0, action_dim: int = 1) -
 def importance_trace(*, log_rho: Tensor, lmbda: float = 1.0) -> Tensor:
     """Per-decision importance sampling, c = lmbda rho: unbiased, its variance has no bound.
 
-    Saturates at exp(88) in float32, exp(700) in float64.
+    Saturates at exp(88) in float32, exp(700) in float64, exp(11) in float16.
 
     Source: Precup, Sutton and Singh 2000.
     """
+    check_numbers(lmbda=lmbda)
     check_float("log_rho", log_rho)
     return lmbda * ratio(log_rho)
 
@@ -161,6 +173,7 @@ def q_lambda_trace(*, log_rho: Tensor, lmbda: float) -> Tensor:
 
     Source: Harutyunyan et al. 2016, arXiv 1602.04951.
     """
+    check_numbers(lmbda=lmbda)
     check_float("log_rho", log_rho)
     return torch.full_like(log_rho, lmbda)
 
@@ -175,5 +188,6 @@ def tree_backup_trace(*, log_pi: Tensor, lmbda: float = 1.0) -> Tensor:
 
     Source: Precup, Sutton and Singh 2000.
     """
+    check_numbers(lmbda=lmbda)
     check_float("log_pi", log_pi)
     return lmbda * log_pi.exp()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +13,7 @@ LOG_MAX = {torch.float64: 700.0, torch.float32: 88.0, torch.bfloat16: 88.0, torc
 
 
 def check(floats: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
-    """Compare all arguments with the first of ``floats``, ``[T, *B]``.
+    """Compare all arguments with the first of ``floats``, ``[T, *B]``; of the masks ``"valid"`` alone may be None.
 
     Raises:
         TypeError: on something that is no tensor, a dtype that is not a float's (or not bool), or differs.
@@ -27,7 +31,9 @@ def check(floats: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
         _same(name, tensor, anchor, shape, device)
     for name, mask in masks.items():
         if mask is None:
-            continue
+            if name == "valid":
+                continue
+            raise TypeError(f"{name} must be a tensor, got NoneType")
         _tensor(name, mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"{name} must be a bool tensor, got {mask.dtype}")
@@ -45,12 +51,40 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
+def check_mask(valid: Tensor | None, anchor: str, like: Tensor) -> None:
+    """Whether ``valid`` is None or a mask for ``like``.
+
+    Raises:
+        TypeError, ValueError: if not.
+    """
+    if valid is None:
+        return
+    _tensor("valid", valid)
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid must be a bool tensor, got {valid.dtype}")
+    _same("valid", valid, anchor, like.shape, like.device)
+
+
+def check_numbers(**numbers: Any) -> None:
+    """Refuse what is no number, NaN included.
+
+    Raises:
+        TypeError, ValueError: by the argument's name.
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, Real):
+            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+        if math.isnan(number):
+            raise ValueError(f"{name} must be a number, got nan")
+
+
 def check_clips(*, rho_clip: float, c_clip: float, pg_rho_clip: float) -> None:
     """Of V-trace: c_clip above rho_clip would not contract.
 
     Raises:
         ValueError: by the argument's name.
     """
+    check_numbers(rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
     if not 0 < c_clip <= rho_clip:
         raise ValueError(f"c_clip must be above 0 and at most rho_clip, {rho_clip}, got {c_clip}")
     if not pg_rho_clip > 0:
@@ -64,11 +98,12 @@ def discount(gamma: float | Tensor, like: Tensor) -> tuple[float | None, Tensor 
         TypeError: when it is neither.
         ValueError: when a tensor does not broadcast to that shape, or is elsewhere.
     """
-    if isinstance(gamma, (int, float)):
-        return float(gamma), None
     if not isinstance(gamma, Tensor):
-        raise TypeError(f"gamma must be a number or a tensor, got {type(gamma).__name__}")
-    if gamma.ndim and gamma.device != like.device:
+        check_numbers(gamma=gamma)
+        return float(gamma), None
+    if not gamma.ndim:
+        gamma = gamma.to(like.device)
+    if gamma.device != like.device:
         raise ValueError(f"gamma must be on {like.device}, got {gamma.device}")
     try:
         return None, gamma.to(computing_dtype(like)).expand(like.shape)
@@ -79,6 +114,14 @@ def discount(gamma: float | Tensor, like: Tensor) -> tuple[float | None, Tensor 
 def computing_dtype(x: Tensor) -> torch.dtype:
     """float32 for half precision, else the tensor's own."""
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` as ``dtype``, saturated at its largest finite number where that is smaller than what was computed in."""
+    if x.dtype == dtype or dtype not in (torch.bfloat16, torch.float16):
+        return x.to(dtype)
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
 
 
 def ratio(log_rho: Tensor) -> Tensor:

@@ -8,17 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from offtrace.modules.returns.checks import check, check_float
+from offtrace.modules.returns.checks import check, check_float, check_mask, check_numbers, computing_dtype
 from offtrace.modules.returns.recurrence import linear_recurrence
 
 
 @torch.no_grad()
 def effective_sample_size(log_rho: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """(sum rho)^2 / (n sum rho^2), a scalar in (0, 1]: the fraction of the steps that the weighted batch is worth.
+    """(sum rho)^2 / (n sum rho^2), a scalar in [0, 1]: the fraction of the steps that the weighted batch is worth.
 
     Args:
         log_rho: log pi(a|x) - log mu(a|x), any shape; of any size, since the largest is taken out of the sums.
-        valid: bool of the same shape; other steps do not count. No valid step at all: 1.
+        valid: bool of the same shape; other steps do not count. No valid step at all: 1. Every ratio 0: 0.
 
     Raises:
         TypeError, ValueError: on a dtype or a shape that does not fit, by the argument's name.
@@ -27,9 +27,10 @@ def effective_sample_size(log_rho: Tensor, *, valid: Tensor | None = None) -> Te
     """
     _check(log_rho, valid)
     flat = (log_rho if valid is None else log_rho.masked_fill(~valid, -math.inf)).flatten()
+    flat = flat.to(computing_dtype(flat))
     count = flat.numel() if valid is None else valid.sum()
-    rho = (flat - flat.amax()).exp()  # its scale cancels
-    size = rho.sum().square() / (rho.dot(rho) * count)
+    rho = (flat - flat.amax().clamp(min=torch.finfo(flat.dtype).min)).exp()  # its scale cancels
+    size = rho.sum().square() / (rho.dot(rho) * count).clamp(min=torch.finfo(flat.dtype).tiny)
     return torch.where(torch.as_tensor(count, device=flat.device) == 0, 1.0, size.clamp(max=1.0))
 
 
@@ -89,6 +90,11 @@ def trace_reach(
     """
     floats = {"trace": trace} if rho is None else {"trace": trace, "rho": rho}
     check(floats, {"done": done, "valid": valid})
+    check_numbers(gamma=gamma)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+    trace = trace.to(computing_dtype(trace))
+    rho = None if rho is None else rho.to(trace.dtype)
     if valid is not None:
         done = done | ~valid
         trace = trace.masked_fill(~valid, 0)
@@ -106,9 +112,9 @@ def trace_reach(
 
 def _check(log_rho: Tensor, valid: Tensor | None) -> None:
     check_float("log_rho", log_rho)
-    if valid is not None and (valid.dtype != torch.bool or valid.shape != log_rho.shape):
-        wanted = f"a bool tensor of the shape of log_rho, {list(log_rho.shape)}"
-        raise ValueError(f"valid must be {wanted}, got {valid.dtype} {list(valid.shape)}")
+    if not log_rho.numel():
+        raise ValueError(f"log_rho must have at least one element, got {list(log_rho.shape)}")
+    check_mask(valid, "log_rho", log_rho)
 
 
 def _mean(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offtrace.modules.returns.checks import check, check_float, computing_dtype, discount
+from offtrace.modules.returns.checks import check, check_float, check_numbers, computing_dtype, discount, narrowed
 from offtrace.modules.returns.state_values import saturated
 
 
@@ -35,12 +35,15 @@ def categorical_projection(*, atoms: Tensor, probs: Tensor, support: Tensor) -> 
         raise ValueError(f"probs must have the shape of atoms, {list(atoms.shape)}, got {list(probs.shape)}")
     if support.ndim != 1 or len(support) < 2:
         raise ValueError(f"support must be [K] with K at least 2, got {list(support.shape)}")
+    given, dtype = probs.dtype, computing_dtype(probs)
+    atoms, probs, support = (x.to(dtype) for x in (atoms, probs, support))
     place = atoms.clamp(support[0], support[-1])
     above = torch.searchsorted(support, place.contiguous(), right=True).clamp(1, len(support) - 1)
     low, high = support[above - 1], support[above]
     share = (place - low) / (high - low)
     out = torch.zeros(*probs.shape[:-1], len(support), dtype=probs.dtype, device=probs.device)
-    return out.scatter_add(-1, above, probs * share).scatter_add(-1, above - 1, probs * (1 - share))
+    out = out.scatter_add(-1, above, probs * share).scatter_add(-1, above - 1, probs * (1 - share))
+    return narrowed(out, given)
 
 
 @torch.no_grad()
@@ -85,6 +88,8 @@ def distributional_return(
         _like(name, tensor, "reward", reward)
     if support.ndim != 1 or len(support) < 2:
         raise ValueError(f"support must be [K] with K at least 2, got {list(support.shape)}")
+    if not isinstance(trace, Tensor):
+        check_numbers(trace=trace)
     floats = {"reward": reward, **({"trace": trace} if isinstance(trace, Tensor) else {})}
     check(floats, {"terminated": terminated, "done": done, "valid": valid})
     for name, dist in (("q_dist", q_dist), ("next_state_dist", next_state_dist)):
@@ -127,7 +132,7 @@ def distributional_return(
         out[:rest] += categorical_projection(atoms=places, probs=mass, support=support)
         if not bounded:
             out = saturated(out)
-    return torch.where(known.unsqueeze(-1), out, q_dist).to(given)
+    return narrowed(torch.where(known.unsqueeze(-1), out, q_dist), given)
 
 
 def _like(name: str, tensor: Tensor, anchor: str, like: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offtrace.modules.returns.checks import LOG_MAX, computing_dtype
+from offtrace.modules.returns.checks import LOG_MAX, computing_dtype, narrowed
 
 kernels: Any
 try:
@@ -59,7 +59,7 @@ def vtrace(
         BOUNDED=bounded, SATURATE=not bounded or options["pg_rho_clip"] == math.inf,
         LOG_MAX=LOG_MAX[computing_dtype(value)], **{name.upper(): number for name, number in options.items()},
     )  # fmt: skip
-    return target.to(value.dtype), advantage.to(value.dtype)
+    return narrowed(target, value.dtype), narrowed(advantage, value.dtype)
 
 
 def q_return(

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offtrace.modules.returns.checks import narrowed
+
 BLOCK = 1 << 17
 """Elements of a block: a few buffers of this size fit the second-level cache."""
 
@@ -74,14 +76,14 @@ def backwards(step: Step, tensors: Sequence[Tensor | None], outputs: int, dtype:
     rows = max(1, BLOCK // max(1, first.numel() // length))
     if rows >= length or not _eager_cpu(*present):
         out, _ = step(list(tensors), None)
-        return [x.to(dtype) for x in out]
+        return [narrowed(x, dtype) for x in out]
     results = [_huge(torch.empty(first.shape, dtype=dtype, device=first.device)) for _ in range(outputs)]
     carry = None
     for end in range(length, 0, -rows):
         start = max(0, end - rows)
         pieces, carry = step([None if x is None else x[start:end] for x in tensors], carry)
         for result, piece in zip(results, pieces, strict=True):
-            result[start:end] = piece
+            result[start:end] = narrowed(piece, dtype)
     return results
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offtrace.modules.returns import fused
-from offtrace.modules.returns.checks import check, computing_dtype, discount, ratio
+from offtrace.modules.returns.checks import check, check_numbers, computing_dtype, discount, narrowed, ratio
 from offtrace.modules.returns.recurrence import Rows, backwards, linear_recurrence
 
 
@@ -67,13 +67,12 @@ def vtrace(
         rho_clip, c_clip, pg_rho_clip: clips, ``inf`` for none; all ``inf`` is plain importance sampling.
         leak: every clipped ratio becomes ``leak min(clip, rho) + (1 - leak) rho`` (Zahavy et al. 2020, 2002.12928).
         valid: bool; False where the successor is unknown: TD error 0, trace cut, target the step's own value,
-            advantage 0. Reward, ratio and successor value there, NaN included, reach nothing; its value reaches the
-            step before it alone, where the trace goes on to it.
+            advantage 0. What stands there, NaN included, reaches no other step: B_t is V(x'_t) before it.
 
     Returns:
         :class:`VTraceOutput`, in the dtype of ``value``; no gradient flows. Half precision is computed in float32.
         Where a ratio is not clipped (``inf``, ``leak`` below 1) it saturates at exp(88) in float32, exp(700) in
-        float64, and results at the largest finite number of that precision: never NaN.
+        float64, and results at the largest finite number of their precision: never NaN.
 
     Raises:
         TypeError, ValueError: on a dtype, shape or device that does not fit, by the argument's name.
@@ -82,6 +81,7 @@ def vtrace(
     """
     floats = {"value": value, "reward": reward, "next_value": next_value, "log_rho": log_rho}
     check(floats, {"terminated": terminated, "done": done, "valid": valid})
+    check_numbers(lmbda=lmbda, rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip, leak=leak)
     number, discounts = discount(gamma, value)
     options: dict[str, Any] = {
         "lmbda": lmbda,
@@ -133,15 +133,18 @@ def _vtrace_rows(
     target = value + correction
     mixed = target if lmbda == 1 else torch.add(value, correction, alpha=lmbda)
     behind = torch.cat([mixed[1:], next_value[-1:] if carry is None else carry[1]])
+    carried: tuple[Tensor, ...] = correction[:1], mixed[:1]
     if valid is not None:  # an unknown step's value may be anything, and 0 times NaN is NaN
-        behind = torch.where(done, next_value, behind)
+        unknown = torch.cat([~valid[1:], torch.ones_like(valid[:1]) if carry is None else carry[2]])
+        behind = torch.where(done | unknown, next_value, behind)
+        carried = (*carried, ~valid[:1])
     # the mixture in place of V(x') where the trace goes on; cheaper than to select one of the two
     advantage = clipped[pg_rho_clip] * torch.addcmul(error, going, behind - next_value)
     if not bounded or pg_rho_clip == math.inf:
         target, advantage = saturated(target), saturated(advantage)
     if valid is not None:
         advantage = torch.where(valid, advantage, 0)
-    return (target, advantage), (correction[:1], mixed[:1])
+    return (target, advantage), carried
 
 
 @torch.no_grad()
@@ -172,13 +175,14 @@ def gae(
     """
     floats = {"value": value, "reward": reward, "next_value": next_value}
     check(floats, {"terminated": terminated, "done": done, "valid": valid})
+    check_numbers(lmbda=lmbda)
     number, discounts = discount(gamma, value)
     if number is not None and fused.usable(value, reward, next_value, terminated, done, valid):
         target = fused.q_return(reward, value, next_value, lmbda, terminated, done, valid, number)
         advantage = target - value
         if valid is not None:
             advantage = torch.where(valid, advantage, 0)
-        return GAEOutput(target.to(value.dtype), advantage.to(value.dtype))
+        return GAEOutput(narrowed(target, value.dtype), narrowed(advantage, value.dtype))
     rows = (value, reward, next_value, None, terminated, done, valid, discounts)
     target, advantage = backwards(functools.partial(_gae_rows, gamma=number, lmbda=lmbda), rows, 2, value.dtype)
     return GAEOutput(target, advantage)
@@ -233,6 +237,7 @@ def n_step_return(
         y_t = sum_{i<m} gamma^i r_{t+i} + gamma^m V(x'_{t+m-1})
 
     where m is ``n``, or less where the episode, the rollout or the known steps end before; no V behind a termination.
+    Computed in ``n`` passes.
 
     Args:
         n: number of steps, at least 1.
@@ -244,8 +249,8 @@ def n_step_return(
     Source: Sutton 1988; Watkins 1989.
     """
     check({"reward": reward, "next_value": next_value}, {"terminated": terminated, "done": done, "valid": valid})
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n must be at least 1, and whole, got {n!r}")
     number, discounts = discount(gamma, reward)
     dtype = reward.dtype
     rows = [reward, reward, next_value, None, terminated, done, valid, discounts]
@@ -259,7 +264,7 @@ def n_step_return(
         out = bootstrapped(reward, number, discounts, behind)
     if valid is not None:
         out = torch.where(valid, out, 0)
-    return out.to(dtype)
+    return narrowed(out, dtype)
 
 
 def bootstrapped(reward: Tensor, gamma: float | None, discounts: Tensor | None, value: Tensor) -> Tensor:

@@ -103,6 +103,9 @@ def vtrace_kernel(
 
         behind = _load(value_ptr, at + width, inside & (rows + 1 < length), dtype) + lmbda * later
         going = tl.where(rows + 1 < length, going, 0)
+        if HAS_VALID:  # the value of a step that is no data may be anything
+            next_valid = tl.load(valid_ptr + at + width, mask=inside & (rows + 1 < length), other=0)
+            going = tl.where(next_valid == 0, 0, going)
         # not 0 times it: what stands behind the end of an episode may be anything
         mixture = tl.where(going == 0, 0, going * (behind - next_value))
         advantage = _ratio(rho, tl.full((), PG_RHO_CLIP, dtype), PG_RHO_CLIP, LEAK, dtype) * (error + mixture)

@@ -56,7 +56,7 @@ def vtrace_sums(
             continue
         if terminated[s]:
             following = 0.0
-        elif done[s] or s == length - 1:
+        elif done[s] or s == length - 1 or not known[s + 1]:
             following = next_value[s]
         else:
             following = lmbda * target[s + 1] + (1 - lmbda) * value[s + 1]

@@ -294,3 +294,68 @@ def test_illegal_actions_count_for_nothing_whatever_the_temperature(alpha: float
         every = critic(data["next"].clone())["action_value"].amin(-2)[..., :-1]
     expected = (log_pi.exp() * (every - alpha * log_pi)).sum(-1, keepdim=True)
     torch.testing.assert_close(found["value_target"] - data["next", "reward"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_densities_are_refused_by_what_they_are() -> None:
+    """Without the actions at hand, by a log-probability above 0."""
+    data = rollout().exclude("action")
+    data["chosen_action_value"] = data["next", "state_value"] = torch.zeros(B, T, 1)
+    data["target_log_prob"] = torch.full((B, T), 3.0)
+    with pytest.raises(ValueError, match="target_log_prob is the log-probability of a discrete action"):
+        TreeBackup(gamma=GAMMA, validate=True)(data)
+
+
+@pytest.mark.parametrize("kind", [Retrace, ImportanceSampling, TreeBackup])
+def test_an_action_that_the_target_policy_never_takes_is_a_legal_ratio(kind: Any) -> None:
+    data = rollout()
+    data["chosen_action_value"] = data["next", "state_value"] = torch.zeros(B, T, 1)
+    data["action_log_prob"] = data["action_log_prob"].clamp(max=0)
+    data["target_log_prob"] = torch.full((B, T), -torch.inf)
+    assert kind(gamma=GAMMA, validate=True)(data)["value_target"].isfinite().all()
+    data["action_log_prob"][0, 0] = -torch.inf
+    if kind is not TreeBackup:
+        data["target_log_prob"] = torch.zeros(B, T)
+        with pytest.raises(ValueError, match="log_rho must be finite, got 1 entries"):
+            kind(gamma=GAMMA, validate=True)(data)
+
+
+def test_what_is_missing_or_no_index_is_named() -> None:
+    actor, critic = discrete(2)
+    with pytest.raises(KeyError, match=r"'next', which holds the successors, is missing|'next', 'reward'"):
+        Retrace(gamma=GAMMA, qvalue_network=critic, actor_network=actor)(rollout().exclude("next"))
+    data = rollout()
+    data["action"] = nn.functional.one_hot(data["action"], A)
+    with pytest.raises(ValueError, match=r"'action' must hold the indices .*, got torch.int64 \[3, 8, 4\]; of one-hot"):
+        Retrace(gamma=GAMMA, qvalue_network=critic, actor_network=actor)(data)
+    for name in ("gamma", "lmbda"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got NoneType"):
+            Retrace(**{"gamma": 0.9, name: None})
+    data = rollout()
+    data["valid"] = torch.ones(B, T, 1)
+    with pytest.raises(TypeError, match=r"'valid' must be a bool tensor, got torch.float32"):
+        Retrace(gamma=GAMMA, qvalue_network=critic, actor_network=actor, validate=True)(data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_under_autocast(kind: Any) -> None:
+    actor, critic = discrete(2)
+    data = rollout()
+    expected = kind(gamma=GAMMA, qvalue_network=critic, actor_network=actor)(data.clone())["value_target"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kind(gamma=GAMMA, qvalue_network=critic, actor_network=actor)(data.clone())["value_target"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_advantage_of_a_step_that_is_no_data_is_zero(kind: Any) -> None:
+    data = rollout()
+    data["chosen_action_value"] = torch.randn(B, T, 1)
+    data["next", "state_value"] = torch.zeros(B, T, 1)
+    data["target_log_prob"] = data["action_log_prob"]
+    data["valid"] = torch.ones(B, T, 1, dtype=torch.bool)
+    data["valid"][1, 3] = False
+    data["chosen_action_value"][1, 3] = torch.nan
+    out = kind(gamma=GAMMA)(data)
+    assert out["advantage"].isfinite().all()
+    assert out["advantage"][1, 3] == 0

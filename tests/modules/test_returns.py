@@ -53,19 +53,28 @@ def compare_vtrace(inputs: dict[str, Any], options: dict[str, Any]) -> None:
     out = vtrace(**inputs, **options)
     assert out.target.dtype == torch.float64
     assert_close(out.target, target, size, 1e-10)
-    behind = np.concatenate([size[1:], np.zeros_like(size[:1])])
-    names = {"rho": inputs["log_rho"].exp().numpy(), "pg": options.get("pg_rho_clip", 1.0)}
-    largest = np.maximum(names["rho"], 1) * (size + behind + np.abs(inputs["next_value"].numpy()) + 1)
-    assert_close(out.advantage, advantage, largest, 1e-10)
+    assert_close(out.advantage, advantage, advantage_size(inputs, size, options), 1e-10)
 
     rough = single(inputs)
     names = {**rough, "rho": rough["log_rho"].double().exp()}
     del names["log_rho"]
-    target, _, size = columns(vtrace_sums, names, 3, **options)
-    if size.max() < 1e30:
+    target, advantage, size = columns(vtrace_sums, names, 3, **options)
+    largest = advantage_size(rough, size, options)
+    if max(size.max(), largest.max()) < 1e30:
         out = vtrace(**rough, **options)
         assert out.target.dtype == torch.float32
         assert_close(out.target, target, size, 1e-4)
+        assert_close(out.advantage, advantage, largest, 1e-4)
+
+
+def advantage_size(inputs: dict[str, Any], size: np.ndarray, options: dict[str, Any]) -> np.ndarray:
+    """The sum of the absolute terms of rho'' (r + g B - V), B a mixture of the target and the value behind."""
+    rho = inputs["log_rho"].double().exp().numpy()
+    leak = options.get("leak", 1.0)
+    weight = leak * np.minimum(options.get("pg_rho_clip", 1.0), rho) + (1 - leak) * rho
+    reward, value, following = (np.abs(inputs[name].double().numpy()) for name in ("reward", "value", "next_value"))
+    behind = np.concatenate([size[1:], np.zeros_like(size[:1])])
+    return weight * (reward + value + options["gamma"] * (following + behind))
 
 
 @CASES
@@ -92,6 +101,18 @@ def test_importance_sampling_and_leaky_vtrace_are_the_same_sum(
 
 
 @CASES
+@given(SEEDS, st.integers(1, 6), BATCHES, UNCLIPPED, st.booleans())
+def test_ratios_from_1e_minus_6_to_1e6_without_a_clip(
+    seed: int, length: int, batch: tuple[int, ...], options: dict[str, float], masked: bool
+) -> None:
+    """Short enough that float64 holds the products."""
+    inputs = rollout(seed, length, *batch, spread=12.0)
+    if masked:
+        inputs["valid"] = validity(seed, inputs["reward"].shape)
+    compare_vtrace(inputs, options)
+
+
+@CASES
 @given(SEEDS, LENGTHS, BATCHES, GAMMAS, LAMBDAS, st.booleans())
 def test_lambda_returns_are_vtrace_sums_with_every_ratio_one(
     seed: int, length: int, batch: tuple[int, ...], gamma: float, lmbda: float, masked: bool
@@ -108,7 +129,9 @@ def test_lambda_returns_are_vtrace_sums_with_every_ratio_one(
     assert torch.equal(lambda_return(**inputs, gamma=gamma, lmbda=lmbda), out.target)
     rough = single(inputs)
     target, _, size = columns(vtrace_sums, {**rough, "rho": ones}, 3, gamma=gamma, lmbda=lmbda)
-    assert_close(lambda_return(**rough, gamma=gamma, lmbda=lmbda), target, size, 1e-4)
+    found = gae(**rough, gamma=gamma, lmbda=lmbda)
+    assert_close(found.target, target, size, 1e-4)
+    assert_close(found.advantage, target - rough["value"].double().numpy(), size, 1e-4)
 
 
 @CASES
@@ -324,5 +347,5 @@ def test_wrong_dtypes_are_named() -> None:
     with pytest.raises(ValueError, match=r"^value must be \[T, \*B\] with T at least 1, got \[0\]"):
         vtrace(**{**inputs, "value": torch.zeros(0)}, gamma=0.9)
     del inputs["log_rho"], inputs["value"]
-    with pytest.raises(ValueError, match=r"^n must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^n must be at least 1, and whole, got 0"):
         n_step_return(**inputs, gamma=0.9, n=0)

@@ -297,12 +297,19 @@ def test_the_distributional_return_is_the_mixture(
     np.testing.assert_allclose(rough.numpy(), direct_distribution(single(inputs), gamma, support), atol=1e-4)
 
 
-def test_the_distributional_return_over_long_rollouts() -> None:
-    inputs = distributions(7, 64, 11, 2)
-    inputs["done"] = inputs["terminated"] = torch.zeros_like(inputs["done"])
-    support = torch.linspace(-2, 3, 11, dtype=torch.float64)
-    out = distributional_return(**inputs, gamma=0.99, support=support)
-    np.testing.assert_allclose(out.numpy(), direct_distribution(inputs, 0.99, support), atol=1e-10)
+@settings(max_examples=400, deadline=None)
+@given(SEEDS, st.integers(13, 64), GAMMAS, st.booleans(), st.booleans())
+def test_the_distributional_return_over_long_rollouts(
+    seed: int, length: int, gamma: float, masked: bool, ending: bool
+) -> None:
+    inputs = distributions(seed, length, 5)
+    if masked:
+        inputs["valid"] = validity(seed, inputs["reward"].shape)
+    if not ending:
+        inputs["done"] = inputs["terminated"] = torch.zeros_like(inputs["done"])
+    support = torch.linspace(-2, 3, 5, dtype=torch.float64)
+    out = distributional_return(**inputs, gamma=gamma, support=support)
+    np.testing.assert_allclose(out.numpy(), direct_distribution(inputs, gamma, support), atol=1e-10)
 
 
 @pytest.mark.parametrize("trace", ["tensor", "number"])
