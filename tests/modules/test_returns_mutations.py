@@ -99,7 +99,9 @@ MUTATIONS = {
     "invalid steps count": (vtrace_error, state_values, "done = done | invalid", "pass"),
     "n steps over an end": (n_step_error, state_values, "stops = done | ", "stops = terminated | "),
     "one step too many": (n_step_error, state_values, "range(min(n, len(reward)) - 1)", "range(min(n, len(reward)))"),
-    "over unknown steps": (n_step_error, state_values, "done | torch.cat([~valid[1:]", "done | torch.cat([valid[1:] & False"),
+    "over unknown steps": (
+        n_step_error, state_values, "done | torch.cat([~valid[1:]", "done | torch.cat([~valid[1:] & False",
+    ),
     "first action re-weighted": (q_error, action_values, "following * (", "traces * ("),
     "bootstrap behind the end": (q_error, action_values, "torch.where(terminated, 0, next_value)", "next_value"),
     "done used for terminated, Q": (
