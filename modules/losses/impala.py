@@ -63,7 +63,9 @@ class ImpalaLoss(PolicyGradientLoss):
         rho_clip, c_clip, leak: of V-trace alone.
         pg_rho_clip: of V-trace and ``"one_step"``.
         reward_clip: clip rewards to [-reward_clip, reward_clip]; None leaves them.
-        normalize_advantage: (A - mean) / (std + 1e-8) over the valid steps of the batch passed in.
+        normalize_advantage: (A - m w) / (std + 1e-8) over the valid steps of the batch passed in, with w the ratio that
+            multiplies the advantage in A, and m = sum A / sum w: of the advantages before their ratio the weighted
+            mean is taken away, so that an action which the policy has left keeps its weight of 0. On-policy, the usual.
         policy_clip: where pi/mu has already moved beyond 1 +- policy_clip in the direction the advantage asks for, the
             step gives no policy gradient: the trust region of PPO (Schulman et al. 2017, arXiv 1707.06347) on V-trace
             advantages, which makes several passes over a rollout safe. None: as in the paper.
@@ -153,6 +155,15 @@ class ImpalaLoss(PolicyGradientLoss):
             if self.estimator == "one_step":
                 advantage = self._weighted(advantage, reading)
         return Estimate(value, target, advantage, self._tell(log_rho, done, valid))
+
+    def _weight(self, reading: Reading) -> Tensor:
+        if self.estimator == "none":
+            return torch.ones_like(reading.log_rho)
+        if self.estimator == "one_step":
+            return super()._weight(reading)
+        ratio, leak = importance_trace(log_rho=reading.log_rho), self._options["leak"]
+        clipped = ratio.clamp(max=self._options["pg_rho_clip"])
+        return clipped if leak == 1 else leak * clipped + (1 - leak) * ratio
 
     @torch.no_grad()
     def _tell(self, log_rho: Tensor, done: Tensor, valid: Tensor | None) -> dict[str, Tensor]:

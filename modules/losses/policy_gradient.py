@@ -81,8 +81,7 @@ class PolicyGradientLoss(RolloutLoss):
         stats = Stats(reading.batch.valid, reading.batch.reward)
         spread = stats.std(advantage)
         if self.normalize_advantage:
-            mean, deviation = stats.moments_of_all_ranks(advantage)
-            advantage = (advantage - mean) / (deviation + 1e-8)
+            advantage = stats.standardised(advantage, cleared(self._weight(reading), reading.batch.valid))
         advantage, outside = self._trust_region(advantage, log_rho)
         reduce = stats.sum if self.reduction == "sum" else stats.mean
         error, mean_entropy = target - prediction, stats.mean(entropy)
@@ -113,10 +112,13 @@ class PolicyGradientLoss(RolloutLoss):
         clipped = reading.batch.reward.clamp(-self.reward_clip, self.reward_clip)
         return reading._replace(batch=reading.batch._replace(reward=clipped))
 
+    def _weight(self, reading: Reading) -> Tensor:
+        """What multiplies an advantage in the policy gradient, min(pg_rho_clip, rho), [B, T]."""
+        return importance_trace(log_rho=reading.log_rho).clamp(max=self.pg_rho_clip)
+
     def _weighted(self, advantage: Tensor, reading: Reading) -> Tensor:
-        """min(pg_rho_clip, rho) times ``advantage`` [B, T], 0 where not valid."""
-        rho = importance_trace(log_rho=reading.log_rho.to(advantage.dtype)).clamp(max=self.pg_rho_clip)
-        return cleared(rho * advantage, reading.batch.valid)
+        """That times ``advantage`` [B, T], 0 where not valid."""
+        return cleared(self._weight(reading).to(advantage.dtype) * advantage, reading.batch.valid)
 
     def _trust_region(self, advantage: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor | None]:
         """The advantage, 0 where the ratio left the trust region in its direction; and those steps as 0 and 1."""

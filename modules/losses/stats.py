@@ -51,16 +51,17 @@ class Stats:
         return self.variance(x).sqrt()
 
     @torch.no_grad()
-    def moments_of_all_ranks(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over the batches of all ranks of ``torch.distributed``; own ones where alone.
+    def standardised(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` - m ``weight`` [*B], of mean zero and standard deviation one over the valid steps of all ranks.
 
-        Every rank must call it as often as the others.
+        For ``x`` a product with ``weight``, m is the weighted mean of the other factor: what has no weight stays 0. The
+        ranks are those of ``torch.distributed``; every rank must call it as often as the others.
         """
-        mean, variance = self.mean(x), self.variance(x)
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return mean, variance.sqrt()
-        count = self.count.to(mean)
-        sums = torch.stack([count, count * mean, count * (variance + mean.square())]).double()
-        torch.distributed.all_reduce(sums)
-        _, mean, squares = sums / sums[0].clamp(min=1)
-        return mean.to(x.dtype), (squares - mean.square()).clamp(min=0).sqrt().to(x.dtype)
+        y, w = x.double(), weight.double()
+        sums = torch.stack([self.sum(z) for z in (torch.ones_like(y), y, w, y * y, y * w, w * w)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        count, total, mass, squares, products, masses = sums.unbind()
+        mean = total / mass.clamp(min=torch.finfo(x.dtype).tiny)
+        variance = (squares - 2 * mean * products + mean.square() * masses).clamp(min=0) / count.clamp(min=1)
+        return (x - mean.to(x.dtype) * weight) / (variance.sqrt().to(x.dtype) + 1e-8)

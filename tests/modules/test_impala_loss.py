@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from offtrace.modules.losses import ImpalaLoss
+from offtrace.modules.losses.stats import Stats
 from offtrace.modules.networks import Policy, build_policy
 from offtrace.modules.returns import effective_sample_size, lambda_return, trace_reach, vtrace
 
@@ -261,16 +262,52 @@ def test_sum_is_count_times_mean_and_invalid_steps_have_no_weight() -> None:
     assert all(nothing[name] == 0 for name in LOSSES)
 
 
-def test_normalised_advantage_is_the_formula() -> None:
+WEIGHTS: list[tuple[dict[str, Any], Any]] = [
+    ({}, lambda rho: rho.clamp(max=1)),
+    ({"pg_rho_clip": 1.5}, lambda rho: rho.clamp(max=1.5)),
+    ({"leak": 0.7}, lambda rho: 0.7 * rho.clamp(max=1) + 0.3 * rho),
+    ({"estimator": "importance_sampling"}, lambda rho: rho),
+    ({"estimator": "one_step", "pg_rho_clip": 0.8}, lambda rho: rho.clamp(max=0.8)),
+    ({"estimator": "none"}, torch.ones_like),
+]
+
+
+@pytest.mark.parametrize(("options", "weight"), WEIGHTS)
+def test_normalised_advantage_is_the_formula(options: dict[str, Any], weight: Any) -> None:
     policy, td = make(), rollout()
     td["valid"] = torch.rand(5, 7, 1, generator=torch.Generator().manual_seed(0)) < 0.6
-    plain, dist = ImpalaLoss(policy, normalize_advantage=True), network(policy, td["observation"])[0]
+    normalised, dist = ImpalaLoss(policy, normalize_advantage=True, **options), network(policy, td["observation"])[0]
     log_prob = dist.log_prob(td["action"]).detach()
     mask = td["valid"].squeeze(-1)
-    loss = ImpalaLoss(policy)
+    w = weight((log_prob - td["action_log_prob"]).exp())[mask]
+    loss = ImpalaLoss(policy, **options)
     advantage = loss._estimate(loss._read(td)).advantage[mask]
-    normal = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
-    torch.testing.assert_close(plain(td)["loss_policy"].detach(), -(normal * log_prob[mask]).sum())
+    # the weighted mean of what the ratios multiply, and their product with it taken away
+    centred = w * (advantage / w - (w * (advantage / w)).sum() / w.sum())
+    normal = centred / centred.std(correction=0)
+    assert normal.mean().abs() < 1e-12
+    torch.testing.assert_close(normalised(td)["loss_policy"].detach(), -(normal * log_prob[mask]).sum())
+
+
+def test_normalisation_does_not_move_actions_that_the_policy_has_left() -> None:
+    """A ratio of 0 has no gradient, whatever the other advantages are."""
+    policy, td = make(), rollout()
+    td["next", "reward"] += 3.0
+    td["action_log_prob"][2:] += 60  # rho = exp(-60)
+    loss = ImpalaLoss(policy, normalize_advantage=True, value_coef=0.0, entropy_coef=0.0)
+    everything, known = (torch.cat([g.flatten() for g in gradients(loss, x)]) for x in (td, td[:2]))
+    assert known.norm() > 0.1
+    torch.testing.assert_close(everything / everything.norm(), known / known.norm())
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_normalisation_on_policy_is_the_usual_one(uneven: bool) -> None:
+    stats = Stats(None if not uneven else torch.rand(8, 9) < 0.5, torch.zeros(8, 9))
+    x = 1000 + torch.randn(8, 9)
+    found = stats.standardised(x, torch.ones_like(x))
+    known = x if not uneven else x[stats._valid]
+    expected = (x - known.mean()) / known.std(correction=0)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("estimator", ["vtrace", "importance_sampling", "one_step", "none"])

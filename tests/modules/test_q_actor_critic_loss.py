@@ -215,8 +215,9 @@ def test_normalised_advantage_trust_region_and_reward_clip_are_those_of_impala()
     policy, td = policy_of(), rollout()
     log_prob = chosen(network(policy, td["observation"])[0], td).detach()
     rho, (_, advantage) = (log_prob - td["action_log_prob"]).exp(), direct(policy, td, "q_lambda")
-    advantage = rho.clamp(max=1) * advantage
-    normal = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+    weight = rho.clamp(max=1)
+    centred = weight * (advantage - (weight * advantage).sum() / weight.sum())
+    normal = centred / centred.std(correction=0)
     outside = torch.where(normal > 0, rho > 1.2, rho < 0.8)
     assert outside.any()
     options: dict[str, Any] = {"trace": "q_lambda", "gamma": GAMMA, "lmbda": LMBDA}
