@@ -160,14 +160,17 @@ class ReplayedLoss(OffPolicyLoss):
 
     def _tell_uncorrected(self, out: dict[str, Tensor], sites: Sites, log_rho: Tensor | None) -> None:
         """Adds how far off-policy the batch is where the target is not corrected for it."""
-        stats = Stats(sites.valid, sites.reward)
         if log_rho is None:
             out["ess"] = sites.reward.new_full((), math.nan)
         else:
             out["ess"] = effective_sample_size(cleared(log_rho, sites.valid), valid=sites.valid)
-        length = torch.ones_like(sites.reward) if sites.length is None else sites.length.to(sites.reward.dtype)
-        out["trace_length"] = stats.mean(length - 1)
-        out["contraction"] = 1 - stats.mean(1 - self.gamma**length)
+        if sites.length is None:
+            out["trace_length"] = sites.reward.new_zeros(())
+            out["contraction"] = sites.reward.new_full((), self.gamma)
+        else:
+            stats, length = Stats(sites.valid, sites.reward), sites.length.to(sites.reward.dtype)
+            out["trace_length"] = stats.mean(length - 1)
+            out["contraction"] = 1 - stats.mean(1 - self.gamma**length)
 
     def _reduce(self, x: Tensor, stats: Stats) -> Tensor:
         return stats.sum(x) if self.reduction == "sum" else stats.mean(x)

@@ -28,10 +28,13 @@ def effective_sample_size(log_rho: Tensor, *, valid: Tensor | None = None) -> Te
     _check(log_rho, valid)
     flat = (log_rho if valid is None else log_rho.masked_fill(~valid, -math.inf)).flatten()
     flat = flat.to(computing_dtype(flat))
-    count = flat.numel() if valid is None else valid.sum()
-    rho = (flat - flat.amax().clamp(min=torch.finfo(flat.dtype).min)).exp()  # its scale cancels
-    size = rho.sum().square() / (rho.dot(rho) * count).clamp(min=torch.finfo(flat.dtype).tiny)
-    return torch.where(torch.as_tensor(count, device=flat.device) == 0, 1.0, size.clamp(max=1.0))
+    limits = torch.finfo(flat.dtype)
+    rho = (flat - flat.amax().clamp(min=limits.min)).exp()  # its scale cancels
+    size = rho.sum().square() / rho.dot(rho).clamp(min=limits.tiny)
+    if valid is None:
+        return (size / flat.numel()).clamp(max=1.0)
+    count = valid.sum()
+    return torch.where(count == 0, 1.0, (size / count).clamp(max=1.0))
 
 
 @torch.no_grad()
