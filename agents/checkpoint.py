@@ -49,6 +49,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file at {path}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (bad := archive.testzip()) is not None:  # torch.load does not look at the checksums
+                raise RuntimeError(f"{bad} does not have its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except _NOT_A_CHECKPOINT as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -138,7 +138,7 @@ class Meters(pl.Callback):
         if self._bar is not None:
             self._bar.update(self._task, completed=agent.frames, description=line)
         else:
-            self.console.print(line)
+            self.console.print(line, soft_wrap=True)
 
 
 def _find(trainer: pl.Trainer, kind: type) -> Any:

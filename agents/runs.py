@@ -101,12 +101,18 @@ def read_config(folder: Path, kind: type[ConfigT]) -> ConfigT:
     """The configuration, of type ``kind``, that a run was started with.
 
     Raises:
-        RunError: if the folder or its ``config.yaml`` is missing or damaged.
+        RunError: if the folder or its ``config.yaml`` is missing or damaged, or of another recipe.
     """
     path = folder / "config.yaml"
     try:
         content = yaml.safe_load(path.read_text())
         groups = get_type_hints(kind)
+        for field in fields(kind):
+            for key in sorted(set(content[field.name]) - {own.name for own in fields(groups[field.name])}):
+                raise RunError(
+                    f"{folder} is the run of another recipe: its {path.name} has {field.name}.{key}, which "
+                    f"{kind.__name__} has not"
+                )
         return kind(**{f.name: groups[f.name](**content[f.name]) for f in fields(kind)})
     except OSError as error:
         raise RunError(f"{folder} is not the folder of a run: {path.name} cannot be read ({error.strerror})") from error

@@ -17,21 +17,26 @@ if TYPE_CHECKING:
     from offtrace.modules.estimators import Retrace as Retrace
     from offtrace.modules.estimators import TreeBackup as TreeBackup
     from offtrace.modules.estimators import VTrace as VTrace
+    from offtrace.modules.losses import DiscreteMPOLoss as DiscreteMPOLoss
     from offtrace.modules.losses import DiscreteSACLoss as DiscreteSACLoss
     from offtrace.modules.losses import ImpalaLoss as ImpalaLoss
+    from offtrace.modules.losses import MPOLoss as MPOLoss
     from offtrace.modules.losses import QActorCriticLoss as QActorCriticLoss
     from offtrace.modules.losses import SACLoss as SACLoss
     from offtrace.modules.losses import SACv1Loss as SACv1Loss
+    from offtrace.modules.losses import VMPOLoss as VMPOLoss
     from offtrace.modules.networks import build_actor as build_actor
     from offtrace.modules.networks import build_critic as build_critic
     from offtrace.modules.networks import build_policy as build_policy
     from offtrace.modules.replay import Replay as Replay
 
 _MODULE = {
+    "DiscreteMPOLoss": "losses",
     "DiscreteSACLoss": "losses",
     "ImpalaLoss": "losses",
     "ImportanceSampling": "estimators",
     "LambdaReturn": "estimators",
+    "MPOLoss": "losses",
     "QLambda": "estimators",
     "QActorCriticLoss": "losses",
     "Replay": "replay",
@@ -39,6 +44,7 @@ _MODULE = {
     "SACLoss": "losses",
     "SACv1Loss": "losses",
     "TreeBackup": "estimators",
+    "VMPOLoss": "losses",
     "VTrace": "estimators",
     "build_actor": "networks",
     "build_critic": "networks",

@@ -109,8 +109,10 @@ def write_table(path: Path, rows: Rows, *, estimators: Iterable[str]) -> None:
     for (task, replay), table in grouped(rows, "score").items():
         lags = sorted({lag for by_lag in table.values() for lag in by_lag})
         title = f"**{task}, {replay:.0%} replay**"
+        single = all(len(values) == 1 for by_lag in table.values() for values in by_lag.values())
+        kind = "one seed, which proves nothing" if single else "mean [95 % interval]"
         for heading, source, show in (
-            (f"{title}: return by lag, mean [95 % interval]", table, _with_interval),
+            (f"{title}: return by lag, {kind}", table, _with_interval),
             (f"{title}: steps a trace carries, by lag", traces[task, replay], _mean),
         ):
             lines += [heading, "", _row(["estimator", *map(str, lags)]), _row(["---"] * (len(lags) + 1))]

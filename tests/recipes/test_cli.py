@@ -132,6 +132,11 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert yaml.safe_load((folder / "versions.json").read_text())["packages"]["torch"]
     with pytest.raises(RunError, match=r"runs/one is not empty and has no checkpoint to --resume; remove it, or give"):
         new_run(config)
+    write_config(SACConfig(), folder)
+    with pytest.raises(
+        RunError, match=r"runs/one is the run of another recipe: its config.yaml has env\..*, which Impala"
+    ):
+        read_config(folder, ImpalaConfig)
     (folder / "config.yaml").write_text("env: {game: [")
     with pytest.raises(RunError, match=r"config.yaml is damaged"):
         read_config(folder, ImpalaConfig)

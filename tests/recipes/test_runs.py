@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ def test_evaluate(cartpole: Path) -> None:
     done = recipe("evaluate", cartpole, "cut.ckpt")
     assert done.returncode == 2
     assert done.stderr.startswith("error: cut.ckpt is truncated or not a checkpoint")
+    content = bytearray((cartpole / "runs/a/checkpoints/last.ckpt").read_bytes())
+    with zipfile.ZipFile(cartpole / "runs/a/checkpoints/last.ckpt") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + 200] ^= 1  # one bit of one weight
+    damaged.write_bytes(content)
+    done = recipe("evaluate", cartpole, "cut.ckpt")
+    assert done.returncode == 2
+    assert "does not have its checksum" in done.stderr
 
 
 def test_a_checkpoint_of_another_network(cartpole: Path) -> None:
