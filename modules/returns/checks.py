@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 from typing import Any
 
@@ -72,9 +71,9 @@ def check_numbers(**numbers: Any) -> None:
         TypeError, ValueError: by the argument's name.
     """
     for name, number in numbers.items():
-        if not isinstance(number, Real):
+        if type(number) is not float and not isinstance(number, Real):  # the second takes longer than all the rest
             raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-        if math.isnan(number):
+        if number != number:
             raise ValueError(f"{name} must be a number, got nan")
 
 

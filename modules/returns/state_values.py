@@ -112,12 +112,14 @@ def _vtrace_rows(
     leak: float,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     value, reward, next_value, log_rho, done, valid, discounts = _prepared(rows)
-    rho = ratio(log_rho)
-    clipped: dict[float, Tensor] = {}
-    for limit in (rho_clip, c_clip, pg_rho_clip):
-        if limit not in clipped:
-            cut = rho.clamp(max=limit)
-            clipped[limit] = cut if leak == 1 else leak * cut + (1 - leak) * rho
+    limits = {rho_clip, c_clip, pg_rho_clip}
+    if leak == 1 and limits == {1.0}:  # the usual, in one operation less
+        clipped = {1.0: log_rho.clamp(max=0).exp()}
+    else:
+        rho = ratio(log_rho)
+        clipped = {limit: rho.clamp(max=limit) for limit in limits}
+        if leak != 1:
+            clipped = {limit: leak * cut + (1 - leak) * rho for limit, cut in clipped.items()}
     bounded = leak == 1 and c_clip * lmbda <= 1 and rho_clip < math.inf
     error = bootstrapped(reward, gamma, discounts, next_value) - value
     delta = clipped[rho_clip] * error
@@ -280,7 +282,8 @@ def onward(
 ) -> Tensor:
     """factor gamma where the trace goes on, else 0."""
     if gamma is not None:
-        # a plain number would give torch's default dtype
+        if dtype == torch.get_default_dtype():  # what two plain numbers give
+            return torch.where(done, 0.0, gamma * factor)
         return torch.where(done, 0.0, torch.full((), gamma * factor, dtype=dtype, device=done.device))
     assert discounts is not None
     return torch.where(done, 0.0, discounts * factor)
