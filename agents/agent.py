@@ -15,6 +15,7 @@ from torchrl.objectives.common import LossModule
 
 from offtrace.agents.checkpoint import CHECKPOINT_KEY
 from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor
+from offtrace.modules.losses import compile_loss
 
 
 class TrainingDivergedError(RuntimeError):
@@ -74,7 +75,7 @@ class Agent(pl.LightningModule):
         self._make_optimizer = optimizer
         self._after_update = after_update
         # not a submodule: the parameters would stand in a checkpoint twice
-        self.__dict__["_run_loss"] = torch.compile(loss) if compile else loss
+        self.__dict__["_run_loss"] = compile_loss(loss) if compile else loss
         self._frames_before = 0  # frames already learned from: the first update has the full learning rate
         self._random_state: dict[str, Any] | None = None
         self._names: list[str] = []

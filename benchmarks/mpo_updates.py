@@ -36,7 +36,7 @@ from bare_mpo import GAMMA, N_STEP, SAMPLES, BareMPO  # noqa: E402
 from transitions import ACT, OBS, as_rollout, transitions  # noqa: E402
 
 from offtrace.agents.targets import hard_update  # noqa: E402
-from offtrace.modules.losses import MPOLoss  # noqa: E402
+from offtrace.modules.losses import MPOLoss, compile_loss  # noqa: E402
 from offtrace.modules.networks import build_actor, build_critic  # noqa: E402
 from offtrace.modules.replay import Replay  # noqa: E402
 
@@ -53,7 +53,7 @@ def shipped(stored: dict[str, torch.Tensor]) -> Callable[[], None]:
     optimizer = torch.optim.Adam(rates, fused=True)
     replay = Replay(2 * len(stored["reward"]), num_envs=1, batch_size=args.batch, length=N_STEP, pad=True)
     replay.extend(as_rollout(stored, actor))
-    call = torch.compile(loss) if args.compile else loss
+    call = compile_loss(loss) if args.compile else loss
     names = [name for name in loss.out_keys if name.startswith("loss_")]
 
     def update() -> None:

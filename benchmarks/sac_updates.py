@@ -32,8 +32,7 @@ from bare_sac import BareSAC  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transitions import ACT, OBS, as_rollout, transitions  # noqa: E402
 
-from offtrace.modules.losses import SACLoss  # noqa: E402
-from offtrace.modules.losses.updates import FastSoftUpdate  # noqa: E402
+from offtrace.modules.losses import FastSoftUpdate, SACLoss, compile_loss  # noqa: E402
 from offtrace.modules.networks import build_actor, build_critic  # noqa: E402
 from offtrace.modules.replay import Replay  # noqa: E402
 
@@ -47,7 +46,7 @@ def make_shipped(stored: dict[str, Tensor], compiled: bool) -> Callable[[], None
     loss = SACLoss(actor, critic)
     targets = FastSoftUpdate(loss, tau=0.005)
     optimizer = torch.optim.Adam(loss.parameters(), 3e-4, fused=True)
-    function = torch.compile(loss, fullgraph=True) if compiled else loss
+    function = compile_loss(loss) if compiled else loss
     replay = Replay(2 * len(stored["reward"]), num_envs=1, batch_size=BATCH)
     replay.extend(as_rollout(stored, actor))
 

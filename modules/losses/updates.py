@@ -1,11 +1,12 @@
-"""Target networks that follow in one call."""
+"""What surrounds a loss in an update: target networks that follow in one call, and compilation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
@@ -41,6 +42,14 @@ class FastHardUpdate(HardUpdate):
     def step(self) -> None:
         """Copy every target parameter from its source."""
         torch._foreach_copy_(self._following, self._followed)
+
+
+def compile_loss(loss: nn.Module) -> Callable[..., Any]:
+    """``loss`` compiled by ``torch.compile``; it draws the same random numbers as without.
+
+    Inductor's own generator is also the slower one on a CPU, by a tenth of SAC's whole update.
+    """
+    return torch.compile(loss, options={"fallback_random": True})
 
 
 def _pairs(updater: TargetNetUpdater) -> tuple[list[Tensor], list[Tensor]]:

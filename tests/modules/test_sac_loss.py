@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives import HardUpdate, SoftUpdate
+from torchrl.objectives.common import LossModule
 
-from offtrace.modules.losses import DiscreteSACLoss, FastSoftUpdate, SACLoss, SACv1Loss
+from offtrace.modules.losses import DiscreteSACLoss, FastSoftUpdate, SACLoss, SACv1Loss, compile_loss
 from offtrace.modules.losses.soft import SoftLoss
 from offtrace.modules.losses.traces import TARGETS, TRACES
 from offtrace.modules.networks import ControlPolicy, build_actor, build_critic, build_value, share_normalizer
@@ -539,7 +541,17 @@ def test_views_follow_a_change_of_dtype_and_an_optimiser() -> None:
 def test_compiled_equals_eager(make: Any, target: str) -> None:
     loss, td = make(target), replay(6, 5, kinds=3 if make is discrete else None)
     torch._dynamo.reset()  # the code is shared by all losses, and counts as recompiled for each
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    _check_same(loss, torch.compile(loss, backend="aot_eager", fullgraph=True), td)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_draws_what_eager_draws() -> None:
+    loss, td = sac("one_step"), replay(6)
+    torch._dynamo.reset()
+    _check_same(loss, compile_loss(loss), td)
+
+
+def _check_same(loss: LossModule, compiled: Any, td: TensorDict) -> None:
     results = []
     for function in (loss, compiled):
         loss.zero_grad()
