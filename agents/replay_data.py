@@ -37,8 +37,8 @@ class ReplayData(ActingData):
         collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
         replay_fn: gives the empty replay of a rank.
         total_frames: environment frames, over all ranks, after which the data ends.
-        batch_size: samples (transitions or sequences) of a batch.
-        samples_per_insert: samples per collected step.
+        batch_size: steps learnt from in a batch of the replay.
+        samples_per_insert: steps learnt from per collected step.
         min_size: steps per rank collected before the first batch.
         frame_skip: environment frames per agent step.
         updates_per_step: most batches in one list.

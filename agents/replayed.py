@@ -143,7 +143,7 @@ def _replay(config: ReplayedConfig, info: EnvInfo, rank: int) -> Replay:
         config.replay.capacity,
         num_envs=config.env.num_envs,
         num_workers=max(1, config.collector.num_workers),
-        batch_size=config.replay.batch_size,
+        batch_size=config.samples,
         length=config.sample_length,
         pad=config.sample_length > 1,
         storage=config.replay.storage,

@@ -62,11 +62,11 @@ class ReplayConfig:
     capacity: int = 1_000_000
     """Steps it holds."""
     batch_size: int = 256
-    """Transitions, or sequences, of one update."""
+    """Steps learnt from in one update: transitions, n-step windows, or batch_size / length sequences for a trace."""
     length: int = 8
     """Steps of a sequence for targets with a trace. n-step targets take sequences of loss.n_step."""
     samples_per_insert: float = 256.0
-    """Transitions or sequences sampled per collected step: with batch_size, the updates per step."""
+    """Steps learnt from per collected step: divided by batch_size, the updates per step."""
     min_size: int = 1_000
     """Steps collected before the first update."""
     storage: Literal["tensor", "memmap"] = "tensor"
@@ -106,6 +106,11 @@ class ReplayedConfig(Config):
     def sample_length(self) -> int:
         """Steps of a sample: 1 for transitions."""
         return int({"one_step": 1, "n_step": self.loss.n_step}.get(self.loss.target, self.replay.length))
+
+    @property
+    def samples(self) -> int:
+        """Samples of a batch: a sequence is learnt from at every step, an n-step window at its first."""
+        return self.replay.batch_size // (1 if self.loss.target == "n_step" else self.sample_length)
 
     def env_options(self) -> dict[str, Any]:
         """What the task's family understands."""
@@ -154,17 +159,24 @@ class ReplayedConfig(Config):
                 f"replay.capacity is {replay.capacity}; it must hold replay.batch_size, {replay.batch_size}, and "
                 f"replay.min_size, {replay.min_size}"
             )
-        if self.loss.target not in ("one_step", "n_step") and replay.length < 2:
-            raise ConfigError(
-                f"replay.length is {replay.length}; loss.target {self.loss.target} needs sequences of 2 steps or more"
-            )
+        if self.loss.target not in ("one_step", "n_step"):
+            if replay.length < 2:
+                raise ConfigError(
+                    f"replay.length is {replay.length}; loss.target {self.loss.target} needs sequences of 2 steps or "
+                    "more"
+                )
+            if replay.batch_size % replay.length:
+                raise ConfigError(
+                    f"replay.batch_size is {replay.batch_size}; loss.target {self.loss.target} learns from sequences "
+                    f"of replay.length, {replay.length}, steps: it must be a multiple of that"
+                )
         lanes = self.env.num_envs * max(1, self.collector.num_workers)
         # the last steps of every environment begin no sequence yet
-        least = replay.batch_size + lanes * (self.sample_length - 1)
+        least = self.samples + lanes * (self.sample_length - 1)
         if replay.min_size < least:
             sequences = f" sequences of {self.sample_length} steps" if self.sample_length > 1 else ""
             raise ConfigError(
-                f"replay.min_size is {replay.min_size}; for batches of {replay.batch_size}{sequences} from {lanes} "
+                f"replay.min_size is {replay.min_size}; for batches of {self.samples}{sequences} from {lanes} "
                 f"environments it must be at least {least}"
             )
         # an ended episode takes one slot more than its steps, and every step of a rollout may end one

@@ -187,6 +187,15 @@ def test_k_and_k_updates_are_2k(name: str, tmp_path: Path) -> None:
     assert (next_ours == next_theirs).all()
 
 
+@pytest.mark.parametrize(("name", "shape"), [("sac", (8,)), ("sac n-step", (8, 3)), ("sac retrace", (2, 4))])
+def test_every_target_learns_from_as_many_steps_in_as_many_updates(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    agent, data, _ = fit(configs()[name], tmp_path, stop=6)
+    assert data.replay.sample().shape == shape
+    assert agent.updates == (6 * ROLLOUT - 16) * 4 // 8
+
+
 def test_updates_that_are_owed_come_first_in_a_resumed_run(tmp_path: Path) -> None:
     config = configs()["sac"]
     agent, data, _ = fit(config, tmp_path / "a", stop=4, owing=True)
@@ -323,6 +332,10 @@ def test_a_compiled_loss_is_the_loss() -> None:
         ({"loss.version": 1, "loss.target": "retrace"}, "loss.target is retrace; version 1 has no target critics"),
         ({"loss.version": 1, "loss.target": "q_lambda"}, "loss.target is q_lambda; version 1 has no target critics"),
         ({"loss.target": "q_lambda", "replay.length": 1}, "replay.length is 1; loss.target q_lambda needs sequences"),
+        (
+            {"loss.target": "retrace", "replay.length": 3},
+            "replay.batch_size is 8; loss.target retrace learns from .* 3, steps: it must be a multiple of that",
+        ),
         ({"replay.capacity": 5}, "replay.capacity is 5; it must hold replay.batch_size, 8"),
         ({"replay.min_size": 3}, "replay.min_size is 3; .* from 1 environments it must be at least 8"),
         ({"replay.samples_per_insert": 0.0}, "replay.samples_per_insert is 0.0; it must be above 0 and finite"),

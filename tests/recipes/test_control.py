@@ -73,7 +73,11 @@ def weights() -> dict[str, Any]:
         (sac, [f"--env.task={OWN}:wide"], "has actions from -2 to 2; the agents act in [-1, 1]"),
         (sac, ["--replay.capacity=5"], "replay.capacity is 5; it must hold replay.batch_size, 8, and replay.min_size"),
         (sac, ["--env.num_envs=30"], "for 30 environments and a collector.unroll of 8 it must be at least 510"),
-        (mpo, ["--loss.target=retrace", "--replay.length=10"], "10 steps from 1 environments it must be at least 17"),
+        (
+            mpo,
+            ["--loss.target=retrace", "--replay.length=20", "--replay.batch_size=40"],
+            "batches of 2 sequences of 20 steps from 1 environments it must be at least 21",
+        ),
         (sac, ["--replay.samples_per_insert=0.001"], "more than the replay's 300; raise it to 0.0266667 at least"),
         (mpo, ["--replay.samples_per_insert=0.1"], "64 steps of each learner's actors; the first update comes after 9"),
     ],
@@ -92,7 +96,7 @@ def test_episodes_shorter_than_the_sequences_are_learned_from() -> None:
     assert all(map(math.isfinite, column("train/loss_critic")))
 
 
-@pytest.mark.parametrize("argv", [["--network.normalize=true"], ["--loss.target=retrace", "--replay.length=3"]])
+@pytest.mark.parametrize("argv", [["--network.normalize=true"], ["--loss.target=retrace", "--replay.length=4"]])
 def test_a_simulator_that_diverges_costs_its_episode_only(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Every twentieth step of 64: said when it happens, in the log, in the summary and at the end."""
     with pytest.warns(RuntimeWarning, match=r"diverging: environment 0 failed at step 20 .* its episode was dropped"):
