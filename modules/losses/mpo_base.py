@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from offtrace.modules import keys as k
 from offtrace.modules.losses.replayed import ReplayedLoss
-from offtrace.modules.losses.sites import Sites, States
+from offtrace.modules.losses.sites import Sites, States, evaluate
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.traces import told_of
 
@@ -168,12 +168,8 @@ class MPOBase(ReplayedLoss):
 
     def _critic_at(self, critic: Any, states: States, action: Tensor | None = None) -> Tensor:
         """What the critic writes for ``states`` [M], or for ``action`` [M, A] or [S, M, A] in them."""
-        batch = next(iter(states.values())).shape[:1] if action is None else action.shape[:-1]
-        keys = [key for key in self.critic.in_keys if key != k.ACTION]
-        inputs = {key: states[key].expand(*batch, *states[key].shape[1:]) for key in keys}
-        if action is not None:
-            inputs[k.ACTION] = action
-        return critic(TensorDict(inputs, batch)).get(self._value_key)
+        assert self._value_key is not None
+        return evaluate(critic, self._value_key, states, action)
 
     def _pessimist(self, found: Tensor) -> tuple[Tensor, Tensor]:
         """Of [*, K] or logits [*, K, atoms]: the least value [*]; that again, or its distribution [*, atoms]."""

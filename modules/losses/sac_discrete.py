@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.sites import Sites, States
-from offtrace.modules.losses.soft import Network, SoftLoss, entropy_target, evaluate, least
+from offtrace.modules.losses.sites import Sites, States, evaluate
+from offtrace.modules.losses.soft import Network, SoftLoss, entropy_target, least
 from offtrace.modules.losses.stats import Stats
 
 

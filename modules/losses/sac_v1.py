@@ -9,8 +9,8 @@ from torch.distributions import Distribution
 
 from offtrace.modules import keys as k
 from offtrace.modules.losses.sac import check_continuous, sample
-from offtrace.modules.losses.sites import Sites, States
-from offtrace.modules.losses.soft import SoftLoss, evaluate, least
+from offtrace.modules.losses.sites import Sites, States, evaluate
+from offtrace.modules.losses.soft import SoftLoss, least
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.traces import TRACES
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from offtrace.modules import keys as k
@@ -98,3 +99,19 @@ def read_sites(
         after[key] = torch.where(bootstraps.view(-1, *(1,) * (first.ndim - 1)), following, root[key])
     action = at_sites(entry(action_key), dims, n)
     return Sites(root, after, cleared(action, valid), cleared(reward, valid), discount, valid, length)
+
+
+def evaluate(network: Any, key: str, states: States, action: Tensor | None = None) -> Tensor:
+    """What ``network`` writes under ``key`` for ``states`` [M] and, where it reads one, ``action`` [M, A] or [S, M, A].
+
+    The networks of this package are called on tensors: a TensorDict costs as much as one of their smaller layers.
+    """
+    keys = network.in_keys
+    if hasattr(network, "values"):
+        return network.values(states[keys[0]], *(() if action is None else (action,)))
+    found = {name: states[name] for name in keys if name in states}
+    batch = next(iter(found.values())).shape[:1] if action is None else action.shape[:-1]
+    if action is not None:
+        found = {name: x.expand(*batch, *x.shape[1:]) for name, x in found.items()}
+        found[k.ACTION] = action
+    return network(TensorDict(found, batch)).get(key)

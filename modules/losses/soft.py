@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,7 +14,7 @@ from torch.distributions import Distribution
 from offtrace.modules import keys as k
 from offtrace.modules.losses.offpolicy import cleared
 from offtrace.modules.losses.replayed import ReplayedLoss
-from offtrace.modules.losses.sites import Sites, States, at_sites
+from offtrace.modules.losses.sites import Sites, States, at_sites, evaluate
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.traces import TRACES, told_of
 from offtrace.modules.networks.control_heads import TanhNormal
@@ -191,17 +190,3 @@ def entropy_target(given: float | str, auto: float) -> float:
             raise ValueError(f"target_entropy must be a number or 'auto', got {given!r}")
         return auto
     return given
-
-
-def evaluate(network: Any, key: str, states: States, action: Tensor | None = None) -> Tensor:
-    """What ``network`` writes under ``key`` for ``states`` [M] and, where it reads one, ``action`` [M, A].
-
-    The networks of this package are called on tensors: a TensorDict costs as much as one of their smaller layers.
-    """
-    keys = network.in_keys
-    if hasattr(network, "values"):
-        return network.values(states[keys[0]], *(() if action is None else (action,)))
-    found = {name: states[name] for name in keys if name in states}
-    if action is not None:
-        found[k.ACTION] = action
-    return network(TensorDict(found, next(iter(found.values())).shape[:1])).get(key)

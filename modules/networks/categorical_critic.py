@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from offtrace.modules.keys import ACTION, OBSERVATION, VALUE_LOGITS
+from offtrace.modules.keys import OBSERVATION, VALUE_LOGITS
+from offtrace.modules.networks.critics import ActionCritic
 from offtrace.modules.networks.normalise import ObservationNormalizer
 from offtrace.modules.networks.torsos import EnsembleMLP
 
 
-class CategoricalCritic(TensorDictModuleBase):
+class CategoricalCritic(ActionCritic):
     """Distributions of the return over fixed atoms, of K critics evaluated as one batched network.
 
     Reads ``"observation"`` and ``"action"`` [*B, A], writes ``"value_logits"`` [*B, K, atoms]. The buffer ``support``
@@ -45,25 +44,7 @@ class CategoricalCritic(TensorDictModuleBase):
         normalizer: ObservationNormalizer | None = None,
         observation_key: Any = OBSERVATION,
     ) -> None:
-        super().__init__()
+        super().__init__(ensemble, VALUE_LOGITS, encoder, normalizer, observation_key)
         if not low < high or atoms < 2:
             raise ValueError(f"a support needs low < high and atoms >= 2, got low={low}, high={high}, atoms={atoms}")
-        self.ensemble = ensemble
-        self.encoder = encoder
-        self.normalizer = normalizer
         self.register_buffer("support", torch.linspace(low, high, atoms))
-        self.in_keys = [observation_key, ACTION]
-        self.out_keys = [VALUE_LOGITS]
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Add the logits to ``tensordict`` [*B] and return it."""
-        batch = tensordict.batch_size
-        x = tensordict.get(self.in_keys[0])
-        if self.normalizer is not None:
-            x = self.normalizer(x)
-        x = x.reshape(-1, *x.shape[len(batch) :])
-        x = x.flatten(1) if self.encoder is None else self.encoder(x)
-        action = tensordict.get(ACTION)
-        action = action.reshape(-1, action.shape[-1]).to(x.dtype)
-        logits = self.ensemble(torch.cat([x, action], -1)).transpose(0, 1)
-        return tensordict.set(VALUE_LOGITS, logits.reshape(*batch, *logits.shape[1:]))

@@ -14,7 +14,51 @@ from offtrace.modules.networks.normalise import ObservationNormalizer
 from offtrace.modules.networks.torsos import EnsembleMLP
 
 
-class Critic(TensorDictModuleBase):
+class ActionCritic(TensorDictModuleBase):
+    """K networks of the observation's features and an action; :class:`Critic` and :class:`CategoricalCritic`.
+
+    Args:
+        ensemble: [N, features + A] to [K, N, outputs].
+        out_key: what :meth:`forward` writes.
+        encoder: observation [N, *shape] to features, shared by the K critics; None: the flattened observation.
+        normalizer: applied to the observation first.
+        observation_key: name of the observation.
+    """
+
+    def __init__(
+        self,
+        ensemble: EnsembleMLP,
+        out_key: str,
+        encoder: nn.Module | None,
+        normalizer: ObservationNormalizer | None,
+        observation_key: Any,
+    ) -> None:
+        super().__init__()
+        self.normalizer = normalizer
+        self.encoder = encoder
+        self.ensemble = ensemble
+        self.in_keys = [observation_key, ACTION]
+        self.out_keys = [out_key]
+
+    def values(self, observation: Tensor, action: Tensor) -> Tensor:
+        """[N, K, outputs] of ``action`` [N, A] at ``observation`` [N, *shape], or [S, N, K, outputs] of [S, N, A].
+
+        The features are computed once, however many actions there are.
+        """
+        features = _features(observation, self.normalizer, self.encoder)
+        if action.ndim > 2:
+            features = features.expand(*action.shape[:-1], features.shape[-1])
+        found = self.ensemble(torch.cat([features, action.to(features.dtype)], -1).flatten(0, -2)).transpose(0, 1)
+        return found if action.ndim == 2 else found.unflatten(0, action.shape[:-1])
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Add the values to ``tensordict`` [*B] and return it."""
+        observation, action = (_flat(tensordict, key) for key in self.in_keys)
+        values = self.values(observation, action)
+        return tensordict.set(self.out_keys[0], values.reshape(*tensordict.batch_size, *values.shape[1:]))
+
+
+class Critic(ActionCritic):
     """Q(x, a) of K critics. Reads ``"observation"`` and ``"action"`` [*B, A], writes ``"state_action_value"`` [*B, K].
 
     Args:
@@ -32,23 +76,11 @@ class Critic(TensorDictModuleBase):
         *,
         observation_key: Any = OBSERVATION,
     ) -> None:
-        super().__init__()
-        self.normalizer = normalizer
-        self.encoder = encoder
-        self.ensemble = ensemble
-        self.in_keys = [observation_key, ACTION]
-        self.out_keys = [STATE_ACTION_VALUE]
+        super().__init__(ensemble, STATE_ACTION_VALUE, encoder, normalizer, observation_key)
 
     def values(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Q [N, K] of ``action`` [N, A] at ``observation`` [N, *shape]."""
-        features = _features(observation, self.normalizer, self.encoder)
-        return self.ensemble(torch.cat([features, action.to(features.dtype)], -1)).squeeze(-1).t()
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Add the values to ``tensordict`` [*B] and return it."""
-        observation, action = (_flat(tensordict, key) for key in self.in_keys)
-        values = self.values(observation, action)
-        return tensordict.set(STATE_ACTION_VALUE, values.reshape(*tensordict.batch_size, -1))
+        """Q [N, K] of ``action`` [N, A] at ``observation`` [N, *shape], or [S, N, K] of [S, N, A]."""
+        return super().values(observation, action).squeeze(-1)
 
 
 class DiscreteCritic(TensorDictModuleBase):

@@ -87,6 +87,19 @@ def test_categorical_critic_shapes_and_independence_of_its_members() -> None:
         CategoricalCritic(EnsembleMLP(1, 7, (8,), 7), low=1, high=1, atoms=7)
 
 
+@pytest.mark.parametrize("atoms", [0, 7])
+def test_many_actions_at_one_image_are_valued_with_one_call_of_the_encoder(atoms: int) -> None:
+    torch.manual_seed(0)
+    critic = build_critic(network="shallow", observation_shape=(3, 48, 48), action_dim=2, hidden=(8,), atoms=atoms)
+    images, actions = torch.randint(256, (4, 3, 48, 48)).byte(), torch.randn(5, 4, 2)
+    seen: list[int] = []
+    critic.encoder.register_forward_hook(lambda *args: seen.append(len(args[1][0])))
+    found = critic.values(images, actions)
+    assert seen == [4]
+    assert found.shape == (5, 4, 2, 7)[: 4 if atoms else 3]
+    torch.testing.assert_close(found, torch.stack([critic.values(images, action) for action in actions]))
+
+
 @pytest.mark.parametrize("categorical", [False, True])
 def test_the_losses_train_the_shipped_networks(categorical: bool) -> None:
     """A few steps on one batch whose reward is known: the critic's error falls, nothing else breaks."""
