@@ -70,7 +70,7 @@ class Agent(pl.LightningModule):
         self.updates = 0
         self.total_frames = total_frames
         self.schedule: ScheduleName = schedule
-        self.clip_grad_norm = float("inf") if clip_grad_norm is None else clip_grad_norm
+        self.clip_grad_norm = clip_grad_norm
         self.description = description or {}
         self._make_optimizer = optimizer
         self._after_update = after_update
@@ -110,10 +110,7 @@ class Agent(pl.LightningModule):
         total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
         optimizer.zero_grad()
         self.manual_backward(total * self._rank_scale(out))
-        norms = [
-            nn.utils.clip_grad_norm_(group["params"], self.clip_grad_norm, foreach=True)
-            for group in optimizer.param_groups
-        ]
+        norms = [self._clipped(group["params"]) for group in optimizer.param_groups]
         norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
         if not torch.isfinite(norm):
             raise TrainingDivergedError(
@@ -126,6 +123,13 @@ class Agent(pl.LightningModule):
             self._after_update(self.updates)
         self._frames_before = self.frames
         self._add_metrics(out, norm)
+
+    def _clipped(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Clips the gradients of one group; their norm before."""
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm, foreach=True)
+        return norm
 
     def _rank_scale(self, out: TensorDictBase) -> Tensor | float:
         ranks = self.trainer.world_size
