@@ -37,7 +37,8 @@ class ReplayData(ActingData):
         collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
         replay_fn: gives the empty replay of a rank.
         total_frames: environment frames, over all ranks, after which the data ends.
-        batch_size: steps learnt from in a batch of the replay.
+        batch_size: steps learnt from in a batch of the replay, padding included: its samples times their length where
+            all steps of a sequence are, otherwise (transitions, n-step windows) its samples.
         samples_per_insert: steps learnt from per collected step.
         min_size: steps per rank collected before the first batch.
         frame_skip: environment frames per agent step.
@@ -84,7 +85,7 @@ class ReplayData(ActingData):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """For the log: steps in the replay, and samples per insert, counted since the replay was filled."""
+        """For the log: steps in the replay, and steps learnt from per insert, counted since the replay was filled."""
         steps = 0 if self.replay is None else len(self.replay)
         ratio = self.limiter.sampled / max(1, self.limiter.inserted - self.limiter.min_size)
         return {"replay/steps": float(steps), "replay/samples_per_insert": ratio}
@@ -107,6 +108,7 @@ class ReplayData(ActingData):
         try:
             self.replay = self.replay_fn(rank)
             self.limiter.check(capacity=self.replay.capacity, batch=self.batch_size)
+            self._check_batch(self.replay)
             self._fill(self.replay, rank)
         except BaseException:
             self.shutdown()
@@ -141,6 +143,14 @@ class ReplayData(ActingData):
         if self.collector is not None:
             assert self.replay is not None
             self._fill(self.replay, place(self)[0])
+
+    def _check_batch(self, replay: Replay) -> None:
+        samples, steps = replay.batch_size, replay.batch_size * replay.length
+        if self.batch_size not in (samples, steps):
+            raise ValueError(
+                f"batch_size is {self.batch_size}; the replay gives {samples} samples of {replay.length} steps, so it "
+                f"must be {steps}, or {samples} where only the first step of each is learnt from"
+            )
 
     def _fill(self, replay: Replay, rank: int) -> None:
         """What the last run had, or else the counters of an empty replay."""

@@ -62,7 +62,8 @@ class ReplayConfig:
     capacity: int = 1_000_000
     """Steps it holds."""
     batch_size: int = 256
-    """Steps learnt from in one update: transitions, n-step windows, or batch_size / length sequences for a trace."""
+    """Steps learnt from in one update: transitions, n-step windows, or batch_size / length sequences for a trace
+    (padding behind the end of an episode included)."""
     length: int = 8
     """Steps of a sequence for targets with a trace. n-step targets take sequences of loss.n_step."""
     samples_per_insert: float = 256.0
@@ -158,6 +159,11 @@ class ReplayedConfig(Config):
             raise ConfigError(
                 f"replay.capacity is {replay.capacity}; it must hold replay.batch_size, {replay.batch_size}, and "
                 f"replay.min_size, {replay.min_size}"
+            )
+        if self.loss.target == "n_step" and self.loss.n_step < 2:
+            raise ConfigError(
+                f"loss.n_step is {self.loss.n_step}; with loss.target n_step it must be at least 2, or the target "
+                "one_step"
             )
         if self.loss.target not in ("one_step", "n_step"):
             if replay.length < 2:

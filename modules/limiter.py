@@ -19,7 +19,7 @@ class SamplesPerInsert:
     which is a fixed number: the ratio over a whole run is ``ratio``. Counted exactly, in fractions.
 
     Args:
-        ratio: samples, transitions or sequences, per inserted step.
+        ratio: samples per inserted step: transitions, sequences, or steps of them, as the caller counts.
         min_size: inserted steps before the first sample.
 
     Raises:

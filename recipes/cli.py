@@ -37,7 +37,8 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
     argv = sys.argv[1:] if argv is None else argv
     # GNU OpenMP's threads wait for each other in a loop for milliseconds. Where something else has one of their cores,
     # that is where the time goes: SAC then learns half as fast as with this bound, and no slower where nothing has.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import_from_here()
     try:
         config, resume = parse(argv, presets=presets, description=description)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offtrace.modules import keys as k
 from offtrace.modules.losses.offpolicy import Batch, cleared
+from offtrace.modules.networks.critics import ActionCritic, DiscreteCritic, StateValue
 
 States = dict[Any, Tensor]
 
@@ -104,10 +105,10 @@ def read_sites(
 def evaluate(network: Any, key: str, states: States, action: Tensor | None = None) -> Tensor:
     """What ``network`` writes under ``key`` for ``states`` [M] and, where it reads one, ``action`` [M, A] or [S, M, A].
 
-    The networks of this package are called on tensors: a TensorDict costs as much as one of their smaller layers.
+    The critics of this package are called on tensors: a TensorDict costs as much as one of their smaller layers.
     """
     keys = network.in_keys
-    if hasattr(network, "values"):
+    if isinstance(network, (ActionCritic, DiscreteCritic, StateValue)):
         return network.values(states[keys[0]], *(() if action is None else (action,)))
     found = {name: states[name] for name in keys if name in states}
     batch = next(iter(found.values())).shape[:1] if action is None else action.shape[:-1]

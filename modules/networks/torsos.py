@@ -131,8 +131,9 @@ class EnsembleLinear(nn.Module):
 def _relu(x: Tensor) -> Tensor:
     """ReLU of ``x``, which may be overwritten."""
     if torch.compiler.is_compiling():
-        # The same numbers. For relu's backward pass inductor keeps bools where no weight learns, and a CPU writes
-        # them so slowly that SAC's compiled update took a third more time than the eager one.
+        # Inductor would keep bools for relu's backward pass where no weight learns, and a CPU writes them so slowly
+        # that SAC's compiled update took a third more time than an eager one. Equal to relu for numbers up to half the
+        # largest; the gradient at 0 is a half.
         return (x + x.abs()) * 0.5
     return x.relu_()  # in place: the product's backward pass does not read its own output
 

@@ -71,6 +71,29 @@ class LagSpy(pl.Callback):
             return bool(torch.allclose(dist.log_prob(batch["action"]), batch["action_log_prob"], atol=1e-6))
 
 
+class NormSpy(pl.Callback):
+    """The gradient's norm as it is told, and as it is when the optimiser has used it."""
+
+    def __init__(self) -> None:
+        self.told: list[float] = []
+        self.used: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, agent: Any, *_: Any) -> None:
+        self.told.append(agent.pop_metrics()["grad_norm"])
+        grads = [p.grad for p in agent.loss.parameters() if p.grad is not None]
+        self.used.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
+
+
+@pytest.mark.parametrize("clip", [1e-3, None])
+def test_gradients_are_clipped_to_what_is_set(clip: float | None) -> None:
+    config, spy = tiny(), NormSpy()
+    config.optim.clip_grad_norm = clip
+    fit(config, WeightSync(1), spy)
+    assert min(spy.told) > 1e-2
+    wanted = spy.told if clip is None else [clip] * len(spy.told)
+    torch.testing.assert_close(spy.used, wanted, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize(("every", "lag"), [(1, 0), (4, 0), (1, 4), (2, 6)])
 def test_the_lag_told_is_the_lag_there_is(every: int, lag: int) -> None:
     sync = WeightSync(every, lag)

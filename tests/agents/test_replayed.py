@@ -196,6 +196,14 @@ def test_every_target_learns_from_as_many_steps_in_as_many_updates(
     assert agent.updates == (6 * ROLLOUT - 16) * 4 // 8
 
 
+def test_a_batch_counted_otherwise_than_the_replay_gives_it_is_refused() -> None:
+    _, data = BUILDERS["sac"](configs()["sac retrace"])
+    data.batch_size = 16
+    with pytest.raises(ValueError, match="batch_size is 16; the replay gives 2 samples of 4 steps, so it must be 8"):
+        data.train_dataloader()
+    assert data.collector is None
+
+
 def test_updates_that_are_owed_come_first_in_a_resumed_run(tmp_path: Path) -> None:
     config = configs()["sac"]
     agent, data, _ = fit(config, tmp_path / "a", stop=4, owing=True)
@@ -335,6 +343,10 @@ def test_a_compiled_loss_is_the_loss() -> None:
         (
             {"loss.target": "retrace", "replay.length": 3},
             "replay.batch_size is 8; loss.target retrace learns from .* 3, steps: it must be a multiple of that",
+        ),
+        (
+            {"loss.target": "n_step", "loss.n_step": 1},
+            "loss.n_step is 1; with loss.target n_step it must be at least 2",
         ),
         ({"replay.capacity": 5}, "replay.capacity is 5; it must hold replay.batch_size, 8"),
         ({"replay.min_size": 3}, "replay.min_size is 3; .* from 1 environments it must be at least 8"),

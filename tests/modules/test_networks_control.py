@@ -25,6 +25,7 @@ from offtrace.modules.networks import (
     build_value,
     share_normalizer,
 )
+from offtrace.modules.networks.torsos import _relu
 
 FEATURES, ACTIONS = 5, 3
 
@@ -190,6 +191,18 @@ def test_critics_start_independently(network: str) -> None:
     critic = build_critic(network=network, observation_shape=[FEATURES], action_dim=ACTIONS, hidden=[8])
     for layer in (*critic.ensemble.layers, critic.ensemble.last):
         assert not torch.isclose(layer.weight[0], layer.weight[1]).any()
+
+
+def test_compiled_relu_is_relu_but_for_the_gradient_at_0() -> None:
+    torch._dynamo.reset()
+    values = torch.tensor([-2.0, 0.0, 3.0])
+    found = []
+    for function in (_relu, torch.compile(_relu, backend="aot_eager")):
+        x = values.clone().requires_grad_()
+        y = function(x * 1)
+        y.sum().backward()
+        found.append((y.tolist(), x.grad.tolist()))
+    assert found == [([0, 0, 3], [0, 0, 1]), ([0, 0, 3], [0, 0.5, 1])]
 
 
 @pytest.mark.parametrize("batch", [(3,), (2, 3)])

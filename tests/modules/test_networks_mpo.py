@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -98,6 +100,19 @@ def test_many_actions_at_one_image_are_valued_with_one_call_of_the_encoder(atoms
     assert seen == [4]
     assert found.shape == (5, 4, 2, 7)[: 4 if atoms else 3]
     torch.testing.assert_close(found, torch.stack([critic.values(images, action) for action in actions]))
+
+
+def test_mpo_encodes_an_image_once_for_all_samples() -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"network": "shallow", "observation_shape": (3, 48, 48), "action_dim": 2, "hidden": (8,)}
+    loss = MPOLoss(build_actor(kind="gaussian", **options), build_critic(**options), action_dim=2, target="one_step")
+    seen: list[int] = []
+    loss.target("critic").encoder.register_forward_hook(lambda *args: seen.append(len(args[1][0])))
+    images = torch.randint(256, (2, 4, 3, 48, 48)).byte()
+    flags = {name: torch.zeros(4, 1, dtype=torch.bool) for name in ("done", "terminated")}
+    following = {"observation": images[1], "reward": torch.zeros(4, 1), **flags}
+    loss(TensorDict({"observation": images[0], "action": torch.rand(4, 2), "next": following}, [4]))
+    assert seen == [4]
 
 
 @pytest.mark.parametrize("categorical", [False, True])

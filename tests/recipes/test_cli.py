@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -186,3 +187,17 @@ def test_evaluate_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
         error = capsys.readouterr().err
         assert f"{name} is truncated or not a checkpoint" in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)]
+)
+def test_threads_wait_briefly_unless_told_otherwise(
+    given: dict[str, str], wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    cli.run_recipe(["--preset", "none"], presets={"default": ImpalaConfig}, description="")
+    assert os.environ.get("GOMP_SPINCOUNT") == wanted
