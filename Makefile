@@ -56,9 +56,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV), which takes some minutes"
 	$(PIP_INSTALL) -e .
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV), which takes some minutes"
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.installed

@@ -50,6 +50,8 @@ class RunConfig:
     """Whole games of an evaluation."""
     final_eval: bool = True
     """Evaluate at the end as well."""
+    record: bool = True
+    """Record a game of the best checkpoint at the end, as game.gif, where the task has pictures."""
     eval_mode: Literal["sample", "greedy"] = "sample"
     """Actions in evaluations: drawn from the policy, or its mode."""
     checkpoint_every: int = 1_000_000

@@ -74,7 +74,16 @@ def make_loss(config: ImpalaConfig, policy: ProbabilisticTensorDictSequential) -
 
 
 def actor_critic_description(config: OnPolicyConfig, info: EnvInfo) -> dict[str, Any]:
-    """Plain values from which :func:`offtrace.modules.networks.build_policy` builds the policy again."""
+    """Plain values from which :func:`offtrace.modules.networks.build_policy` builds the policy again.
+
+    Raises:
+        ConfigError: when the network cannot read what the task shows.
+    """
+    if config.network.encoder in ("shallow", "resnet") and len(info.observation_shape) != 3:
+        raise ConfigError(
+            f"network.encoder is {config.network.encoder}, and {config.task} shows observations of shape "
+            f"{list(info.observation_shape)}; it must be mlp"
+        )
     arguments = {
         "network": config.network.encoder,
         "observation_shape": list(info.observation_shape),

@@ -40,10 +40,7 @@ def task_info(config: ReplayedConfig) -> EnvInfo:
     if info.masked:
         raise ConfigError(f"{config.task} has illegal actions, which {config.family} does not know of; use IMPALA")
     if info.num_actions is None and config.loss.target == "tree_backup":
-        raise ConfigError(
-            f"loss.target is tree_backup, which needs discrete actions; those of {config.task} are continuous: it must "
-            "be another, such as retrace"
-        )
+        config.refuse_tree_backup()
     _check_memory(config, info)
     _check_lanes(config, info)
     if info.num_actions is not None and config.network.smoothing:

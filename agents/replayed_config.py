@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from offtrace.agents.config_base import ActorConfig, Config, ConfigError, RunConfig
 from offtrace.modules.envs.suite import control_name
@@ -145,6 +145,8 @@ class ReplayedConfig(Config):
             )
 
     def _check_task_options(self) -> None:
+        if self.loss.target == "tree_backup" and control_name(self.task) is not None:
+            self.refuse_tree_backup()
         for flag, usual in (("env.action_repeat", 1), ("env.pixels", False)):
             value = self._get(flag)
             if value != usual and control_name(self.task) is None:
@@ -152,6 +154,17 @@ class ReplayedConfig(Config):
                     f"{flag} is {str(value).lower()}, which only tasks of dm_control have; for {self.task} it must be "
                     f"{str(usual).lower()}"
                 )
+
+    def refuse_tree_backup(self) -> NoReturn:
+        """Of a task with continuous actions.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"loss.target is tree_backup, which needs discrete actions; those of {self.task} are continuous: it must "
+            "be another, such as retrace"
+        )
 
     def _check_replay(self) -> None:
         replay, unroll = self.replay, self.collector.unroll

@@ -110,8 +110,8 @@ def read_config(folder: Path, kind: type[ConfigT]) -> ConfigT:
         for field in fields(kind):
             for key in sorted(set(content[field.name]) - {own.name for own in fields(groups[field.name])}):
                 raise RunError(
-                    f"{folder} is the run of another recipe: its {path.name} has {field.name}.{key}, which "
-                    f"{kind.__name__} has not"
+                    f"{folder} is the run of another recipe: its {path.name} has {field.name}.{key}, which this one "
+                    "does not know; resume it with the recipe that it was started with"
                 )
         return kind(**{f.name: groups[f.name](**content[f.name]) for f in fields(kind)})
     except OSError as error:

@@ -97,6 +97,8 @@ def discrete_sac_config() -> SACConfig:
     config.env.task = "CartPole-v1"
     config.env.num_envs = 4
     config.replay.samples_per_insert = 128.0
+    config.optim.lr_actor = config.optim.lr_critic = 1e-3
+    config.optim.tau = 0.02
     config.loss.target_entropy = 0.2  # 0.98 log 2, the usual, is next to a coin
     config.train.total_frames = 30_000
     config.train.eval_every = 5_000

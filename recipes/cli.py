@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from offtrace.agents.config_base import Config, ConfigError, may_have_gpu
-from offtrace.agents.runs import RunError, new_run, read_config, write_config
+from offtrace.agents.runs import RunError, discard, new_run, read_config, write_config
 from offtrace.modules.envs.names import check_name
 from offtrace.recipes.flags import check_flags, import_from_here, nearest, numbers, read_file, sentence, types_of_keys
 
@@ -40,16 +40,25 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import_from_here()
+    new: Path | None = None
     try:
         config, resume = parse(argv, presets=presets, description=description)
         check(config)
-        folder = resume.parent.parent if resume is not None else _folder(config)
+        if resume is None:
+            folder = new = _folder(config)
+        else:
+            folder = resume.parent.parent
+        if not int(os.environ.get("LOCAL_RANK", 0)):
+            task, frames = config.task, f"{config.train.total_frames:,} frames"
+            print(f"{task}, {frames}, seed {config.train.seed}: {folder}", file=sys.stderr)
         from offtrace.recipes.running import run  # torch and Lightning only for what is going to run
 
         return run(config, folder, resume)
     except (ConfigError, RunError) as error:
         return fail(str(error))
     except KeyboardInterrupt:  # before training took the signals over: nothing to save yet
+        if new is not None:
+            discard(new)
         print("interrupted", file=sys.stderr)
         return 130
 
@@ -113,7 +122,8 @@ def checkpoint_file(path: Path) -> Path:
         RunError: one sentence.
     """
     if not path.is_file():
-        raise RunError(f"there is no checkpoint file at {path}")
+        last = path.with_name("last.ckpt")
+        raise RunError(f"there is no checkpoint file at {path}" + (f"; there is {last}" if last.is_file() else ""))
     if not zipfile.is_zipfile(path):
         raise RunError(f"{path} is truncated or not a checkpoint")
     return path

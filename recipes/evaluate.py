@@ -13,7 +13,7 @@ from offtrace.agents.config import ConfigError
 from offtrace.agents.runs import RunError
 from offtrace.modules.envs.names import atari_name
 from offtrace.recipes.cli import checkpoint_file, fail
-from offtrace.recipes.flags import SentenceParser, check_flags, import_from_here
+from offtrace.recipes.flags import SentenceParser, check_flags, count, import_from_here
 
 if TYPE_CHECKING:
     from offtrace.agents.evaluation import EvaluationResult
@@ -136,7 +136,7 @@ def report(result: EvaluationResult, name: str, protocol: str) -> list[str]:
     """The lines that are printed: what was played, the score and its spread, for Atari the human-normalised score."""
     atari = f"{protocol} protocol, " if atari_name(name) else ""
     lines = [
-        f"{name}, {atari}{result.mode} actions, {len(result.returns)} whole games, raw scores",
+        f"{name}, {atari}{result.mode} actions, {count(len(result.returns), 'whole game')}, raw scores",
         f"mean {result.mean:.2f}, {result.spread}",
         f"median {statistics.median(result.returns):g}, min {min(result.returns):g}, max {max(result.returns):g}",
         f"mean length {result.mean_length:.0f} agent steps",

@@ -165,3 +165,8 @@ def _in_words(wanted: Any) -> str:
         return " or ".join(map(_in_words, get_args(wanted)))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words[wanted]
+
+
+def count(number: int, noun: str) -> str:
+    """``1 game``, ``2 games``."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

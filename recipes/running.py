@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from offtrace.agents.training import DESCRIPTIONS, Summary, evaluation_env, trai
 from offtrace.modules.envs import env_info
 from offtrace.modules.replay import DamagedReplay
 from offtrace.recipes.cli import fail
+from offtrace.recipes.flags import count
 
 
 def run(config: Config, folder: Path, resume: Path | None) -> int:
@@ -29,10 +32,6 @@ def run(config: Config, folder: Path, resume: Path | None) -> int:
     """
     try:
         prepare(config, folder, resume)
-        print(
-            f"{config.task}, {config.train.total_frames:,} frames, seed {config.train.seed}: {folder}",
-            file=sys.stderr,
-        )
         summary = train(config, folder, resume)
     except (ConfigError, CheckpointError) as error:
         if resume is None:
@@ -47,11 +46,16 @@ def run(config: Config, folder: Path, resume: Path | None) -> int:
         return _stopped(error, folder)
     if int(os.environ.get("LOCAL_RANK", 0)):  # only the first of several learners draws and sums up
         return 128 + summary.signal if summary.signal else 0
+    if summary.signal and resume is None and not _last(folder).exists():
+        shutil.rmtree(folder)
+        print(f"stopped by {_name(summary.signal)} before the first update; nothing is kept")
+        return 128 + summary.signal
     label = f"seed {config.train.seed}"
     curve = folder / "curve.png"
     if summary.updates:
         _safely("the learning curve", lambda: plot_curve({label: folder / "metrics.csv"}, curve, title=config.task))
-    if not summary.signal:
+    if not summary.signal and config.train.record:
+        print("recording one game; --train.record false leaves it out", file=sys.stderr)
         _safely("the recorded game", lambda: _record(config, folder))
     if summary.evaluation is not None:
         print(_evaluation_line(config.task, summary.evaluation))
@@ -94,7 +98,7 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
 def _stopped(error: Exception, folder: Path) -> int:
     print(f"error: training stopped: {_one_line(error)}", file=sys.stderr)
     text = "".join(traceback.format_exception(error))
-    last = folder / "checkpoints" / "last.ckpt"
+    last = _last(folder)
     kept = f"the last checkpoint is kept: {last}; " if last.exists() else ""
     try:
         (folder / "error.txt").write_text(text)
@@ -109,26 +113,33 @@ def _line(summary: Summary, folder: Path) -> str:
     scores = "no evaluation yet"
     if summary.last_score is not None:
         scores = f"score {summary.last_score:.1f} (best {summary.best_score:.1f})"
-    stopped = f"stopped by signal {summary.signal}" if summary.signal else ""
-    if stopped and not (folder / "checkpoints" / "last.ckpt").exists():
-        return f"{stopped} before the first update: {folder}"
-    stopped += f", go on with --resume {folder}; " if stopped else ""
     dropped = f"{summary.dropped_episodes} episodes dropped, " if summary.dropped_episodes else ""
     speed = f"{summary.frames_per_second:,.0f} frames/s and {summary.updates_per_second:,.0f} updates/s"
-    return f"{stopped}{scores} after {summary.frames:,} frames, {dropped}{speed}: {folder}"
+    done = f"{scores} after {summary.frames:,} frames, {dropped}{speed}"
+    if summary.signal:
+        return f"stopped by {_name(summary.signal)}; {done}; go on with --resume {folder}"
+    return f"{done}: {folder}"
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def _last(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
 
 
 def _evaluation_line(task: str, result: EvaluationResult) -> str:
     change = "" if result.action_change is None else f", action change {result.action_change:.3f}"
-    games = "1 whole game" if len(result.returns) == 1 else f"{len(result.returns)} whole games, {result.spread}"
+    games = count(len(result.returns), "whole game") + (f", {result.spread}" if len(result.returns) > 1 else "")
     return (
         f"{task}, {result.mode} actions: mean {result.mean:.1f} over {games}, length {result.mean_length:.0f}{change}"
     )
 
 
 def _record(config: Config, folder: Path) -> None:
-    best, last = folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt"
-    record_game(config, best if best.exists() else last, folder / "game.gif")
+    best = _last(folder).with_name("best.ckpt")
+    record_game(config, best if best.exists() else _last(folder), folder / "game.gif")
 
 
 def record_game(config: Config, checkpoint: Path, out: Path) -> None:
@@ -152,7 +163,7 @@ def _safely(what: str, action: Callable[[], None]) -> None:
     # a picture that fails must not make a finished run look failed
     try:
         action()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         print(f"{what} was not made: {_one_line(error)}", file=sys.stderr)
 
 

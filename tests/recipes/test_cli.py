@@ -135,7 +135,7 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         new_run(config)
     write_config(SACConfig(), folder)
     with pytest.raises(
-        RunError, match=r"runs/one is the run of another recipe: its config.yaml has env\..*, which Impala"
+        RunError, match=r"runs/one is the run of another recipe: its config.yaml has env\..*, which this one does not"
     ):
         read_config(folder, ImpalaConfig)
     (folder / "config.yaml").write_text("env: {game: [")

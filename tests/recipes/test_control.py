@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from offtrace.agents.sac_config import SACConfig
 from offtrace.agents.training import Summary
 from offtrace.modules.envs.simulator import Simulator
 from offtrace.recipes import evaluate, mpo_control, running, sac_control, vmpo_control
@@ -210,12 +211,29 @@ def test_vmpo_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert "CartPole-v1, sample actions, 2 whole games" in capsys.readouterr().out
 
 
-def test_a_run_that_was_stopped_while_it_started_cannot_be_resumed(tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     summary = Summary(
         task="t", algorithm="sac", seed=0, frames=0, updates=0, episodes=0, dropped_episodes=0, frames_per_second=0.0,
         updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=15, first_update_at=0.0,
     )  # fmt: skip
-    assert running._line(summary, tmp_path) == f"stopped by signal 15 before the first update: {tmp_path}"
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/last.ckpt").touch()
-    assert running._line(summary, tmp_path).startswith(f"stopped by signal 15, go on with --resume {tmp_path}; no")
+    monkeypatch.setattr(running, "train", lambda *_: summary)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    assert running.run(SACConfig(), folder, None) == 128 + 15
+    assert not folder.exists()
+    assert "stopped by SIGTERM before the first update; nothing is kept" in capsys.readouterr().out
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/last.ckpt").touch()
+    assert running.run(SACConfig(), folder, None) == 128 + 15
+    out = capsys.readouterr().out
+    assert out.startswith("stopped by SIGTERM; no evaluation yet after 0 frames")
+    assert out.endswith(f"; go on with --resume {folder}\n")
+
+
+def test_nothing_is_recorded_where_that_is_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sac("--train.record=false") == 0
+    assert not (RUN / "game.gif").exists()
+    assert "recording" not in capsys.readouterr().err
