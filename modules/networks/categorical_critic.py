@@ -31,6 +31,7 @@ class CategoricalCritic(ActionCritic):
         observation_key: name of the observation.
     """
 
+    out_key = VALUE_LOGITS
     support: Tensor
 
     def __init__(
@@ -44,7 +45,7 @@ class CategoricalCritic(ActionCritic):
         normalizer: ObservationNormalizer | None = None,
         observation_key: Any = OBSERVATION,
     ) -> None:
-        super().__init__(ensemble, VALUE_LOGITS, encoder, normalizer, observation_key)
+        super().__init__(ensemble, encoder, normalizer, observation_key=observation_key)
         if not low < high or atoms < 2:
             raise ValueError(f"a support needs low < high and atoms >= 2, got low={low}, high={high}, atoms={atoms}")
         self.register_buffer("support", torch.linspace(low, high, atoms))

@@ -19,26 +19,28 @@ class ActionCritic(TensorDictModuleBase):
 
     Args:
         ensemble: [N, features + A] to [K, N, outputs].
-        out_key: what :meth:`forward` writes.
         encoder: observation [N, *shape] to features, shared by the K critics; None: the flattened observation.
         normalizer: applied to the observation first.
         observation_key: name of the observation.
     """
 
+    out_key: str
+    """What :meth:`forward` writes."""
+
     def __init__(
         self,
         ensemble: EnsembleMLP,
-        out_key: str,
-        encoder: nn.Module | None,
-        normalizer: ObservationNormalizer | None,
-        observation_key: Any,
+        encoder: nn.Module | None = None,
+        normalizer: ObservationNormalizer | None = None,
+        *,
+        observation_key: Any = OBSERVATION,
     ) -> None:
         super().__init__()
         self.normalizer = normalizer
         self.encoder = encoder
         self.ensemble = ensemble
         self.in_keys = [observation_key, ACTION]
-        self.out_keys = [out_key]
+        self.out_keys = [self.out_key]
 
     def values(self, observation: Tensor, action: Tensor) -> Tensor:
         """[N, K, outputs] of ``action`` [N, A] at ``observation`` [N, *shape], or [S, N, K, outputs] of [S, N, A].
@@ -68,15 +70,7 @@ class Critic(ActionCritic):
         observation_key: name of the observation.
     """
 
-    def __init__(
-        self,
-        ensemble: EnsembleMLP,
-        encoder: nn.Module | None = None,
-        normalizer: ObservationNormalizer | None = None,
-        *,
-        observation_key: Any = OBSERVATION,
-    ) -> None:
-        super().__init__(ensemble, STATE_ACTION_VALUE, encoder, normalizer, observation_key)
+    out_key = STATE_ACTION_VALUE
 
     def values(self, observation: Tensor, action: Tensor) -> Tensor:
         """Q [N, K] of ``action`` [N, A] at ``observation`` [N, *shape], or [S, N, K] of [S, N, A]."""
