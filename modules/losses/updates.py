@@ -47,7 +47,7 @@ class FastHardUpdate(HardUpdate):
 def compile_loss(loss: nn.Module) -> Callable[..., Any]:
     """``loss`` compiled by ``torch.compile``; it draws the same random numbers as without.
 
-    Inductor's own generator is also the slower one on a CPU, by a tenth of SAC's whole update.
+    Inductor's own generator is also the slower one on a CPU, by a twentieth of SAC's whole update.
     """
     return torch.compile(loss, options={"fallback_random": True})
 
