@@ -91,7 +91,7 @@ def policy_description(config: MPOConfig, info: EnvInfo) -> dict[str, Any]:
         kind = "categorical"
     arguments = {
         **network_options(config, info), "kind": kind, "hidden": config.network.hidden,
-        "smoothing": config.network.smoothing,
+        "init_scale": config.network.init_scale, "smoothing": config.network.smoothing,
     }  # fmt: skip
     return {"builder": "build_actor", "arguments": arguments}
 

@@ -22,7 +22,7 @@ from offtrace.modules.envs.suite import control_name
 
 @dataclass
 class MPOLossConfig:
-    """Maximum a posteriori policy optimisation; Acme's defaults."""
+    """Maximum a posteriori policy optimisation; the values of Acme's control scripts where nothing else is said."""
 
     critic: Literal["scalar", "categorical"] = "scalar"
     """categorical is DMPO, with 51 atoms."""
@@ -34,7 +34,7 @@ class MPOLossConfig:
     """Discount per agent step."""
     target: Target = "n_step"
     """What the critic learns: one_step, n_step (uncorrected), or a trace; tree_backup for discrete actions only."""
-    n_step: int = 5
+    n_step: int = 4
     """Of n_step."""
     lmbda: float = 0.95
     """Decay of the trace."""
@@ -43,13 +43,29 @@ class MPOLossConfig:
     epsilon: float = 0.1
     """Bound of the E-step in nats."""
     epsilon_mean: float | None = None
-    """Bound of the mean's movement; null: 0.0025 per dimension, or 0.1 jointly."""
+    """Bound of the mean's movement; null: 0.01 per dimension, or 0.1 jointly."""
     epsilon_cov: float | None = None
     """Bound of the covariance's movement; null: 1e-6 per dimension, or 1e-4 jointly."""
     epsilon_policy: float = 2.5e-3
     """Bound of the policy's movement, for discrete actions."""
     action_penalty: bool = True
     """Penalise samples outside the bounds."""
+
+
+@dataclass
+class MPONetworkConfig(ControlNetworkConfig):
+    """Policy and critic; Acme's."""
+
+    encoder: Literal["mlp", "layernorm_mlp", "shallow"] = "layernorm_mlp"
+    """mlp (ReLU) and layernorm_mlp (Acme) read vectors, shallow reads images."""
+    hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
+    """Widths of the policy's layers."""
+    critic_hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
+    """Widths of a critic's layers."""
+    critics: int = 1
+    """Critics, of which the smallest value counts."""
+    init_scale: float = 0.5
+    """Standard deviation of a continuous action at the start. It shrinks slowly: this is the exploration."""
 
 
 @dataclass
@@ -73,11 +89,7 @@ class MPOConfig(ReplayedConfig):
     """MPO, DMPO and their form for discrete actions."""
 
     env: ControlEnvConfig = field(default_factory=ControlEnvConfig)
-    network: ControlNetworkConfig = field(
-        default_factory=lambda: ControlNetworkConfig(
-            encoder="layernorm_mlp", hidden=[256, 256, 256], critic_hidden=[256, 256, 256], critics=1
-        )
-    )
+    network: MPONetworkConfig = field(default_factory=MPONetworkConfig)
     collector: ReplayCollectorConfig = field(default_factory=ReplayCollectorConfig)
     replay: ReplayConfig = field(default_factory=lambda: ReplayConfig(samples_per_insert=64.0))
     loss: MPOLossConfig = field(default_factory=MPOLossConfig)
@@ -90,7 +102,7 @@ class MPOConfig(ReplayedConfig):
         """As :meth:`Config.validate`."""
         super().validate()
         self.at_least(1, "loss.num_samples", "optim.target_every")
-        self.positive("optim.lr_dual", "loss.epsilon", "loss.epsilon_policy", "loss.v_max")
+        self.positive("optim.lr_dual", "loss.epsilon", "loss.epsilon_policy", "loss.v_max", "network.init_scale")
         self.positive_or_null("loss.epsilon_mean", "loss.epsilon_cov")
         largest = self.env.action_repeat / (1 - self.loss.gamma) if self.loss.gamma < 1 else math.inf
         if self.loss.critic == "categorical" and control_name(self.task) is not None and self.loss.v_max < largest:

@@ -15,7 +15,6 @@ from offtrace.modules.losses.mpo_base import MPOBase, Proposal, States
 from offtrace.modules.losses.stats import Stats
 
 _PARAMETERS = {"diagonal": [k.LOC, k.SCALE], "full": [k.LOC, k.SCALE_TRIL]}
-_PER_DIMENSION = {"epsilon_mean": 2.5e-3, "epsilon_cov": 1e-6}
 _DIAGNOSTICS = (
     "temperature",
     "alpha_mean",
@@ -26,7 +25,9 @@ _DIAGNOSTICS = (
     "scale",
     "out_of_bounds",
 )
-_JOINT = {"epsilon_mean": 0.1, "epsilon_cov": 1e-4}
+# The multipliers move by hundredths in an update: one that starts far off its bound spends the run on the way.
+_PER_DIMENSION = {"epsilon_mean": 1e-2, "epsilon_cov": 1e-6, "raw_alpha_cov": 1000.0}
+_JOINT = {"epsilon_mean": 0.1, "epsilon_cov": 1e-4, "raw_alpha_cov": 10.0}
 
 
 class MPOLoss(MPOBase):
@@ -55,8 +56,8 @@ class MPOLoss(MPOBase):
         per_dimension: one multiplier and one whole bound for each action dimension; by default with a diagonal
             covariance. Otherwise the KL is summed over dimensions and has one.
         epsilon: bound of the E-step in nats.
-        epsilon_mean, epsilon_cov: bounds of the M-step; default 2.5e-3 and 1e-6 per dimension (Acme), 0.1 and 1e-4
-            jointly (the paper).
+        epsilon_mean, epsilon_cov: bounds of the M-step; default 0.01 and 1e-6 per dimension (Acme's control scripts),
+            0.1 and 1e-4 jointly (the paper).
         action_penalty: penalise samples outside the bounds.
         epsilon_penalty: bound of the penalty's own E-step.
         num_samples: S.
@@ -69,7 +70,8 @@ class MPOLoss(MPOBase):
             call of the target critic serves both, as in Acme (behind a terminal step there is none, and the step's own
             state takes its place); ``"root"``, the steps' own states, at twice the critic's work.
         action_bounds: lowest and highest action.
-        raw_temperature, raw_alpha_mean, raw_alpha_cov: initial multipliers before the softplus.
+        raw_temperature, raw_alpha_mean, raw_alpha_cov: initial multipliers before the softplus; that of the covariance
+            1000 per dimension (Acme), 10 jointly, where the bound is a hundred times as wide.
         reduction: ``"mean"`` or ``"sum"`` over valid steps; the sum is the mean times ``valid_count``.
 
     Reads transitions [N] (one-step targets only) or sequences [N, T]. ``"n_step"`` learns the value of the *first* step
@@ -114,7 +116,7 @@ class MPOLoss(MPOBase):
         action_bounds: tuple[float, float] = (-1.0, 1.0),
         raw_temperature: float = 10.0,
         raw_alpha_mean: float = 10.0,
-        raw_alpha_cov: float = 1000.0,
+        raw_alpha_cov: float | None = None,
         reduction: str = "mean",
     ) -> None:
         if covariance not in _PARAMETERS:
@@ -164,7 +166,7 @@ class MPOLoss(MPOBase):
         self.penalty_temperature = m.Dual(raw_temperature) if action_penalty else None
         size = int(action_dim) if per_dimension and action_dim else 1
         self.alpha_mean = m.Dual(raw_alpha_mean, size)
-        self.alpha_cov = m.Dual(raw_alpha_cov, size)
+        self.alpha_cov = m.Dual(default["raw_alpha_cov"] if raw_alpha_cov is None else raw_alpha_cov, size)
 
     def _propose(self, states: States, policy: Sequence[Tensor]) -> Proposal:
         loc, scale = policy

@@ -11,6 +11,8 @@ TORSO_GAIN = math.sqrt(2.0)
 POLICY_GAIN = 0.01
 """A policy that starts uniform: the first advantages are noise and must not find a favourite action to feed."""
 VALUE_GAIN = 1.0
+SMALL_GAIN = 0.1
+"""Values that start near 0, where the layers before carry so much that first guesses would exceed first rewards."""
 
 
 def orthogonal(module: nn.Module, gain: float) -> nn.Module:

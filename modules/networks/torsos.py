@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from offtrace.modules.networks.encoders import ShallowConv, _compute_dtype
-from offtrace.modules.networks.initialise import TORSO_GAIN
+from offtrace.modules.networks.initialise import SMALL_GAIN, TORSO_GAIN
 
 _ACME_SCALE = 0.333
 
@@ -146,8 +146,8 @@ class EnsembleMLP(nn.Module):
         in_features: numbers in.
         hidden: sizes of the hidden layers.
         out_features: numbers out of each member.
-        layer_norm: Acme's form, see :class:`LayerNormMLP`; otherwise a ReLU after each hidden layer, weights orthogonal
-            with gain sqrt(2), and gain 1 in the last layer.
+        layer_norm: Acme's form, see :class:`LayerNormMLP`, with a last layer that starts near 0; otherwise a ReLU after
+            each hidden layer, weights orthogonal with gain sqrt(2), and gain 1 in the last layer.
 
     Shapes: ``[N, in_features]`` to ``[K, N, out_features]``.
     """
@@ -166,7 +166,7 @@ class EnsembleMLP(nn.Module):
         sizes = (in_features, *hidden)
         gain = None if layer_norm else TORSO_GAIN
         self.layers = nn.ModuleList(EnsembleLinear(members, a, b, gain=gain) for a, b in itertools.pairwise(sizes))
-        self.last = EnsembleLinear(members, hidden[-1], out_features, gain=None if layer_norm else 1.0)
+        self.last = EnsembleLinear(members, hidden[-1], out_features, gain=SMALL_GAIN if layer_norm else 1.0)
         self.layer_norm = layer_norm
         if layer_norm:
             self.norm_weight = nn.Parameter(torch.ones(members, 1, hidden[0]))
