@@ -7,12 +7,13 @@ from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
-from offtrace.modules.losses.updates import FastSoftUpdate, compile_loss
+from offtrace.modules.losses.updates import FastHardUpdate, FastSoftUpdate, compile_loss
 from offtrace.modules.losses.vmpo import VMPOLoss
 
 __all__ = [
     "DiscreteMPOLoss",
     "DiscreteSACLoss",
+    "FastHardUpdate",
     "FastSoftUpdate",
     "ImpalaLoss",
     "MPOLoss",

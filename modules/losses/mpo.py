@@ -12,6 +12,7 @@ from torch import Tensor
 from offtrace.modules import keys as k
 from offtrace.modules.losses import mpo_duals as m
 from offtrace.modules.losses.mpo_base import MPOBase, Proposal, States
+from offtrace.modules.losses.offpolicy import squashed
 from offtrace.modules.losses.stats import Stats
 
 _PARAMETERS = {"diagonal": [k.LOC, k.SCALE], "full": [k.LOC, k.SCALE_TRIL]}
@@ -50,7 +51,7 @@ class MPOLoss(MPOBase):
             [*, A, A] for ``covariance="full"``.
         critic: reads the observation and ``"action"``; writes ``"state_action_value"`` [*, K], or ``"value_logits"``
             [*, K, atoms] beside a buffer ``support`` [atoms], which makes this DMPO.
-        action_dim: A; needed with ``per_dimension``.
+        action_dim: A; needed with ``per_dimension``, where the policy has no attribute of that name.
         gamma: discount per step.
         covariance: of the policy, ``"diagonal"`` or ``"full"``.
         per_dimension: one multiplier and one whole bound for each action dimension; by default with a diagonal
@@ -67,8 +68,8 @@ class MPOLoss(MPOBase):
         n_step: length of the n-step windows.
         lmbda: decay of the trace.
         policy_states: where the policy is improved: ``"next"``, the states where the critic bootstraps, so that one
-            call of the target critic serves both, as in Acme (behind a terminal step there is none, and the step's own
-            state takes its place); ``"root"``, the steps' own states, at twice the critic's work.
+            call of the target critic serves both (behind a terminal step there is none, and the step's own state takes
+            its place); ``"root"``, the steps' own states, at twice the critic's work. Acme's JAX learner takes both.
         action_bounds: lowest and highest action.
         raw_temperature, raw_alpha_mean, raw_alpha_cov: initial multipliers before the softplus; that of the covariance
             1000 per dimension (Acme), 10 jointly, where the bound is a hundred times as wide.
@@ -128,6 +129,7 @@ class MPOLoss(MPOBase):
                 "per_dimension=True needs covariance='diagonal': the KL between normals with full covariance is not a "
                 "sum over dimensions, so there is nothing to bound in each"
             )
+        action_dim = getattr(policy, "action_dim", None) if action_dim is None else action_dim
         if per_dimension and not action_dim:
             raise ValueError(f"per_dimension=True needs action_dim, the number of action dimensions; got {action_dim}")
         default = _PER_DIMENSION if per_dimension else _JOINT
@@ -226,5 +228,5 @@ def _check_gaussian(policy: ProbabilisticTensorDictSequential, covariance: str) 
         raise ValueError("MPOLoss needs a continuous policy, got one over discrete actions; use DiscreteMPOLoss")
     if sorted(found) != sorted(wanted):
         raise ValueError(f"covariance={covariance!r} needs a policy with parameters {wanted}, got {found}")
-    if k.PRE_TANH in policy.out_keys:
-        raise ValueError("MPOLoss needs an unsquashed Gaussian policy; got one with a tanh")
+    if squashed(policy):
+        raise ValueError("MPOLoss needs an unsquashed Gaussian policy; got one with a tanh or another transform")

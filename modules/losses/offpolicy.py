@@ -8,10 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor, nn
+from torch.distributions import TransformedDistribution
+from torchrl.modules import TruncatedNormal
 from torchrl.objectives.common import LossModule
 
 from offtrace.modules import keys as k
+from offtrace.modules.networks.control_heads import TanhNormal
 
 
 class Batch(NamedTuple):
@@ -182,6 +186,13 @@ def check_arguments(*, reduction: str, **unit_interval: float) -> None:
     for name, value in unit_interval.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def squashed(policy: ProbabilisticTensorDictSequential) -> bool:
+    """Whether the actions of ``policy`` are something else than what its parameters' normal gives."""
+    kind = getattr(policy[-1], "distribution_class", None)
+    bounded = isinstance(kind, type) and issubclass(kind, (TransformedDistribution, TanhNormal, TruncatedNormal))
+    return bounded or k.PRE_TANH in policy.out_keys
 
 
 def _leaves(params: Any) -> Iterator[tuple[tuple[str, ...], Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -137,6 +138,11 @@ class SoftLoss(ReplayedLoss):
             out["q_value"] = stats.mean(chosen)
             out["td_error"] = stats.mean(error.abs())
         return TensorDict(out, [])
+
+    def _behaviour_keys(self) -> list[Any]:
+        keys = super()._behaviour_keys()
+        squashed = keys and k.PRE_TANH in self.actor.out_keys
+        return [*keys, self.tensor_keys.pre_tanh] if squashed else keys
 
     # what subclasses define
     def _values(self, critic: Network, states: States, action: Tensor | None) -> Tensor:

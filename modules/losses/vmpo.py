@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from offtrace.modules import keys as k
 from offtrace.modules.losses import mpo_duals as m
-from offtrace.modules.losses.offpolicy import Batch, check_arguments, cleared
+from offtrace.modules.losses.offpolicy import Batch, check_arguments, cleared, squashed
 from offtrace.modules.losses.rollout import RolloutLoss
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.returns import (
@@ -54,7 +54,10 @@ class VMPOLoss(RolloutLoss):
     read from the batch, so T_target of the paper is the number of updates between two pushes of weights to the actors
     (epochs times minibatches of a rollout), and no second network is kept.
 
-    The multipliers are softplus of a parameter; the paper clips them to 1e-8 instead.
+    The multipliers are softplus of a parameter; the paper clips them to 1e-8 instead. The paper's PopArt is not here:
+    ``value_coef`` has to fit the size of the returns.
+
+    ``torch.compile`` breaks the graph once, before the network: the number of states evaluated depends on the batch.
 
     Args:
         policy: what :func:`offtrace.modules.networks.make_policy` gives; discrete, or an unsquashed normal.
@@ -115,7 +118,7 @@ class VMPOLoss(RolloutLoss):
             )
         params = list(policy[-1].in_keys)
         bounds = {"kl": epsilon_kl} if params == [k.LOGITS] else {"mean": epsilon_mean, "cov": epsilon_cov}
-        if params not in ([k.LOGITS], [k.LOC, k.SCALE], [k.LOC, k.SCALE_TRIL]) or k.PRE_TANH in policy.out_keys:
+        if params not in ([k.LOGITS], [k.LOC, k.SCALE], [k.LOC, k.SCALE_TRIL]) or squashed(policy):
             raise ValueError(f"VMPOLoss needs a discrete or an unsquashed normal policy, got parameters {params}")
         for name, value in {"epsilon": epsilon, **{f"epsilon_{x}": y for x, y in bounds.items()}}.items():
             if value <= 0:

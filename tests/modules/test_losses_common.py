@@ -50,7 +50,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_each_entry_that_is_read_is_named_when_it_is_missing(case: Case) -> None:
     loss, td = case
-    loss(td.select(*loss.in_keys, "pre_tanh", strict=False))
+    loss(td.select(*loss.in_keys))
     for key in loss.in_keys:
         message = f"reads .*{words(key)}.*, which the (batch|rollout) lacks|but the rollout lacks .*{words(key)}"
         with pytest.raises(KeyError, match=message):
@@ -97,8 +97,10 @@ def test_rewards_and_log_probabilities_of_another_precision_are_converted(case: 
         torch.testing.assert_close(value, expected[name], equal_nan=True)
 
 
-def test_under_autocast_every_loss_is_close_to_its_own(case: Case) -> None:
+def test_under_autocast_every_loss_is_close_to_its_own(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, td = case
+    # a generator gives other numbers in half precision, and one draw is far from another
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.randn(x.shape).to(x.dtype))
     loss.float()
     td = td.apply(lambda x: x.float() if x.is_floating_point() else x)
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchrl.modules
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
 from offtrace.modules.losses.sites import Batch, first_window
 from offtrace.modules.losses.traces import TRACES
 from offtrace.modules.losses.updates import FastHardUpdate
-from offtrace.modules.networks import DiagonalNormal
+from offtrace.modules.networks import DiagonalNormal, build_actor, build_critic
+from offtrace.modules.networks.control_heads import TanhNormal
 from offtrace.modules.networks.distributions import Categorical
 from offtrace.modules.networks.gaussian_heads import FullNormal
 from offtrace.modules.returns import n_step_return, trace_reach
@@ -614,6 +616,30 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> N
         MPOLoss(make_policy(kind), make_critic(), **{"action_dim": DIM, **arguments})
 
 
+@pytest.mark.parametrize("kind", [TanhNormal, torchrl.modules.TanhNormal, torchrl.modules.TruncatedNormal])
+def test_policies_that_are_no_normals_are_refused(kind: type) -> None:
+    """Their parameters are named as a normal's, and their densities are others."""
+    policy = make_policy()
+    policy[-1].distribution_class = kind
+    with pytest.raises(ValueError, match="needs an unsquashed Gaussian policy"):
+        MPOLoss(policy, make_critic(), action_dim=DIM)
+
+
+def test_the_multiplier_of_the_covariance_starts_where_its_bound_holds_it() -> None:
+    """A bound a hundred times as wide needs a smaller one: Adam moves it by hundredths in an update."""
+    assert MPOLoss(make_policy(), make_critic(), action_dim=DIM).alpha_cov.raw.tolist() == [1000.0] * DIM
+    joint: Any = [MPOLoss(make_policy("full"), make_critic(), covariance="full")]
+    joint.append(MPOLoss(make_policy(), make_critic(), per_dimension=False))
+    assert all(loss.alpha_cov.raw.tolist() == [10.0] for loss in joint)
+    assert MPOLoss(make_policy("full"), make_critic(), covariance="full", raw_alpha_cov=3.0).alpha_cov.raw.item() == 3
+
+
+def test_the_actions_dimensions_are_those_of_the_policy() -> None:
+    shapes: Any = {"network": "mlp", "observation_shape": [3], "action_dim": DIM}
+    loss = MPOLoss(build_actor(kind="gaussian", **shapes), build_critic(**shapes))
+    assert loss.alpha_mean.raw.shape == (DIM,)
+
+
 def test_networks_and_batches_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="use DiscreteMPOLoss"):
         MPOLoss(make_policy("discrete"), make_critic(), action_dim=DIM)
@@ -648,7 +674,7 @@ def test_compiled_equals_eager(policy: str, critic: str, target: str) -> None:
     results = []
     for compiled in (False, True):
         loss = make(policy, critic, target=target)
-        call = torch.compile(loss, backend="aot_eager") if compiled else loss
+        call = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
         torch.manual_seed(2)
         out = call(td)
         total(out).backward()

@@ -193,6 +193,16 @@ def test_critics_start_independently(network: str) -> None:
         assert not torch.isclose(layer.weight[0], layer.weight[1]).any()
 
 
+@pytest.mark.parametrize("options", [{"action_dim": 6}, {"num_actions": 6}, {"action_dim": 6, "atoms": 51}])
+def test_values_behind_a_layer_norm_start_near_zero(options: dict[str, int]) -> None:
+    """What differs between actions at the start is noise, which must not exceed the first rewards."""
+    torch.manual_seed(0)
+    td = TensorDict({"observation": torch.randn(500, 24), "action": torch.rand(500, 6) * 2 - 1}, [500])
+    critic = build_critic(network="layernorm_mlp", observation_shape=[24], hidden=[256] * 3, **options)
+    (key,) = critic.out_keys
+    assert 0.01 < critic(td)[key].std() < 0.1
+
+
 def test_compiled_relu_is_relu_but_for_the_gradient_at_0() -> None:
     torch._dynamo.reset()
     values = torch.tensor([-2.0, 0.0, 3.0])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchrl.modules
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch import distributions as D
@@ -357,6 +358,13 @@ def test_recurrent_policies_run() -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VMPOLoss(make(), **arguments)
+
+
+def test_policies_that_are_no_normals_are_refused() -> None:
+    policy = make("diagonal")
+    policy[-1].distribution_class = torchrl.modules.TanhNormal
+    with pytest.raises(ValueError, match="a discrete or an unsquashed normal policy"):
+        VMPOLoss(policy)
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:
