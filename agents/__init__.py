@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from offtrace.agents.agent import TrainingDivergedError as TrainingDivergedError
     from offtrace.agents.callbacks import Checkpoints as Checkpoints
     from offtrace.agents.callbacks import Evaluation as Evaluation
-    from offtrace.agents.callbacks import GracefulStop as GracefulStop
     from offtrace.agents.callbacks import WeightSync as WeightSync
     from offtrace.agents.checkpoint import CheckpointError as CheckpointError
     from offtrace.agents.checkpoint import load_policy as load_policy
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from offtrace.agents.replay_data import ReplayData as ReplayData
     from offtrace.agents.sac import make_sac as make_sac
     from offtrace.agents.sac_config import SACConfig as SACConfig
+    from offtrace.agents.stopping import GracefulStop as GracefulStop
     from offtrace.agents.targets import hard_update as hard_update
     from offtrace.agents.targets import soft_update as soft_update
     from offtrace.agents.training import Summary as Summary
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "agent": ("Agent", "TrainingDivergedError"),
-    "callbacks": ("Checkpoints", "Evaluation", "GracefulStop", "WeightSync"),
+    "callbacks": ("Checkpoints", "Evaluation", "WeightSync"),
     "checkpoint": ("CheckpointError", "load_policy"),
     "config": ("ConfigError", "ImpalaConfig"),
     "data": ("OnPolicyData",),
@@ -53,6 +53,7 @@ _WHERE = {
     "replay_data": ("ReplayData",),
     "sac": ("make_sac",),
     "sac_config": ("SACConfig",),
+    "stopping": ("GracefulStop",),
     "targets": ("hard_update", "soft_update"),
     "training": ("Summary", "train"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,8 +25,8 @@ class TrainingDivergedError(RuntimeError):
 class Agent(pl.LightningModule):
     """A loss, an optimiser and a schedule, trained under manual optimisation.
 
-    Every ``training_step`` is one update, or one for each batch of a list: the loss in one call, one backward pass of
-    the sum of its terms, the clip, the step, and the target networks. The frame counter belongs to the data module
+    Every ``training_step`` is one update, or one for each of several batches: the loss in one call, one backward pass
+    of the sum of its terms, the clip, the step, and the target networks. The frame counter belongs to the data module
     (``trainer.datamodule.frames``), which knows about ranks and repeated passes.
 
     Under several ranks only gradients cross them, and DDP averages those. For the average to equal the gradient of
@@ -96,9 +96,9 @@ class Agent(pl.LightningModule):
         """Environment frames so far, over all ranks."""
         return int(self.trainer.datamodule.frames)
 
-    def training_step(self, batch: TensorDictBase | list[TensorDictBase], batch_idx: int) -> None:
+    def training_step(self, batch: TensorDictBase | Iterable[TensorDictBase], batch_idx: int) -> None:
         """One update on ``batch``, which the data module yields in the loss's layout, or one on each of several."""
-        for part in batch if isinstance(batch, list) else [batch]:
+        for part in [batch] if isinstance(batch, TensorDictBase) else batch:
             self._update(part)
 
     def _update(self, batch: TensorDictBase) -> None:

@@ -1,24 +1,25 @@
-"""What happens between updates: weights to the actors, evaluation, checkpoints, meters, a clean stop."""
+"""What happens between updates: weights to the actors, evaluation, checkpoints."""
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tensordict import TensorDict
 from torchrl.envs import EnvBase
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.evaluation import EvaluationMode, EvaluationResult, evaluate
+from offtrace.agents.stopping import GracefulStop
+from offtrace.modules.replay import DamagedReplay
 
 
 class WeightSync(pl.Callback):
@@ -166,11 +167,18 @@ class Evaluation(pl.Callback):
             result = evaluate(agent.policy, self._env, self.episodes, mode=self.mode)
         agent.policy.train(training)
         self.seconds += time.perf_counter() - start
+        if not result.returns:
+            rank_zero_warn(
+                f"no score at {agent.frames:,} frames: the simulator failed in each of {self.episodes} evaluation games"
+            )
+            return
         self.scores.append((agent.frames, result.mean))
         self.last = result
         metrics = {"eval/return": result.mean, "eval/return_std": result.std, "eval/length": result.mean_length}
         if result.action_change is not None:
             metrics["eval/action_change"] = result.action_change
+        if result.dropped:
+            metrics["eval/dropped_episodes"] = result.dropped
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=agent.frames)
         for callback in trainer.callbacks:
@@ -230,75 +238,22 @@ class Checkpoints(pl.Callback):
         """Writes one file, through a temporary one beside it; with ``last.ckpt``, what the data module has to save."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in agent.parameters()):
             return
-        if name == "last.ckpt" and hasattr(trainer.datamodule, "save"):
-            trainer.datamodule.save(trainer.global_rank)
-        if not trainer.is_global_zero:
-            return
+        replayed = name == "last.ckpt" and hasattr(trainer.datamodule, "save")
+        if replayed:
+            try:
+                trainer.datamodule.save(trainer.global_rank)
+            except (OSError, DamagedReplay) as error:
+                warnings.warn(f"the replay was not saved: {error}", RuntimeWarning, stacklevel=2)
+                replayed = False
+        if trainer.is_global_zero:
+            self._write(trainer, name)
+        if replayed:
+            trainer.datamodule.prune(trainer.global_rank)
+
+    def _write(self, trainer: pl.Trainer, name: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.{os.getpid()}"
         # Trainer.save_checkpoint would wait for all ranks, which a failing rank never reaches.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         torch.save(checkpoint, temporary)
         temporary.replace(self.folder / name)
-
-
-class GracefulStop(pl.Callback):
-    """Ends a run at the next update after Ctrl-C or SIGTERM; at once while it starts, and if the update does not come.
-
-    Attributes:
-        signal: the signal's number, 0 while none came.
-    """
-
-    patience_s = 8.0
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._training = False
-        self._before: dict[int, Any] = {}
-
-    def setup(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
-        """Takes the signals over before the actors start."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        # Lightning would put its own handler in front: it loses the exit code, and waits for the other ranks
-        trainer._signal_connector.register_signal_handlers = lambda: None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
-
-    def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
-        """From now on an update is worth waiting for."""
-        self._training = True
-
-    def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stops the loop when a signal came, on all ranks or on none."""
-        if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
-            trainer.should_stop = True
-
-    def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
-        """Gives the signals back."""
-        self._restore()
-
-    def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
-        """Gives the signals back."""
-        self._restore()
-
-    def teardown(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
-        """Gives the signals back, where training never began."""
-        self._restore()
-
-    def _restore(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = bool(self.signal)
-        self.signal = number
-        if again or not self._training:
-            raise KeyboardInterrupt
-        self._before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, self._expire))
-        signal.setitimer(signal.ITIMER_REAL, self.patience_s)
-
-    def _expire(self, number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from offtrace.modules.keys import ACTION, DONE, EPISODE_END, EPISODE_LENGTH, EPISODE_REWARD, NEXT
+from offtrace.modules.keys import ACTION, DONE, EPISODE_END, EPISODE_LENGTH, EPISODE_REWARD, NEXT, VALID
 
 EvaluationMode = Literal["sample", "greedy"]
 
@@ -32,17 +32,19 @@ class EvaluationResult:
             the next, in parts of the action's range: 0 for a constant action, 0.41 for independent uniform ones, 1 for
             one that jumps between the bounds at every step. None for discrete actions, and where a bound is infinite.
             The plainest measure of smoothness; Mysore et al. 2021 (arXiv 2012.06644) weigh the spectrum instead.
+        dropped: games that a simulator's failure broke off: they took their turn, and count nowhere else.
     """
 
     returns: list[float]
     lengths: list[int]
     mode: EvaluationMode
     action_change: float | None = None
+    dropped: int = 0
 
     @property
     def mean(self) -> float:
-        """Mean raw return."""
-        return sum(self.returns) / len(self.returns)
+        """Mean raw return; NaN where every game was dropped."""
+        return sum(self.returns) / len(self.returns) if self.returns else math.nan
 
     @property
     def std(self) -> float:
@@ -58,8 +60,8 @@ class EvaluationResult:
 
     @property
     def mean_length(self) -> float:
-        """Mean length in agent steps."""
-        return sum(self.lengths) / len(self.lengths)
+        """Mean length in agent steps; NaN where every game was dropped."""
+        return sum(self.lengths) / len(self.lengths) if self.lengths else math.nan
 
 
 class _ActionChange:
@@ -119,8 +121,9 @@ def evaluate(
     """Plays ``episodes`` whole games and returns their raw scores.
 
     Every environment of the batch plays the same number of games, fixed beforehand: taking the first games that finish
-    would prefer short ones. The policy is used as it is (training mode, device, random state untouched); with
-    ``mode="sample"`` actions come from torch's global generator.
+    would prefer short ones. A game that a simulator's failure breaks off takes its turn: a policy that always drives it
+    there would be evaluated for ever. The policy is used as it is (training mode, device, random state untouched);
+    with ``mode="sample"`` actions come from torch's global generator.
 
     Args:
         policy: writes ``"action"`` from what ``env`` gives.
@@ -144,6 +147,7 @@ def evaluate(
     quota = episodes // number
     returns: list[list[float]] = [[] for _ in range(number)]
     lengths: list[list[int]] = [[] for _ in range(number)]
+    played = [0] * number
     change = _action_change(env)
     with set_exploration_type(exploration):
         step = env.reset()
@@ -154,18 +158,23 @@ def evaluate(
                 observer(step)
             if change is not None:
                 change.note(step)
+            valid = step.get((NEXT, VALID), None)
+            for index in () if valid is None else (~valid).view(-1).nonzero().flatten().tolist():
+                played[index] += 1
             for index in step[NEXT, EPISODE_END].view(-1).nonzero().flatten().tolist():
-                if len(returns[index]) < quota:
+                played[index] += 1
+                if played[index] <= quota:
                     returns[index].append(float(step[NEXT, EPISODE_REWARD].view(-1)[index]))
                     lengths[index].append(int(step[NEXT, EPISODE_LENGTH].view(-1)[index]))
                     if change is not None:
                         change.count(index)
-            if all(len(games) == quota for games in returns):
+            if all(count >= quota for count in played):
                 return EvaluationResult(
                     [score for games in returns for score in games],
                     [steps for games in lengths for steps in games],
                     mode,
                     None if change is None else change.root_mean_square,
+                    episodes - sum(len(games) for games in returns),
                 )
             step = following
     raise RuntimeError(f"the {episodes} evaluation games did not end within {max_steps} steps of {number} environments")

@@ -23,7 +23,7 @@ _ENDLESS = 10**12
 
 
 class ReplayData(ActingData):
-    """Lists of batches from a replay that a collector fills; one list is the work of one ``training_step``.
+    """Batches from a replay that a collector fills, several for the work of one ``training_step``.
 
     A rollout is taken and inserted whenever the learner has used up what the samples-per-insert ratio entitles it to;
     with actor processes the next ones are under way meanwhile, and wait when the learner is behind. The ratio therefore
@@ -42,7 +42,7 @@ class ReplayData(ActingData):
         samples_per_insert: steps learnt from per collected step.
         min_size: steps per rank collected before the first batch.
         frame_skip: environment frames per agent step.
-        updates_per_step: most batches in one list.
+        updates_per_step: most batches for one ``training_step``.
         on_rollout: called with every rollout ``[N, T]`` before it is inserted.
 
     Attributes:
@@ -96,7 +96,7 @@ class ReplayData(ActingData):
         return torch.tensor([self._version]) if self._versions is None else self._versions
 
     def train_dataloader(self) -> ReplayStream:
-        """Start the collector, fill the replay from disk in a resumed run, and give the stream of lists of batches.
+        """Start the collector, fill the replay from disk in a resumed run, and give the stream of batches.
 
         Raises:
             ValueError: when the ratio, the capacity and the batch do not fit each other.
@@ -121,14 +121,26 @@ class ReplayData(ActingData):
         return batch
 
     def save(self, rank: int) -> None:
-        """Write the replay beside the checkpoint that is about to be written; keeps that of the one before."""
+        """Write the replay for the checkpoint that is about to be written, which names it.
+
+        Raises:
+            OSError, DamagedReplay: it cannot be written. The checkpoint then names the one before, and is still worth
+                having.
+        """
         if self.folder is None or self.replay is None:
             return
-        self._saved = f"{self.frames:012d}"
-        path = self._place_of(rank, self._saved)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.replay.dump(path)
-        for old in sorted(path.parent.iterdir())[:-2]:
+        name = f"{self.frames:012d}"
+        self.replay.dump(self._place_of(rank, name))
+        self._saved = name
+
+    def prune(self, rank: int) -> None:
+        """Delete what no checkpoint needs, once the one that names the newest replay is written.
+
+        The one before stays: of several ranks one alone cannot know that the first has written the checkpoint.
+        """
+        if self.folder is None or self._saved is None:
+            return
+        for old in _dumps(self._place_of(rank, self._saved).parent)[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,7 +167,11 @@ class ReplayData(ActingData):
     def _fill(self, replay: Replay, rank: int) -> None:
         """What the last run had, or else the counters of an empty replay."""
         if self._saved is not None and self.folder is not None:
-            replay.load(self._place_of(rank, self._saved))
+            place = self._place_of(rank, self._saved)
+            replay.load(place)
+            for other in place.parent.iterdir():  # of writings that no checkpoint came to name
+                if other.name not in (place.name, f"{place.name}.old"):
+                    shutil.rmtree(other, ignore_errors=True)
         else:
             self.limiter.restart()
 
@@ -164,8 +180,30 @@ class ReplayData(ActingData):
         return self.folder / f"rank{rank}" / name
 
 
+def _dumps(folder: Path) -> list[Path]:
+    """The complete ones, oldest first."""
+    return sorted(path for path in folder.iterdir() if not path.suffix)
+
+
+class Batches:
+    """The batches of one ``training_step``, each sampled and counted when its turn comes.
+
+    Where a run is broken off between two of them, the rest was neither.
+    """
+
+    def __init__(self, sample: Callable[[], TensorDictBase], number: int) -> None:
+        self._sample = sample
+        self._number = number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        return (self._sample() for _ in range(self._number))
+
+
 class ReplayStream:
-    """The lists of batches of one run, in order.
+    """The batches of one run, in order.
 
     It has a length, larger than what comes: Lightning fetches one list ahead from what has none.
     """
@@ -183,16 +221,19 @@ class ReplayStream:
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __iter__(self) -> Iterator[list[TensorDictBase]]:
+    def __iter__(self) -> Iterator[Batches]:
         data = self._data
         while True:
             while data.limiter.may_sample(data.batch_size):
-                count = min(data.updates_per_step, math.floor(data.limiter.owed / data.batch_size))
-                data.limiter.sample(count * data.batch_size)
-                yield [self._replay.sample().to(self._device, non_blocking=True) for _ in range(count)]
+                count = math.floor(data.limiter.owed / data.batch_size)
+                yield Batches(self._sample, min(data.updates_per_step, count))
             if data.frames >= data.total_frames:
                 return
             self._collect()
+
+    def _sample(self) -> TensorDictBase:
+        self._data.limiter.sample(self._data.batch_size)
+        return self._replay.sample().to(self._device, non_blocking=True)
 
     def _collect(self) -> None:
         data = self._data

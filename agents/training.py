@@ -21,7 +21,7 @@ from torchrl.envs import EnvBase
 from torchrl.modules.utils import get_env_transforms_from_module
 
 from offtrace.agents.agent import Agent
-from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, WeightSync
+from offtrace.agents.callbacks import Checkpoints, Evaluation, WeightSync
 from offtrace.agents.checkpoint import read_checkpoint
 from offtrace.agents.config_base import Config, available_cores
 from offtrace.agents.data import OnPolicyData
@@ -34,6 +34,7 @@ from offtrace.agents.replay_data import ReplayData
 from offtrace.agents.runs import keep_metrics
 from offtrace.agents.sac import make_sac
 from offtrace.agents.sac import policy_description as sac_description
+from offtrace.agents.stopping import GracefulStop
 from offtrace.modules.envs import make_env
 
 BUILDERS: dict[str, Callable[..., tuple[Agent, OnPolicyData | ReplayData]]] = {

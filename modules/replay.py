@@ -105,6 +105,7 @@ class Replay:
         self._kind, self._path = storage, path
         self._lanes = Lanes(lanes, size, length, self.pad, older=frame_stack - 1)
         self._generator = torch.Generator().manual_seed(seed)
+        self._inserting = False
         self._storage: Any = None
         self._leaves: dict[Key, Tensor] = {}
         self._state: list[Key] = []  # entries of which a step has a successor
@@ -157,7 +158,10 @@ class Replay:
                 self._allocate(leaves)
             check(entries, self._state, self._leaves)
             self._has_init |= (IS_INIT,) in entries
-            return self._insert(entries, whole, flags, worker)
+            self._inserting = True  # stays so where a signal's exception breaks in: the books are ahead of the data
+            number = self._insert(entries, whole, flags, worker)
+            self._inserting = False
+            return number
 
     def sample(self, batch_size: int | None = None) -> TensorDict:
         """A batch ``[B]``, or ``[B, length]`` with ``length`` above 1, in memory of its own.
@@ -184,12 +188,15 @@ class Replay:
 
         Raises:
             OSError: it cannot be written.
+            DamagedReplay: an insertion was interrupted half-way.
             ValueError: it is the folder in which this replay's own files lie.
         """
         if self._path is not None and Path(path).resolve() == Path(self._path).resolve():
             raise ValueError(f"{str(path)!r} holds the files this replay works on; dump it into another folder")
         lanes = self._lanes
         with self._lock:
+            if self._inserting:
+                raise DamagedReplay("an insertion was interrupted, and what the replay holds is not complete")
             write_folder(
                 Path(path),
                 data={
@@ -241,6 +248,7 @@ class Replay:
             lanes.held, lanes.longest = int(facts["held"]), int(facts["longest"])
             lanes.restore(books["starts"])
             self._generator.set_state(torch.from_numpy(books["generator"].copy()))
+            self._inserting = False
             self.inserted, self.sampled, self.dropped = (int(facts[x]) for x in ("inserted", "sampled", "dropped"))
 
     def _shape(self) -> dict[str, Any]:

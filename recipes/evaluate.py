@@ -109,6 +109,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         return 1
     finally:
         env.close()
+    if not result.returns:
+        print(f"error: the simulator of {name} failed in each of the {args.episodes} games", file=sys.stderr)
+        return 1
     print("\n".join(report(result, name, options.get("protocol", ""))))
     if recorder is not None:
         try:
@@ -141,6 +144,8 @@ def report(result: EvaluationResult, name: str, protocol: str) -> list[str]:
         f"median {statistics.median(result.returns):g}, min {min(result.returns):g}, max {max(result.returns):g}",
         f"mean length {result.mean_length:.0f} agent steps",
     ]
+    if result.dropped:
+        lines.append(f"{count(result.dropped, 'game')} dropped, in which the simulator failed")
     if result.action_change is not None:
         lines.append(f"action change {result.action_change:.4f} of the range from step to step (root mean square)")
     normalised = human_normalised(name, result.mean)

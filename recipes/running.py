@@ -132,6 +132,7 @@ def _last(folder: Path) -> Path:
 def _evaluation_line(task: str, result: EvaluationResult) -> str:
     change = "" if result.action_change is None else f", action change {result.action_change:.3f}"
     games = count(len(result.returns), "whole game") + (f", {result.spread}" if len(result.returns) > 1 else "")
+    games += f", {result.dropped} dropped" if result.dropped else ""
     return (
         f"{task}, {result.mode} actions: mean {result.mean:.1f} over {games}, length {result.mean_length:.0f}{change}"
     )

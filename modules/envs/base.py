@@ -115,6 +115,7 @@ class VectorEnv(EnvBase):
         self._sums = torch.zeros(n, 1)
         self._lengths = torch.zeros(n, 1, dtype=torch.int64)
         self._ended = torch.ones(n, 1, dtype=torch.bool)
+        self._done = self._ended
         self._false = torch.zeros(n, 1, dtype=torch.bool)
         self._no_action = torch.zeros(n, *action.shape, dtype=action.dtype)
         self._successor: Tensor | TensorDictBase | None = None
@@ -140,16 +141,18 @@ class VectorEnv(EnvBase):
         if mask is None or self._successor is None:
             observation, self._mask = self._guard(self._start)
             mask = torch.ones_like(self._false)
-            self._ended = torch.ones_like(self._ended)
+            self._ended = self._done = torch.ones_like(self._ended)
         else:
             observation = self._following()
             mask = mask.view(-1, 1)
+            self._check_reset(mask)
         if not self.fallible:  # those look themselves, and drop
             self._check(k.OBSERVATION, observation)
         fresh = mask & self._ended
         self._sums = self._sums.masked_fill(fresh, 0)  # in place it would change what was given away
         self._lengths = self._lengths.masked_fill(fresh, 0)
         self._ended = self._ended & ~mask
+        self._done = self._done & ~mask
         self._successor = observation
         out = {
             k.OBSERVATION: observation,
@@ -178,6 +181,7 @@ class VectorEnv(EnvBase):
         self._sums = self._sums + reward
         self._lengths = self._lengths + 1
         self._ended = result.episode_end.view(-1, 1)
+        self._done = terminated | truncated
         self._successor = result.observation
         self._mask = result.action_mask
         finished = self._ended if result.valid is None else self._ended & result.valid.view(-1, 1)
@@ -188,7 +192,7 @@ class VectorEnv(EnvBase):
             k.REWARD: reward,
             k.TERMINATED: terminated,
             k.TRUNCATED: truncated,
-            k.DONE: terminated | truncated,
+            k.DONE: self._done,
         }
         if self.last_step:
             out[k.LAST_ACTION] = action.clone()
@@ -199,6 +203,15 @@ class VectorEnv(EnvBase):
             out[k.VALID] = result.valid.view(-1, 1)
         return TensorDict(out, self.batch_size, device=self.device)
 
+    def _check_reset(self, mask: Tensor) -> None:
+        # these environments have restarted already where an episode ended; elsewhere the old one would go on unnoticed
+        early = (mask & ~self._done).flatten().nonzero().flatten().tolist()
+        if early:
+            raise EnvironmentFailure(
+                f"{self.name}: environment {early[0]} is reset in the middle of its episode, which only all can be at "
+                "once; for shorter episodes give the environment itself a time limit"
+            )
+
     def _sums_so_far(self, ended: Tensor) -> dict[str, Tensor]:
         return {
             k.EPISODE_REWARD: self._sums,
@@ -207,8 +220,10 @@ class VectorEnv(EnvBase):
         }
 
     def _drop(self, index: int, reason: str) -> None:
-        """Counts a dropped episode and says so."""
+        """Counts a dropped episode and says so, ever more rarely."""
         self.dropped += 1
+        if self.dropped & (self.dropped - 1):
+            return
         warnings.warn(
             f"{self.name}: environment {index} failed at step {self._steps} ({reason}); its episode was dropped, "
             f"number {self.dropped} so far",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -26,8 +27,9 @@ class GymEnv(VectorEnv):
     Actions: ``Discrete`` as int64 indices from 0, ``Box`` as float32 that is clipped to its bounds here, so that a
     policy may sample outside of them. ``info["action_mask"]`` is passed on where the environment gives one.
 
-    Where MuJoCo diverges it warns and starts in the middle of an episode, and Gymnasium goes on as if nothing had
-    happened. Here the episode of such an environment is dropped, as it is in :class:`ControlEnv`.
+    With ``Box`` actions an observation or a reward that is not finite is taken for a simulator's failure: the episode
+    is dropped, as it is in :class:`ControlEnv`. So is one in which MuJoCo warned that it diverged: it starts in the
+    middle of an episode then, and Gymnasium goes on as if nothing had happened. With ``Discrete`` ones it is an error.
 
     Args:
         env: a Gymnasium id, or a function that makes one environment.
@@ -80,7 +82,7 @@ class GymEnv(VectorEnv):
             action=action,
             last_step=last_step,
             masked=mask is not None,
-            fallible=self._mujoco,
+            fallible=self._low is not None,
         )
         if self._scale is None and self._low is not None and bool(np.isfinite([self._low, self._high]).all()):
             self.action_bounds = torch.from_numpy(self._low), torch.from_numpy(self._high)
@@ -134,17 +136,18 @@ class GymEnv(VectorEnv):
             numbers = np.clip(numbers, self._low, self._high)
         else:
             numbers = numbers + self._offset
-        if self._mujoco and not np.isfinite(numbers).all():  # not the simulator's fault
+        if self.fallible and not np.isfinite(numbers).all():  # not the simulator's fault
             raise EnvironmentFailure(f"{self.name}: the policy gave an action that is not finite at step {self._steps}")
         successors, currents, rewards, terminated, truncated, valid = [], [], [], [], [], []
         self._final_frame = None
         for index, env in enumerate(self._envs):
             try:
                 observation, reward, term, trunc, info = env.step(numbers[index])
-                valid.append(not self._mujoco or self._sound(env, observation, reward))
-                if not valid[-1]:
+                failure = self._failure(env, observation, reward) if self.fallible else None
+                valid.append(failure is None)
+                if failure is not None:
                     observation, reward, term, trunc = self._current[index].numpy(), 0.0, False, True
-                    self._drop(index, "MuJoCo's state diverged")
+                    self._drop(index, failure)
                 successors.append(observation)
                 if term or trunc:
                     if self._watched and index == 0:
@@ -169,12 +172,17 @@ class GymEnv(VectorEnv):
             torch.tensor(truncated),
             ended,
             self._mask_tensor(),
-            torch.tensor(valid) if self._mujoco else None,
+            torch.tensor(valid) if self.fallible else None,
         )
 
-    def _sound(self, env: gymnasium.Env[Any, Any], observation: Any, reward: Any) -> bool:
-        raised = env.unwrapped.data.warning.number[self._warnings]  # counted from the last reset on
-        return bool(np.isfinite(reward) and np.isfinite(observation).all() and not raised.any())
+    def _failure(self, env: gymnasium.Env[Any, Any], observation: Any, reward: Any) -> str | None:
+        """What became of the simulator in a step, if it failed."""
+        # warnings are counted from the last reset on
+        if self._mujoco and env.unwrapped.data.warning.number[self._warnings].any():
+            return "MuJoCo's state diverged"
+        if not np.isfinite(observation).all():
+            return "an observation that is not finite"
+        return None if math.isfinite(reward) else "a reward that is not finite"
 
     def _following(self) -> Tensor:
         return self._current

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any, ClassVar
@@ -61,6 +62,37 @@ def test_bad_arguments(episodes: int, mode: str, words: str) -> None:
     policy = build_policy(network="mlp", observation_shape=[4], num_actions=2)
     with pytest.raises(ValueError, match=words):
         evaluate(policy, make_env("CartPole-v1", 2), episodes, mode=mode)  # type: ignore[arg-type]
+
+
+class Breaking(gymnasium.Env[Any, Any]):
+    """Games of five steps; from the ``good``-th on the third step of each is not finite."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, good: int) -> None:
+        self.good, self.game, self.steps = good, -1, 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self.game, self.steps = self.game + (self.steps > 0 or self.game < 0), 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        broken = self.game >= self.good and self.steps == 3
+        return np.full(2, np.nan if broken else 0, np.float32), 1.0, self.steps == 5, False, {}
+
+
+@pytest.mark.filterwarnings("ignore:broken:RuntimeWarning")
+@pytest.mark.parametrize(("good", "returns"), [(9, [5.0] * 6), (2, [5.0] * 4), (0, [])])
+def test_a_game_in_which_the_simulator_fails_takes_its_turn(good: int, returns: list[float]) -> None:
+    """A policy that always drives it there would be evaluated for ever."""
+    policy = build_policy(network="mlp", observation_shape=[2], action_dim=1)
+    env = GymEnv(lambda: Breaking(good), 2, name="broken")
+    result = evaluate(policy, env, 6, max_steps=20)
+    assert result.returns == returns
+    assert result.dropped == 6 - len(returns) == env.dropped
+    assert result.mean == 5 if returns else math.isnan(result.mean)
 
 
 def test_curve_and_gif(tmp_path: Path) -> None:

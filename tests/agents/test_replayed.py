@@ -263,6 +263,69 @@ def test_a_damaged_replay_is_named(tmp_path: Path) -> None:
         fit(config, tmp_path / "c", stop=12, resume=tmp_path / "a" / "last.ckpt")
 
 
+def test_a_run_broken_off_between_two_updates_has_counted_no_more(tmp_path: Path) -> None:
+    """Of the three updates of the first step one is made, and one is under way."""
+    agent, data = BUILDERS["sac"](configs()["sac"])
+    data.folder = tmp_path / "replay"
+    update, sampled = agent._update, []
+
+    def watched(batch: Any) -> None:
+        sampled.append(batch)
+        if agent.updates == 1:
+            raise KeyboardInterrupt
+        update(batch)
+
+    agent._update = watched
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[WeightSync(1), Checkpoints(tmp_path, 10**9)],
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        trainer.fit(agent, data)
+    assert (agent.updates, len(sampled), data.limiter.sampled) == (1, 2, 2 * 8)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["ReplayData"]
+    assert saved["limiter"]["sampled"] == 2 * 8
+
+
+def replays(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "rank0").iterdir())
+
+
+def test_no_replay_is_deleted_before_a_checkpoint_names_its_successor(tmp_path: Path) -> None:
+    _, data = BUILDERS["sac"](configs()["sac"])
+    data.folder = tmp_path
+    batches = iter(data.train_dataloader())
+    for _ in range(4):  # no checkpoint is written in between, as on a full disk
+        list(next(batches))
+        list(next(batches))
+        data.save(0)
+    names = [f"{3 * ROLLOUT + rollout * ROLLOUT:012d}" for rollout in range(4)]
+    assert replays(tmp_path) == names
+    (tmp_path / "rank0" / f"{10**6:012d}.new").mkdir()
+    data.prune(0)
+    assert replays(tmp_path) == [*names[2:], f"{10**6:012d}.new"]
+    state = {**data.state_dict(), "replay": names[2]}
+    data.load_state_dict(state)
+    assert replays(tmp_path) == names[2:3]
+    data.shutdown()
+
+
+def test_weights_are_kept_where_the_replay_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = configs()["sac"]
+    fit(config, tmp_path / "a", stop=3)
+    saved = replays(tmp_path / "a" / "replay")
+    with monkeypatch.context() as patch:
+        patch.setattr("offtrace.modules.replay.write_folder", full)
+        with pytest.warns(RuntimeWarning, match="the replay was not saved: .* No space left on device"):
+            agent, _, _ = fit(config, tmp_path / "b", stop=5, resume=tmp_path / "a" / "last.ckpt")
+    content = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)
+    assert content["offtrace"]["updates"] == agent.updates
+    assert [content["ReplayData"]["replay"]] == saved == replays(tmp_path / "a" / "replay")
+
+
 def small_pixels() -> SACConfig:
     config: SACConfig = small(pixel_sac_config(), "cartpole-swingup", rollouts=4)
     config.env.action_repeat, config.loss.fixed_alpha = 1, 0.1

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from offtrace.modules.envs import EnvironmentFailure, GymEnv, check_name, env_info, make_env
@@ -106,6 +107,18 @@ def test_failures_name_environment_step_and_reason(how: str, words: str) -> None
     state["action"] = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(EnvironmentFailure, match=words):
         env.step_and_maybe_reset(state)
+
+
+def test_a_reset_in_the_middle_of_an_episode_is_refused() -> None:
+    """The old episode would go on under the name of a new one."""
+    env = TransformedEnv(GymEnv("CartPole-v1", 2, seed=0), StepCounter(max_steps=3))
+    with pytest.raises(EnvironmentFailure, match=r"CartPole-v1: environment 0 is reset in the middle of its episode"):
+        env.rollout(5, break_when_any_done=False)
+    state = env.base_env.reset()  # all at once
+    assert state["is_init"].all()
+    for _ in range(60):  # and each where it ended
+        state["action"] = torch.ones(2, dtype=torch.int64)
+        _, state = env.base_env.step_and_maybe_reset(state)
 
 
 OWN = """

@@ -344,6 +344,24 @@ def test_a_dump_that_was_stopped_between_its_renames_is_found(tmp_path: Path) ->
     assert (other.sample() == replay.sample()).all()
 
 
+def test_an_interrupted_insertion_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The books are ahead of the data then; what was written before stays, and can be loaded."""
+    replay = filled()
+    replay.dump(tmp_path / "replay")
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.Tensor.index_copy_", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            replay.extend(Stream(2).rollout(3))
+    with pytest.raises(DamagedReplay, match="an insertion was interrupted"):
+        replay.dump(tmp_path / "replay")
+    replay.load(tmp_path / "replay")
+    replay.dump(tmp_path / "again")
+
+
 def test_a_folder_of_other_numbers_is_refused(tmp_path: Path) -> None:
     filled().dump(tmp_path / "replay")
     with pytest.raises(ValueError, match=r"has length 1, this one has 3"):

@@ -1,0 +1,74 @@
+"""How a run ends before its time."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+
+from offtrace.agents.agent import Agent
+
+
+class GracefulStop(pl.Callback):
+    """Ends a run at the next update after Ctrl-C or SIGTERM; at once while it starts, and if the update does not come.
+
+    Attributes:
+        signal: the signal's number, 0 while none came.
+    """
+
+    patience_s = 8.0
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._training = False
+        self._before: dict[int, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
+        """Takes the signals over before the actors start."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        # Lightning would put its own handler in front: it loses the exit code, and waits for the other ranks
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+
+    def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """From now on an update is worth waiting for."""
+        self._training = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stops the loop when a signal came, on all ranks or on none."""
+        if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Gives the signals back."""
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self._restore()
+
+    def teardown(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
+        """Gives the signals back, where training never began."""
+        self._restore()
+
+    def _restore(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = bool(self.signal)
+        self.signal = number
+        if again or not self._training:
+            raise KeyboardInterrupt
+        self._before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, self._expire))
+        signal.setitimer(signal.ITIMER_REAL, self.patience_s)
+
+    def _expire(self, number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
