@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from offtrace.agents.acting import ActingData, place
 from offtrace.modules.collectors import RolloutCollector
 from offtrace.modules.keys import NEXT, POLICY_VERSION
 from offtrace.modules.replay import Replay, SamplesPerInsert
+from offtrace.modules.replay_files import read_folder
 
 __all__ = ["ReplayData"]
 
@@ -35,7 +37,7 @@ class ReplayData(ActingData):
 
     Args:
         collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
-        replay_fn: gives the empty replay of a rank.
+        replay_fn: gives the empty replay of a rank, and takes the folder for its files, or None where it may choose.
         total_frames: environment frames, over all ranks, after which the data ends.
         batch_size: steps learnt from in a batch of the replay, padding included: its samples times their length where
             all steps of a sequence are, otherwise (transitions, n-step windows) its samples.
@@ -44,6 +46,8 @@ class ReplayData(ActingData):
         frame_skip: environment frames per agent step.
         updates_per_step: most batches for one ``training_step``.
         on_rollout: called with every rollout ``[N, T]`` before it is inserted.
+
+    Of a resumed run whose :attr:`folder` is not there any more the replay is filled again, which is said.
 
     Attributes:
         frames: environment frames collected so far, over all ranks.
@@ -56,7 +60,7 @@ class ReplayData(ActingData):
     def __init__(
         self,
         collector_fn: Callable[[int, int], RolloutCollector],
-        replay_fn: Callable[[int], Replay],
+        replay_fn: Callable[[int, Path | None], Replay],
         *,
         total_frames: int,
         batch_size: int,
@@ -106,7 +110,7 @@ class ReplayData(ActingData):
         rank, world_size, device = place(self)
         self.collector = self.collector_fn(rank, self.frames)
         try:
-            self.replay = self.replay_fn(rank)
+            self.replay = self.replay_fn(rank, self._files(rank))
             self.limiter.check(capacity=self.replay.capacity, batch=self.batch_size)
             self._check_batch(self.replay)
             self._fill(self.replay, rank)
@@ -166,18 +170,44 @@ class ReplayData(ActingData):
 
     def _fill(self, replay: Replay, rank: int) -> None:
         """What the last run had, or else the counters of an empty replay."""
-        if self._saved is not None and self.folder is not None:
-            place = self._place_of(rank, self._saved)
-            replay.load(place)
-            for other in place.parent.iterdir():  # of writings that no checkpoint came to name
-                if other.name not in (place.name, f"{place.name}.old"):
+        if self._saved is not None and self.folder is not None and not self.folder.exists():
+            warnings.warn(f"{self.folder} is gone: the run goes on with an empty replay", RuntimeWarning, stacklevel=2)
+            self.limiter.restart()
+        elif self._saved is not None and self.folder is not None:
+            found = self._place_of(rank, self._saved)
+            replay.load(found)
+            for other in found.parent.iterdir():  # of writings that no checkpoint came to name
+                if other.name not in (found.name, f"{found.name}.old"):
                     shutil.rmtree(other, ignore_errors=True)
         else:
             self.limiter.restart()
 
+    def shutdown(self) -> None:
+        """End the actors, and delete the files that the replay worked on."""
+        super().shutdown()
+        files = self._files(place(self)[0])
+        if files is not None:
+            shutil.rmtree(files, ignore_errors=True)
+
+    def _files(self, rank: int) -> Path | None:
+        """Where a replay in files works; what is saved lies elsewhere."""
+        return None if self.folder is None else self.folder.with_name(f"{self.folder.name}.live{rank}")
+
     def _place_of(self, rank: int, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"rank{rank}" / name
+
+
+def check_saved(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Reads the replays in ``folder`` that ``checkpoint`` names, and forgets them again.
+
+    Raises:
+        DamagedReplay: one of them cannot be read.
+    """
+    saved = checkpoint.get(ReplayData.__qualname__, {}).get("replay")
+    if saved is not None and folder.exists():
+        for rank in sorted(folder.iterdir()):
+            read_folder(rank / saved)
 
 
 def _dumps(folder: Path) -> list[Path]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from offtrace.agents.config_base import ConfigError
 from offtrace.agents.optim import OptimizerFactory
 from offtrace.agents.replay_data import ReplayData
 from offtrace.agents.replayed_config import ReplayedConfig
+from offtrace.agents.runs import RUNS
 from offtrace.modules.envs import EnvInfo, env_info
 from offtrace.modules.keys import OBSERVATION, VALID
 from offtrace.modules.networks import ControlPolicy
@@ -48,18 +51,38 @@ def task_info(config: ReplayedConfig) -> EnvInfo:
     return info
 
 
+def bytes_per_step(config: ReplayedConfig, info: EnvInfo) -> int:
+    """What a step takes in the replay: what environment and policy write, 8 bytes of version and 9 of bookkeeping."""
+    shape, images = info.observation_shape, len(info.observation_shape) == 3
+    observation = math.prod(shape) // info.frame_stack * (1 if images else 4)  # of a stack one frame is stored
+    size = info.action_dim or 0
+    if info.num_actions is not None:
+        numbers = 2 + info.num_actions  # an index of 8 bytes, and logits
+    elif config.family == "sac":
+        numbers = 4 * size  # action, mean, scale, and the sample before the tanh
+    else:
+        numbers = 2 * size + (size**2 if config.loss.covariance == "full" else size)
+    return observation + 4 * (numbers + 2) + 17  # two: log-probability and reward
+
+
 def _check_memory(config: ReplayedConfig, info: EnvInfo) -> None:
-    """Observations are most of a replay; what its memory cannot hold is refused before it is asked for."""
-    if config.replay.storage != "tensor" or not hasattr(os, "sysconf"):
+    """What memory or disk cannot hold is refused before it is asked for: an hour later it would end the run."""
+    in_files = config.replay.storage == "memmap"
+    if in_files:
+        folder = RUNS if RUNS.exists() else Path()
+        place, room = "the disk has {:.1f} free", shutil.disk_usage(folder).free
+    elif hasattr(os, "sysconf"):
+        place, room = "this machine has {:.1f}", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
         return
-    # of a stack one frame is stored
-    step = math.prod(info.observation_shape) // info.frame_stack * (1 if len(info.observation_shape) == 3 else 4)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if config.replay.capacity * step > memory:
+    learners, step = config.train.devices, bytes_per_step(config, info)
+    needed = config.replay.capacity * step * learners
+    if needed > room:
+        each = f"steps of {step} bytes" + (f" for each of {learners} learners" if learners > 1 else "")
         raise ConfigError(
-            f"replay.capacity is {config.replay.capacity}; observations of {step} bytes take "
-            f"{config.replay.capacity * step / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f}: it must be below "
-            f"{memory // step}, or replay.storage memmap"
+            f"replay.capacity is {config.replay.capacity}; {each} take {needed / 1e9:.1f} GB, and "
+            f"{place.format(room / 1e9)}: it must be below {room // step // learners}"
+            + ("" if in_files else ", or replay.storage memmap")
         )
 
 
@@ -135,7 +158,7 @@ def normalizer_update(policy: ControlPolicy) -> Callable[[TensorDictBase], None]
     return update
 
 
-def _replay(config: ReplayedConfig, info: EnvInfo, rank: int) -> Replay:
+def _replay(config: ReplayedConfig, info: EnvInfo, rank: int, path: Path | None) -> Replay:
     return Replay(
         config.replay.capacity,
         num_envs=config.env.num_envs,
@@ -144,6 +167,7 @@ def _replay(config: ReplayedConfig, info: EnvInfo, rank: int) -> Replay:
         length=config.sample_length,
         pad=config.sample_length > 1,
         storage=config.replay.storage,
+        path=path if config.replay.storage == "memmap" else None,
         seed=config.train.seed + 7919 * rank,
         frame_stack=info.frame_stack,
     )

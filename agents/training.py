@@ -37,6 +37,9 @@ from offtrace.agents.sac import policy_description as sac_description
 from offtrace.agents.stopping import GracefulStop
 from offtrace.modules.envs import make_env
 
+REPLAY = "replay"
+"""Folder of a run in which the replay of a checkpoint lies."""
+
 BUILDERS: dict[str, Callable[..., tuple[Agent, OnPolicyData | ReplayData]]] = {
     "impala": make_impala,
     "mpo": make_mpo,
@@ -125,7 +128,7 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     pl.seed_everything(config.train.seed, verbose=False)
     agent, data = BUILDERS[config.family](config)
     if isinstance(data, ReplayData):
-        data.folder = run_dir / "replay"
+        data.folder = run_dir / REPLAY
     sync = WeightSync(config.updates_per_push(), config.forced_lag())
     evaluation = Evaluation(
         partial(evaluation_env, config, config.train.eval_episodes, agent.policy),

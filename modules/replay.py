@@ -16,7 +16,7 @@ from torchrl.data import TensorStorage
 from offtrace.modules.keys import DONE, IS_INIT, NEXT, OBSERVATION, TERMINATED, TRUNCATED, VALID
 from offtrace.modules.limiter import SamplesPerInsert
 from offtrace.modules.replay_entries import Key, check, choose, entries_of, nested
-from offtrace.modules.replay_files import DamagedReplay, read_folder, write_folder
+from offtrace.modules.replay_files import DamagedReplay, read_folder, reserve, write_folder
 from offtrace.modules.replay_frames import STACK, check_shifted, newest_only
 from offtrace.modules.replay_lanes import INIT, Lanes, joined
 from offtrace.modules.replay_lanes import TERMINATED as TERMINATED_BIT
@@ -49,7 +49,7 @@ class Replay:
         pad: of sequences: also begin samples in the last ``length - 1`` steps of an episode. They are filled up with
             repetitions that have ``valid`` False. Without it only whole sequences are sampled, and episodes shorter
             than ``length`` never are.
-        storage: ``"tensor"`` in memory, ``"memmap"`` in files.
+        storage: ``"tensor"`` in memory, ``"memmap"`` in files, whose space is taken at once.
         path: folder of the files; a temporary one if not given.
         seed: of the sampling, which draws from a generator of its own.
         device: where a ``"tensor"`` storage lies and samples come from.
@@ -349,6 +349,7 @@ class Replay:
                 self._temporary = tempfile.TemporaryDirectory(prefix="offtrace-replay-")
                 self._path = self._temporary.name
             data = TensorDict(row, []).expand(slots).memmap_like(prefix=str(self._path), existsok=True)
+            reserve(Path(self._path))
         self._storage = TensorStorage(data, device=self.device)
         # Plain views of the memory: a lookup through the subclass of memory-mapped tensors costs twice as much.
         found = entries_of(self._storage.get(slice(None)))

@@ -74,6 +74,18 @@ def write_folder(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def reserve(folder: Path) -> None:
+    """Takes the space of memory-mapped files: on a full disk, writing into a hole would kill the process.
+
+    Raises:
+        OSError: there is not enough.
+    """
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        for file in folder.rglob("*.memmap"):
+            with open(file, "r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+
+
 class Folder:
     """A folder that was read and found whole."""
 

@@ -16,8 +16,9 @@ from offtrace.agents.checkpoint import CHECKPOINT_KEY, CheckpointError, load_pol
 from offtrace.agents.config_base import Config, ConfigError
 from offtrace.agents.evaluation import EvaluationResult, evaluate
 from offtrace.agents.media import Recorder, plot_curve
+from offtrace.agents.replay_data import check_saved
 from offtrace.agents.runs import discard, write_config
-from offtrace.agents.training import DESCRIPTIONS, Summary, evaluation_env, train
+from offtrace.agents.training import DESCRIPTIONS, REPLAY, Summary, evaluation_env, train
 from offtrace.modules.envs import env_info
 from offtrace.modules.replay import DamagedReplay
 from offtrace.recipes.cli import fail
@@ -38,7 +39,7 @@ def run(config: Config, folder: Path, resume: Path | None) -> int:
             discard(folder)
         return fail(_one_line(error))
     except DamagedReplay as error:
-        return fail(f"{_one_line(error)}; {folder} cannot go on without it")
+        return fail(f"{_one_line(error)}; remove {folder / REPLAY} to go on with an empty one")
     except Exception as error:
         # the task or the network was refused, and nothing had begun
         if isinstance(error, ValueError) and resume is None and discard(folder):
@@ -69,6 +70,7 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
     Raises:
         ConfigError: if the machine lacks what is asked for, or the frames are trained already.
         CheckpointError: if the checkpoint cannot be read, or is of another network.
+        DamagedReplay: if the replay that it names cannot be.
     """
     config.check_devices(torch.cuda.device_count())
     if resume is None:
@@ -89,6 +91,7 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
             "give more by --train.total_frames to go on"
         )
     if not int(os.environ.get("LOCAL_RANK", 0)):
+        check_saved(checkpoint, folder / REPLAY)
         try:
             write_config(config, folder, resumed=True)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.checkpoint import load_policy
 from offtrace.agents.config_base import ConfigError
 from offtrace.agents.mpo_config import MPOConfig, VMPOConfig, discrete_mpo_config, dmpo_config, full_covariance_config
+from offtrace.agents.replayed import bytes_per_step, task_info
 from offtrace.agents.replayed_config import ReplayedConfig
 from offtrace.agents.sac_config import SACConfig, discrete_sac_config, pixel_sac_config, sac_v1_config
 from offtrace.agents.targets import hard_update
@@ -145,6 +147,8 @@ def test_every_variant_learns_something_and_its_policy_loads(name: str, tmp_path
     assert data.limiter.inserted == data.frames == steps
     assert data.limiter.sampled == 4 * (steps - 16)
     assert agent.updates == data.limiter.sampled // 8
+    smoothed = 4 if config.network.smoothing else 0  # the last executed action
+    assert data.replay.bytes_per_slot == bytes_per_step(config, task_info(config)) + smoothed
     policy = load_policy(tmp_path / "last.ckpt")
     observation = torch.randn(5, *config_shape(config))
     ours, theirs = (p.get_dist_params(_td(observation)) for p in (agent.policy, policy))
@@ -344,10 +348,32 @@ def test_of_stacked_images_each_frame_is_stored_once() -> None:
     assert data.replay.frame_stack == 1
 
 
+def test_a_replay_in_files_works_inside_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+    config = configs()["sac"]
+    config.replay.storage = "memmap"
+    _, data = BUILDERS["sac"](config)
+    data.folder = tmp_path / "replay"
+    next(iter(data.train_dataloader()))
+    files = list((tmp_path / "replay.live0").rglob("*.memmap"))
+    assert files
+    assert all(file.stat().st_blocks * 512 >= file.stat().st_size for file in files)  # no holes
+    data.shutdown()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_replay_was_removed_fills_it_again(tmp_path: Path) -> None:
+    config = configs()["sac"]
+    fit(config, tmp_path / "a", stop=4)
+    shutil.rmtree(tmp_path / "a" / "replay")
+    with pytest.warns(RuntimeWarning, match="replay is gone: the run goes on with an empty replay"):
+        _, data, _ = fit(config, tmp_path / "b", stop=7, resume=tmp_path / "a" / "last.ckpt")
+    assert len(data.replay) == 3 * ROLLOUT
+
+
 def test_a_capacity_that_stacked_images_do_not_fit_is_refused() -> None:
     config = small_pixels()
     config.replay.capacity = 10**13
-    with pytest.raises(ConfigError, match=r"observations of 21168 bytes take 211680000\.0 GB, and this machine has"):
+    with pytest.raises(ConfigError, match=r"steps of 212\d\d bytes take 212\d{6}\.0 GB, and this machine has"):
         BUILDERS["sac"](config)
     config.replay.capacity = 32
     config.validate()
@@ -450,8 +476,14 @@ def test_tasks_that_do_not_fit_are_refused() -> None:
             BUILDERS[config.family](config)
     config = small(SACConfig())
     config.replay.capacity = 10**13
-    with pytest.raises(ConfigError, match=r"observations of 12 bytes take 120000\.0 GB, and this machine has"):
-        BUILDERS["sac"](config)
+    for storage, devices, words in (
+        ("tensor", 1, r"steps of 53 bytes take 530000\.0 GB, and this machine has .*, or replay.storage memmap"),
+        ("tensor", 2, r"steps of 53 bytes for each of 2 learners take 1060000\.0 GB"),
+        ("memmap", 1, r"steps of 53 bytes take 530000\.0 GB, and the disk has [\d.]+ free: it must be below \d+$"),
+    ):
+        config.replay.storage, config.train.devices = storage, devices
+        with pytest.raises(ConfigError, match=words):
+            BUILDERS["sac"](config)
     config = small(dmpo_config(), "cartpole-swingup")
     config.env.action_repeat = 2
     with pytest.raises(ConfigError, match=r"loss.v_max is 150; .* returns of dm_control reach 200: it must be that"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -122,14 +123,17 @@ def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixtur
     folder = max((RUN / "replay/rank0").iterdir())
     damaged = max(folder.iterdir(), key=lambda file: file.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    kept = {file: file.read_bytes() for file in [*folder.iterdir(), RUN / "checkpoints/last.ckpt"]}
+    kept = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
     capsys.readouterr()
     for _ in range(2):
         assert sac_control.main(["--resume", "runs/a", "--train.total_frames=128"]) == 2
         told = error_line(capsys)
         assert f"the replay in '{folder}' is damaged: {damaged.name} has" in told
-        assert told.endswith("runs/a cannot go on without it")
+        assert told.endswith("remove runs/a/replay to go on with an empty one")
     assert {file: file.read_bytes() for file in kept} == kept
+    shutil.rmtree(RUN / "replay")
+    with pytest.warns(RuntimeWarning, match="runs/a/replay is gone: the run goes on with an empty replay"):
+        assert sac_control.main(["--resume", "runs/a", "--train.total_frames=128"]) == 0
 
 
 def test_a_stopped_run_goes_on_with_its_replay(capsys: pytest.CaptureFixture[str]) -> None:
