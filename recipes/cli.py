@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -41,6 +44,7 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import_from_here()
     new: Path | None = None
+    before = _interrupt_on_sigterm()
     try:
         config, resume = parse(argv, presets=presets, description=description)
         check(config)
@@ -61,6 +65,29 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
             discard(new)
         print("interrupted", file=sys.stderr)
         return 130
+    except _Terminated:
+        if new is not None:
+            discard(new)
+        print("terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(BaseException):
+    """SIGTERM before training took the signals over."""
+
+
+def _interrupt_on_sigterm() -> Any:
+    """Lets SIGTERM end the program as Ctrl-C does, without a trace; the handler before, where one can be set."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    return signal.signal(signal.SIGTERM, terminate)
 
 
 def _folder(config: Config) -> Path:

@@ -105,6 +105,8 @@ def numbers(argv: Sequence[str], types_of: dict[str, Any]) -> list[str]:
 
 def _spelt(value: str, wanted: Any) -> str:
     number = _number(value, wanted)
+    if not isinstance(number, float):
+        return str(number)
     return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(str(number), str(number))
 
 

@@ -19,7 +19,7 @@ from offtrace.agents.media import Recorder, plot_curve
 from offtrace.agents.replay_data import check_saved
 from offtrace.agents.runs import discard, write_config
 from offtrace.agents.training import DESCRIPTIONS, REPLAY, Summary, evaluation_env, train
-from offtrace.modules.envs import env_info
+from offtrace.modules.envs import EnvironmentFailure, env_info
 from offtrace.modules.replay import DamagedReplay
 from offtrace.recipes.cli import fail
 from offtrace.recipes.flags import count
@@ -41,8 +41,8 @@ def run(config: Config, folder: Path, resume: Path | None) -> int:
     except DamagedReplay as error:
         return fail(f"{_one_line(error)}; remove {folder / REPLAY} to go on with an empty one")
     except Exception as error:
-        # the task or the network was refused, and nothing had begun
-        if isinstance(error, ValueError) and resume is None and discard(folder):
+        # the task or the network was refused, or this machine cannot render its images, and nothing had begun
+        if isinstance(error, (ValueError, EnvironmentFailure)) and resume is None and discard(folder):
             return fail(_one_line(error))
         return _stopped(error, folder)
     if int(os.environ.get("LOCAL_RANK", 0)):  # only the first of several learners draws and sums up

@@ -145,7 +145,7 @@ def _imported(path: str, num_envs: int, seed: int, last_step: bool, rescale_acti
                 made.close()
             raise ValueError(
                 f"{path!r} has no {missing[0]!r} among its observations; a TorchRL environment needs "
-                f"{', '.join(_NEEDED)}, as BatchedEnv gives them: derive it from that, or return a gymnasium.Env"
+                f"{', '.join(_NEEDED)}, as VectorEnv gives them: derive it from that, or return a gymnasium.Env"
             )
         space = made.action_spec.space if rescale_actions and isinstance(made.action_spec, Bounded) else None
         if space is not None and not bool((space.low == -1).all() and (space.high == 1).all()):

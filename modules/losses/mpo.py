@@ -129,7 +129,10 @@ class MPOLoss(MPOBase):
                 "per_dimension=True needs covariance='diagonal': the KL between normals with full covariance is not a "
                 "sum over dimensions, so there is nothing to bound in each"
             )
-        action_dim = getattr(policy, "action_dim", None) if action_dim is None else action_dim
+        own = getattr(policy, "action_dim", None)
+        if own is not None and action_dim not in (None, own):
+            raise ValueError(f"action_dim is {action_dim}, and the policy's actions have {own} dimensions")
+        action_dim = own if action_dim is None else action_dim
         if per_dimension and not action_dim:
             raise ValueError(f"per_dimension=True needs action_dim, the number of action dimensions; got {action_dim}")
         default = _PER_DIMENSION if per_dimension else _JOINT

@@ -638,6 +638,8 @@ def test_the_actions_dimensions_are_those_of_the_policy() -> None:
     shapes: Any = {"network": "mlp", "observation_shape": [3], "action_dim": DIM}
     loss = MPOLoss(build_actor(kind="gaussian", **shapes), build_critic(**shapes))
     assert loss.alpha_mean.raw.shape == (DIM,)
+    with pytest.raises(ValueError, match=f"action_dim is 7, and the policy's actions have {DIM} dimensions"):
+        MPOLoss(build_actor(kind="gaussian", **shapes), build_critic(**shapes), action_dim=7)
 
 
 def test_networks_and_batches_that_do_not_fit_are_refused() -> None:

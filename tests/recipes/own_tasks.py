@@ -43,7 +43,12 @@ class Stopped(Short):
         return found
 
 
-def diverging(num_envs: int, seed: int) -> ControlEnv:
+def hopeless(num_envs: int, seed: int) -> ControlEnv:
+    """As :func:`diverging`, in every twentieth step of evaluation too: no game comes to its end."""
+    return diverging(num_envs, seed, evaluation=True)
+
+
+def diverging(num_envs: int, seed: int, evaluation: bool = False) -> ControlEnv:
     """Cartpoles with episodes of 25 steps; MuJoCo diverges in every twentieth step of training."""
 
     def load(seed: int) -> Any:
@@ -56,7 +61,7 @@ def diverging(num_envs: int, seed: int) -> ControlEnv:
             if steps[0] % 20 == 0:
                 physics.data.qvel[:] = np.nan
 
-        if not EVALUATION_SEED <= seed < EVALUATION_SEED + 16:
+        if evaluation or not EVALUATION_SEED <= seed < EVALUATION_SEED + 16:
             env.task.before_step = before_step
         return env
 

@@ -118,6 +118,15 @@ def test_a_simulator_that_diverges_costs_its_episode_only(argv: list[str], capsy
         assert all(map(math.isfinite, column(name))), name
 
 
+@pytest.mark.filterwarnings("ignore:hopeless:RuntimeWarning")
+def test_a_simulator_that_fails_in_every_evaluation_costs_the_score_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match="no score at 64 frames: the simulator failed in each of 2 evaluation games"):
+        assert sac(f"--env.task={OWN}:hopeless", "--replay.min_size=20", "--train.eval_episodes=2") == 0
+    out, _ = capsys.readouterr()
+    assert "no evaluation yet after 64 frames, 3 episodes dropped" in out
+    assert json.loads((RUN / "summary.json").read_text())["scores"] == []
+
+
 def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert sac(f"--env.task={OWN}:Short", "--train.final_eval=false") == 0
     folder = max((RUN / "replay/rank0").iterdir())

@@ -51,6 +51,11 @@ def test_numbers_in_other_spellings() -> None:
         ".inf",
         "--loss.c_clip=.inf",
     ]
+    assert numbers(["--train.name", "nan", "--train.name=inf"], types_of_keys(ImpalaConfig)) == [
+        "--train.name",
+        "nan",
+        "--train.name=inf",
+    ]
     assert numbers(["--train.seed=1", "1e6"], types_of_keys(ImpalaConfig)) == ["--train.seed=1", "1e6"], (
         "what follows a whole flag is not its value"
     )

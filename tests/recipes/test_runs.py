@@ -149,6 +149,22 @@ def test_signals_save_and_end_quickly(tmp_path: Path, number: signal.Signals) ->
     assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE], "processes are left behind"
 
 
+def test_a_signal_before_torch_is_there(tmp_path: Path) -> None:
+    """Nothing is left, so that the name is free."""
+    process = subprocess.Popen(
+        [sys.executable, str(RECIPES / "impala_control.py"), *TINY, "--train.name", "s"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    while not (tmp_path / "runs/s/versions.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert err.endswith("\nterminated\n")
+    assert not list((tmp_path / "runs").iterdir())
+
+
 def test_a_signal_while_the_actors_start(tmp_path: Path) -> None:
     """To the whole process group, as timeout and batch systems send it."""
     process = subprocess.Popen(
