@@ -39,8 +39,8 @@ else
 	$(BIN)/python benchmarks/returns.py --quick --budget 0.3
 	$(BIN)/python benchmarks/envs.py --rounds 60
 	$(BIN)/python benchmarks/replay.py --rounds 50
-	$(BIN)/python benchmarks/sac_updates.py --blocks 6
-	$(BIN)/python benchmarks/mpo_updates.py --pairs 2 --updates 20
+	$(BIN)/python benchmarks/sac_updates.py --pairs 6
+	$(BIN)/python benchmarks/mpo_updates.py --pairs 2
 	$(BIN)/python benchmarks/impala_throughput.py --quick
 endif
 

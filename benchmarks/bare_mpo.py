@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 class BareMPO:
-    def __init__(self, replay: dict[str, Tensor], batch: int, hidden: tuple[int, ...], compiled: bool = False) -> None:
+    def __init__(self, replay: dict[str, Tensor], batch: int, hidden: tuple[int, ...]) -> None:
         self.replay, self.batch, self.updates = replay, batch, 0
         self.policy, self.critic = Net(OBS, hidden, 2 * ACT), Net(OBS + ACT, hidden, 1)
         self.old_policy, self.old_critic = copy.deepcopy(self.policy), copy.deepcopy(self.critic)
@@ -45,7 +45,6 @@ class BareMPO:
         self.networks = [*self.policy.parameters(), *self.critic.parameters()]
         groups = [{"params": self.networks, "lr": 3e-4}, {"params": self.duals, "lr": 1e-2}]
         self.optimizer = torch.optim.Adam(groups, fused=True)
-        self.call = torch.compile(self.loss) if compiled else self.loss
 
     def gaussian(self, net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
         loc, raw = net(x).chunk(2, -1)
@@ -91,7 +90,7 @@ class BareMPO:
         return policy + dual.squeeze() + critic
 
     def update(self) -> None:
-        loss = self.call(*self.sample())
+        loss = self.loss(*self.sample())
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.networks, 40.0)
