@@ -110,8 +110,11 @@ class Agent(pl.LightningModule):
         total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
         optimizer.zero_grad()
         self.manual_backward(total * self._rank_scale(out))
-        norms = [self._clipped(group["params"]) for group in optimizer.param_groups]
-        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+        if self.clip_grad_norm is None:
+            norm = _norm(self._parameters_to_train)
+        else:
+            limit = self.clip_grad_norm
+            norm = torch.stack([_clipped(group["params"], limit) for group in optimizer.param_groups]).norm()
         if not torch.isfinite(norm):
             raise TrainingDivergedError(
                 f"the gradient's norm is {norm.item()} at update {self.updates} ({self.frames} frames); "
@@ -123,13 +126,6 @@ class Agent(pl.LightningModule):
             self._after_update(self.updates)
         self._frames_before = self.frames
         self._add_metrics(out, norm)
-
-    def _clipped(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Clips the gradients of one group; their norm before."""
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        if self.clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm, foreach=True)
-        return norm
 
     def _rank_scale(self, out: TensorDictBase) -> Tensor | float:
         ranks = self.trainer.world_size
@@ -201,6 +197,17 @@ class Agent(pl.LightningModule):
             self._random_state = None
         if self.trainer.global_rank:  # the weights are the same on every rank; what is drawn in losses must not be
             torch.manual_seed(torch.initial_seed() + self.updates + self.trainer.global_rank)
+
+
+def _norm(parameters: list[nn.Parameter]) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+
+
+def _clipped(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Clips the gradients of one group to the norm ``limit``; their norm before."""
+    norm = _norm(parameters)
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+    return norm
 
 
 def random_state() -> dict[str, Any]:
