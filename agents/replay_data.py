@@ -15,13 +15,16 @@ from torch import Tensor
 
 from offtrace.agents.acting import ActingData, place
 from offtrace.modules.collectors import RolloutCollector
-from offtrace.modules.keys import NEXT, POLICY_VERSION
+from offtrace.modules.envs import EnvironmentFailure
+from offtrace.modules.keys import NEXT, POLICY_VERSION, VALID
 from offtrace.modules.replay import Replay, SamplesPerInsert
 from offtrace.modules.replay_files import read_folder
 
 __all__ = ["ReplayData"]
 
 _ENDLESS = 10**12
+_HOPELESS = 100
+"""Steps, not one of them valid, after which a simulator will not come back."""
 
 
 class ReplayData(ActingData):
@@ -171,7 +174,11 @@ class ReplayData(ActingData):
     def _fill(self, replay: Replay, rank: int) -> None:
         """What the last run had, or else the counters of an empty replay."""
         if self._saved is not None and self.folder is not None and not self.folder.exists():
-            warnings.warn(f"{self.folder} is gone: the run goes on with an empty replay", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{self.folder} is gone: the run goes on with an empty replay, after {self.limiter.min_size} steps",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             self.limiter.restart()
         elif self._saved is not None and self.folder is not None:
             found = self._place_of(rank, self._saved)
@@ -247,6 +254,7 @@ class ReplayStream:
         self._device = device
         self._frames_per_rollout = collector.frames_per_batch * data.frame_skip * world_size
         self._taken = 0
+        self._failed = 0
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -270,6 +278,7 @@ class ReplayStream:
         rollout = next(self._collector)
         data._versions = rollout[NEXT, POLICY_VERSION]
         data.games.note(rollout)
+        self._check(rollout)
         if data.on_rollout is not None:
             data.on_rollout(rollout)
         # the actors take turns
@@ -277,3 +286,11 @@ class ReplayStream:
         self._taken += 1
         data.limiter.insert(rollout.numel())
         data.frames += self._frames_per_rollout
+
+    def _check(self, rollout: TensorDictBase) -> None:
+        valid = rollout.get(VALID, None)
+        self._failed = 0 if valid is None or bool(valid.any()) else self._failed + rollout.numel()
+        if self._failed >= _HOPELESS:
+            raise EnvironmentFailure(
+                f"the simulator failed in each of the last {self._failed} steps; there is nothing to learn from"
+            )

@@ -10,6 +10,9 @@ from offtrace.agents.config_base import ActorConfig, Config, ConfigError, RunCon
 from offtrace.modules.envs.suite import control_name
 from offtrace.modules.limiter import SamplesPerInsert
 
+MOST_UPDATES = 100
+"""For a collected step. What needs more would learn by heart what it has."""
+
 Target = Literal["one_step", "n_step", "retrace", "importance_sampling", "q_lambda", "tree_backup"]
 
 
@@ -69,7 +72,7 @@ class ReplayConfig:
     samples_per_insert: float = 256.0
     """Steps learnt from per collected step: divided by batch_size, the updates per step."""
     min_size: int = 1_000
-    """Steps collected before the first update."""
+    """Steps collected before the first update. (SAC's authors take 1,000 to 10,000, with random actions.)"""
     storage: Literal["tensor", "memmap"] = "tensor"
     """In memory, or in files."""
 
@@ -211,7 +214,19 @@ class ReplayedConfig(Config):
         except ValueError as error:
             raise ConfigError(f"replay.samples_per_insert: {error}") from error
         rollout = self.env.num_envs * unroll
+        updates = float(limiter.ratio / replay.batch_size)
+        if updates > MOST_UPDATES:
+            raise ConfigError(
+                f"replay.samples_per_insert is {replay.samples_per_insert:g}, {updates:,.0f} updates for each "
+                f"collected step; with a replay.batch_size of {replay.batch_size} it must be at most "
+                f"{MOST_UPDATES * replay.batch_size}"
+            )
         frames_per_rollout = rollout * self.env.action_repeat * self.train.devices
+        if frames_per_rollout > self.train.total_frames:
+            raise ConfigError(
+                f"collector.unroll is {unroll}, and a rollout of all environments and learners {frames_per_rollout} "
+                f"frames; it must not be more than train.total_frames, {self.train.total_frames}"
+            )
         steps = rollout * math.ceil(self.train.total_frames / frames_per_rollout)
         needed = math.ceil(replay.min_size + replay.batch_size / limiter.ratio)
         if steps < needed:

@@ -75,6 +75,11 @@ def _check_entropy(config: SACConfig, info: EnvInfo) -> None:
             f"loss.target_entropy is {wanted}; it must be below log({info.num_actions}) = {most:.3f}, the entropy of "
             f"uniform actions in {config.task}"
         )
+    if wanted != "auto" and info.num_actions is None and wanted > 0:
+        raise ConfigError(
+            f"loss.target_entropy is {wanted}, which is for discrete actions; those of {config.task} are continuous: "
+            "it must be auto, or at most 0"
+        )
 
 
 def policy_description(config: SACConfig, info: EnvInfo) -> dict[str, Any]:

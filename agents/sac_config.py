@@ -19,8 +19,7 @@ from offtrace.agents.replayed_config import (
 
 @dataclass
 class SACLossConfig:
-    """Soft actor-critic; the paper's values where nothing else is said. (Its code explores for 1,000 to 10,000 steps
-    first: replay.min_size.)"""
+    """Soft actor-critic; the paper's values where nothing else is said."""
 
     version: Literal[2, 1] = 2
     """2: temperature learnt (Haarnoja et al. 2018b); 1: value network and reward scale (2018a)."""

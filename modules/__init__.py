@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from offtrace.modules.estimators import VTrace as VTrace
     from offtrace.modules.losses import DiscreteMPOLoss as DiscreteMPOLoss
     from offtrace.modules.losses import DiscreteSACLoss as DiscreteSACLoss
+    from offtrace.modules.losses import FastHardUpdate as FastHardUpdate
+    from offtrace.modules.losses import FastSoftUpdate as FastSoftUpdate
     from offtrace.modules.losses import ImpalaLoss as ImpalaLoss
     from offtrace.modules.losses import MPOLoss as MPOLoss
     from offtrace.modules.losses import QActorCriticLoss as QActorCriticLoss
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 _MODULE = {
     "DiscreteMPOLoss": "losses",
     "DiscreteSACLoss": "losses",
+    "FastHardUpdate": "losses",
+    "FastSoftUpdate": "losses",
     "ImpalaLoss": "losses",
     "ImportanceSampling": "estimators",
     "LambdaReturn": "estimators",

@@ -149,7 +149,7 @@ def checkpoint_file(path: Path) -> Path:
         RunError: one sentence.
     """
     if not path.is_file():
-        last = path.with_name("last.ckpt")
+        last = path / "checkpoints" / "last.ckpt" if path.is_dir() else path.with_name("last.ckpt")
         raise RunError(f"there is no checkpoint file at {path}" + (f"; there is {last}" if last.is_file() else ""))
     if not zipfile.is_zipfile(path):
         raise RunError(f"{path} is truncated or not a checkpoint")

@@ -61,6 +61,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise ConfigError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
     if args.gif is not None and not args.gif.absolute().parent.is_dir():
         raise ConfigError(f"--gif is {args.gif}; there is no folder {args.gif.absolute().parent}")
+    if args.gif is not None and args.gif.suffix != ".gif":
+        raise ConfigError(f"--gif is {args.gif}; it must be the name of a file that ends in .gif")
     checkpoint_file(args.checkpoint)
     return args
 

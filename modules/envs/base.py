@@ -171,6 +171,11 @@ class VectorEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict.get(k.ACTION)
+        if action.shape != self._no_action.shape:
+            raise EnvironmentFailure(
+                f"{self.name}: the policy gave actions of shape {list(action.shape)}; they must be "
+                f"{list(self._no_action.shape)}"
+            )
         self._steps += 1
         result = self._guard(self._advance, action)
         reward = result.reward.view(-1, 1)

@@ -67,8 +67,8 @@ class GymEnv(VectorEnv):
         self._scale: tuple[Any, Any] | None = None
         if rescale_actions and self._low is not None:
             bounded = np.isfinite(self._high) & np.isfinite(self._low)
-            middle = np.where(bounded, (self._low + self._high) / 2, 0)
-            self._scale = middle, np.where(bounded, (self._high - self._low) / 2, 1)
+            low, high = np.where(bounded, self._low, -1), np.where(bounded, self._high, 1)
+            self._scale = (low + high) / 2, (high - low) / 2
             action = Bounded(-1.0, 1.0, shape=action.shape, dtype=torch.float32)
         self.renders = first.render_mode == "rgb_array"
         self._mujoco = any(base.__name__ == "MujocoEnv" for base in type(first.unwrapped).__mro__)

@@ -28,7 +28,8 @@ def check_target(target: str, *, discrete: bool) -> None:
         ValueError: one sentence.
     """
     if target not in TARGETS:
-        raise ValueError(f"target must be one of {TARGETS}, got {target!r}")
+        known = tuple(name for name in TARGETS if discrete or name != "tree_backup")
+        raise ValueError(f"target must be one of {known}, got {target!r}")
     if target == "tree_backup" and not discrete:
         raise ValueError(
             "target='tree_backup' needs probabilities of discrete actions, and these actions are continuous: a density "

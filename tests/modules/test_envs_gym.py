@@ -109,6 +109,13 @@ def test_failures_name_environment_step_and_reason(how: str, words: str) -> None
         env.step_and_maybe_reset(state)
 
 
+def test_actions_of_another_shape_are_refused() -> None:
+    env = make_env("Pendulum-v1", 2)
+    state = env.reset().set("action", torch.zeros(2, 3))
+    with pytest.raises(EnvironmentFailure, match=r"Pendulum-v1: .* actions of shape \[2, 3\]; they must be \[2, 1\]"):
+        env.step(state)
+
+
 def test_a_reset_in_the_middle_of_an_episode_is_refused() -> None:
     """The old episode would go on under the name of a new one."""
     env = TransformedEnv(GymEnv("CartPole-v1", 2, seed=0), StepCounter(max_steps=3))

@@ -43,12 +43,17 @@ class Stopped(Short):
         return found
 
 
+def dead(num_envs: int, seed: int) -> ControlEnv:
+    """A simulator that never comes back from its thirtieth step on."""
+    return diverging(num_envs, seed, last=30)
+
+
 def hopeless(num_envs: int, seed: int) -> ControlEnv:
     """As :func:`diverging`, in every twentieth step of evaluation too: no game comes to its end."""
     return diverging(num_envs, seed, evaluation=True)
 
 
-def diverging(num_envs: int, seed: int, evaluation: bool = False) -> ControlEnv:
+def diverging(num_envs: int, seed: int, evaluation: bool = False, last: int = 10**9) -> ControlEnv:
     """Cartpoles with episodes of 25 steps; MuJoCo diverges in every twentieth step of training."""
 
     def load(seed: int) -> Any:
@@ -58,7 +63,7 @@ def diverging(num_envs: int, seed: int, evaluation: bool = False) -> ControlEnv:
         def before_step(action: Any, physics: Any) -> None:
             before(action, physics)
             steps[0] += 1
-            if steps[0] % 20 == 0:
+            if steps[0] % 20 == 0 or steps[0] > last:
                 physics.data.qvel[:] = np.nan
 
         if evaluation or not EVALUATION_SEED <= seed < EVALUATION_SEED + 16:

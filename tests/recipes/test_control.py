@@ -69,6 +69,9 @@ def weights() -> dict[str, Any]:
         (mpo, ["--env.task=wlaker-walk", "--env.action_repeat=4"], "environment 'wlaker-walk'; did you mean 'walker-w"),
         (sac, ["--preset=v1", "--env.task=CartPole-v1"], "no form for the discrete actions of CartPole-v1; use 2"),
         (sac, ["--env.task=CartPole-v1", "--loss.target_entropy=0.7"], "must be below log(2) = 0.693"),
+        (sac, ["--preset=discrete", "--env.task=Pendulum-v1"], "those of Pendulum-v1 are continuous: it must be auto"),
+        (sac, ["--collector.unroll=100"], "learners 100 frames; it must not be more than train.total_frames, 64"),
+        (sac, ["--replay.samples_per_insert=1e9"], "125,000,000 updates for each collected step; with a replay.batch"),
         (sac, ["--env.task=CartPole-v1", "--network.smoothing=0.5"], "smoothing is 0.5; CartPole-v1 has discrete"),
         (mpo, ["--preset=dmpo", "--env.task=CartPole-v1"], "those of CartPole-v1 are discrete"),
         (mpo, ["--preset=full", "--env.task=CartPole-v1"], "those of CartPole-v1 are discrete"),
@@ -116,6 +119,14 @@ def test_a_simulator_that_diverges_costs_its_episode_only(argv: list[str], capsy
     for name in ("train/loss_critic", "train/grad_norm", "eval/return"):
         assert column(name), name
         assert all(map(math.isfinite, column(name))), name
+
+
+@pytest.mark.filterwarnings("ignore:dead:RuntimeWarning")
+def test_a_simulator_that_does_not_come_back_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sac(f"--env.task={OWN}:dead", "--replay.min_size=20", "--train.total_frames=1000") == 1
+    _, err = capsys.readouterr()
+    assert "error: training stopped: the simulator failed in each of the last 104 steps; there is nothing to" in err
+    assert (RUN / "checkpoints/last.ckpt").exists()
 
 
 @pytest.mark.filterwarnings("ignore:hopeless:RuntimeWarning")

@@ -153,6 +153,7 @@ def test_nearest() -> None:
         (["x", "--mode", "foo"], "--mode: invalid choice: 'foo'"),
         (["x", "--episodes", "0"], "--episodes is 0; it must be at least 1"),
         (["x", "--gif", "/no/such/folder/a.gif"], "there is no folder /no/such/folder"),
+        (["x", "--gif", "a.mp4"], "--gif is a.mp4; it must be the name of a file that ends in .gif"),
         ([], "the following arguments are required: checkpoint"),
     ],
 )
