@@ -22,6 +22,7 @@ from offtrace.agents.sac_config import SACConfig, discrete_sac_config, pixel_sac
 from offtrace.agents.targets import hard_update
 from offtrace.agents.training import BUILDERS
 from offtrace.modules.replay import DamagedReplay
+from tests.agents.renewal import NewEnvironments
 
 ROLLOUT = 8
 
@@ -53,27 +54,6 @@ class StopAfter(pl.Callback):
             trainer.should_stop = True
 
 
-class NewEnvironments(pl.Callback):
-    """Puts fresh environments under a running stream after some rollouts, and touches nothing else."""
-
-    def __init__(self, data: Any, rollouts: int) -> None:
-        self.frames = rollouts * ROLLOUT
-        self.streams: list[Any] = []
-        make = data.train_dataloader
-        data.train_dataloader = lambda: self.streams.append(make()) or self.streams[-1]
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        data = trainer.datamodule
-        if data.frames == self.frames and not data.limiter.may_sample(data.batch_size):
-            state = torch.get_rng_state()
-            version, old = data.collector.version, data.collector
-            old.shutdown()
-            data.collector = self.streams[-1]._collector = data.collector_fn(0, data.frames)
-            data.collector.version = version
-            torch.set_rng_state(state)
-            self.frames = -1
-
-
 def fit(
     config: Any,
     folder: Path | None = None,
@@ -92,7 +72,7 @@ def fit(
     if resume is not None:
         data.folder = resume.parent / "replay"
     if renew:
-        callbacks.append(NewEnvironments(data, renew))
+        callbacks.append(NewEnvironments(data, renew * ROLLOUT))
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,

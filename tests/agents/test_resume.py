@@ -11,8 +11,8 @@ import torch
 
 from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.config import ImpalaConfig, control_config
-from offtrace.agents.data import OnPolicyData
 from offtrace.agents.impala import make_impala
+from tests.agents.renewal import NewEnvironments
 
 ENVS, UNROLL, MINIBATCHES, EPOCHS = 4, 8, 2, 2
 ROLLOUT = ENVS * UNROLL
@@ -40,27 +40,6 @@ class StopAfter(pl.Callback):
             trainer.should_stop = True
 
 
-class NewEnvironments(pl.Callback):
-    """Puts fresh environments under a running stream after some rollouts, and touches nothing else."""
-
-    def __init__(self, data: OnPolicyData, rollouts: int) -> None:
-        self.frames = rollouts * ROLLOUT
-        self.streams: list[Any] = []
-        make = data.train_dataloader
-        data.train_dataloader = lambda: self.streams.append(make()) or self.streams[-1]  # type: ignore[method-assign]
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        data = trainer.datamodule
-        if data.frames == self.frames:
-            state = torch.get_rng_state()
-            version, old = data.collector.version, data.collector
-            old.shutdown()
-            data.collector = self.streams[-1]._collector = data.collector_fn(0, data.frames)
-            data.collector.version = version
-            torch.set_rng_state(state)
-            self.frames = -1
-
-
 def run(
     config: ImpalaConfig,
     folder: Path,
@@ -76,7 +55,7 @@ def run(
     callbacks = [WeightSync(MINIBATCHES * EPOCHS), Checkpoints(folder, every=10**9)]
     callbacks += [StopAfter(round(stop * MINIBATCHES * EPOCHS)), *(more or [])]
     if renew:
-        callbacks.append(NewEnvironments(data, renew))
+        callbacks.append(NewEnvironments(data, renew * ROLLOUT))
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
