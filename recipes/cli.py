@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
@@ -27,6 +28,7 @@ MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train
 """Flags that a resumed run may be given; everything else is what the run began with."""
 
 _FOLDER = "OFFTRACE_RUN_FOLDER"
+_format_warning = warnings.formatwarning
 
 Presets = dict[str, Callable[[], Config]]
 
@@ -42,6 +44,7 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
     # that is where the time goes: SAC then learns half as fast as with this bound, and no slower where nothing has.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    warnings.formatwarning = _one_warning
     import_from_here()
     new: Path | None = None
     before = _interrupt_on_sigterm()
@@ -73,6 +76,14 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _one_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line, without the place in the code, where the warning is of this package and so for the user."""
+    own = Path(filename).is_relative_to(Path(__file__).resolve().parents[1])
+    return f"warning: {message}\n" if own else _format_warning(message, category, filename, lineno, line)
 
 
 class _Terminated(BaseException):
