@@ -94,6 +94,7 @@ def actor_critic_description(config: OnPolicyConfig, info: EnvInfo) -> dict[str,
         "masked": info.masked,
         "critic": "q" if getattr(config.loss, "estimator", "") == "retrace" else "v",
         "channels_last": _channels_last(config),
+        "popart": getattr(config.network, "popart", False),
     }
     return {"builder": "build_policy", "arguments": arguments}
 

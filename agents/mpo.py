@@ -112,6 +112,7 @@ def make_vmpo(config: VMPOConfig) -> tuple[Agent, OnPolicyData]:
         total_frames=config.train.total_frames,
         schedule=config.optim.schedule,
         clip_grad_norm=config.optim.clip_grad_norm,
+        after_update=lambda updates: loss.update_values(),
         description={"policy": description, **config.description()},
     )
     data = OnPolicyData(

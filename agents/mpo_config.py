@@ -139,11 +139,23 @@ class VMPOLossConfig:
 
 
 @dataclass
+class VMPONetworkConfig(NetworkConfig):
+    """The shared actor-critic."""
+
+    encoder: str = "mlp"
+    """shallow and resnet (IMPALA's two) read images, mlp reads vectors; or package.module:function of an own one."""
+    hidden: list[int] = field(default_factory=lambda: [64, 64])
+    """Widths of the fully connected layers."""
+    popart: bool = False
+    """Normalise values by the returns' mean and deviation (PopArt); loss.value_coef is then in their units."""
+
+
+@dataclass
 class VMPOConfig(OnPolicyConfig):
     """V-MPO, on rollouts."""
 
     env: EnvConfig = field(default_factory=lambda: EnvConfig(game="CartPole-v1"))
-    network: NetworkConfig = field(default_factory=lambda: NetworkConfig(encoder="mlp", hidden=[64, 64]))
+    network: VMPONetworkConfig = field(default_factory=VMPONetworkConfig)
     collector: CollectorConfig = field(default_factory=lambda: CollectorConfig(unroll=32))
     loss: VMPOLossConfig = field(default_factory=VMPOLossConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2.5e-3))

@@ -15,6 +15,7 @@ from offtrace.modules.losses import mpo_duals as m
 from offtrace.modules.losses.offpolicy import Batch, check_arguments, cleared, squashed
 from offtrace.modules.losses.rollout import RolloutLoss
 from offtrace.modules.losses.stats import Stats
+from offtrace.modules.networks.heads import PopArtHead
 from offtrace.modules.returns import (
     clipped_fraction,
     effective_sample_size,
@@ -54,8 +55,11 @@ class VMPOLoss(RolloutLoss):
     read from the batch, so T_target of the paper is the number of updates between two pushes of weights to the actors
     (epochs times minibatches of a rollout), and no second network is kept.
 
-    The multipliers are softplus of a parameter; the paper clips them to 1e-8 instead. The paper's PopArt is not here:
-    ``value_coef`` has to fit the size of the returns.
+    The multipliers are softplus of a parameter; the paper clips them to 1e-8 instead.
+
+    With a policy whose value head is a :class:`PopArtHead`, as the paper has it, loss_value is divided by the variance
+    of the returns, and :meth:`update_values` is called after every optimiser step. Without one ``value_coef`` has to
+    fit the size of the returns.
 
     ``torch.compile`` breaks the graph once, before the network: the number of states evaluated depends on the batch.
 
@@ -129,6 +133,7 @@ class VMPOLoss(RolloutLoss):
         self.gamma, self.target_kind, self.lmbda, self.n_step = gamma, target, lmbda, n_step
         self.epsilon, self.bounds, self.top_fraction = epsilon, bounds, top_fraction
         self.value_coef, self.reduction = value_coef, reduction
+        self._moments: Tensor | None = None
         self.temperature = m.Dual.at(temperature)
         self.alphas = nn.ModuleDict({name: m.Dual.at(alpha) for name in bounds})
         suffixes = ["" if name == "kl" else f"_{name}" for name in bounds]
@@ -140,6 +145,23 @@ class VMPOLoss(RolloutLoss):
         """Parameters by what they belong to: ``"actor_critic"`` and ``"duals"``."""
         duals = [*self.temperature.parameters(), *self.alphas.parameters()]
         return {"actor_critic": list(self.policy.parameters()), "duals": duals}
+
+    @property
+    def _popart(self) -> PopArtHead | None:
+        head = getattr(self.policy[0], "value_head", None)
+        return head if isinstance(head, PopArtHead) else None
+
+    @torch.no_grad()
+    def update_values(self) -> None:
+        """Let a :class:`PopArtHead` take in the returns of the last batch, of all ranks; without one do nothing."""
+        if self._popart is None or self._moments is None:
+            return
+        sums = self._moments * self._moments[2]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        if sums[2] > 0:
+            self._popart.update(sums[0] / sums[2], sums[1] / sums[2])
+        self._moments = None
 
     def _behaviour_keys(self) -> list[Any]:
         return [*super()._behaviour_keys(), *self.policy[-1].in_keys]
@@ -155,12 +177,17 @@ class VMPOLoss(RolloutLoss):
         target, advantage = self._targets(reading.batch, value.detach(), next_value, log_rho)
 
         stats = Stats(valid, reading.batch.reward)
+        value_coef: Any = self.value_coef
+        if self._popart is not None:
+            moments = [stats.mean(target), stats.mean(target.square()), (stats.count > 0).to(target.dtype)]
+            self._moments = torch.stack(moments)
+            value_coef = value_coef / self._popart.scale.square()
         times = stats.count if self.reduction == "sum" else 1
         weights, dual, out = self._select(advantage, valid, stats)
         penalty, constraint = self._constrain(reading.params, behaviour, valid, stats, out)
         out["loss_policy"] = times * (penalty - (weights * reading.log_pi).sum())
         out["loss_dual"] = times * (dual + constraint)
-        out["loss_value"] = (times * 0.5 * self.value_coef) * stats.mean((target - value).square())
+        out["loss_value"] = (times * 0.5 * value_coef) * stats.mean((target - value).square())
         with torch.no_grad():
             out["entropy"] = stats.mean(reading.dist.entropy())
             out["advantage_std"] = stats.std(advantage)

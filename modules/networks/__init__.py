@@ -17,7 +17,7 @@ from offtrace.modules.networks.critics import Critic, DiscreteCritic, StateValue
 from offtrace.modules.networks.distributions import MASKED_LOGIT, Categorical, DiagonalNormal, mask_logits
 from offtrace.modules.networks.encoders import MLP, ResNetConv, ShallowConv
 from offtrace.modules.networks.gaussian_heads import CholeskyHead, FullNormal
-from offtrace.modules.networks.heads import ActionValueHead, CategoricalHead, NormalHead, ValueHead
+from offtrace.modules.networks.heads import ActionValueHead, CategoricalHead, NormalHead, PopArtHead, ValueHead
 from offtrace.modules.networks.normalise import ObservationNormalizer, share_normalizer
 from offtrace.modules.networks.torsos import EnsembleLinear, EnsembleMLP, LayerNormMLP, PixelTorso
 
@@ -49,6 +49,7 @@ __all__ = [
     "ObservationNormalizer",
     "PixelTorso",
     "Policy",
+    "PopArtHead",
     "ResNetConv",
     "ShallowConv",
     "StateValue",

@@ -12,7 +12,7 @@ from torch import nn
 from offtrace.modules.networks.actor_critic import ActorCritic, Policy, make_policy
 from offtrace.modules.networks.core import LSTMCore
 from offtrace.modules.networks.encoders import MLP, ResNetConv, ShallowConv
-from offtrace.modules.networks.heads import ActionValueHead, CategoricalHead, NormalHead, ValueHead
+from offtrace.modules.networks.heads import ActionValueHead, CategoricalHead, NormalHead, PopArtHead, ValueHead
 
 NETWORKS = ("shallow", "resnet", "mlp")
 
@@ -32,6 +32,7 @@ def build_policy(
     last_step: bool = True,
     channels_last: bool = False,
     critic: str = "v",
+    popart: bool = False,
 ) -> Policy:
     """Build the policy that these plain values describe, with fresh weights from torch's global generator.
 
@@ -50,6 +51,7 @@ def build_policy(
         last_step: the LSTM also reads ``"last_action"`` and ``"last_reward"``.
         channels_last: memory format of image encoders; faster on CUDA.
         critic: ``"v"`` writes the value of the state, ``"q"`` the values of all discrete actions.
+        popart: normalise the value of the state, see :class:`PopArtHead`; for :class:`VMPOLoss`, which updates it.
 
     Raises:
         ValueError: on a value that does not fit, by its name.
@@ -62,6 +64,8 @@ def build_policy(
         raise ValueError(f"critic must be 'v' or 'q', got {critic!r}")
     if critic == "q" and num_actions is None:
         raise ValueError("critic='q' needs discrete actions; of continuous actions there is no list of values")
+    if popart and critic == "q":
+        raise ValueError("popart=True is for the value of the state, critic='v'")
     encoder = _encoder(network, tuple(observation_shape), hidden, activation, channels_last)
     features = int(encoder.out_features)  # type: ignore[arg-type]
     core = None
@@ -75,7 +79,9 @@ def build_policy(
     else:
         assert action_dim is not None
         head = NormalHead(features, action_dim, init_scale=init_scale, state_dependent=state_dependent_scale)
-    value_head = ActionValueHead(features, num_actions) if critic == "q" and num_actions else ValueHead(features)
+    if critic == "q" and num_actions:
+        return make_policy(ActorCritic(encoder, head, ActionValueHead(features, num_actions), core))
+    value_head = PopArtHead(features) if popart else ValueHead(features)
     return make_policy(ActorCritic(encoder, head, value_head, core))
 
 

@@ -84,6 +84,54 @@ class ValueHead(nn.Module):
         return self.linear(x)
 
 
+class PopArtHead(ValueHead):
+    """A state value ``[*B, 1]``, scale * (w x + b) + mean, whose mean and scale follow the returns (PopArt).
+
+    :meth:`update` moves the two and changes w and b so that every value stays what it was. An error in units of
+    ``scale``, which is what the loss is then made of, is of one size whatever that of the returns, and what the layers
+    before learn from values is too.
+
+    van Hasselt et al. 2016, arXiv 1602.07714; with several learners Hessel et al. 2019, arXiv 1809.04474.
+
+    Args:
+        in_features: F.
+        rate: weight of a batch in the moments, 3e-4 in the papers. The first ones count as much as each other: at batch
+            n the weight is 1 / n where that is more.
+    """
+
+    mean: Tensor
+    square: Tensor
+    count: Tensor
+
+    def __init__(self, in_features: int, *, rate: float = 3e-4) -> None:
+        super().__init__(in_features)
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate must be above 0 and at most 1, got {rate}")
+        self.rate = rate
+        for name, value in (("mean", 0.0), ("square", 1.0), ("count", 0.0)):
+            self.register_buffer(name, torch.tensor(value))
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviation of the returns, a scalar of 1e-4 at least; 1 before the first update."""
+        return (self.square - self.mean.square()).clamp(min=1e-8).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[*B, 1]``."""
+        return self.linear(x) * self.scale + self.mean
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, square: Tensor) -> None:
+        """Take in a batch of returns by the means of them and of their squares, scalars; in place."""
+        before, scale = self.mean.clone(), self.scale
+        self.count += 1
+        weight = (1 / self.count).clamp(min=self.rate)
+        self.mean.lerp_(mean.to(self.mean), weight)
+        self.square.lerp_(square.to(self.square), weight)
+        self.linear.weight.mul_(scale / self.scale)
+        self.linear.bias.mul_(scale).add_(before - self.mean).div_(self.scale)
+
+
 class ActionValueHead(nn.Module):
     """Values of ``num_actions`` discrete actions, by one critic. Weights orthogonal with gain 1, biases zero."""
 

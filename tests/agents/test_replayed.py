@@ -370,14 +370,22 @@ def test_actors_in_processes_hold_the_ratio() -> None:
     assert agent.updates == data.limiter.sampled // 8
 
 
-def test_vmpo_learns_something() -> None:
+@pytest.mark.parametrize("popart", [False, True])
+def test_vmpo_learns_something(popart: bool, tmp_path: Path) -> None:
     config = VMPOConfig()
+    config.network.popart = popart
     config.env.num_envs, config.collector.unroll, config.collector.num_workers = 4, 8, 0
     config.train.total_frames = 4 * 8 * 4
     config.validate()
-    agent, data, _ = fit(config)
+    agent, data, trainer = fit(config)
     assert data.frames == 128
     assert agent.updates == 4 * config.train.minibatches * config.train.epochs
+    if popart:
+        head = agent.policy[0].value_head
+        assert head.count == agent.updates
+        Checkpoints(tmp_path, every=1).save(trainer, agent, "best.ckpt")
+        saved = load_policy(tmp_path / "best.ckpt")[0].value_head
+        assert (saved.mean, saved.scale) == (head.mean, head.scale)
 
 
 def test_a_compiled_loss_is_the_loss() -> None:

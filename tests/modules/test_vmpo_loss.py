@@ -330,6 +330,45 @@ def test_state_dict_round_trip_and_compiled_equals_eager(kind: str) -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_popart_changes_no_value_and_normalises_the_error() -> None:
+    """Against moments by numpy: values before and after an update are equal, the loss is in units of the deviation."""
+    policy, plain = make(popart=True), make()
+    plain.load_state_dict(policy.state_dict(), strict=False)
+    td = rollout()
+    loss, without = VMPOLoss(policy, gamma=GAMMA).double(), VMPOLoss(plain, gamma=GAMMA).double()
+    head = policy[0].value_head
+    assert torch.equal(loss(td)["loss_value"], without(td)["loss_value"])  # scale 1, mean 0 at first
+    seen: list[Tensor] = []
+    inner = loss._targets
+    loss._targets = lambda *x: seen.append(inner(*x)[0]) or inner(*x)  # type: ignore[method-assign, func-returns-value]
+    for number in range(3):
+        value = policy(td.clone())["state_value"]
+        loss(td)
+        loss.update_values()
+        loss.update_values()  # a batch counts once
+        assert head.count == number + 1
+        torch.testing.assert_close(policy(td.clone())["state_value"], value)
+        returns = torch.stack(seen)
+        torch.testing.assert_close(head.mean, returns.mean())
+        torch.testing.assert_close(head.scale, returns.std(correction=0))
+        td["next", "reward"] += 50
+    out = loss(td)
+    value = policy(td.clone())["state_value"].squeeze(-1)
+    torch.testing.assert_close(out["loss_value"], 0.5 * (seen[-1] - value).square().mean() / head.scale.square())
+    head.rate = 0.5  # from now on a moving average
+    before = head.mean.clone()
+    loss.update_values()
+    torch.testing.assert_close(head.mean, (before + seen[-1].mean()) / 2)
+
+
+def test_popart_learns_from_no_invalid_step() -> None:
+    loss, td = VMPOLoss(make(popart=True)).double(), rollout()
+    td["valid"] = torch.zeros_like(td["next", "done"])
+    loss(td)
+    loss.update_values()
+    assert loss.policy[0].value_head.count == 0
+
+
 def test_recurrent_policies_run() -> None:
     policy = make(recurrent=6)
     td = rollout()
