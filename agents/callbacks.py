@@ -191,8 +191,9 @@ class Evaluation(pl.Callback):
 class Checkpoints(pl.Callback):
     """``last.ckpt`` every so many frames, at the end and when anything stops the run; ``best.ckpt`` after a best score.
 
-    Files appear whole or not at all, and never hold weights that are not finite. Every rank may call it; rank 0 writes,
-    and nobody waits for anybody, so a failure on one rank cannot hang the others.
+    Files appear whole or not at all, and never hold weights that are not finite. Rank 0 writes. Where each rank has a
+    replay to save they agree on whether all could; else nobody waits for anybody, so that a failure on one rank cannot
+    hang the others.
 
     Args:
         folder: where the files go.
@@ -238,22 +239,32 @@ class Checkpoints(pl.Callback):
         """Writes one file, through a temporary one beside it; with ``last.ckpt``, what the data module has to save."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in agent.parameters()):
             return
-        replayed = name == "last.ckpt" and hasattr(trainer.datamodule, "save")
-        if replayed:
-            try:
-                trainer.datamodule.save(trainer.global_rank)
-            except (OSError, DamagedReplay) as error:
-                warnings.warn(f"the replay was not saved: {error}", RuntimeWarning, stacklevel=2)
-                replayed = False
+        replayed = name == "last.ckpt" and hasattr(trainer.datamodule, "save") and self._save_replay(trainer)
         if trainer.is_global_zero:
             self._write(trainer, name)
         if replayed:
             trainer.datamodule.prune(trainer.global_rank)
+
+    def _save_replay(self, trainer: pl.Trainer) -> bool:
+        """Whether it was written; of several ranks, by all of them."""
+        name = None
+        try:
+            name = trainer.datamodule.save(trainer.global_rank)
+        except (OSError, DamagedReplay) as error:
+            warnings.warn(f"the replay was not saved: {error}", RuntimeWarning, stacklevel=2)
+        if not trainer.strategy.reduce_boolean_decision(name is not None, all=True):
+            return False
+        trainer.datamodule.saved = name
+        return True
 
     def _write(self, trainer: pl.Trainer, name: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.{os.getpid()}"
         # Trainer.save_checkpoint would wait for all ranks, which a failing rank never reaches.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        torch.save(checkpoint, temporary)
+        try:
+            torch.save(checkpoint, temporary)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         temporary.replace(self.folder / name)

@@ -57,6 +57,7 @@ class ReplayData(ActingData):
         limiter: counts steps and samples of this rank.
         replay, collector: while training runs, else None.
         folder: where :meth:`save` writes, one folder a rank; None: the replay is not saved.
+        saved: the name under which the replay lies there that a checkpoint may count on; None before the first.
         games: those that ended in this rank's rollouts, since training began.
     """
 
@@ -87,7 +88,7 @@ class ReplayData(ActingData):
         self.limiter = SamplesPerInsert(samples_per_insert, min_size)
         self.replay: Replay | None = None
         self.folder: Path | None = None
-        self._saved: str | None = None
+        self.saved: str | None = None
         self._versions: Tensor | None = None
 
     @property
@@ -127,37 +128,40 @@ class ReplayData(ActingData):
         """The stream moves batches itself."""
         return batch
 
-    def save(self, rank: int) -> None:
-        """Write the replay for the checkpoint that is about to be written, which names it.
+    def save(self, rank: int) -> str | None:
+        """Write the replay for the checkpoint that is about to be written; None where it has no place to lie.
+
+        Returns:
+            The name that :attr:`saved` becomes when every rank has written its own.
 
         Raises:
             OSError, DamagedReplay: it cannot be written. The checkpoint then names the one before, and is still worth
                 having.
         """
         if self.folder is None or self.replay is None:
-            return
+            return None
         name = f"{self.frames:012d}"
         self.replay.dump(self._place_of(rank, name))
-        self._saved = name
+        return name
 
     def prune(self, rank: int) -> None:
         """Delete what no checkpoint needs, once the one that names the newest replay is written.
 
         The one before stays: of several ranks one alone cannot know that the first has written the checkpoint.
         """
-        if self.folder is None or self._saved is None:
+        if self.folder is None or self.saved is None:
             return
-        for old in _dumps(self._place_of(rank, self._saved).parent)[:-2]:
+        for old in _dumps(self._place_of(rank, self.saved).parent)[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
         """As :class:`ActingData`, the limiter's counters, and the name of the saved replay."""
-        return {**super().state_dict(), "limiter": self.limiter.state_dict(), "replay": self._saved}
+        return {**super().state_dict(), "limiter": self.limiter.state_dict(), "replay": self.saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the counters."""
         super().load_state_dict(state_dict)
-        self._saved = state_dict["replay"]
+        self.saved = state_dict["replay"]
         self.limiter.load_state_dict(state_dict["limiter"])
         if self.collector is not None:
             assert self.replay is not None
@@ -173,15 +177,15 @@ class ReplayData(ActingData):
 
     def _fill(self, replay: Replay, rank: int) -> None:
         """What the last run had, or else the counters of an empty replay."""
-        if self._saved is not None and self.folder is not None and not self.folder.exists():
+        if self.saved is not None and self.folder is not None and not self.folder.exists():
             warnings.warn(
                 f"{self.folder} is gone: the run goes on with an empty replay, after {self.limiter.min_size} steps",
                 RuntimeWarning,
                 stacklevel=2,
             )
             self.limiter.restart()
-        elif self._saved is not None and self.folder is not None:
-            found = self._place_of(rank, self._saved)
+        elif self.saved is not None and self.folder is not None:
+            found = self._place_of(rank, self.saved)
             replay.load(found)
             for other in found.parent.iterdir():  # of writings that no checkpoint came to name
                 if other.name not in (found.name, f"{found.name}.old"):

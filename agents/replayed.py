@@ -76,9 +76,11 @@ def _check_memory(config: ReplayedConfig, info: EnvInfo) -> None:
     else:
         return
     learners, step = config.train.devices, bytes_per_step(config, info)
+    step *= 4 if in_files else 1  # two saved ones are kept while a third is written
     needed = config.replay.capacity * step * learners
     if needed > room:
-        each = f"steps of {step} bytes" + (f" for each of {learners} learners" if learners > 1 else "")
+        each = f"steps of {step} bytes" + (", those saved included," if in_files else "")
+        each += f" for each of {learners} learners" if learners > 1 else ""
         raise ConfigError(
             f"replay.capacity is {config.replay.capacity}; {each} take {needed / 1e9:.1f} GB, and "
             f"{place.format(room / 1e9)}: it must be below {room // step // learners}"

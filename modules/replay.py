@@ -148,6 +148,7 @@ class Replay:
         if not 0 <= worker < self.num_workers:
             raise ValueError(f"worker is {worker}; the replay has lanes for actors 0 to {self.num_workers - 1}")
         with self._lock:
+            self._check_whole()
             entries = whole = entries_of(rollout)
             flags = _flags(entries, *rollout.shape)
             if self.frame_stack > 1:
@@ -172,9 +173,11 @@ class Replay:
 
         Raises:
             ValueError: no step to begin with.
+            DamagedReplay: an insertion was interrupted half-way.
         """
         number = self.batch_size if batch_size is None else batch_size
         with self._lock:
+            self._check_whole()
             self._check_starts()
             draw = torch.randint(self._lanes.count, (number,), generator=self._generator).numpy()
             slots = self._lanes.starts[draw].astype(np.int64)
@@ -195,8 +198,7 @@ class Replay:
             raise ValueError(f"{str(path)!r} holds the files this replay works on; dump it into another folder")
         lanes = self._lanes
         with self._lock:
-            if self._inserting:
-                raise DamagedReplay("an insertion was interrupted, and what the replay holds is not complete")
+            self._check_whole()
             write_folder(
                 Path(path),
                 data={
@@ -354,6 +356,12 @@ class Replay:
         # Plain views of the memory: a lookup through the subclass of memory-mapped tensors costs twice as much.
         found = entries_of(self._storage.get(slice(None)))
         self._leaves = {key: found[key].as_subclass(Tensor) for key in leaves}
+
+    def _check_whole(self) -> None:
+        if self._inserting:
+            raise DamagedReplay(
+                "an insertion was interrupted, and what the replay holds is not whole; load a saved one"
+            )
 
     def _check_starts(self) -> None:
         if self._lanes.count:

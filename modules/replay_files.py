@@ -50,6 +50,25 @@ def write_folder(
     """
     new, old = (path.with_name(path.name + end) for end in (".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
+    try:
+        _write_new(new, data, filled, books, facts)
+    except BaseException:  # on a full disk what is written takes the room of all else
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_new(
+    new: Path,
+    data: Mapping[Key, Tensor],
+    filled: np.ndarray,
+    books: Mapping[str, np.ndarray],
+    facts: Mapping[str, Any],
+) -> None:
     new.mkdir(parents=True)
     entries = []
     for number, (key, tensor) in enumerate(data.items()):
@@ -67,11 +86,6 @@ def write_folder(
     )
     # the sum stands before the text it is of
     (new / "replay.json").write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(new, path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def reserve(folder: Path) -> None:

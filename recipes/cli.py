@@ -28,6 +28,7 @@ MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train
 """Flags that a resumed run may be given; everything else is what the run began with."""
 
 _FOLDER = "OFFTRACE_RUN_FOLDER"
+_PACKAGE = Path(__file__).resolve().parents[1]
 _format_warning = warnings.formatwarning
 
 Presets = dict[str, Callable[[], Config]]
@@ -74,6 +75,7 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
         print("terminated", file=sys.stderr)
         return 128 + signal.SIGTERM
     finally:
+        warnings.formatwarning = _format_warning
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 
@@ -82,7 +84,8 @@ def _one_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """One line, without the place in the code, where the warning is of this package and so for the user."""
-    own = Path(filename).is_relative_to(Path(__file__).resolve().parents[1])
+    place = Path(filename)
+    own = any(place.is_relative_to(_PACKAGE / part) for part in ("agents", "modules", "recipes"))
     return f"warning: {message}\n" if own else _format_warning(message, category, filename, lineno, line)
 
 

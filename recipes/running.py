@@ -80,7 +80,7 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
     saved = checkpoint[CHECKPOINT_KEY]["policy"]["arguments"]
     info = env_info(config.task, **config.env_options())
     for name, own in DESCRIPTIONS[config.family](config, info)["arguments"].items():
-        if name != "channels_last" and saved.get(name) != own:  # that one is of the machine
+        if name != "channels_last" and saved.get(name, own) != own:  # that one is of the machine
             raise CheckpointError(
                 f"{resume} is of another network: its {name} is {saved.get(name)}, the run's is {own}"
             )
@@ -92,6 +92,8 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
         )
     if not int(os.environ.get("LOCAL_RANK", 0)):
         check_saved(checkpoint, folder / REPLAY)
+        for files in folder.glob(f"{REPLAY}.live*"):  # of a process that was killed
+            shutil.rmtree(files, ignore_errors=True)
         try:
             write_config(config, folder, resumed=True)
         except OSError as error:

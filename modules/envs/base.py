@@ -138,7 +138,7 @@ class VectorEnv(EnvBase):
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         mask = None if tensordict is None else tensordict.get("_reset", None)
-        if mask is None or self._successor is None:
+        if mask is None or self._successor is None or (bool(mask.all()) and not bool(self._done.all())):
             observation, self._mask = self._guard(self._start)
             mask = torch.ones_like(self._false)
             self._ended = self._done = torch.ones_like(self._ended)

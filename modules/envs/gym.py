@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -124,6 +123,7 @@ class GymEnv(VectorEnv):
         self._started = True
         resets = [env.reset(seed=seed) for env, seed in zip(self._envs, seeds, strict=True)]
         self._current = self._stack([observation for observation, _ in resets])
+        self._check("first observation", self._current)
         self._masks = [info.get("action_mask") for _, info in resets]
         return self._current, self._mask_tensor()
 
@@ -164,7 +164,10 @@ class GymEnv(VectorEnv):
             self._masks[index] = info.get("action_mask")
         successor = self._stack(successors)
         ended = torch.tensor(terminated) | torch.tensor(truncated)
-        self._current = self._stack(currents) if bool(ended.any()) else successor
+        self._current = successor
+        if bool(ended.any()):
+            self._current = self._stack(currents)
+            self._check("first observation", self._current)
         return StepResult(
             successor,
             torch.tensor(rewards),
@@ -180,9 +183,12 @@ class GymEnv(VectorEnv):
         # warnings are counted from the last reset on
         if self._mujoco and env.unwrapped.data.warning.number[self._warnings].any():
             return "MuJoCo's state diverged"
-        if not np.isfinite(observation).all():
-            return "an observation that is not finite"
-        return None if math.isfinite(reward) else "a reward that is not finite"
+        with np.errstate(over="ignore"):  # in the precision in which they are given away
+            given = np.asarray(observation, np.float32), np.float32(reward)
+        for what, value in zip(("an observation", "a reward"), given, strict=True):
+            if not np.isfinite(value).all():
+                return f"{what} that is not finite"
+        return None
 
     def _following(self) -> Tensor:
         return self._current

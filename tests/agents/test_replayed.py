@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.checkpoint import load_policy
 from offtrace.agents.config_base import ConfigError
 from offtrace.agents.mpo_config import MPOConfig, VMPOConfig, discrete_mpo_config, dmpo_config, full_covariance_config
+from offtrace.agents.replay_data import ReplayData
 from offtrace.agents.replayed import bytes_per_step, task_info
 from offtrace.agents.replayed_config import ReplayedConfig
 from offtrace.agents.sac_config import SACConfig, discrete_sac_config, pixel_sac_config, sac_v1_config
@@ -282,7 +284,7 @@ def test_no_replay_is_deleted_before_a_checkpoint_names_its_successor(tmp_path: 
     for _ in range(4):  # no checkpoint is written in between, as on a full disk
         list(next(batches))
         list(next(batches))
-        data.save(0)
+        data.saved = data.save(0)
     names = [f"{3 * ROLLOUT + rollout * ROLLOUT:012d}" for rollout in range(4)]
     assert replays(tmp_path) == names
     (tmp_path / "rank0" / f"{10**6:012d}.new").mkdir()
@@ -295,14 +297,15 @@ def test_no_replay_is_deleted_before_a_checkpoint_names_its_successor(tmp_path: 
 
 
 def test_weights_are_kept_where_the_replay_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
+    def full(file: Path, *_: Any) -> None:
+        file.write_bytes(b"as much as fits")
         raise OSError(28, "No space left on device")
 
     config = configs()["sac"]
     fit(config, tmp_path / "a", stop=3)
     saved = replays(tmp_path / "a" / "replay")
     with monkeypatch.context() as patch:
-        patch.setattr("offtrace.modules.replay.write_folder", full)
+        patch.setattr("offtrace.modules.replay_files._write", full)
         with pytest.warns(RuntimeWarning, match="the replay was not saved: .* No space left on device"):
             agent, _, _ = fit(config, tmp_path / "b", stop=5, resume=tmp_path / "a" / "last.ckpt")
     content = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)
@@ -339,6 +342,38 @@ def test_a_replay_in_files_works_inside_the_run_and_leaves_nothing(tmp_path: Pat
     assert all(file.stat().st_blocks * 512 >= file.stat().st_size for file in files)  # no holes
     data.shutdown()
     assert not list(tmp_path.iterdir())
+
+
+class FullOnOneRank(ReplayData):
+    """Its disk takes a replay only where ``room`` says so."""
+
+    room = True
+
+    def __init__(self) -> None:
+        self.saved = "before"
+
+    def save(self, rank: int) -> str | None:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        return "now"
+
+
+@pytest.mark.filterwarnings("ignore:the replay was not saved")
+@pytest.mark.parametrize(("room", "elsewhere"), [(True, True), (True, False), (False, True)])
+def test_a_checkpoint_names_a_replay_that_every_rank_has(room: bool, elsewhere: bool, tmp_path: Path) -> None:
+    data = FullOnOneRank()
+    data.room = room
+    asked = []
+
+    class Strategy:
+        def reduce_boolean_decision(self, decision: bool, all: bool) -> bool:
+            asked.append((decision, all))
+            return decision and elsewhere
+
+    trainer: Any = SimpleNamespace(datamodule=data, global_rank=0, strategy=Strategy())
+    assert Checkpoints(tmp_path, 1)._save_replay(trainer) == (room and elsewhere)
+    assert asked == [(room, True)]
+    assert data.saved == ("now" if room and elsewhere else "before")
 
 
 def test_a_run_whose_replay_was_removed_fills_it_again(tmp_path: Path) -> None:
@@ -467,7 +502,11 @@ def test_tasks_that_do_not_fit_are_refused() -> None:
     for storage, devices, words in (
         ("tensor", 1, r"steps of 53 bytes take 530000\.0 GB, and this machine has .*, or replay.storage memmap"),
         ("tensor", 2, r"steps of 53 bytes for each of 2 learners take 1060000\.0 GB"),
-        ("memmap", 1, r"steps of 53 bytes take 530000\.0 GB, and the disk has [\d.]+ free: it must be below \d+$"),
+        (
+            "memmap",
+            1,
+            r"steps of 212 bytes, those saved included, take 2120000\.0 GB, and the disk has .* free: .* below \d+$",
+        ),
     ):
         config.replay.storage, config.train.devices = storage, devices
         with pytest.raises(ConfigError, match=words):

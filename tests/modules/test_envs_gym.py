@@ -109,6 +109,43 @@ def test_failures_name_environment_step_and_reason(how: str, words: str) -> None
         env.step_and_maybe_reset(state)
 
 
+class Wild(gymnasium.Env[Any, Any]):
+    """Episodes of four steps, and ``how`` numbers become too large or none at all."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, how: str) -> None:
+        self.how, self.steps, self.resets = how, 0, 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self.resets += 1
+        broken = self.how == "reset" and self.resets > 2  # the constructor resets once
+        return np.full(2, np.nan if broken else 0.0), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        large = 1e300 if self.steps == 2 else 1.0
+        observation = np.full(2, large if self.how == "observation" else 1.0)
+        return observation, large if self.how == "reward" else 1.0, self.steps % 4 == 0, False, {}
+
+
+@pytest.mark.filterwarnings("ignore:wild:RuntimeWarning")
+@pytest.mark.parametrize("how", ["observation", "reward"])
+def test_numbers_that_single_precision_does_not_hold_cost_their_episode(how: str) -> None:
+    env = GymEnv(lambda: Wild(how), 1, name="wild")
+    rollout = env.rollout(6, break_when_any_done=False)
+    assert rollout["next", "valid"].flatten().tolist() == [True, False, True, True, True, True]
+    assert rollout["next", "observation"].isfinite().all()
+    assert rollout["next", "reward"].isfinite().all()
+
+
+def test_a_first_observation_that_is_not_finite_is_an_error() -> None:
+    env = GymEnv(lambda: Wild("reset"), 1, name="wild")
+    with pytest.raises(EnvironmentFailure, match="wild: environment 0 returned a first observation that is not finite"):
+        env.rollout(6, break_when_any_done=False)
+
+
 def test_actions_of_another_shape_are_refused() -> None:
     env = make_env("Pendulum-v1", 2)
     state = env.reset().set("action", torch.zeros(2, 3))
@@ -119,8 +156,17 @@ def test_actions_of_another_shape_are_refused() -> None:
 def test_a_reset_in_the_middle_of_an_episode_is_refused() -> None:
     """The old episode would go on under the name of a new one."""
     env = TransformedEnv(GymEnv("CartPole-v1", 2, seed=0), StepCounter(max_steps=3))
-    with pytest.raises(EnvironmentFailure, match=r"CartPole-v1: environment 0 is reset in the middle of its episode"):
-        env.rollout(5, break_when_any_done=False)
+    state = env.reset()
+    for _ in range(2):
+        state["action"] = torch.ones(2, dtype=torch.int64)
+        state = env.step(state)["next"]
+    state["_reset"] = torch.tensor([[False], [True]])
+    with pytest.raises(EnvironmentFailure, match=r"CartPole-v1: environment 1 is reset in the middle of its episode"):
+        env.reset(state)
+    one = TransformedEnv(GymEnv("CartPole-v1", 1, seed=0), StepCounter(max_steps=3))
+    rollout = one.rollout(7, break_when_any_done=False)  # all of them are one
+    assert rollout["is_init"].flatten().tolist() == [True, False, False] * 2 + [True]
+    assert (rollout["observation"][0, [0, 3, 6]].abs() < 0.05).all()  # CartPole's starts
     state = env.base_env.reset()  # all at once
     assert state["is_init"].all()
     for _ in range(60):  # and each where it ended

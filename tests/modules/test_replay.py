@@ -356,8 +356,9 @@ def test_an_interrupted_insertion_is_never_written(tmp_path: Path, monkeypatch: 
         patch.setattr("torch.Tensor.index_copy_", interrupt)
         with pytest.raises(KeyboardInterrupt):
             replay.extend(Stream(2).rollout(3))
-    with pytest.raises(DamagedReplay, match="an insertion was interrupted"):
-        replay.dump(tmp_path / "replay")
+    for use in (lambda: replay.dump(tmp_path / "replay"), replay.sample, lambda: replay.extend(Stream(2).rollout(3))):
+        with pytest.raises(DamagedReplay, match="an insertion was interrupted"):
+            use()
     replay.load(tmp_path / "replay")
     replay.dump(tmp_path / "again")
 
