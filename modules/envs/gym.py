@@ -184,7 +184,7 @@ class GymEnv(VectorEnv):
         if self._mujoco and env.unwrapped.data.warning.number[self._warnings].any():
             return "MuJoCo's state diverged"
         with np.errstate(over="ignore"):  # in the precision in which they are given away
-            given = np.asarray(observation, np.float32), np.float32(reward)
+            given: tuple[Any, Any] = np.asarray(observation, np.float32), np.float32(reward)
         for what, value in zip(("an observation", "a reward"), given, strict=True):
             if not np.isfinite(value).all():
                 return f"{what} that is not finite"
