@@ -75,7 +75,8 @@ def plot_curve(runs: dict[str, Path], out: Path, *, title: str = "", goal: float
     axes.set_title(title)
     axes.grid(alpha=0.3)
     if any(map(any, curves.values())):
-        axes.legend(title="evaluation (dots), training (thin)")
+        # below the axes: several curves leave no corner free
+        figure.legend(title="evaluation (dots), training (thin)", loc="outside lower center", ncols=3)
     figure.savefig(out, dpi=130)
 
 
