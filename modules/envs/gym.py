@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -211,11 +213,33 @@ class GymEnv(VectorEnv):
 
 def _make(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
     try:
-        return gymnasium.make(env_id, **kwargs)
+        with _without_deprecations(env_id):
+            return gymnasium.make(env_id, **kwargs)
     except gymnasium.error.UnregisteredEnv as error:
         raise ValueError(unknown(env_id)) from error
     except (gymnasium.error.Error, ImportError, TypeError) as error:  # TypeError: an option that it does not have
         raise ValueError(f"the environment {env_id!r} cannot be made: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_deprecations(env_id: str) -> Iterator[None]:
+    """While Gymnasium's models are read: MuJoCo prints what is outdated in them, and leaves a file right here."""
+    known = gymnasium.registry.get(env_id)
+    if known is None or "gymnasium.envs.mujoco" not in str(known.entry_point):
+        yield
+        return
+    import mujoco
+
+    if not hasattr(mujoco, "set_mju_user_warning"):
+        yield
+        return
+    before = mujoco.get_mju_user_warning()
+    tell = before or (lambda text: print(text, file=sys.stderr))
+    mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else tell(text))
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 def _divergence_warnings() -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,14 @@ def test_failures_name_environment_step_and_reason(how: str, words: str) -> None
     state["action"] = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(EnvironmentFailure, match=words):
         env.step_and_maybe_reset(state)
+
+
+def test_mujocos_word_on_gymnasiums_models_is_not_ours(tmp_path: Path) -> None:
+    """It would be printed for each environment, and left behind as a file."""
+    script = "from offtrace.modules.envs import make_env; make_env('HalfCheetah-v5', 2).rollout(3)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "deprecated" not in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 class Wild(gymnasium.Env[Any, Any]):
