@@ -18,7 +18,7 @@ from offtrace.modules.collectors import RolloutCollector
 from offtrace.modules.envs import EnvironmentFailure
 from offtrace.modules.keys import NEXT, POLICY_VERSION, VALID
 from offtrace.modules.replay import Replay, SamplesPerInsert
-from offtrace.modules.replay_files import read_folder
+from offtrace.modules.replay.files import read_folder
 
 __all__ = ["ReplayData"]
 

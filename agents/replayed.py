@@ -45,7 +45,7 @@ def task_info(config: ReplayedConfig) -> EnvInfo:
     if info.num_actions is None and config.loss.target == "tree_backup":
         config.refuse_tree_backup()
     _check_memory(config, info)
-    _check_lanes(config, info)
+    _check_rings(config, info)
     if info.num_actions is not None and config.network.smoothing:
         raise ConfigError(f"network.smoothing is {config.network.smoothing}; {config.task} has discrete actions")
     return info
@@ -88,14 +88,14 @@ def _check_memory(config: ReplayedConfig, info: EnvInfo) -> None:
         )
 
 
-def _check_lanes(config: ReplayedConfig, info: EnvInfo) -> None:
+def _check_rings(config: ReplayedConfig, info: EnvInfo) -> None:
     """Where frames are stored once, each episode takes slots for the older frames of its first observation."""
-    lanes, unroll = config.env.num_envs * max(1, config.collector.num_workers), config.collector.unroll
+    rings, unroll = config.env.num_envs * max(1, config.collector.num_workers), config.collector.unroll
     # every step of a rollout may be an episode
-    least = lanes * ((info.frame_stack + 1) * unroll + config.sample_length)
+    least = rings * ((info.frame_stack + 1) * unroll + config.sample_length)
     if info.frame_stack > 1 and config.replay.capacity < least:
         raise ConfigError(
-            f"replay.capacity is {config.replay.capacity}; for {lanes} environments that stack {info.frame_stack} "
+            f"replay.capacity is {config.replay.capacity}; for {rings} environments that stack {info.frame_stack} "
             f"frames and a collector.unroll of {unroll} it must be at least {least}"
         )
 

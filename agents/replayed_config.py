@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 
 from offtrace.agents.config_base import ActorConfig, Config, ConfigError, RunConfig
 from offtrace.modules.envs.suite import control_name
-from offtrace.modules.limiter import SamplesPerInsert
+from offtrace.modules.replay.limiter import SamplesPerInsert
 
 MOST_UPDATES = 100
 """For a collected step. What needs more would learn by heart what it has."""
@@ -192,20 +192,20 @@ class ReplayedConfig(Config):
                     f"replay.batch_size is {replay.batch_size}; loss.target {self.loss.target} learns from sequences "
                     f"of replay.length, {replay.length}, steps: it must be a multiple of that"
                 )
-        lanes = self.env.num_envs * max(1, self.collector.num_workers)
+        rings = self.env.num_envs * max(1, self.collector.num_workers)
         # the last steps of every environment begin no sequence yet
-        least = self.samples + lanes * (self.sample_length - 1)
+        least = self.samples + rings * (self.sample_length - 1)
         if replay.min_size < least:
             sequences = f" sequences of {self.sample_length} steps" if self.sample_length > 1 else ""
             raise ConfigError(
-                f"replay.min_size is {replay.min_size}; for batches of {self.samples}{sequences} from {lanes} "
+                f"replay.min_size is {replay.min_size}; for batches of {self.samples}{sequences} from {rings} "
                 f"environments it must be at least {least}"
             )
         # an ended episode takes one slot more than its steps, and every step of a rollout may end one
-        least = lanes * (2 * unroll + self.sample_length)
+        least = rings * (2 * unroll + self.sample_length)
         if replay.capacity < least:
             raise ConfigError(
-                f"replay.capacity is {replay.capacity}; for {lanes} environments and a collector.unroll of {unroll} it "
+                f"replay.capacity is {replay.capacity}; for {rings} environments and a collector.unroll of {unroll} it "
                 f"must be at least {least}"
             )
         try:

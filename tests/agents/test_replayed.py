@@ -305,7 +305,7 @@ def test_weights_are_kept_where_the_replay_cannot_be(tmp_path: Path, monkeypatch
     fit(config, tmp_path / "a", stop=3)
     saved = replays(tmp_path / "a" / "replay")
     with monkeypatch.context() as patch:
-        patch.setattr("offtrace.modules.replay_files._write", full)
+        patch.setattr("offtrace.modules.replay.files._write", full)
         with pytest.warns(RuntimeWarning, match="the replay was not saved: .* No space left on device"):
             agent, _, _ = fit(config, tmp_path / "b", stop=5, resume=tmp_path / "a" / "last.ckpt")
     content = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)
@@ -325,7 +325,7 @@ def test_of_stacked_images_each_frame_is_stored_once() -> None:
     agent, data, _ = fit(config)
     assert agent.updates == 4 * (4 * ROLLOUT - 16) // 8
     assert data.replay.frame_stack == 3
-    assert data.replay._leaves["observation",].shape[1:] == (3, 84, 84)
+    assert data.replay._storage.leaves["observation",].shape[1:] == (3, 84, 84)
     assert data.replay.sample()["observation"].shape == (8, 9, 84, 84)
     _, data, _ = fit(configs()["sac"])
     assert data.replay.frame_stack == 1

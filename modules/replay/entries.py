@@ -15,6 +15,7 @@ from offtrace.modules.keys import (
     EPISODE_END,
     EPISODE_LENGTH,
     EPISODE_REWARD,
+    INDEX,
     IS_INIT,
     NEXT,
     OBSERVATION,
@@ -23,13 +24,16 @@ from offtrace.modules.keys import (
     TERMINATED,
     TRUNCATED,
     VALID,
+    WEIGHT,
+    WORKER,
 )
 
 Key = tuple[str, ...]
 
 # Bookkeeping of episodes and collectors, and flags, of which one byte a step is kept.
 _LEFT_OUT = {
-    DONE, TERMINATED, TRUNCATED, IS_INIT, VALID, EPISODE_REWARD, EPISODE_LENGTH, EPISODE_END, "collector", "_reset",
+    DONE, TERMINATED, TRUNCATED, IS_INIT, VALID, EPISODE_REWARD, EPISODE_LENGTH, EPISODE_END, WORKER, "collector",
+    "_reset",
 }  # fmt: skip
 
 
@@ -57,8 +61,11 @@ def choose(entries: Mapping[Key, Tensor]) -> tuple[list[Key], dict[Key, tuple[tu
         step of each stored entry.
 
     Raises:
-        ValueError: an entry is missing that no replay can do without.
+        ValueError: an entry is missing that no replay can do without, or has a name that a replay gives its samples.
     """
+    for name in (INDEX, WEIGHT):
+        if (name,) in entries:
+            raise ValueError(f"the rollout has {name!r}, a name that the replay gives its samples; call it otherwise")
     for key in ((ACTION,), (NEXT, REWARD), (NEXT, TERMINATED)):
         if key not in entries:
             raise ValueError(f"the rollout lacks {_say(key)}, which a replay needs")

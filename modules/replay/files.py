@@ -16,7 +16,7 @@ from torch import Tensor
 
 Key = tuple[str, ...]
 
-_FORMAT = 1
+_FORMAT = 2
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -43,8 +43,8 @@ def write_folder(
 
     Args:
         path: the folder.
-        data: tensors ``[lanes, size, ...]``.
-        filled: ``[lanes]``, slots of each that hold something.
+        data: tensors ``[rings, size, ...]``.
+        filled: ``[rings]``, slots of each that hold something.
         books: arrays of bookkeeping.
         facts: what JSON can hold.
     """
@@ -72,7 +72,7 @@ def _write_new(
     new.mkdir(parents=True)
     entries = []
     for number, (key, tensor) in enumerate(data.items()):
-        chunks = (tensor[lane, : int(count)] for lane, count in enumerate(filled))
+        chunks = (tensor[ring, : int(count)] for ring, count in enumerate(filled))
         name, dtype = f"data{number}.bin", str(tensor.dtype).removeprefix("torch.")
         entry = {"key": key, "file": name, "dtype": dtype, "shape": list(tensor.shape[2:])}
         entries.append({**entry, **_write(new / name, map(_raw, chunks))})
@@ -118,12 +118,12 @@ class Folder:
         return {tuple(x["key"]): (tuple(x["shape"]), _DTYPES[x["dtype"]]) for x in self._data}
 
     def fill(self, data: Mapping[Key, Tensor]) -> None:
-        """Copies the numbers into tensors ``[lanes, size, ...]``."""
+        """Copies the numbers into tensors ``[rings, size, ...]``."""
         for entry in self._data:
             tensor = data[tuple(entry["key"])]
             with open(self.path / entry["file"], "rb") as file:
-                for lane, count in enumerate(self.filled):
-                    target = tensor[lane, :count]
+                for ring, count in enumerate(self.filled):
+                    target = tensor[ring, :count]
                     raw = np.fromfile(file, np.uint8, target.numel() * target.element_size())
                     target.copy_(torch.from_numpy(raw).view(target.dtype).view(target.shape))
 
@@ -164,7 +164,7 @@ def _describe(path: Path) -> dict[str, Any]:
     described: dict[str, Any] = json.loads(text)
     if described["format"] != _FORMAT:
         raise DamagedReplay(
-            f"the replay in {str(path)!r} has format {described['format']}; this version reads {_FORMAT}"
+            f"the replay in {str(path)!r} has format {described['format']}; this version reads {_FORMAT} alone"
         )
     return described
 

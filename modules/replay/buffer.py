@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any, Literal
@@ -11,36 +10,38 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import TensorStorage
 
-from offtrace.modules.keys import DONE, IS_INIT, NEXT, OBSERVATION, TERMINATED, TRUNCATED, VALID
-from offtrace.modules.limiter import SamplesPerInsert
-from offtrace.modules.replay_entries import Key, check, choose, entries_of, nested
-from offtrace.modules.replay_files import DamagedReplay, read_folder, reserve, write_folder
-from offtrace.modules.replay_frames import STACK, check_shifted, newest_only
-from offtrace.modules.replay_lanes import INIT, Lanes, joined
-from offtrace.modules.replay_lanes import TERMINATED as TERMINATED_BIT
-from offtrace.modules.replay_lanes import TRUNCATED as TRUNCATED_BIT
+from offtrace.modules.keys import (
+    DONE, INDEX, IS_INIT, NEXT, OBSERVATION, TERMINATED, TRUNCATED, VALID, WEIGHT, WORKER,
+)  # fmt: skip
+from offtrace.modules.replay.entries import Key, check, choose, entries_of, nested
+from offtrace.modules.replay.files import DamagedReplay, read_folder, write_folder
+from offtrace.modules.replay.frames import STACK, check_shifted, newest_only
+from offtrace.modules.replay.rings import INIT, Rings, joined
+from offtrace.modules.replay.rings import TERMINATED as TERMINATED_BIT
+from offtrace.modules.replay.rings import TRUNCATED as TRUNCATED_BIT
+from offtrace.modules.replay.samplers import Sampler, Uniform
+from offtrace.modules.replay.storage import Storage
 
-__all__ = ["DamagedReplay", "Replay", "SamplesPerInsert"]
+__all__ = ["Replay"]
 
 
 class Replay:
-    """The newest steps of several environments, sampled uniformly and with replacement.
+    """The newest steps of several environments, sampled with replacement, uniformly or by priority.
 
-    Every environment of every actor has a lane of its own, a ring in which the oldest step is overwritten first.
+    Every environment of every actor has a ring of slots of its own, in which the oldest step is overwritten first.
     Observations are stored once: the successor of a step is the observation of the next, or behind the last step of an
     episode the true final observation, which takes a slot but is never sampled as a step. Whatever else the policy
     wrote travels with the step. A sequence never crosses episodes, nor a step with ``valid`` False, which is not
-    stored, nor the place where a lane is being written. Where a rollout does not go on from the state in which the last
-    one of its lane ended, because an actor was restarted, the episode ends there, with the bootstrap intact.
+    stored, nor the place where a ring is being written. Where a rollout does not go on from the state in which the last
+    one of its ring ended, because an actor was restarted, the episode ends there, with the bootstrap intact.
 
     With ``frame_stack`` k the observation is a stack of k frames, of which each is stored once: that of a slot is the
     newest, and a sample's stacks are put together from k slots in a row. They come back bit for bit, whatever the
     environment pads the first stack of an episode with, because its k - 1 older frames take slots too.
 
     Args:
-        capacity: slots, rounded up to a multiple of the lanes; an ended episode takes ``frame_stack`` more than its
+        capacity: slots, rounded up to a multiple of the rings; an ended episode takes ``frame_stack`` more than its
             steps.
         num_envs: N, environments of one actor.
         batch_size: samples in a batch.
@@ -55,14 +56,16 @@ class Replay:
         device: where a ``"tensor"`` storage lies and samples come from.
         frame_stack: frames of equal size along the first dimension of the one observation ``[k * C, ...]``, the newest
             last; 1 stores observations whole.
+        sampler: what draws the steps with which samples begin; :class:`Uniform` if not given.
 
     Raises:
-        ValueError: a number is out of range or does not fit the others.
+        ValueError: a number is out of range or does not fit the others, or the sampler belongs to another replay.
 
     Attributes:
         inserted: steps inserted so far, those that are not valid left out.
         sampled: steps sampled so far, B times ``length`` a batch.
         dropped: steps that came with ``valid`` False.
+        sampler: the sampler.
     """
 
     def __init__(
@@ -79,65 +82,66 @@ class Replay:
         seed: int = 0,
         device: str | torch.device = "cpu",
         frame_stack: int = 1,
+        sampler: Sampler | None = None,
     ) -> None:
         sizes = {"num_envs": num_envs, "batch_size": batch_size, "num_workers": num_workers, "length": length}
         for name, value in {"capacity": capacity, **sizes, "frame_stack": frame_stack}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if storage not in ("tensor", "memmap"):
-            raise ValueError(f"storage is {storage!r}; it must be 'tensor' or 'memmap'")
-        if storage == "memmap" and torch.device(device).type != "cpu":
-            raise ValueError(f"a 'memmap' storage lies on the CPU, got device {str(device)!r}")
         if capacity < batch_size:
             raise ValueError(f"capacity is {capacity}; a batch of {batch_size} needs a replay of {batch_size} at least")
-        lanes = num_envs * num_workers
-        size = -(-capacity // lanes) + 1  # one for the provisional state at the head
+        rings = num_envs * num_workers
+        size = -(-capacity // rings) + 1  # one for the provisional state at the head
         if length >= size:
             raise ValueError(
-                f"length is {length}; a capacity of {capacity} leaves each of {lanes} environments {size - 1} steps, "
+                f"length is {length}; a capacity of {capacity} leaves each of {rings} environments {size - 1} steps, "
                 f"so it must be below {size}"
             )
-        size += frame_stack - 1  # the oldest slots of a lane lack older frames
+        size += frame_stack - 1  # the oldest slots of a ring lack older frames
         self.capacity, self.num_envs, self.num_workers = capacity, num_envs, num_workers
         self.batch_size, self.length, self.pad = batch_size, length, pad and length > 1
         self.device, self.frame_stack = torch.device(device), frame_stack
         self.inserted = self.sampled = self.dropped = 0
-        self._kind, self._path = storage, path
-        self._lanes = Lanes(lanes, size, length, self.pad, older=frame_stack - 1)
+        self._storage = Storage(rings * size, storage, path, self.device)
+        self.sampler: Sampler = Uniform() if sampler is None else sampler
+        self.sampler.bind(rings * size)
+        self._rings = Rings(rings, size, length, self.sampler, pad=self.pad, older=frame_stack - 1)
         self._generator = torch.Generator().manual_seed(seed)
         self._inserting = False
-        self._storage: Any = None
-        self._leaves: dict[Key, Tensor] = {}
         self._state: list[Key] = []  # entries of which a step has a successor
         self._has_init = False
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Steps that are stored."""
-        return self._lanes.held
+        return self._rings.held
 
     @property
     def num_starts(self) -> int:
         """Steps with which a sample may begin."""
-        return self._lanes.count
+        return len(self.sampler)
 
     @property
     def bytes_per_slot(self) -> int:
         """Memory of one step, bookkeeping included; 0 before the first insertion."""
-        books = sum(array.itemsize for array in (self._lanes.flags, self._lanes.starts, self._lanes._place))
-        data = sum(leaf[0].numel() * leaf.element_size() for leaf in self._leaves.values())
-        return data + books if data else 0
+        data = self._storage.bytes_per_slot
+        return data + self._rings.flags.itemsize + self.sampler.bytes_per_slot if data else 0
 
     @torch.no_grad()
-    def extend(self, rollout: TensorDictBase, *, worker: int = 0) -> int:
+    def extend(self, rollout: TensorDictBase, *, worker: int | None = None) -> int:
         """Inserts a rollout ``[N, T]`` of one actor, in the order in which its environments went on.
+
+        Args:
+            rollout: what a collector gives.
+            worker: which actor made it. If not given the rollout says it by ``"worker"``, int64 ``[N, T]``, and one
+                without that entry is the first actor's.
 
         Returns:
             The number of valid steps.
 
         Raises:
             ValueError: the rollout has another number of environments, lacks an entry, has one of another shape or
-                type, or is longer than a lane; or its observations are no stacks of ``frame_stack`` frames. Nothing is
+                type, or is longer than a ring; or its observations are no stacks of ``frame_stack`` frames. Nothing is
                 inserted then.
         """
         if rollout.ndim != 2 or rollout.shape[0] != self.num_envs:
@@ -145,8 +149,11 @@ class Replay:
                 f"the replay has {self.num_envs} environments per actor; it takes rollouts [{self.num_envs}, T], "
                 f"got one of shape {list(rollout.shape)}"
             )
+        if worker is None:
+            made_by = rollout.get(WORKER, None)
+            worker = 0 if made_by is None or not made_by.numel() else int(made_by[0, 0])
         if not 0 <= worker < self.num_workers:
-            raise ValueError(f"worker is {worker}; the replay has lanes for actors 0 to {self.num_workers - 1}")
+            raise ValueError(f"worker is {worker}; the replay has rings for actors 0 to {self.num_workers - 1}")
         with self._lock:
             self._check_whole()
             entries = whole = entries_of(rollout)
@@ -154,10 +161,10 @@ class Replay:
             if self.frame_stack > 1:
                 entries = newest_only(whole, self.frame_stack)
                 check_shifted(whole, self.frame_stack, flags["valid"], joined(**flags))
-            if not self._leaves:
-                self._state, leaves = choose(entries)
-                self._allocate(leaves)
-            check(entries, self._state, self._leaves)
+            if not self._storage.leaves:
+                self._state, layout = choose(entries)
+                self._storage.allocate(layout)
+            check(entries, self._state, self._storage.leaves)
             self._has_init |= (IS_INIT,) in entries
             self._inserting = True  # stays so where a signal's exception breaks in: the books are ahead of the data
             number = self._insert(entries, whole, flags, worker)
@@ -168,21 +175,54 @@ class Replay:
         """A batch ``[B]``, or ``[B, length]`` with ``length`` above 1, in memory of its own.
 
         Holds what the rollouts held, the successors under ``"next"``, the three flags there as bool ``[*, 1]``, and
-        with ``pad`` the bool ``"valid"`` ``[*, 1]``. In sequences a state and its successor share memory: change them
-        out of place.
+        with ``pad`` the bool ``"valid"`` ``[*, 1]``. ``"index"``, int64 ``[*]``, names the sample for
+        :meth:`update_priorities`; a prioritised sampler adds ``"weight"``, float32 ``[*]``. In sequences all steps of
+        a sample have its name and weight, in the memory of one, and a state and its successor share memory: change
+        them out of place.
 
         Raises:
-            ValueError: no step to begin with.
+            ValueError: no step to begin with, or all priorities are 0.
             DamagedReplay: an insertion was interrupted half-way.
         """
         number = self.batch_size if batch_size is None else batch_size
         with self._lock:
             self._check_whole()
             self._check_starts()
-            draw = torch.randint(self._lanes.count, (number,), generator=self._generator).numpy()
-            slots = self._lanes.starts[draw].astype(np.int64)
+            slots, weight = self.sampler.draw(number, self._generator)
             self.sampled += number * self.length
-            return self._transitions(slots) if self.length == 1 else self._sequences(slots)
+            found = {INDEX: torch.from_numpy(self._rings.items(slots)).to(self.device)}
+            if weight is not None:
+                found[WEIGHT] = torch.from_numpy(weight).to(self.device)
+            return self._transitions(slots, found) if self.length == 1 else self._sequences(slots, found)
+
+    def update_priorities(self, index: Tensor, priority: Tensor) -> int:
+        """Gives samples new priorities, for instance the absolute TD error of each.
+
+        Args:
+            index: ``batch["index"]``, int64 ``[B]``, or ``[B, length]`` of which each row names one sample.
+            priority: at least 0 and finite, ``[B]``, or ``[B, length]`` of which the first column counts.
+
+        Returns:
+            How many of them there still are; those that were overwritten since are passed over. Of a sample that is
+            there twice the last priority counts.
+
+        Raises:
+            ValueError: a priority is negative or not finite, an index was never given, or the replay samples
+                uniformly. Nothing has changed then.
+            DamagedReplay: an insertion was interrupted half-way.
+        """
+        items, values = _of_each(index, "index", torch.int64), _of_each(priority, "priority", torch.float64)
+        if len(items) != len(values):
+            raise ValueError(f"there are {len(values)} priorities for {len(items)} indices; there must be one of each")
+        wrong = ~(np.isfinite(values) & (values >= 0))
+        if wrong.any():
+            place = int(wrong.argmax())
+            raise ValueError(f"priority[{place}] is {values[place]}; it must be at least 0 and finite")
+        with self._lock:
+            self._check_whole()
+            slots, there = self._rings.slots_of(items)
+            self.sampler.update(slots[there], values[there])
+            return int(there.sum())
 
     def dump(self, path: str | Path) -> None:
         """Writes everything into the folder ``path``, replacing what an earlier call wrote there.
@@ -194,32 +234,33 @@ class Replay:
             DamagedReplay: an insertion was interrupted half-way.
             ValueError: it is the folder in which this replay's own files lie.
         """
-        if self._path is not None and Path(path).resolve() == Path(self._path).resolve():
+        live = self._storage.path
+        if live is not None and Path(path).resolve() == Path(live).resolve():
             raise ValueError(f"{str(path)!r} holds the files this replay works on; dump it into another folder")
-        lanes = self._lanes
+        rings = self._rings
         with self._lock:
             self._check_whole()
+            arrays, numbers = self.sampler.save(rings.starts)
             write_folder(
                 Path(path),
-                data={
-                    key: (leaf.view(lanes.number, lanes.size, *leaf.shape[1:])) for key, leaf in self._leaves.items()
-                },
-                filled=lanes.filled,
+                data=self._storage.by_ring(rings.number),
+                filled=rings.filled,
                 books={
-                    "flags": lanes.flags,
-                    "starts": lanes.starts[: lanes.count],
-                    "written": lanes.written,
-                    "open": lanes.open,
-                    "run": lanes.run,
+                    **{f"sampler_{name}": array for name, array in arrays.items()},
+                    "flags": rings.flags,
+                    "written": rings.written,
+                    "open": rings.open,
+                    "run": rings.run,
                     "generator": self._generator.get_state().numpy(),
                 },
                 facts={
                     **self._shape(),
                     **{name: getattr(self, name) for name in ("inserted", "sampled", "dropped")},
-                    "held": lanes.held,
-                    "longest": lanes.longest,
+                    "held": rings.held,
+                    "longest": rings.longest,
                     "state": self._state,
                     "has_init": self._has_init,
+                    "sampler_numbers": numbers,
                 },
             )
 
@@ -228,55 +269,53 @@ class Replay:
 
         Raises:
             DamagedReplay: the folder is not there, incomplete or altered. The replay stays as it is.
-            ValueError: it was written by a replay of other numbers.
+            ValueError: it was written by a replay of other numbers, or with another sampler.
         """
         with self._lock:
             folder = read_folder(Path(path))
-            numbers = {"frame_stack": 1, **folder.facts}  # older folders do not say it
             for name, value in self._shape().items():
-                if numbers.get(name) != value:
+                if folder.facts.get(name) != value:
                     raise ValueError(
-                        f"the replay in {str(path)!r} has {name} {numbers.get(name)}, this one has {value}"
+                        f"the replay in {str(path)!r} has {name} {folder.facts.get(name)}, this one has {value}"
                     )
-            self._allocate(folder.leaves())
-            lanes, books, facts = self._lanes, folder.books, folder.facts
+            self._storage.allocate(folder.leaves())
+            rings, books, facts = self._rings, folder.books, folder.facts
             self._state = [tuple(key) for key in facts["state"]]
             self._has_init = bool(facts["has_init"])
-            folder.fill(
-                {key: leaf.view(lanes.number, lanes.size, *leaf.shape[1:]) for key, leaf in self._leaves.items()}
-            )
-            lanes.flags[:] = books["flags"]
-            lanes.written[:], lanes.open[:], lanes.run[:] = books["written"], books["open"], books["run"]
-            lanes.held, lanes.longest = int(facts["held"]), int(facts["longest"])
-            lanes.restore(books["starts"])
+            folder.fill(self._storage.by_ring(rings.number))
+            rings.flags[:] = books["flags"]
+            rings.written[:], rings.open[:], rings.run[:] = books["written"], books["open"], books["run"]
+            rings.held, rings.longest = int(facts["held"]), int(facts["longest"])
+            arrays = {key.removeprefix("sampler_"): book for key, book in books.items() if key.startswith("sampler_")}
+            self.sampler.restore(rings.starts, arrays, facts["sampler_numbers"])
             self._generator.set_state(torch.from_numpy(books["generator"].copy()))
             self._inserting = False
             self.inserted, self.sampled, self.dropped = (int(facts[x]) for x in ("inserted", "sampled", "dropped"))
 
     def _shape(self) -> dict[str, Any]:
         names = ("capacity", "num_envs", "num_workers", "length", "pad", "frame_stack")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "sampler": str(self.sampler)}
 
     def _insert(
         self, entries: dict[Key, Tensor], whole: dict[Key, Tensor], flags: dict[str, np.ndarray], worker: int
     ) -> int:
         envs, steps = flags["valid"].shape
-        lanes = slice(worker * envs, worker * envs + envs)
-        continues = flags["valid"][:, 0] & ~flags["init"][:, 0] & self._lanes.open[lanes]
+        rings = slice(worker * envs, worker * envs + envs)
+        continues = flags["valid"][:, 0] & ~flags["init"][:, 0] & self._rings.open[rings]
         if continues.any():
-            continues &= self._same_state(whole, lanes, envs)
-        plan = self._lanes.insert(lanes, **flags, continues=continues)
+            continues &= self._same_state(whole, rings, envs)
+        plan = self._rings.insert(rings, **flags, continues=continues)
         every = len(plan.step_rows) == envs * steps
         to = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
         rows, slots, final_rows, final_slots = map(to, plan[:4])
-        for key, leaf in self._leaves.items():
+        for key, leaf in self._storage.leaves.items():
             data = entries[key].flatten(0, 1).to(self.device)
             leaf.index_copy_(0, slots, data if every else data.index_select(0, rows))
         for key in self._state if len(plan.final_slots) else ():
             data = entries[(NEXT, *key)].flatten(0, 1)
-            self._leaves[key].index_copy_(0, final_slots, data.to(self.device).index_select(0, final_rows))
+            self._storage.leaves[key].index_copy_(0, final_slots, data.to(self.device).index_select(0, final_rows))
         if plan.older_slots.size:
-            leaf = self._leaves[STACK]
+            leaf = self._storage.leaves[STACK]
             stacks = whole[STACK].flatten(0, 1).to(self.device).index_select(0, to(plan.first_rows))
             frames = stacks.view(len(stacks), self.frame_stack, *leaf.shape[1:])[:, :-1]
             leaf.index_copy_(0, to(plan.older_slots.ravel()), frames.flatten(0, 1))
@@ -284,8 +323,8 @@ class Replay:
         self.dropped += envs * steps - len(plan.step_rows)
         return len(plan.step_rows)
 
-    def _same_state(self, whole: dict[Key, Tensor], lanes: slice, envs: int) -> np.ndarray:
-        slots = torch.from_numpy(self._lanes.provisional(lanes)).to(self.device)
+    def _same_state(self, whole: dict[Key, Tensor], rings: slice, envs: int) -> np.ndarray:
+        slots = torch.from_numpy(self._rings.provisional(rings)).to(self.device)
         same = np.ones(envs, bool)
         for key in self._state:
             if key[0] == OBSERVATION:
@@ -295,38 +334,40 @@ class Replay:
 
     def _take(self, key: Key, slots: Tensor) -> Tensor:
         """What was inserted into ``slots`` ``[B]``, ``[B, ...]``; stacks of frames are whole again."""
-        leaf = self._leaves[key]
+        leaf = self._storage.leaves[key]
         if self.frame_stack == 1 or key != STACK:
             return leaf.index_select(0, slots)
-        frames = leaf.index_select(0, self._lanes.stacks(slots).flatten())
+        frames = leaf.index_select(0, self._rings.stacks(slots).flatten())
         return frames.view(len(slots), self.frame_stack * leaf.shape[1], *leaf.shape[2:])
 
-    def _transitions(self, slots: np.ndarray) -> TensorDict:
-        index, following = (torch.from_numpy(x).to(self.device) for x in (slots, self._lanes.successors(slots)))
-        found = {key: self._take(key, index) for key in self._leaves}
+    def _transitions(self, slots: np.ndarray, named: dict[str, Tensor]) -> TensorDict:
+        index, following = (torch.from_numpy(x).to(self.device) for x in (slots, self._rings.successors(slots)))
+        found = {key: self._take(key, index) for key in self._storage.leaves}
         for key in self._state:
             found[(NEXT, *key)] = self._take(key, following)
+        found.update({(name,): value for name, value in named.items()})
         return self._assemble(found, slots, None)
 
-    def _sequences(self, slots: np.ndarray) -> TensorDict:
-        states, steps, valid = self._lanes.windows(slots)
+    def _sequences(self, slots: np.ndarray, named: dict[str, Tensor]) -> TensorDict:
+        states, steps, valid = self._rings.windows(slots)
         index, both = (torch.from_numpy(x.ravel()).to(self.device) for x in (steps, states))
         shape = steps.shape
         found = {}
-        for key, leaf in self._leaves.items():
+        for key, leaf in self._storage.leaves.items():
             if key not in self._state:
                 found[key] = leaf.index_select(0, index).view(*shape, *leaf.shape[1:])
         for key in self._state:
             window = self._take(key, both)
             window = window.view(shape[0], shape[1] + 1, *window.shape[1:])
             found[key], found[(NEXT, *key)] = window[:, :-1], window[:, 1:]
+        found.update({(name,): value.unsqueeze(1).expand(shape) for name, value in named.items()})
         return self._assemble(found, steps, valid)
 
     def _assemble(self, found: dict[Key, Tensor], slots: np.ndarray, valid: np.ndarray | None) -> TensorDict:
         def flag(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).unsqueeze(-1).to(self.device)
 
-        flags = self._lanes.flags[slots]
+        flags = self._rings.flags[slots]
         found[(NEXT, TERMINATED)] = flag(flags & TERMINATED_BIT != 0)
         found[(NEXT, TRUNCATED)] = flag(flags & TRUNCATED_BIT != 0)
         found[(NEXT, DONE)] = flag(flags & (TERMINATED_BIT | TRUNCATED_BIT) != 0)
@@ -336,27 +377,6 @@ class Replay:
             found[(VALID,)] = flag(valid)
         return TensorDict(nested(found), slots.shape, device=self.device)
 
-    def _allocate(self, leaves: dict[Key, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        if {key: (tuple(leaf.shape[1:]), leaf.dtype) for key, leaf in self._leaves.items()} == leaves:
-            return
-        slots = self._lanes.number * self._lanes.size
-        if self._kind == "tensor":
-            data = TensorDict(
-                nested({key: torch.empty(slots, *x[0], dtype=x[1], device=self.device) for key, x in leaves.items()}),
-                [slots],
-            )
-        else:
-            row = nested({key: torch.zeros(x[0], dtype=x[1]) for key, x in leaves.items()})
-            if self._path is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="offtrace-replay-")
-                self._path = self._temporary.name
-            data = TensorDict(row, []).expand(slots).memmap_like(prefix=str(self._path), existsok=True)
-            reserve(Path(self._path))
-        self._storage = TensorStorage(data, device=self.device)
-        # Plain views of the memory: a lookup through the subclass of memory-mapped tensors costs twice as much.
-        found = entries_of(self._storage.get(slice(None)))
-        self._leaves = {key: found[key].as_subclass(Tensor) for key in leaves}
-
     def _check_whole(self) -> None:
         if self._inserting:
             raise DamagedReplay(
@@ -364,12 +384,12 @@ class Replay:
             )
 
     def _check_starts(self) -> None:
-        if self._lanes.count:
+        if len(self.sampler):
             return
-        if self.inserted and self._lanes.longest < self.length:
+        if self.inserted and self._rings.longest < self.length:
             raise ValueError(
-                f"length is {self.length}, and the longest of the episodes so far has {self._lanes.longest} steps; "
-                f"give a length of {self._lanes.longest} or less, or pad=True"
+                f"length is {self.length}, and the longest of the episodes so far has {self._rings.longest} steps; "
+                f"give a length of {self._rings.longest} or less, or pad=True"
             )
         raise ValueError(
             f"no sample of length {self.length} can begin anywhere: the replay has {len(self)} steps; insert more of "
@@ -389,3 +409,12 @@ def _flags(entries: dict[Key, Tensor], envs: int, steps: int) -> dict[str, np.nd
     given = (NEXT, VALID) in entries or (VALID,) in entries
     valid = flag((NEXT, VALID), (VALID,)) if given else np.ones((envs, steps), bool)
     return {"valid": valid, "terminated": terminated, "truncated": truncated, "init": flag((IS_INIT,))}
+
+
+def _of_each(value: Tensor, name: str, dtype: torch.dtype) -> np.ndarray:
+    """One number of each sample, ``[B]``."""
+    value = torch.as_tensor(value).detach()
+    if value.ndim not in (1, 2):
+        raise ValueError(f"{name} has shape {list(value.shape)}; it must be [B], or [B, length]")
+    of_each: np.ndarray = (value if value.ndim == 1 else value[:, 0]).to("cpu", dtype).numpy()
+    return of_each

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from offtrace.modules.keys import NEXT, OBSERVATION
-from offtrace.modules.replay_entries import Key
+from offtrace.modules.replay.entries import Key
 
 STACK: Key = (OBSERVATION,)
 
