@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from torch import nn
 
 from offtrace.agents.config_base import Config
-from offtrace.modules.collectors import RolloutCollector, make_collector
+from offtrace.modules.collectors import Collector, make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT, VALID
 
@@ -73,10 +73,10 @@ class ActingData(LightningDataModule):
         games: those that ended in this rank's rollouts, since training began.
     """
 
-    def __init__(self, collector_fn: Callable[[int, int], RolloutCollector]) -> None:
+    def __init__(self, collector_fn: Callable[[int, int], Collector]) -> None:
         super().__init__()
         self.collector_fn = collector_fn
-        self.collector: RolloutCollector | None = None
+        self.collector: Collector | None = None
         self.frames = 0
         self.games = GameMeter()
         self._version = 0
@@ -109,7 +109,7 @@ class ActingData(LightningDataModule):
             collector.shutdown()
 
 
-def rollout_collector(config: Config, policy: nn.Module, rank: int, frames: int) -> RolloutCollector:
+def rollout_collector(config: Config, policy: nn.Module, rank: int, frames: int) -> Collector:
     """The collector of ``rank`` for a run of ``config`` that begins or goes on at ``frames``."""
     env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
     return make_collector(

@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from offtrace.agents.acting import ActingData, place
-from offtrace.modules.collectors import RolloutCollector
+from offtrace.modules.collectors import Collector
 from offtrace.modules.keys import NEXT, POLICY_VERSION
 
 __all__ = ["OnPolicyData"]
@@ -43,7 +43,7 @@ class OnPolicyData(ActingData):
 
     def __init__(
         self,
-        collector_fn: Callable[[int, int], RolloutCollector],
+        collector_fn: Callable[[int, int], Collector],
         *,
         total_frames: int,
         frame_skip: int = 1,
@@ -107,7 +107,7 @@ class RolloutStream:
     def __init__(
         self,
         data: OnPolicyData,
-        collector: RolloutCollector,
+        collector: Collector,
         *,
         rank: int,
         world_size: int,

@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from offtrace.agents.acting import ActingData, place
-from offtrace.modules.collectors import RolloutCollector
+from offtrace.modules.collectors import Collector
 from offtrace.modules.envs import EnvironmentFailure
 from offtrace.modules.keys import NEXT, POLICY_VERSION, VALID
 from offtrace.modules.replay import Replay, SamplesPerInsert
@@ -63,7 +63,7 @@ class ReplayData(ActingData):
 
     def __init__(
         self,
-        collector_fn: Callable[[int, int], RolloutCollector],
+        collector_fn: Callable[[int, int], Collector],
         replay_fn: Callable[[int, Path | None], Replay],
         *,
         total_frames: int,
@@ -250,14 +250,13 @@ class ReplayStream:
     """
 
     def __init__(
-        self, data: ReplayData, collector: RolloutCollector, replay: Replay, *, world_size: int, device: torch.device
+        self, data: ReplayData, collector: Collector, replay: Replay, *, world_size: int, device: torch.device
     ) -> None:
         self._data = data
         self._collector = collector
         self._replay = replay
         self._device = device
         self._frames_per_rollout = collector.frames_per_batch * data.frame_skip * world_size
-        self._taken = 0
         self._failed = 0
 
     def __len__(self) -> int:
@@ -285,9 +284,7 @@ class ReplayStream:
         self._check(rollout)
         if data.on_rollout is not None:
             data.on_rollout(rollout)
-        # the actors take turns
-        self._replay.extend(rollout, worker=self._taken % max(1, self._collector.num_workers))
-        self._taken += 1
+        self._replay.extend(rollout)  # which says what actor made it
         data.limiter.insert(rollout.numel())
         data.frames += self._frames_per_rollout
 

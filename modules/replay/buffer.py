@@ -12,8 +12,17 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from offtrace.modules.keys import (
-    DONE, INDEX, IS_INIT, NEXT, OBSERVATION, TERMINATED, TRUNCATED, VALID, WEIGHT, WORKER,
-)  # fmt: skip
+    DONE,
+    INDEX,
+    IS_INIT,
+    NEXT,
+    OBSERVATION,
+    TERMINATED,
+    TRUNCATED,
+    VALID,
+    WEIGHT,
+    WORKER,
+)
 from offtrace.modules.replay.entries import Key, check, choose, entries_of, nested
 from offtrace.modules.replay.files import DamagedReplay, read_folder, write_folder
 from offtrace.modules.replay.frames import STACK, check_shifted, newest_only

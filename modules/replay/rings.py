@@ -222,9 +222,7 @@ class Rings:
         if not ended.any():
             return []
         firsts = [absolute - back for back in range(self.length - 1)]
-        return [
-            self._slots(base, first)[ended & (run > back) & (first >= floor)] for back, first in enumerate(firsts)
-        ]
+        return [self._slots(base, first)[ended & (run > back) & (first >= floor)] for back, first in enumerate(firsts)]
 
     def _overwrite(self, step_slots: np.ndarray, other_slots: np.ndarray, flags: np.ndarray) -> None:
         every = np.concatenate([step_slots, other_slots])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Sampler(Protocol):
 
 
 class Uniform:
-    """Every slot alike. Slots are kept in a list, in which one that goes is replaced by the last: a draw is a lookup."""
+    """Every slot alike. They are kept in a list, in which one that goes is replaced by the last: a draw is a lookup."""
 
     bytes_per_slot = 8
 
@@ -174,7 +174,7 @@ class Prioritized:
         total = self._tree.total
         if not 0 < total < float("inf"):
             raise ValueError(
-                f"the priorities to the power alpha, {self.alpha}, add up to {total}; the sum must be above 0 and finite"
+                f"the priorities, to the power alpha {self.alpha}, add up to {total}; it must be above 0 and finite"
             )
         mass = torch.rand(number, dtype=torch.float64, generator=generator).numpy() * total
         slots, value = self._tree.find(mass)

@@ -28,11 +28,10 @@ from torchrl.collectors import MultiAsyncCollector
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from offtrace.modules import processes
-from offtrace.modules.actors import actor_seed
-from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector
+from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector, processes
+from offtrace.modules.collectors.actors import actor_seed
+from offtrace.modules.collectors.buffer_pool import BufferPool
 from offtrace.modules.envs import EnvironmentFailure
-from offtrace.modules.recycling import Recycler
 
 ENVS, STEPS = 4, 5
 _PREFIX = f"offtrace{os.getpid()}"
@@ -188,20 +187,20 @@ def test_rollouts_are_never_aliased() -> None:
         assert first["observation"].data_ptr() != second["observation"].data_ptr()
 
 
-def test_large_memory_is_recycled_only_when_nobody_holds_it() -> None:
+def test_large_memory_is_used_again_only_when_nobody_holds_it() -> None:
     source = torch.zeros(1 << 20, dtype=torch.uint8)
-    recycler = Recycler()
-    one = recycler.empty_like(source)
+    pool = BufferPool()
+    one = pool.empty_like(source)
     address = one.data_ptr()
     view = one[5:9].view(2, 2)
     del one
-    two = recycler.empty_like(source)
+    two = pool.empty_like(source)
     assert two.data_ptr() != address, "a view still uses it"
     array = view.numpy()
     del view
-    assert recycler.empty_like(source).data_ptr() != address, "an array still uses it"
+    assert pool.empty_like(source).data_ptr() != address, "an array still uses it"
     del array
-    assert recycler.empty_like(source).data_ptr() == address
+    assert pool.empty_like(source).data_ptr() == address
 
 
 def test_order_is_applied_to_every_entry() -> None:
@@ -376,7 +375,7 @@ def test_a_hanging_environment_is_found() -> None:
 def test_a_killed_worker_is_found() -> None:
     collector = make(1, env={"delay": 0.2})
     next(collector)
-    os.kill(collector.collector.procs[0].pid, signal.SIGKILL)
+    os.kill(collector.backend.pids[0], signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(EnvironmentFailure, match="signal 9"):  # noqa: PT012
         next(collector)  # may have been on its way already
@@ -395,7 +394,7 @@ if __name__ == "__main__":
     print("starting", flush=True)
     collector = make(1, env=env)
     next(collector)
-    print("worker", collector.collector.procs[0].pid, flush=True)
+    print("worker", collector.backend.pids[0], flush=True)
     if sys.argv[1] == "raise":
         raise RuntimeError("the learner failed")
     while True:

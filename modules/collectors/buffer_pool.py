@@ -8,7 +8,7 @@ from torch import Tensor
 _LARGE = 1 << 20  # bytes; below it the allocator keeps the pages itself
 
 
-class Recycler:
+class BufferPool:
     """Gives uninitialised CPU tensors, from earlier ones that are out of use where it can.
 
     Fresh memory costs more than what is written to it: the system has to map and clear every page, 9 to 25 ms for the

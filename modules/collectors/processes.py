@@ -1,4 +1,4 @@
-"""The learner's end of the actor processes: takes their rollouts in turn, watches over them, and ends them."""
+"""Actors in processes of their own: the learner takes their rollouts in turn, watches over them, and ends them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl.collectors import MultiAsyncCollector
 
-from offtrace.modules.actors import Link
+from offtrace.modules.collectors.actors import ActorCollector, initialise_process
+from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 
 _POLL = 0.1  # seconds between two looks at the workers' health while a rollout is awaited
 _START_ALLOWANCE = 120.0  # seconds for importing the libraries, on top of the time one step may take
 _SHUTDOWN_TIMEOUT = 4.0
+_KILL_TIMEOUT = 1.0  # a killed process is gone at once, unless the system itself hangs
 
 
 class RoundRobinCollector(MultiAsyncCollector):
@@ -30,10 +35,11 @@ class RoundRobinCollector(MultiAsyncCollector):
     stands still until its rollout was copied out, which is the backpressure.
     """
 
-    def __init__(self, *args: Any, link: Link, step_timeout: float, **kwargs: Any) -> None:
-        self._link = link
+    def __init__(self, *args: Any, shared: SharedWeights, step_timeout: float, **kwargs: Any) -> None:
+        self._shared = shared
         self._step_timeout = step_timeout
         self.copy_out: Callable[[TensorDictBase], TensorDictBase] = TensorDictBase.clone
+        self.turn = 0  # the worker that made the rollout given last
         super().__init__(*args, **kwargs)
 
     @property
@@ -59,10 +65,14 @@ class RoundRobinCollector(MultiAsyncCollector):
             watchdog.cancel()
 
     def kill(self) -> None:
-        """End the workers without asking."""
-        for process in getattr(self, "procs", ()):
+        """End the workers without asking, and wait for their ends: nobody else would, and zombies would stay."""
+        processes = getattr(self, "procs", ())
+        for process in processes:
             with contextlib.suppress(Exception):
                 process.kill()
+        for process in processes:
+            with contextlib.suppress(Exception):
+                process.join(_KILL_TIMEOUT)
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
         """As TorchRL's, with a shorter time by default."""
@@ -89,6 +99,7 @@ class RoundRobinCollector(MultiAsyncCollector):
             arrived.remove(turn)
             rollout = self.copy_out(self.out_tensordicts[turn])
             resumed[turn] = self._resume(turn)
+            self.turn = turn
             yield rollout
             turn = (turn + 1) % self.num_workers
 
@@ -116,23 +127,118 @@ class RoundRobinCollector(MultiAsyncCollector):
 
     def _raise_if_unwell(self, awaited: int, resumed: float) -> None:
         for worker, process in enumerate(self.procs):
-            message = self._link.errors_of(worker)
+            message = self._shared.errors_of(worker)
             if message is not None or not process.is_alive():
                 process.join(0.2)
-                message = message or self._link.errors_of(worker)
-                raise EnvironmentFailure(describe(self._link, worker, message, process.exitcode))
-        idle = time.monotonic() - max(resumed, float(self._link.beats[awaited]))
+                message = message or self._shared.errors_of(worker)
+                raise EnvironmentFailure(describe(self._shared, worker, message, process.exitcode))
+        idle = time.monotonic() - max(resumed, float(self._shared.beats[awaited]))
         if idle > self._step_timeout:
-            step = int(self._link.steps[awaited])
+            step = int(self._shared.steps[awaited])
             raise EnvironmentFailure(
                 f"actor process {awaited} has made no step for {idle:.1f} s (step {step} hangs; the limit step_timeout "
                 f"is {self._step_timeout:g} s)."
             )
 
 
-def describe(link: Link, worker: int, message: str | None, exitcode: int | None) -> str:
+class ProcessBackend:
+    """Meets :class:`~offtrace.modules.collectors.protocol.Backend`: actors are one rollout ahead of the learner.
+
+    Args:
+        env_fns: gives the environment of each actor.
+        shared: the weights.
+        options: of :class:`ActorCollector`.
+        step_timeout: seconds that one step, a reset included, may take.
+        threads: torch threads of each actor.
+
+    Raises:
+        EnvironmentFailure: an actor did not come up; its own message is in the text.
+    """
+
+    def __init__(
+        self,
+        env_fns: Sequence[Callable[..., Any]],
+        shared: SharedWeights,
+        options: dict[str, Any],
+        *,
+        step_timeout: float,
+        threads: int,
+    ) -> None:
+        self._shared = shared
+        self._iterator: Iterator[TensorDictBase] | None = None
+        special = {name: options.pop(name) for name in ("policy_bytes", "seeds", "device")}
+        try:
+            self._collector = RoundRobinCollector(
+                env_fns,
+                collector_class=partial(ActorCollector, shared=shared, **special),
+                init_fn=partial(initialise_process, shared.parent),
+                num_threads=torch.get_num_threads(),
+                num_sub_threads=threads,
+                shared=shared,
+                step_timeout=step_timeout,
+                **options,
+            )
+        except Exception as error:
+            messages = [shared.errors_of(worker) for worker in range(len(env_fns))]
+            shared.release()
+            worker, message = next(((w, m) for w, m in enumerate(messages) if m), (0, None))
+            if message is None:
+                raise EnvironmentFailure(f"an actor process did not come up: {error}") from error
+            raise EnvironmentFailure(describe(shared, worker, message, None)) from None
+
+    @property
+    def version(self) -> int:
+        """As of the protocol."""
+        return self._shared.version
+
+    @version.setter
+    def version(self, value: int) -> None:
+        self._shared.version = value
+
+    @property
+    def num_envs(self) -> int:
+        """As of the protocol."""
+        return self._shared.num_envs
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the actor processes."""
+        return [process.pid for process in self._collector.procs]
+
+    def publish(self, tensors: Mapping[str, Tensor]) -> int:
+        """As of the protocol."""
+        return self._shared.publish(tensors)
+
+    def take(self, copied: Callable[[TensorDictBase], TensorDictBase]) -> tuple[TensorDictBase, int]:
+        """As of the protocol.
+
+        Raises:
+            EnvironmentFailure: an actor raised, died or hung. All are ended then.
+        """
+        self._collector.copy_out = copied
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._collector)
+            return next(self._iterator), self._collector.turn
+        except EnvironmentFailure:
+            raise
+        except Exception as error:
+            raise self._shared.failure(error) from error
+        finally:
+            self._collector.copy_out = TensorDictBase.clone  # keeps nothing alive that belongs to the caller
+
+    def shutdown(self) -> None:
+        """Ask, then terminate, then kill, within about 5 seconds."""
+        self._shared.stop()
+        self._collector.shutdown(raise_on_error=False)
+        self._collector.release()
+        self._shared.release()
+        self._iterator = None
+
+
+def describe(shared: SharedWeights, worker: int, message: str | None, exitcode: int | None) -> str:
     """One sentence, then the worker's own traceback."""
-    step = int(link.steps[worker])
+    step = int(shared.steps[worker])
     if message is None:
         cause = f"signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"
         return f"actor process {worker} ended by itself at step {step} ({cause})."
