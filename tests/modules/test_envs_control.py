@@ -32,7 +32,7 @@ def flat(observation: Any) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"flat": False}, {"last_step": True}, {"action_repeat": 3}, {"pixels": True, "height": 32, "width": 40}],
+    [{}, {"flatten": False}, {"last_step": True}, {"action_repeat": 3}, {"pixels": True, "height": 32, "width": 40}],
 )
 def test_specs(options: dict[str, Any]) -> None:
     check_env_specs(make_env("walker-walk", 2, **options))
@@ -111,7 +111,7 @@ def test_each_environment_has_a_seed_of_its_own() -> None:
 
 
 def test_entries_instead_of_one_vector() -> None:
-    whole, parts = (make_env("walker-walk", 2, seed=1, flat=value) for value in (True, False))
+    whole, parts = (make_env("walker-walk", 2, seed=1, flatten=value) for value in (True, False))
     vector, entries = whole.reset()["observation"], parts.reset()["observation"]
     assert list(entries.keys()) == ["orientations", "height", "velocity"]
     assert [tuple(value.shape) for value in entries.values()] == [(2, 14), (2,), (2, 9)]
