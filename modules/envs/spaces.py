@@ -75,7 +75,9 @@ class Observations:
     def stack(self, rows: list[Row]) -> Tensor | TensorDictBase:
         """The observations of all environments, ``[N, ...]``."""
         parts = [torch.from_numpy(np.stack(entry)) for entry in zip(*rows, strict=True)]
-        return parts[0] if self._names is None else TensorDict(zip(self._names, parts, strict=True), [len(rows)])
+        if self._names is None:
+            return parts[0]
+        return TensorDict(dict(zip(self._names, parts, strict=True)), [len(rows)])
 
 
 def row_of(observation: Tensor | TensorDictBase, index: int) -> Row:

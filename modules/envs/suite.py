@@ -37,6 +37,7 @@ TASKS: Final[dict[str, tuple[str, ...]]] = {
     "walker": ("stand", "walk", "run"),
 }
 """Tasks of the suite by domain."""
+MISSING: Final = "needs dm_control, which is not installed"
 
 
 def has_display() -> bool:
@@ -55,7 +56,7 @@ def check_installed(task: str) -> None:
     if not has_dm_control():
         running = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise ValueError(
-            f"{task} needs dm_control, which is not installed; offtrace installs it on Python 3.11 and 3.12, and this "
+            f"{task} {MISSING}; offtrace installs it on Python 3.11 and 3.12, and this "
             f"is {running}: use one of these, or a MuJoCo task of Gymnasium, such as HalfCheetah-v5"
         )
 
