@@ -181,6 +181,7 @@ def test_pictures_for_a_video_show_the_end_of_an_episode() -> None:
     np.testing.assert_array_equal(env.render(), env._simulators[0].physics.render(240, 320, camera_id=0))
 
 
+@pytest.mark.slow
 def test_without_a_renderer_states_work_and_images_say_what_is_missing() -> None:
     code = """
 from offtrace.modules.envs import EnvironmentFailure, make_env

@@ -34,6 +34,7 @@ def test_it_is_the_environment_stepped_by_hand() -> None:
     assert step["next", "valid"].all()
 
 
+@pytest.mark.slow
 def test_mujocos_word_on_gymnasiums_models_is_not_ours(tmp_path: Path) -> None:
     """It would be printed for each environment, and left behind as a file."""
     script = "from offtrace.modules.envs import make_env; make_env('HalfCheetah-v5', 2).rollout(3)"
@@ -94,6 +95,7 @@ for refused in (check_task_options, {}), (make_env, 1), (ControlEnv, 1):
 """
 
 
+@pytest.mark.slow
 def test_what_works_without_dm_control(tmp_path: Path) -> None:
     """As on Python 3.13, on which it cannot be installed: only its own tasks are refused, in one sentence."""
     done = subprocess.run(

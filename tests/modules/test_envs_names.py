@@ -112,6 +112,7 @@ def test_options_at_their_default_make_the_same_environment() -> None:
         assert env_info(name, **options) == env_info(name)
 
 
+@pytest.mark.slow
 def test_checking_imports_neither_torch_nor_a_simulator() -> None:
     code = """
 import sys
