@@ -1,18 +1,26 @@
 # Everything runs in .venv, which the first target that needs it creates; a second call installs nothing.
-PYTHON ?= python3
+# The first Python here that can make environments; dm_control comes with 3.11 and 3.12 only, so these go first.
+FIND_PYTHON := for newest in 12 99; do for python in python3 python3.12 python3.11 python3.13 python3.14; do \
+	$$python -c "import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $$newest))" \
+	2>/dev/null && echo $$python && exit; done; done; echo python3
+PYTHON ?= $(shell $(FIND_PYTHON))
 VENV := .venv
 BIN := $(VENV)/bin
 # type checkers do not follow pip's editable installs; they follow links
 TYPES := $(VENV)/types/offtrace
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-wheel check format bench build clean
+.PHONY: train test test-fast test-wheel check format bench build clean
 
 train: $(VENV)/.installed
 	$(BIN)/python recipes/impala_atari.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# without what starts processes or trains; the slowest of the rest are named
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow" --durations=10 $(ARGS)
 
 # the tests against what users would install: neither editable nor the checkout
 test-wheel: build

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -53,8 +52,8 @@ def task_info(config: ReplayedConfig) -> EnvInfo:
 
 def bytes_per_step(config: ReplayedConfig, info: EnvInfo) -> int:
     """What a step takes in the replay: what environment and policy write, 8 bytes of version and 9 of bookkeeping."""
-    shape, images = info.observation_shape, len(info.observation_shape) == 3
-    observation = math.prod(shape) // info.frame_stack * (1 if images else 4)  # of a stack one frame is stored
+    images = len(info.observation_shape) == 3
+    observation = info.observation_size // info.frame_stack * (1 if images else 4)  # of a stack one frame is stored
     size = info.action_dim or 0
     if info.num_actions is not None:
         numbers = 2 + info.num_actions  # an index of 8 bytes, and logits

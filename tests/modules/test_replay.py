@@ -374,7 +374,7 @@ def test_a_folder_of_other_numbers_is_refused(tmp_path: Path) -> None:
 
 def test_every_entry_of_the_state_is_stored_once() -> None:
     """Observations in parts, masks, recurrent states: all that has a successor."""
-    env = make_env("cartpole-swingup", 2, flat=False, last_step=True, time_limit=0.05)
+    env = make_env("cartpole-swingup", 2, flatten=False, last_step=True, time_limit=0.05)
     replay = Replay(64, num_envs=2, batch_size=8, length=2, pad=True)
     rollout = env.rollout(12, break_when_any_done=False, auto_cast_to_device=True)
     replay.extend(rollout)
