@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ class ActionEstimate(NamedTuple):
 class ActionValueEstimator(ActionValueForward):
     """Targets for Q(x, a), in a loss or alone on rollouts ``[*B, T]`` in TorchRL's layout.
 
-    A loss asks in this order: :meth:`check_shape`; :meth:`select`, which steps it learns from, before it runs any
+    A loss asks in this order: :meth:`select`, which steps it learns from, before it runs any
     network; and :meth:`estimate`, with the values that it has computed for them. A subclass of your own defines
     :meth:`compute`, of the steps of whole sequences, and says what it needs:
 
@@ -87,15 +86,6 @@ class ActionValueEstimator(ActionValueForward):
     def steps_per_sequence(self, length: int) -> int:
         """How many steps of a sequence of ``length`` are learnt from."""
         return length
-
-    def check_shape(self, shape: Sequence[int]) -> None:
-        """Whether a batch of ``shape`` is long enough.
-
-        Raises:
-            ValueError: if not.
-        """
-        if len(shape) == 1 and self.sequence_length(2) > 1:
-            raise ValueError(f"estimator {type(self).__name__} needs sequences [N, T], got {list(shape)}")
 
     def select(self, outcome: Outcome, *, gamma: float) -> Selection:
         """The steps that are learnt from, and where they bootstrap: here every step, from its own successor."""
@@ -221,15 +211,6 @@ class NStep(ActionValueEstimator):
         """The first."""
         return 1
 
-    def check_shape(self, shape: Sequence[int]) -> None:
-        """Sequences of n steps or more.
-
-        Raises:
-            ValueError: on others.
-        """
-        if len(shape) == 1 or shape[1] < self.n:
-            raise ValueError(f"estimator NStep(n={self.n}) needs sequences [N, T] of that many steps, got {list(shape)}")
-
     def select(self, outcome: Outcome, *, gamma: float) -> Selection:
         """The first step of each sequence, and the end of its window."""
         return first_window(outcome, gamma=gamma, n=self.n)
@@ -290,9 +271,6 @@ class OneStep(NStep):
     def steps_per_sequence(self, length: int) -> int:
         """All of them."""
         return length
-
-    def check_shape(self, shape: Sequence[int]) -> None:
-        """Any will do."""
 
     def select(self, outcome: Outcome, *, gamma: float) -> Selection:
         """Every step, from its own successor."""

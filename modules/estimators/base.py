@@ -222,13 +222,14 @@ class ReturnEstimator(ValueEstimatorBase):
                 raise ValueError(f"{name} must be finite, got {int(bad.sum())} entries that are not")
 
 
-def make_estimator(spec: str | ReturnEstimator, kind: str) -> ReturnEstimator:
+def make_estimator(spec: str | ReturnEstimator, kind: str, **options: Any) -> ReturnEstimator:
     """The estimator that ``spec`` is or names, of state values or of action values by ``kind``.
 
     Args:
         spec: an object, which is returned as it is; or a name of :mod:`offtrace.modules.estimators.names`, or an import
             path ``package.module:Class``, either with options: ``"vtrace(lmbda=0.95, rho_clip=inf)"``.
         kind: ``"state"`` or ``"action"``.
+        options: further ones of what is named.
 
     Raises:
         ValueError: on a name or an option that is not known, the nearest told, a number out of range, or another kind.
@@ -236,7 +237,8 @@ def make_estimator(spec: str | ReturnEstimator, kind: str) -> ReturnEstimator:
         ImportError: on an import path that leads nowhere.
     """
     if isinstance(spec, str):
-        name, options = parse_spec(spec)
+        name, given = parse_spec(spec)
+        options = given | options
         if ":" in name:
             build, fixed = _imported(name), {}
             check_options(name, options, _parameters(build))
@@ -245,6 +247,8 @@ def make_estimator(spec: str | ReturnEstimator, kind: str) -> ReturnEstimator:
             check_options(name, options, (*named.options, "gamma"))
             build, fixed = _imported(named.path), dict(named.fixed)
         spec = build(**fixed, **options)
+    elif options:
+        raise TypeError(f"options go with the name of an estimator, and {type(spec).__name__} is an object that has its own")
     if not isinstance(spec, ReturnEstimator):
         what = f"the class {spec.__name__}, of which an object is needed" if isinstance(spec, type) else repr(spec)
         raise TypeError(f"an estimator is a name, an import path, or an object of the kind of VTrace(), got {what}")
@@ -255,12 +259,18 @@ def make_estimator(spec: str | ReturnEstimator, kind: str) -> ReturnEstimator:
 
 
 def bind(
-    spec: str | ReturnEstimator, kind: str, *, gamma: float, discrete: bool = True, owner: str = "the loss"
+    spec: str | ReturnEstimator,
+    kind: str,
+    *,
+    gamma: float,
+    discrete: bool = True,
+    owner: str = "the loss",
+    **options: Any,
 ) -> Any:
     """A loss's own copy of the estimator that ``spec`` is or names, with the loss's ``gamma``.
 
     Args:
-        spec, kind: as of :func:`make_estimator`.
+        spec, kind, options: as of :func:`make_estimator`.
         gamma: discount per step, of the loss.
         discrete: whether the loss is one of discrete actions.
         owner: the loss's name, for messages.
@@ -269,7 +279,8 @@ def bind(
         ValueError: where the estimator has another gamma, networks of its own, or needs discrete actions; and as
             :func:`make_estimator`, whose other errors come too.
     """
-    found = copy.copy(make_estimator(spec, kind))
+    check_unit_interval(gamma=gamma)
+    found = copy.copy(make_estimator(spec, kind, **options))
     if found.gamma is not None and found.gamma != gamma:
         raise ValueError(
             f"{owner} has gamma={gamma} and its estimator {type(found).__name__} gamma={found.gamma}: leave the "
