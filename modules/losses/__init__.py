@@ -1,25 +1,17 @@
 """Losses, one to a file."""
 
-from offtrace.modules.losses.impala import ImpalaLoss
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
-from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
 from offtrace.modules.losses.updates import FastHardUpdate, FastSoftUpdate, compile_loss
-from offtrace.modules.losses.vmpo import VMPOLoss
 
-__all__ = [
-    "DiscreteMPOLoss",
-    "DiscreteSACLoss",
-    "FastHardUpdate",
-    "FastSoftUpdate",
-    "ImpalaLoss",
-    "MPOLoss",
-    "QActorCriticLoss",
-    "SACLoss",
-    "SACv1Loss",
-    "VMPOLoss",
-    "compile_loss",
-]
+try:
+    from offtrace.modules.losses.a2c import A2CLoss
+    from offtrace.modules.losses.impala import ImpalaLoss
+    from offtrace.modules.losses.ppo import PPOLoss
+    from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
+    from offtrace.modules.losses.vmpo import VMPOLoss
+except ImportError:
+    pass
