@@ -1,17 +1,29 @@
 """Losses, one to a file."""
 
+from offtrace.modules.losses.a2c import A2CLoss
+from offtrace.modules.losses.impala import ImpalaLoss
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
+from offtrace.modules.losses.ppo import PPOLoss
+from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
 from offtrace.modules.losses.updates import FastHardUpdate, FastSoftUpdate, compile_loss
+from offtrace.modules.losses.vmpo import VMPOLoss
 
-try:
-    from offtrace.modules.losses.a2c import A2CLoss
-    from offtrace.modules.losses.impala import ImpalaLoss
-    from offtrace.modules.losses.ppo import PPOLoss
-    from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
-    from offtrace.modules.losses.vmpo import VMPOLoss
-except ImportError:
-    pass
+__all__ = [
+    "A2CLoss",
+    "DiscreteMPOLoss",
+    "DiscreteSACLoss",
+    "FastHardUpdate",
+    "FastSoftUpdate",
+    "ImpalaLoss",
+    "MPOLoss",
+    "PPOLoss",
+    "QActorCriticLoss",
+    "SACLoss",
+    "SACv1Loss",
+    "VMPOLoss",
+    "compile_loss",
+]

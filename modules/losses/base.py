@@ -67,14 +67,29 @@ class Loss(LossModule):
     """Whether the behaviour policy's log-probability is read whatever the estimator needs."""
 
     def bind_estimator(
-        self, spec: str | ReturnEstimator, kind: str, *, gamma: float, discrete: bool = True, **options: Any
+        self,
+        spec: str | ReturnEstimator,
+        kind: str,
+        *,
+        gamma: float,
+        discrete: bool = True,
+        every_step: bool = False,
+        **options: Any,
     ) -> None:
-        """Take the estimator that ``spec`` is or names; arguments and errors as of :func:`~.estimators.bind`."""
+        """Take the estimator that ``spec`` is or names; arguments and errors as of :func:`~.estimators.bind`.
+
+        ``every_step`` refuses one of action values that learns from the first step of a sequence alone.
+        """
         owner = type(self).__name__
         found = bind(spec, kind, gamma=gamma, discrete=discrete, owner=owner, **options)
+        if every_step and found.steps_per_sequence(2) != 2:
+            raise ValueError(
+                f"{owner} learns from every step of a rollout, and its estimator {type(found).__name__} from the first "
+                "step alone: use 'retrace' or 'one_step'"
+            )
         self.__dict__["estimator"] = found  # no submodule: state_dict knows nothing of it
         self.gamma = gamma
-        self._binding = {"kind": kind, "gamma": gamma, "discrete": discrete}
+        self._binding = {"kind": kind, "gamma": gamma, "discrete": discrete, "every_step": every_step}
 
     def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> Loss:
         """Take another estimator: TorchRL's name for what the argument ``estimator`` does.
@@ -92,8 +107,9 @@ class Loss(LossModule):
             raise ValueError(f"options of an estimator need its name, and {type(self).__name__} got {hyperparams} alone")
         before = self.estimator.diagnostic_keys
         self.bind_estimator(value_type, **self._binding, **hyperparams)
-        kept = [key for key in self.out_keys if key not in before]
-        self.out_keys = [*kept, *(key for key in self.estimator.diagnostic_keys if key not in kept)]
+        if set(before) <= set(self.out_keys):
+            kept = [key for key in self.out_keys if key not in before]
+            self.out_keys = [*kept, *(key for key in self.estimator.diagnostic_keys if key not in kept)]
         return self
 
     @property
@@ -126,8 +142,10 @@ class Loss(LossModule):
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the network that they belong to, for different learning rates; further ones by their name."""
-        names = self.__dict__.get("_names", ())
-        groups = {name: list(getattr(self, f"{name}_params").parameters()) for name in names}
+        if self.functional:
+            groups = {name: list(getattr(self, f"{name}_params").parameters()) for name in self._names}
+        else:
+            groups = {name: list(module.parameters()) for name, module in self.named_children()}
         groups.update({name: [parameter] for name, parameter in self._parameters.items() if parameter is not None})
         return {name: parameters for name, parameters in groups.items() if parameters}
 
