@@ -1,8 +1,10 @@
 """Losses, one to a file."""
 
+from offtrace.modules.losses.a2c import A2CLoss
 from offtrace.modules.losses.impala import ImpalaLoss
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
+from offtrace.modules.losses.ppo import PPOLoss
 from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
@@ -11,12 +13,14 @@ from offtrace.modules.losses.updates import FastHardUpdate, FastSoftUpdate, comp
 from offtrace.modules.losses.vmpo import VMPOLoss
 
 __all__ = [
+    "A2CLoss",
     "DiscreteMPOLoss",
     "DiscreteSACLoss",
     "FastHardUpdate",
     "FastSoftUpdate",
     "ImpalaLoss",
     "MPOLoss",
+    "PPOLoss",
     "QActorCriticLoss",
     "SACLoss",
     "SACv1Loss",

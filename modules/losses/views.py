@@ -1,0 +1,161 @@
+"""Policies and critics as functions of tensors, resolved once when a loss is built.
+
+The networks of this package are called on tensors directly: a TensorDict costs as much as one of their smaller layers.
+Others are wrapped. States are mappings of the entries that the networks read, [M, ...] each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictSequential
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, OneHotCategorical, TransformedDistribution
+from torchrl.modules import MaskedOneHotCategorical, TruncatedNormal
+from torchrl.modules import OneHotCategorical as RLOneHotCategorical
+
+from offtrace.modules import keys as k
+from offtrace.modules.networks.control_heads import TanhNormal
+from offtrace.modules.networks.control_policy import ControlPolicy
+from offtrace.modules.networks.critics import ActionCritic, DiscreteCritic, StateValue
+
+States = Mapping[Any, Tensor]
+
+
+class _Direct:
+    """``function`` of the one entry ``key`` of the states, and of an action where there is one."""
+
+    def __init__(self, function: Callable[..., Any], key: Any) -> None:
+        self.function, self.key = function, key
+
+    def __call__(self, states: States, *action: Tensor) -> Any:
+        return self.function(states[self.key], *action)
+
+
+class _Wrapped:
+    """What the TensorDict module ``network`` writes under ``key`` for states [M], and an action [M, A] or [S, M, A]."""
+
+    def __init__(self, network: Any, key: Any) -> None:
+        self.network, self.key = network, key
+        self.reads = [name for name in network.in_keys if name != k.ACTION]
+
+    def __call__(self, states: States, action: Tensor | None = None) -> Tensor:
+        found = {name: states[name] for name in self.reads}
+        if action is None:
+            return self.network(TensorDict(found, [_rows(states)])).get(self.key)
+        batch = action.shape[:-1]
+        found = {name: x.expand(*batch, *x.shape[1:]) for name, x in found.items()}
+        return self.network(TensorDict({**found, k.ACTION: action}, batch)).get(self.key)
+
+
+class _WrappedPolicy:
+    """A probabilistic TensorDict module's distribution, or parameters, at states [M]."""
+
+    def __init__(self, policy: ProbabilisticTensorDictSequential, keys: Sequence[Any] = ()) -> None:
+        self.policy, self.keys = policy, keys
+        self.reads = list(policy.det_part.in_keys if keys else policy.in_keys)
+
+    def distribution(self, states: States) -> Distribution:
+        return self.policy.get_dist(TensorDict({name: states[name] for name in self.reads}, [_rows(states)]))
+
+    def parameters(self, states: States) -> tuple[Tensor, ...]:
+        inputs = TensorDict({name: states[name] for name in self.reads}, [_rows(states)])
+        found = self.policy.get_dist_params(inputs)
+        return tuple(found.get(key) for key in self.keys)
+
+
+def distribution_of(policy: ProbabilisticTensorDictSequential) -> Callable[[States], Distribution]:
+    """The policy's distribution over actions at states [M]."""
+    if isinstance(policy, ControlPolicy):
+        return _Direct(policy.distribution_at, policy.in_keys[0])
+    return _WrappedPolicy(policy).distribution
+
+
+def parameters_of(
+    policy: ProbabilisticTensorDictSequential, keys: Sequence[Any]
+) -> Callable[[States], tuple[Tensor, ...]]:
+    """The parameters ``keys`` of the policy's distribution at states [M], [M, ...] each."""
+    if isinstance(policy, ControlPolicy) and list(policy.actor.out_keys) == list(keys):
+        return _Direct(policy.actor.compute, policy.in_keys[0])
+    return _WrappedPolicy(policy, keys).parameters
+
+
+def values_of(network: nn.Module, key: Any) -> Callable[..., Tensor]:
+    """What a critic or state value writes under ``key`` at states [M], of an action [M, A] or [S, M, A] if it reads one.
+
+    With K critics [M, K] or [S, M, K], with atoms [..., K, atoms]; of every discrete action [M, K, A].
+    """
+    if isinstance(network, (ActionCritic, DiscreteCritic, StateValue)):
+        return _Direct(network.values, network.in_keys[0])
+    return _Wrapped(network, key)
+
+
+def support_of(network: nn.Module) -> Tensor:
+    """The atoms of a categorical critic, a copy of its buffer ``support``.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    for name, buffer in network.named_buffers():
+        if name.rpartition(".")[2] == "support":
+            return buffer.detach().clone()
+    raise ValueError(f"a critic that writes {k.VALUE_LOGITS!r} must have a buffer 'support' [atoms]")
+
+
+def action_distribution(policy: ProbabilisticTensorDictSequential) -> Any:
+    """Class of the policy's distribution, or whatever makes one."""
+    return getattr(policy[-1], "distribution_class", None)
+
+
+def is_squashed(policy: ProbabilisticTensorDictSequential) -> bool:
+    """Whether the actions of ``policy`` are something else than what its parameters' normal gives."""
+    kind = action_distribution(policy)
+    bounded = isinstance(kind, type) and issubclass(kind, (TransformedDistribution, TanhNormal, TruncatedNormal))
+    return bounded or k.PRE_TANH in policy.out_keys
+
+
+def keeps_pre_tanh(policy: ProbabilisticTensorDictSequential) -> bool:
+    """Whether the policy stores the samples before its tanh, from which its log-probabilities are exact."""
+    return action_distribution(policy) is TanhNormal and k.PRE_TANH in policy.out_keys
+
+
+def check_categorical(loss: object, policy: ProbabilisticTensorDictSequential, continuous: str) -> None:
+    """Refuse a policy whose actions are no indices; ``continuous`` names the loss for continuous ones.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    kind, name = action_distribution(policy), type(loss).__name__
+    if not isinstance(kind, type):
+        return
+    if issubclass(kind, (OneHotCategorical, RLOneHotCategorical, MaskedOneHotCategorical)):
+        raise ValueError(f"{name} needs actions as indices, got a policy of one-hot ones, {kind.__name__}")
+    if not issubclass(kind, Categorical):
+        raise ValueError(f"{name} needs discrete actions, got a policy with {kind.__name__}: use {continuous}")
+
+
+def zero_illegal(x: Tensor, legal: Tensor | None) -> Tensor:
+    """``x`` [M, A] with zeros where ``legal`` [M, A] is False."""
+    return x if legal is None else x.masked_fill(~legal, 0)
+
+
+def mask_key_of(policy: Any) -> Any | None:
+    """Name of the mask of legal actions that ``policy`` reads, or None."""
+    if k.ACTION_MASK in policy.in_keys:
+        return k.ACTION_MASK
+    last = policy[-1] if isinstance(policy, ProbabilisticTensorDictSequential) else None
+    named = dict(zip(getattr(last, "dist_keys", ()), getattr(last, "in_keys", ()), strict=False))
+    return named.get("mask")
+
+
+def state_keys_of(*networks: Any) -> list[Any]:
+    """Entries of a state that the networks read, each once."""
+    return list(dict.fromkeys(key for network in networks for key in network.in_keys if key != k.ACTION))
+
+
+def _rows(states: States) -> int:
+    return len(next(iter(states.values())))
+
