@@ -42,7 +42,9 @@ def read_task(config: Config, *, actions: str = "any") -> EnvInfo:
     info = env_info(config.task, **config.env_options())
     kind = "continuous" if info.num_actions is None else "discrete"
     if actions not in ("any", kind):
-        raise ConfigError(f"env.task is {config.task}, whose actions are {kind}; {config.algorithm} needs {actions} ones")
+        raise ConfigError(
+            f"env.task is {config.task}, whose actions are {kind}; {config.algorithm} needs {actions} ones"
+        )
     encoder = config.network.encoder
     if isinstance(info.observation_shape, dict):
         if ":" not in encoder:
@@ -88,7 +90,8 @@ def policy_spec(config: Config, info: EnvInfo, **more: Any) -> dict[str, Any]:
     if config.network.init_scale is not None:
         if info.action_dim is None:
             raise ConfigError(
-                f"network.init_scale is {config.network.init_scale}; {config.task} has discrete actions: it must be null"
+                f"network.init_scale is {config.network.init_scale}; the actions of {config.task} are discrete: it must "
+                "be null"
             )
         head_options.setdefault("init_scale", config.network.init_scale)
     arguments = {
