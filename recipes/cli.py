@@ -19,10 +19,10 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from offtrace.agents.config_base import Config, ConfigError, may_have_gpu
-from offtrace.agents.runs import RunError, discard, new_run, read_config, write_config
-from offtrace.modules.envs.names import check_name
-from offtrace.recipes.flags import check_flags, import_from_here, nearest, numbers, read_file, sentence, types_of_keys
+from offtrace.agents.config import Config, ConfigError, may_have_gpu
+from offtrace.agents.config.names import nearest
+from offtrace.agents.runs.folders import RunError, discard, new_run, read_config, write_config
+from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_file, sentence, types_of_keys
 
 MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every")
 """Flags that a resumed run may be given; everything else is what the run began with."""
@@ -34,7 +34,7 @@ _format_warning = warnings.formatwarning
 Presets = dict[str, Callable[[], Config]]
 
 
-def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) -> int:
+def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: str) -> int:
     """A whole recipe: parse, check, make the run's folder, train, draw. Returns the exit code.
 
     0: trained to the end; 2: the command line, configuration or checkpoint is wrong, told in one sentence; 1: training
@@ -59,7 +59,7 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
         if not int(os.environ.get("LOCAL_RANK", 0)):
             task, frames = config.task, f"{config.train.total_frames:,} frames"
             print(f"{task}, {frames}, seed {config.train.seed}: {folder}", file=sys.stderr)
-        from offtrace.recipes.running import run  # torch and Lightning only for what is going to run
+        from offtrace.agents.runs.run import run  # torch and Lightning only for what is going to run
 
         return run(config, folder, resume)
     except (ConfigError, RunError) as error:
@@ -176,10 +176,6 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: one sentence.
     """
-    try:
-        check_name(config.task)
-    except ValueError as error:
-        raise ConfigError(f"{config.task_flag}: {error}") from error
     config.validate()
     if not may_have_gpu():
         config.check_devices(0)

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offtrace.agents.atari_scores import human_normalised
 from offtrace.agents.config import ConfigError
-from offtrace.agents.runs import RunError
+from offtrace.agents.runs.atari_scores import human_normalised
+from offtrace.agents.runs.folders import RunError
 from offtrace.modules.envs.names import atari_name
 from offtrace.recipes.cli import checkpoint_file, fail
 from offtrace.recipes.flags import SentenceParser, check_flags, count, import_from_here
 
 if TYPE_CHECKING:
-    from offtrace.agents.evaluation import EvaluationResult
+    from offtrace.agents.runs.evaluation import EvaluationResult
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,10 +70,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
-    from offtrace.agents.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
-    from offtrace.agents.evaluation import evaluate
-    from offtrace.agents.media import Recorder
-    from offtrace.agents.training import with_policy_transforms
+    from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
+    from offtrace.agents.runs.evaluation import evaluate
+    from offtrace.agents.runs.media import Recorder
+    from offtrace.agents.runs.training import with_policy_transforms
     from offtrace.modules.envs import env_info, make_env
 
     try:

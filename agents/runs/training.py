@@ -7,7 +7,6 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,41 +19,15 @@ from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.modules.utils import get_env_transforms_from_module
 
-from offtrace.agents.agent import Agent
-from offtrace.agents.callbacks import Checkpoints, Evaluation, WeightSync
-from offtrace.agents.checkpoint import read_checkpoint
-from offtrace.agents.config_base import Config, available_cores
-from offtrace.agents.data import OnPolicyData
-from offtrace.agents.evaluation import EvaluationResult
-from offtrace.agents.impala import actor_critic_description, make_impala
-from offtrace.agents.mpo import make_mpo, make_vmpo
-from offtrace.agents.mpo import policy_description as mpo_description
-from offtrace.agents.progress import Meters
-from offtrace.agents.replay_data import ReplayData
-from offtrace.agents.runs import keep_metrics
-from offtrace.agents.sac import make_sac
-from offtrace.agents.sac import policy_description as sac_description
-from offtrace.agents.stopping import GracefulStop
+from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, Meters, WeightSync
+from offtrace.agents.config import Config, available_cores
+from offtrace.agents.runs.checkpoint import read_checkpoint
+from offtrace.agents.runs.evaluation import EvaluationResult
+from offtrace.agents.runs.folders import keep_metrics
 from offtrace.modules.envs import make_env
 
 REPLAY = "replay"
 """Folder of a run in which the replay of a checkpoint lies."""
-
-BUILDERS: dict[str, Callable[..., tuple[Agent, OnPolicyData | ReplayData]]] = {
-    "impala": make_impala,
-    "mpo": make_mpo,
-    "sac": make_sac,
-    "vmpo": make_vmpo,
-}
-"""What makes agent and data of a configuration, by its ``family``."""
-
-DESCRIPTIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "impala": actor_critic_description,
-    "mpo": mpo_description,
-    "sac": sac_description,
-    "vmpo": actor_critic_description,
-}
-"""What describes the policy of a configuration in an environment, by its ``family``."""
 
 EVALUATION_SEED = 1_000_000
 """Far from the training environments' seeds."""
@@ -68,7 +41,7 @@ class Summary:
         task, algorithm, seed: what was trained.
         frames: environment frames over all ranks, since the very beginning.
         updates: of the learner, since the very beginning.
-        episodes: whole games that ended in the rollouts of the first rank, since the very beginning.
+        episodes: those that ended in the rollouts of the first rank, since the very beginning.
         dropped_episodes: those that a failing simulator ended, likewise; nothing was learned from their last step.
         frames_per_second, updates_per_second: of this process's part of the run, evaluations left out.
         seconds: wall time of this process's part.
@@ -126,8 +99,8 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     _quiet()
     torch.set_num_threads(learner_threads(config))
     pl.seed_everything(config.train.seed, verbose=False)
-    agent, data = BUILDERS[config.family](config)
-    if isinstance(data, ReplayData):
+    agent, data = config.build()
+    if data.saves:
         data.folder = run_dir / REPLAY
     sync = WeightSync(config.updates_per_push(), config.forced_lag())
     evaluation = Evaluation(
@@ -149,12 +122,12 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
             raise
     summary = Summary(
         task=config.task,
-        algorithm=config.family,
+        algorithm=config.algorithm,
         seed=config.train.seed,
         frames=data.frames,
         updates=agent.updates,
-        episodes=data.games.episodes,
-        dropped_episodes=data.games.dropped,
+        episodes=data.episodes.count,
+        dropped_episodes=data.episodes.dropped,
         frames_per_second=meters.frames_per_second,
         updates_per_second=meters.updates_per_second,
         seconds=time.perf_counter() - start,

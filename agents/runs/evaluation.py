@@ -1,4 +1,4 @@
-"""Scores of a policy over whole games."""
+"""Scores of a policy over whole episodes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ EvaluationMode = Literal["sample", "greedy"]
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What games were played, in the order of environment, then of play.
+    """What was played, in the order of environment, then of play.
 
     Attributes:
         returns: raw returns.
         lengths: in agent steps.
         mode: how actions were chosen.
-        action_change: root mean square, over steps and dimensions, of the change from one executed action of a game to
-            the next, in parts of the action's range: 0 for a constant action, 0.41 for independent uniform ones, 1 for
-            one that jumps between the bounds at every step. None for discrete actions, and where a bound is infinite.
-            The plainest measure of smoothness; Mysore et al. 2021 (arXiv 2012.06644) weigh the spectrum instead.
-        dropped: games that a simulator's failure broke off: they took their turn, and count nowhere else.
+        action_change: root mean square, over steps and dimensions, of the change from one executed action of an episode
+            to the next, in parts of the action's range: 0 for a constant action, 0.41 for independent uniform ones, 1
+            for one that jumps between the bounds at every step. None for discrete actions, and where a bound is
+            infinite. The plainest measure of smoothness; Mysore et al. 2021 (arXiv 2012.06644) weigh the spectrum
+            instead.
+        dropped: episodes that a simulator's failure broke off: they took their turn, and count nowhere else.
     """
 
     returns: list[float]
@@ -43,29 +44,29 @@ class EvaluationResult:
 
     @property
     def mean(self) -> float:
-        """Mean raw return; NaN where every game was dropped."""
+        """Mean raw return; NaN where every episode was dropped."""
         return sum(self.returns) / len(self.returns) if self.returns else math.nan
 
     @property
     def std(self) -> float:
-        """Standard deviation of the raw return between games (n - 1); 0 for one game."""
+        """Standard deviation of the raw return between episodes (n - 1); 0 for one episode."""
         return float(torch.tensor(self.returns, dtype=torch.float64).std()) if len(self.returns) > 1 else 0.0
 
     @property
     def spread(self) -> str:
-        """In words: the mean's standard error, and the standard deviation between games."""
+        """In words: the mean's standard error, and the standard deviation between episodes."""
         if len(self.returns) == 1:
-            return "a single game"
-        return f"standard error {self.std / len(self.returns) ** 0.5:.2f}, std {self.std:.2f} between games"
+            return "a single episode"
+        return f"standard error {self.std / len(self.returns) ** 0.5:.2f}, std {self.std:.2f} between episodes"
 
     @property
     def mean_length(self) -> float:
-        """Mean length in agent steps; NaN where every game was dropped."""
+        """Mean length in agent steps; NaN where every episode was dropped."""
         return sum(self.lengths) / len(self.lengths) if self.lengths else math.nan
 
 
 class _ActionChange:
-    """Sums the squared changes of the executed actions over the games that count.
+    """Sums the squared changes of the executed actions over the episodes that count.
 
     Args:
         low, high: ``[A]``, the bounds to which the environment clips.
@@ -76,7 +77,7 @@ class _ActionChange:
         self._low, self._high = low, high
         self._before: Tensor | None = None
         self._begins = torch.ones(number, dtype=torch.bool)
-        self._squares = torch.zeros(number, dtype=torch.float64)  # of the games under way
+        self._squares = torch.zeros(number, dtype=torch.float64)  # of the episodes under way
         self._changes = torch.zeros(number, dtype=torch.int64)
         self._total, self._count = 0.0, 0
 
@@ -88,16 +89,16 @@ class _ActionChange:
             self._squares = torch.where(self._begins, 0.0, self._squares + squares)
             self._changes = torch.where(self._begins, 0, self._changes + 1)
         self._before = action
-        self._begins = step[NEXT, DONE].view(-1)  # a game that a failing simulator ended has no end, only this
+        self._begins = step[NEXT, DONE].view(-1)  # an episode that a failing simulator ended has no end, only this
 
     def count(self, index: int) -> None:
-        """The game of environment ``index`` ended with the last step, and counts."""
+        """The episode of environment ``index`` ended with the last step, and counts."""
         self._total += float(self._squares[index])
         self._count += int(self._changes[index])
 
     @property
     def root_mean_square(self) -> float:
-        """Over the games counted; 0 if all had a single step."""
+        """Over the episodes counted; 0 if all had a single step."""
         return math.sqrt(self._total / max(1, self._count))
 
 
@@ -118,24 +119,24 @@ def evaluate(
     max_steps: int = 1_000_000,
     observer: Callable[[TensorDictBase], None] | None = None,
 ) -> EvaluationResult:
-    """Plays ``episodes`` whole games and returns their raw scores.
+    """Plays ``episodes`` whole episodes and returns their raw scores.
 
-    Every environment of the batch plays the same number of games, fixed beforehand: taking the first games that finish
-    would prefer short ones. A game that a simulator's failure breaks off takes its turn: a policy that always drives it
-    there would be evaluated for ever. The policy is used as it is (training mode, device, random state untouched);
-    with ``mode="sample"`` actions come from torch's global generator.
+    Every environment of the batch plays the same number of episodes, fixed beforehand: taking the first ones that
+    finish would prefer short ones. An episode that a simulator's failure breaks off takes its turn: a policy that
+    always drives it there would be evaluated for ever. The policy is used as it is (training mode, device, random state
+    untouched); with ``mode="sample"`` actions come from torch's global generator.
 
     Args:
         policy: writes ``"action"`` from what ``env`` gives.
         env: batched ``[N]``, in its evaluation form, with the ``episode_*`` entries of :mod:`offtrace.modules.envs`.
-        episodes: number of games, a multiple of ``N``.
+        episodes: their number, a multiple of ``N``.
         mode: ``"sample"`` draws from the policy, ``"greedy"`` takes its mode.
         max_steps: environment steps after which the evaluation is given up.
         observer: called with every step's TensorDict ``[N]``.
 
     Raises:
         ValueError: if ``episodes`` is not a positive multiple of the number of environments, or ``mode`` is unknown.
-        RuntimeError: if the games do not end within ``max_steps``.
+        RuntimeError: if the episodes do not end within ``max_steps``.
     """
     number = env.batch_size[0]
     if episodes < 1 or episodes % number:
@@ -170,11 +171,13 @@ def evaluate(
                         change.count(index)
             if all(count >= quota for count in played):
                 return EvaluationResult(
-                    [score for games in returns for score in games],
-                    [steps for games in lengths for steps in games],
+                    [score for scores in returns for score in scores],
+                    [steps for numbers in lengths for steps in numbers],
                     mode,
                     None if change is None else change.root_mean_square,
-                    episodes - sum(len(games) for games in returns),
+                    episodes - sum(len(scores) for scores in returns),
                 )
             step = following
-    raise RuntimeError(f"the {episodes} evaluation games did not end within {max_steps} steps of {number} environments")
+    raise RuntimeError(
+        f"the {episodes} evaluation episodes did not end within {max_steps} steps of {number} environments"
+    )

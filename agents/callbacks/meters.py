@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from offtrace.agents.agent import Agent
-from offtrace.agents.callbacks import Evaluation, WeightSync
+from offtrace.agents.callbacks.evaluation import Evaluation
+from offtrace.agents.callbacks.weights import WeightSync
 
 
 class _Mark(NamedTuple):
@@ -101,17 +102,17 @@ class Meters(pl.Callback):
         if not trainer.is_global_zero or not metrics:
             return
         self._last = self._measure_speed(self._last, agent)
-        games = trainer.datamodule.games
+        episodes = agent.data.episodes
         metrics["train/frames_per_second"] = self.frames_per_second
         metrics["train/updates_per_second"] = self.updates_per_second
         metrics["train/updates"] = float(agent.updates)
         metrics["train/learning_rate"] = agent.trainer.optimizers[0].param_groups[0]["lr"]
-        if games.returns:
-            metrics["train/return"] = sum(games.returns) / len(games.returns)
-            metrics["train/episodes"] = float(games.episodes)
-        if games.dropped:
-            metrics["train/dropped_episodes"] = float(games.dropped)
-        metrics |= getattr(trainer.datamodule, "metrics", {})
+        if episodes.returns:
+            metrics["train/return"] = sum(episodes.returns) / len(episodes.returns)
+            metrics["train/episodes"] = float(episodes.count)
+        if episodes.dropped:
+            metrics["train/dropped_episodes"] = float(episodes.dropped)
+        metrics |= agent.data.metrics
         if self._lag_count:
             metrics["train/lag"] = self._lag_sum / self._lag_count
             metrics["train/lag_max"] = float(self._lag_max)

@@ -1,4 +1,4 @@
-"""Pictures of a run: the learning curve and a recorded game."""
+"""Pictures of a run: the learning curve and a recorded episode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torchrl.envs import EnvBase
 
-from offtrace.agents.runs import metric_parts
+from offtrace.agents.runs.folders import metric_parts
 from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION
 
 Curve = list[tuple[int, float]]
@@ -71,7 +71,7 @@ def plot_curve(runs: dict[str, Path], out: Path, *, title: str = "", goal: float
     if goal is not None:
         axes.axhline(goal, color="0.5", linestyle="--", linewidth=1)
     axes.set_xlabel("environment frames (millions)")
-    axes.set_ylabel("return of a whole game")
+    axes.set_ylabel("return of a whole episode")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     if any(map(any, curves.values())):
@@ -81,7 +81,7 @@ def plot_curve(runs: dict[str, Path], out: Path, *, title: str = "", goal: float
 
 
 class Recorder:
-    """Keeps the first game of the first environment, as an observer of :func:`offtrace.agents.evaluate`.
+    """Keeps the first episode of the first environment, as an observer of :func:`offtrace.agents.evaluate`.
 
     Its pictures are what the environment renders, every fourth one, because rendering costs more than a step; or where
     it does not render, the newest image of every observation.
@@ -125,7 +125,7 @@ class Recorder:
         self._steps += 1
 
     def save(self, out: Path) -> None:
-        """Writes the game as a GIF; raises as :func:`save_gif`."""
+        """Writes the episode as a GIF; raises as :func:`save_gif`."""
         if self._render is None:
             save_gif(self.frames, out)
         else:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from offtrace.agents.config_base import Config
+from offtrace.agents.config import Config
 
 RUNS = Path("runs")
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict.nn import ProbabilisticTensorDictSequential
 
-from offtrace.modules.networks import build_actor, build_policy
+from offtrace.modules.networks import build_policy
 
 CHECKPOINT_KEY = "offtrace"
 
-_BUILDERS: dict[str, Callable[..., ProbabilisticTensorDictSequential]] = {
-    "build_actor": build_actor,
-    "build_policy": build_policy,
-}
+Builder = Callable[..., ProbabilisticTensorDictSequential]
+
+_BUILDERS: dict[str, Builder] = {"build_policy": build_policy}
 
 
 # all that torch.load lets out for files that are no checkpoint
@@ -61,24 +62,57 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def builder_of(name: str) -> Builder:
+    """The function that a policy's spec names.
+
+    Args:
+        name: ``build_policy``, or the import path ``package.module:function`` of an own one.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    if name in _BUILDERS:
+        return _BUILDERS[name]
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ValueError(f"the builder {name!r} is unknown; it must be build_policy, or package.module:function")
+    try:
+        builder: Builder = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the builder {name!r} cannot be imported: {error}") from error
+    home = getattr(builder, "__module__", None) or "builtins"
+    if not callable(builder) or home.split(".")[0] in sys.stdlib_module_names:  # such as a shell
+        raise ValueError(f"the builder {name!r} builds no policy; it must be a function that does")
+    return builder
+
+
 def load_policy(path: str | Path, *, device: str | torch.device = "cpu") -> ProbabilisticTensorDictSequential:
     """The trained policy of a checkpoint: a TensorDict module that reads observations and writes actions.
 
     It acts by sampling, or by its mode under ``set_exploration_type(ExplorationType.DETERMINISTIC)``; Lightning is not
     needed.
 
+    A checkpoint may name own code, by the import path of the function that builds the policy or its network. That code
+    is imported and run: load such a checkpoint only from somebody whose code you would run. :func:`read_checkpoint`
+    alone runs nothing.
+
     Args:
         path: a checkpoint written by a recipe, such as ``runs/<name>/checkpoints/best.ckpt``.
         device: where its parameters go.
 
     Raises:
-        CheckpointError: as :func:`read_checkpoint`, or if the weights do not fit the network the checkpoint describes.
+        CheckpointError: as :func:`read_checkpoint`, or if what builds the policy cannot be imported, or the weights do
+            not fit the network that it builds.
     """
     checkpoint = read_checkpoint(path)
-    description = checkpoint[CHECKPOINT_KEY].get("policy")
-    if description is None:
+    spec = checkpoint[CHECKPOINT_KEY].get("policy")
+    if spec is None:
         raise CheckpointError(f"{path} does not describe its policy's network")
-    policy = _BUILDERS[description["builder"]](**description["arguments"])
+    try:
+        policy = builder_of(spec["builder"])(**spec["arguments"])
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"the policy of {path} cannot be built: {reason}") from error
     prefix = "policy."
     weights = {
         name[len(prefix) :]: value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)
