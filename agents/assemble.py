@@ -112,9 +112,9 @@ def critics_of(config: Config, info: EnvInfo, **more: Any) -> Critic | DiscreteC
     """The critics that the group ``network`` of ``config`` describes."""
     network = config.network
     assert isinstance(network, SeparateNetworksConfig)
-    return build_critic(
-        **network_arguments(config, info), hidden=network.critic_hidden, critics=network.critics, **more
-    )
+    arguments = network_arguments(config, info)
+    del arguments["masked"]
+    return build_critic(**arguments, hidden=network.critic_hidden, critics=network.critics, **more)
 
 
 def value_of(config: Config, info: EnvInfo) -> StateValue:

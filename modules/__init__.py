@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from offtrace.modules.losses import SACLoss as SACLoss
     from offtrace.modules.losses import SACv1Loss as SACv1Loss
     from offtrace.modules.losses import VMPOLoss as VMPOLoss
-    from offtrace.modules.networks import build_actor as build_actor
     from offtrace.modules.networks import build_critic as build_critic
     from offtrace.modules.networks import build_policy as build_policy
     from offtrace.modules.replay import Replay as Replay
@@ -60,7 +59,6 @@ _MODULE = {
     "TreeBackup": "estimators",
     "VMPOLoss": "losses",
     "VTrace": "estimators",
-    "build_actor": "networks",
     "build_critic": "networks",
     "build_policy": "networks",
     "make_collector": "collectors",

@@ -18,21 +18,11 @@ from torchrl.modules import MaskedOneHotCategorical, TruncatedNormal
 from torchrl.modules import OneHotCategorical as RLOneHotCategorical
 
 from offtrace.modules import keys as k
-from offtrace.modules.networks.control_heads import TanhNormal
-from offtrace.modules.networks.control_policy import ControlPolicy
 from offtrace.modules.networks.critics import ActionCritic, DiscreteCritic, StateValue
+from offtrace.modules.networks.distributions import TanhNormal
+from offtrace.modules.networks.policy import Policy
 
 States = Mapping[Any, Tensor]
-
-
-class _Direct:
-    """``function`` of the one entry ``key`` of the states, and of an action where there is one."""
-
-    def __init__(self, function: Callable[..., Any], key: Any) -> None:
-        self.function, self.key = function, key
-
-    def __call__(self, states: States, *action: Tensor) -> Any:
-        return self.function(states[self.key], *action)
 
 
 class _Wrapped:
@@ -69,8 +59,8 @@ class _WrappedPolicy:
 
 def distribution_of(policy: ProbabilisticTensorDictSequential) -> Callable[[States], Distribution]:
     """The policy's distribution over actions at states [M]."""
-    if isinstance(policy, ControlPolicy):
-        return _Direct(policy.distribution_at, policy.in_keys[0])
+    if isinstance(policy, Policy):
+        return policy.distribution_at
     return _WrappedPolicy(policy).distribution
 
 
@@ -78,8 +68,8 @@ def parameters_of(
     policy: ProbabilisticTensorDictSequential, keys: Sequence[Any]
 ) -> Callable[[States], tuple[Tensor, ...]]:
     """The parameters ``keys`` of the policy's distribution at states [M], [M, ...] each."""
-    if isinstance(policy, ControlPolicy) and list(policy.actor.out_keys) == list(keys):
-        return _Direct(policy.actor.compute, policy.in_keys[0])
+    if isinstance(policy, Policy) and list(policy[-1].in_keys) == list(keys):
+        return policy.parameters_at
     return _WrappedPolicy(policy, keys).parameters
 
 
@@ -89,7 +79,7 @@ def values_of(network: nn.Module, key: Any) -> Callable[..., Tensor]:
     With K critics [M, K] or [S, M, K], with atoms [..., K, atoms]; of every discrete action [M, K, A].
     """
     if isinstance(network, (ActionCritic, DiscreteCritic, StateValue)):
-        return _Direct(network.values, network.in_keys[0])
+        return network.values
     return _Wrapped(network, key)
 
 

@@ -19,7 +19,7 @@ from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, entry, zero_invalid
 from offtrace.modules.losses.unroll import evaluate_rollout, state_values
 from offtrace.modules.losses.views import is_squashed
-from offtrace.modules.networks.heads import PopArtHead
+from offtrace.modules.networks.value_heads import PopArtHead
 
 
 class VMPOLoss(Loss):
