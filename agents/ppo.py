@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class LossConfig(Group):
-    """The loss; the paper's values for Atari."""
+    """The loss; the paper's values for control."""
 
     estimator: str = "gae(lmbda=0.95)"
     """Of the advantages, which are fixed over the passes: gae, vtrace ..., with options in brackets; or
     package.module:Class of an own one."""
     gamma: float = 0.99
     """Discount per agent step."""
-    clip: float = 0.1
+    clip_epsilon: float = 0.2
     """How far the ratio may move from 1."""
     anneal_clip: bool = False
     """The clip falls to 0 at the last frame."""
@@ -54,7 +54,7 @@ class LossConfig(Group):
         check_estimator(at, self.estimator, "state")
         checks = Checks(self, at)
         checks.fraction("gamma")
-        checks.positive("clip")
+        checks.positive("clip_epsilon")
         checks.at_least(0, "value_coef", "entropy_coef")
         checks.positive_or_null("reward_clip", "value_clip")
 
@@ -119,7 +119,7 @@ def make_ppo(config: PPOConfig) -> tuple[Agent, RolloutData]:
 def control_config() -> PPOConfig:
     """CartPole at the settings of RL Baselines3 Zoo."""
     config = PPOConfig(env=EnvConfig(task="CartPole-v1", num_envs=8), collector=CollectorConfig(0, unroll=32))
-    config.loss = LossConfig("gae(lmbda=0.8)", gamma=0.98, clip=0.2, anneal_clip=True, entropy_coef=0.0, value_coef=0.01)
+    config.loss = LossConfig("gae(lmbda=0.8)", gamma=0.98, anneal_clip=True, entropy_coef=0.0, value_coef=0.01)
     config.optim.lr = 1e-3
     config.train = TrainConfig(
         total_frames=100_000, minibatches=1, epochs=20, eval_every=10_000, checkpoint_every=50_000, precision="32-true"
@@ -130,7 +130,7 @@ def control_config() -> PPOConfig:
 def pendulum_config() -> PPOConfig:
     """Pendulum: continuous actions."""
     config = PPOConfig(env=EnvConfig(task="Pendulum-v1", num_envs=8), collector=CollectorConfig(0, unroll=128))
-    config.loss = LossConfig(gamma=0.9, clip=0.2, entropy_coef=0.0, value_coef=0.05)
+    config.loss = LossConfig(gamma=0.9, entropy_coef=0.0, value_coef=0.05)
     config.optim.lr = 1e-3
     config.train = TrainConfig(
         total_frames=400_000, minibatches=8, epochs=10, eval_every=50_000, checkpoint_every=100_000, precision="32-true"
@@ -141,6 +141,6 @@ def pendulum_config() -> PPOConfig:
 def atari_config() -> PPOConfig:
     """Pong at the published settings: 8 games, 128 steps, 4 passes of 4 minibatches, 40 million frames."""
     config = PPOConfig()
-    config.loss.reward_clip, config.loss.anneal_clip = 1.0, True
+    config.loss.clip_epsilon, config.loss.anneal_clip, config.loss.reward_clip = 0.1, True, 1.0
     config.train.total_frames = 40_000_000
     return config

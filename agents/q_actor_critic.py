@@ -99,7 +99,11 @@ def control_config() -> QActorCriticConfig:
         env=EnvConfig(task="CartPole-v1"),
         collector=CollectorConfig(unroll=32),
         loss=LossConfig(
-            estimator="retrace(lmbda=0.95)", reduction="mean", value_coef=0.01, normalize_advantage=True, policy_clip=0.2
+            estimator="retrace(lmbda=0.95)",
+            reduction="mean",
+            value_coef=0.01,
+            normalize_advantage=True,
+            policy_clip=0.2,
         ),
         optim=OptimConfig(lr=2.5e-3),
         train=RolloutTrainConfig(total_frames=150_000, eval_every=50_000, checkpoint_every=50_000, precision="32-true"),

@@ -59,9 +59,7 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
         if not int(os.environ.get("LOCAL_RANK", 0)):
             task, frames = config.task, f"{config.train.total_frames:,} frames"
             print(f"{task}, {frames}, seed {config.train.seed}: {folder}", file=sys.stderr)
-        from offtrace.agents.runs.run import run  # torch and Lightning only for what is going to run
-
-        return run(config, folder, resume)
+        return _run(config, folder, resume)
     except (ConfigError, RunError) as error:
         return fail(str(error))
     except KeyboardInterrupt:  # before training took the signals over: nothing to save yet
@@ -78,6 +76,21 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
         warnings.formatwarning = _format_warning
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _run(config: Config, folder: Path, resume: Path | None) -> int:
+    from offtrace.agents.runs.run import RunFailed, RunRefused, lines, run  # torch and Lightning for what runs only
+
+    try:
+        summary = run(config, folder, resume)
+    except RunRefused as error:
+        return fail(str(error))
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if not int(os.environ.get("LOCAL_RANK", 0)):  # of several learners the first sums up
+        print("\n".join(lines(config, summary, folder)))
+    return 128 + summary.signal if summary.signal else 0
 
 
 def _one_warning(

@@ -37,7 +37,9 @@ class NetworkConfig(Group):
         """As :meth:`Group.check`."""
         checks = Checks(self, at)
         checks.require(
-            "hidden", lambda value: value is None or (value and min(value) >= 1), "a list of sizes of at least 1, or null"
+            "hidden",
+            lambda value: value is None or (value and min(value) >= 1),
+            "a list of sizes of at least 1, or null",
         )
         checks.at_least(0, "recurrent")
         checks.positive_or_null("init_scale")
