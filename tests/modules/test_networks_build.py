@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torchrl.modules import set_recurrent_mode
 
+import offtrace.modules.networks
 from offtrace.modules.networks import (
     CRITICS,
     HEADS,
     MLP,
     NETWORKS,
     LayerNormMLP,
+    Policy,
     build_critic,
     build_policy,
     build_value,
@@ -114,6 +119,23 @@ def test_every_head_is_built_again_from_json(policy: dict[str, Any], recurrent: 
     out = first(td.clone())
     assert set(first.out_keys) <= set(out.keys(include_nested=True))
     assert out["action_log_prob"].isfinite().all()
+    if recurrent:
+        assert_unrolls_as_it_steps(first, td)
+
+
+def assert_unrolls_as_it_steps(policy: Policy, td: TensorDict) -> None:
+    steps: list[TensorDict] = []
+    carried: dict[str, Tensor] = {}
+    for number in range(4):
+        now = td.clone().update({"observation": torch.randn(6, 5), **carried})
+        now["is_init"] = torch.tensor([[number in (0, start)] for start in (0, 1, 2, 3, 2, 1)])
+        out = policy(now.clone())
+        carried = {key: out["next", key] for key in ("recurrent_h", "recurrent_c")}
+        steps.append(now.exclude(*carried).set("expected", out[key := policy.network.head.out_keys[0]]))
+    sequence = torch.stack(steps, 1)
+    sequence.update({name: torch.zeros(6, 4, 4) for name in carried})
+    with set_recurrent_mode(True):
+        torch.testing.assert_close(policy.get_dist_params(sequence)[key], sequence["expected"])
 
 
 @pytest.mark.parametrize("network", [*NETWORKS, OWN])
@@ -306,3 +328,14 @@ def test_critics_that_make_no_sense_are_named(values: dict[str, Any], message: s
 def test_a_fault_inside_a_users_network_is_shown_as_it_is() -> None:
     with pytest.raises(AttributeError, match="a fault of the user's own"):
         build_policy(observation_shape=[3], network=f"{__name__}:broken", **DISCRETE)
+
+
+def test_networks_know_nothing_but_each_other_and_the_names_of_entries() -> None:
+    folder = Path(offtrace.modules.networks.__file__).parent
+    known = ("offtrace.modules.networks", "offtrace.modules.keys")
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert not name.startswith("offtrace") or name.startswith(known), f"{path.name} imports {name}"
