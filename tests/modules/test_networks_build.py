@@ -87,7 +87,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 CRITIC_OPTIONS: dict[Any, list[dict[str, Any]]] = {
     "v": [{}, {"popart": True}],
-    "q": [{}, {"dueling": True}, {"dueling": True, "atoms": 5, "v_max": 3.0}],
+    "q": [{}, {"dueling": True, "atoms": 0, "v_max": 3.0}, {"dueling": True, "atoms": 5, "v_max": 3.0}],
     None: [{}],
 }
 POLICIES = [
@@ -299,7 +299,6 @@ def test_what_no_builder_can_do_is_named(build: Any, values: dict[str, Any], mes
         ({"critic": "q", "critic_options": {"popart": True}, **DISCRETE}, "critic='q' has no option 'popart'"),
         ({"critic": "q", "critic_options": {"dualing": True}, **DISCRETE}, "did you mean 'dueling'"),
         ({"critic_options": {"atoms": 51}, **DISCRETE}, "critic='v' has no option 'atoms'"),
-        ({"critic": "q", "critic_options": {"v_max": 3.0}, **DISCRETE}, "v_max=3.0 is the range of atoms"),
         ({"critic": "q", "critic_options": {"atoms": 1}, **DISCRETE}, "atoms >= 2"),
         ({"head": "tanh", "head_options": {"log_scale": "none"}, **CONTINUOUS}, "log_scale must be one of"),
         ({"recurrent": 0, **DISCRETE}, "hidden_size of the recurrent core"),
