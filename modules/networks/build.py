@@ -104,7 +104,8 @@ def build_policy(
         critic: ``"v"`` writes the value of the state, ``"q"`` the values of all discrete actions; None: neither.
         critic_options: of ``"v"``: ``popart`` (bool, see :class:`PopArtHead`; for the losses that update it). Of
             ``"q"``: ``dueling`` (bool, see :class:`ActionValueHead`); ``atoms`` and ``v_max`` (see
-            :class:`CategoricalValueHead`; 0 atoms: values alone).
+            :class:`CategoricalValueHead`; 0 atoms: values alone, and
+            ``v_max`` is not read).
         smoothing: low pass over executed actions, see :class:`Policy`; continuous actions only.
 
     Raises:
@@ -239,8 +240,6 @@ def _check_critic(critic: str | None, options: Mapping[str, Any], num_actions: i
     if critic == "q" and num_actions is None:
         raise ValueError("critic='q' needs discrete actions; of continuous actions there is no list of values")
     _check_options(f"critic={critic!r}", options, _CRITIC_OPTIONS[critic])
-    if "v_max" in options and not options.get("atoms"):
-        raise ValueError(f"v_max={options['v_max']} is the range of atoms, and atoms={options.get('atoms', 0)}")
 
 
 def _check_options(what: str, options: Mapping[str, Any], known: Sequence[str]) -> None:

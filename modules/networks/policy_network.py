@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -30,6 +30,14 @@ from offtrace.modules.networks.value_heads import ActionValueHead, CategoricalVa
 
 Tensors = tuple[Tensor, ...]
 _AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+
+
+class _Encoded(NamedTuple):
+    """Features [N, F] in the precision of the weights, the mask [*B, A] where one is read, and in what heads run."""
+
+    features: Tensor
+    mask: Tensor | None
+    exact: AbstractContextManager[Any]
 
 
 class PolicyNetwork(ObservationNetwork):
@@ -102,8 +110,8 @@ class PolicyNetwork(ObservationNetwork):
     def compute(self, tensordict: TensorDictBase) -> tuple[Tensors, Tensors, Tensors]:
         """What :meth:`forward` writes, [*B, ...], without writing it: parameters, values, next recurrent state."""
         batch = tensordict.batch_size
-        features, mask = self._features(tensordict, len(batch))
-        with _autocast_off(features.device.type):
+        features, mask, exact = self._features(tensordict, len(batch))
+        with exact:
             features = features.view(*batch, -1)
             state: Tensors = ()
             if self.core is not None:
@@ -126,23 +134,25 @@ class PolicyNetwork(ObservationNetwork):
         For feed-forward networks, as all methods that end in ``_at``: without a TensorDict, which costs as much as a
         small layer.
         """
-        features, mask = self._states(states)
-        with _autocast_off(features.device.type):
+        features, mask, exact = self._states(states)
+        with exact:
             params, values = self._heads(features, mask)
         out = dict(zip(self.head.out_keys, params, strict=True))
         return out if self.value_head is None else out | dict(zip(self.value_head.out_keys, values, strict=True))
 
     def parameters_at(self, states: States) -> Tensors:
         """The parameters of the distribution, each [M, ...], at ``states`` whose entries are [M, ...]."""
-        features, mask = self._states(states)
-        with _autocast_off(features.device.type):
-            return self.head(self._read_by_head(features, mask), mask if self.head.masked else None)
+        features, mask, exact = self._states(states)
+        head = self.head
+        with exact:
+            return head(self._read_by_head(head, features, mask), mask if head.masked else None)
 
     def distribution_at(self, states: States) -> D.Distribution:
         """The distribution over actions at ``states`` whose entries are [M, ...]."""
-        features, mask = self._states(states)
-        with _autocast_off(features.device.type):
-            return self.head.distribution_of(self._read_by_head(features, mask), mask if self.head.masked else None)
+        features, mask, exact = self._states(states)
+        head = self.head
+        with exact:
+            return head.distribution_of(self._read_by_head(head, features, mask), mask if head.masked else None)
 
     def values(self, states: States, action: Tensor | None = None) -> Tensor:
         """The value head's own output at ``states`` whose entries are [M, ...]; ``action`` is not read.
@@ -155,24 +165,24 @@ class PolicyNetwork(ObservationNetwork):
         """
         if self.value_head is None:
             raise ValueError("the policy network has no value head; build it with critic='v' or critic='q'")
-        features, mask = self._states(states)
-        with _autocast_off(features.device.type):
+        features, mask, exact = self._states(states)
+        with exact:
             return self.value_head(features, mask if self.value_head.masked else None)
 
-    def _states(self, states: States) -> tuple[Tensor, Tensor | None]:
+    def _states(self, states: States) -> _Encoded:
         if self.core is not None:
             raise ValueError("a recurrent network reads sequences: call it on a TensorDict instead of single states")
         return self._features(states, 1)
 
-    def _features(self, states: States | TensorDictBase, dims: int) -> tuple[Tensor, Tensor | None]:
-        """Features [N, F] in the precision of the weights, and the mask [*B, A] where one is read."""
+    def _features(self, states: States | TensorDictBase, dims: int) -> _Encoded:
         features = self.encode(self.observation(states, dims))
         mask = states[ACTION_MASK] if self._masked else None
-        if torch.is_autocast_enabled(features.device.type):
-            # cores and heads are small and their output feeds exponentials: they keep the precision of the weights
-            weights = [*self.head.parameters(), *(() if self.value_head is None else self.value_head.parameters())]
-            features = features.to(weights[0].dtype)
-        return features, mask
+        device = features.device.type
+        if not torch.is_autocast_enabled(device):
+            return _Encoded(features, mask, _AS_IT_IS)
+        # cores and heads are small and their output feeds exponentials: they keep the precision of the weights
+        weights = [*self.head.parameters(), *(() if self.value_head is None else self.value_head.parameters())]
+        return _Encoded(features.to(weights[0].dtype), mask, torch.autocast(device, enabled=False))
 
     def _heads(self, features: Tensor, mask: Tensor | None) -> tuple[Tensors, Tensors]:
         """Parameters and values of features [*B, F]."""
@@ -184,9 +194,9 @@ class PolicyNetwork(ObservationNetwork):
         params = head(features, mask if head.masked else None)
         return params, () if value_head is None else value_head.outputs(features, mask if value_head.masked else None)
 
-    def _read_by_head(self, features: Tensor, mask: Tensor | None) -> Tensor:
+    def _read_by_head(self, head: PolicyHead, features: Tensor, mask: Tensor | None) -> Tensor:
         """What the policy head reads: the features, or the action values."""
-        if not self.head.reads_values:
+        if not head.reads_values:
             return features
         assert self.value_head is not None
         return self.value_head.outputs(features, mask if self.value_head.masked else None)[-1]
@@ -218,8 +228,3 @@ class PolicyNetwork(ObservationNetwork):
                 )
             h = c = features.new_zeros(*tensordict.batch_size, core.hidden_size)
         return h.reshape(-1, h.shape[-1]), c.reshape(-1, c.shape[-1])
-
-
-def _autocast_off(device: str) -> AbstractContextManager[Any]:
-    """No autocast inside, entered only where it is on: this runs at every environment step."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS

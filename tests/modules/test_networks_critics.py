@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import distributions as D
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from offtrace.modules.losses.mpo import MPOLoss
-from offtrace.modules.networks import ControlActor, ControlPolicy, LayerNormMLP, build_actor, build_critic
-from offtrace.modules.networks.categorical_critic import CategoricalCritic
-from offtrace.modules.networks.gaussian_heads import CholeskyHead, FullNormal
-from offtrace.modules.networks.torsos import EnsembleMLP
+from offtrace.modules.networks import (
+    CategoricalCritic,
+    CholeskyHead,
+    EnsembleMLP,
+    FullNormal,
+    LayerNormMLP,
+    Policy,
+    PolicyNetwork,
+    build_critic,
+)
 
 
 def test_full_normal_is_torchs_multivariate_normal() -> None:
@@ -61,7 +64,7 @@ def test_cholesky_head_starts_near_a_diagonal_and_gives_a_lower_triangle() -> No
 
 def test_policy_with_full_covariance_acts() -> None:
     torch.manual_seed(0)
-    policy = ControlPolicy(ControlActor(LayerNormMLP(5, (8,)), CholeskyHead(8, 3)))
+    policy = Policy(PolicyNetwork(LayerNormMLP(5, (8,)), CholeskyHead(8, 3)))
     td = policy(TensorDict({"observation": torch.randn(6, 5)}, [6]))
     expected = D.MultivariateNormal(td["loc"], scale_tril=td["scale_tril"]).log_prob(td["action"])
     torch.testing.assert_close(td["action_log_prob"], expected)
@@ -92,53 +95,12 @@ def test_categorical_critic_shapes_and_independence_of_its_members() -> None:
 @pytest.mark.parametrize("atoms", [0, 7])
 def test_many_actions_at_one_image_are_valued_with_one_call_of_the_encoder(atoms: int) -> None:
     torch.manual_seed(0)
-    critic = build_critic(network="shallow", observation_shape=(3, 48, 48), action_dim=2, hidden=(8,), atoms=atoms)
+    critic = build_critic(network="shallow", observation_shape=(3, 48, 48), action_dim=2, hidden=(16, 8), atoms=atoms)
     images, actions = torch.randint(256, (4, 3, 48, 48)).byte(), torch.randn(5, 4, 2)
     seen: list[int] = []
     critic.encoder.register_forward_hook(lambda *args: seen.append(len(args[1][0])))
-    found = critic.values(images, actions)
+    found = critic.values({"observation": images}, actions)
     assert seen == [4]
     assert found.shape == (5, 4, 2, 7)[: 4 if atoms else 3]
-    torch.testing.assert_close(found, torch.stack([critic.values(images, action) for action in actions]))
-
-
-def test_mpo_encodes_an_image_once_for_all_samples() -> None:
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"network": "shallow", "observation_shape": (3, 48, 48), "action_dim": 2, "hidden": (8,)}
-    loss = MPOLoss(build_actor(kind="gaussian", **options), build_critic(**options), action_dim=2, target="one_step")
-    seen: list[int] = []
-    loss.target("critic").encoder.register_forward_hook(lambda *args: seen.append(len(args[1][0])))
-    images = torch.randint(256, (2, 4, 3, 48, 48)).byte()
-    flags = {name: torch.zeros(4, 1, dtype=torch.bool) for name in ("done", "terminated")}
-    following = {"observation": images[1], "reward": torch.zeros(4, 1), **flags}
-    loss(TensorDict({"observation": images[0], "action": torch.rand(4, 2), "next": following}, [4]))
-    assert seen == [4]
-
-
-@pytest.mark.parametrize("categorical", [False, True])
-def test_the_losses_train_the_shipped_networks(categorical: bool) -> None:
-    """A few steps on one batch whose reward is known: the critic's error falls, nothing else breaks."""
-    torch.manual_seed(0)
-    actor = build_actor(kind="gaussian", network="layernorm_mlp", observation_shape=(5,), action_dim=2, hidden=(16, 16))
-    critic = build_critic(
-        network="layernorm_mlp", observation_shape=(5,), action_dim=2, hidden=(16, 16), critics=1,
-        atoms=51 if categorical else 0, v_max=3.0,
-    )  # fmt: skip
-    loss = MPOLoss(actor, critic, action_dim=2, target="one_step", gamma=0.0)  # type: ignore[arg-type]
-    groups = loss.param_groups()
-    optimizer = torch.optim.Adam(
-        [{"params": groups["actor"] + groups["critic"], "lr": 1e-2}, {"params": groups["duals"], "lr": 1e-2}]
-    )
-    observation, action = torch.randn(64, 5), torch.randn(64, 2).clamp(-1, 1)
-    ends = torch.zeros(64, 1, dtype=torch.bool)
-    following = {"observation": observation, "reward": observation[:, :1], "terminated": ends, "done": ends}
-    td = TensorDict({"observation": observation, "action": action, "next": following}, [64])
-    errors = []
-    for _ in range(60):
-        out = loss(td)
-        optimizer.zero_grad()
-        sum(x for name, x in out.items() if name.startswith("loss_")).backward()  # type: ignore[union-attr]
-        optimizer.step()
-        errors.append(out["td_error"].item())
-    assert errors[-1] < 0.4 * errors[0]
-    assert all(p.isfinite().all() for p in loss.parameters())
+    one_by_one = [critic.values({"observation": images}, action) for action in actions]
+    torch.testing.assert_close(found, torch.stack(one_by_one))
