@@ -44,7 +44,8 @@ class ReplayStore:
         self.folder: Path | None = None
         self.saved: str | None = None
         self._replay_fn = replay_fn
-        self._beta: float | None = None
+        self._sampler: Any = None
+        self._beta: float | None = None  # what a sampler with priorities was given; of others None
         self._failed = 0
 
     def __len__(self) -> int:
@@ -59,8 +60,8 @@ class ReplayStore:
     def open(self, rank: int) -> Replay:
         """Makes the empty replay of ``rank``."""
         self.replay = self._replay_fn(rank, self._files(rank))
-        # of a sampler with priorities, else None
-        self._beta = getattr(self.replay.sampler, "beta", None)
+        self._sampler = self.replay.sampler
+        self._beta = getattr(self._sampler, "beta", None)
         return self.replay
 
     def restore(self, rank: int) -> bool:
@@ -111,7 +112,7 @@ class ReplayStore:
                 with it, from what it was given to 1 (Schaul et al. 2016, arXiv 1511.05952, section 3.4).
         """
         if self._beta is not None:
-            self._open.sampler.beta = self._beta + (1 - self._beta) * min(1.0, progress)
+            self._sampler.beta = self._beta + (1 - self._beta) * min(1.0, progress)
         return self._open.sample(number)
 
     def feedback(self, batch: TensorDictBase) -> None:
@@ -207,7 +208,7 @@ class StoringData(ActingData):
         return self.store.replay
 
     @property
-    def folder(self) -> Path | None:  # type: ignore[override]
+    def folder(self) -> Path | None:
         """Where :meth:`save` writes, one folder a rank; None: the replay is not saved."""
         return self.store.folder
 
@@ -216,7 +217,7 @@ class StoringData(ActingData):
         self.store.folder = folder
 
     @property
-    def saved(self) -> str | None:  # type: ignore[override]
+    def saved(self) -> str | None:
         """The name under which the replay lies there that a checkpoint may count on; None before the first."""
         return self.store.saved
 
