@@ -29,8 +29,8 @@ class PPOLoss(Loss):
         loss_value   = mean of  value_coef * 1/2 (R - V(x))^2
         loss_entropy = mean of  -entropy_coef * H(pi(.|x))
 
-    Schulman et al. 2017, arXiv 1707.06347. The total loss is the sum of the three. With ``value_clip`` the error of the
-    value is the greater of two, (R - V)^2 and (R - V_old - clip(V - V_old, -value_clip, value_clip))^2, as in baselines.
+    Schulman et al. 2017, arXiv 1707.06347. The total loss is the sum of the three. With ``value_clip``, c, the squared
+    error of the value is the greater of two, (R - V)^2 and (R - V_old - clip(V - V_old, -c, c))^2, as in baselines.
 
     R and A are computed once per rollout, by :meth:`prepare`, before it is dealt into minibatches: they do not change
     between the passes while the weights do. Minibatches are then rows [B, T] of the rollout or single steps [M]. A
@@ -192,8 +192,8 @@ class PPOLoss(Loss):
             raise ValueError(f"a recurrent policy needs rows [B, T] of a rollout, got {list(tensordict.batch_size)}")
         if not prepared:
             raise KeyError(
-                f"PPOLoss reads {self.tensor_keys.advantage!r} of single steps {list(tensordict.batch_size)}, which the "
-                "batch lacks: call prepare on the whole rollout before it is dealt"
+                f"PPOLoss reads {self.tensor_keys.advantage!r} of single steps {list(tensordict.batch_size)}, which "
+                "the batch lacks: call prepare on the whole rollout before it is dealt"
             )
         return tensordict.unsqueeze(1)
 
