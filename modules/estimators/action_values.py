@@ -357,8 +357,9 @@ class Retrace(TraceEstimator):
 
     Args:
         lmbda: trace decay in [0, 1].
-        root: of the ratio, min(1, (pi/mu)^(1/root)): 1 is Retrace. The number of dimensions of the action is ACER's, for continuous actions, whose joint ratios
-            are tiny; c may then be above the ratio, and the contraction theorem no longer covers it.
+        root: of the ratio, min(1, (pi/mu)^(1/root)): 1 is Retrace. The number of dimensions of the action is ACER's,
+            for continuous actions, whose joint ratios are tiny; c may then be above the ratio, and the contraction
+            theorem no longer covers it.
 
     {ActionValueEstimator.__doc__}"""
     bounded = True

@@ -323,11 +323,11 @@ def _imported(path: str) -> Any:
 def _parameters(build: Any) -> tuple[str, ...]:
     """Names of the arguments of ``build``, those behind ``**kwargs`` of a subclass included."""
     names: list[str] = []
-    owners: tuple[Any, ...] = inspect.getmro(build) if isinstance(build, type) else (build,)
-    for owner in owners:
-        found = inspect.signature(owner.__init__ if isinstance(owner, type) else owner).parameters.values()
+    makers = [x.__init__ for x in inspect.getmro(build)] if isinstance(build, type) else [build]
+    for make in makers:
+        found = inspect.signature(make).parameters.values()
         names += [p.name for p in found if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
-        if owner is ReturnEstimator or not any(p.kind is p.VAR_KEYWORD for p in found):
+        if not any(p.kind is p.VAR_KEYWORD for p in found):
             break
     return tuple(dict.fromkeys(names))
 

@@ -2,6 +2,7 @@
 
 from offtrace.modules.losses.a2c import A2CLoss
 from offtrace.modules.losses.impala import ImpalaLoss
+from offtrace.modules.losses.dqn import DQNLoss
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
 from offtrace.modules.losses.ppo import PPOLoss

@@ -106,8 +106,8 @@ class DiscreteMPOLoss(Loss):
         self._q, self._target_q = (
             values_of(network, k.ACTION_VALUE) for network in (self.critic, self.target("critic"))
         )
-        self.state_keys = state_keys_of(policy, critic)
         self.mask_key = mask_key_of(policy)
+        self.state_keys = state_keys_of(policy, critic, mask_key=self.mask_key)
         self.epsilon, self.epsilon_policy = epsilon, epsilon_policy
         self.policy_states = policy_states
         self.temperature = m.Multiplier(raw_temperature)

@@ -97,8 +97,8 @@ class DiscreteSACLoss(Loss):
         self.bind_estimator(estimator, "action", gamma=gamma)
         self.add_network("actor", actor)
         self.add_network("critic", critic, target=True)
-        self.state_keys = state_keys_of(self.actor, self.critic)
         self.mask_key = mask_key_of(actor)
+        self.state_keys = state_keys_of(actor, critic, mask_key=self.mask_key)
         self._policy = distribution_of(self.actor)
         self._q, self._target_q = (
             values_of(network, k.ACTION_VALUE) for network in (self.critic, self.target("critic"))
