@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictParams, dispatch
@@ -72,13 +70,14 @@ class DQNLoss(Loss):
             its divergence from the target.
 
     Reads (names change by :meth:`set_keys`) what the network reads, also under ``"next"``, ``"action_mask"`` bool
-    [*B, A] among it; ``"action"`` int64 [*B]; ``("next", ...)`` ``"reward"``, ``"terminated"``, ``"done"`` [*B, 1]; where
-    there are any, ``"valid"`` [*B, 1], TorchRL's own masks, and ``"weight"`` [*B]: divided by the largest of the batch,
-    it multiplies the loss; for traces ``"action_log_prob"`` [*B].
+    [*B, A] among it; ``"action"`` int64 [*B]; ``("next", ...)`` ``"reward"``, ``"terminated"``, ``"done"`` [*B, 1];
+    where there are any, ``"valid"`` [*B, 1], TorchRL's own masks, and ``"weight"`` [*B]: divided by the largest of the
+    batch, it multiplies the loss; for traces ``"action_log_prob"`` [*B].
 
     Returns ``loss_q`` and, detached scalars over the valid steps: ``q_value`` and ``target_value`` of the batch's
     actions, ``td_error`` (mean absolute), ``epsilon`` where the policy has one, ``valid_count``, and those of the
-    estimator, ``ess`` (of the greedy policy's ratios; NaN without ``"action_log_prob"``) and ``trace_length`` among them.
+    estimator, ``ess`` (of the greedy policy's ratios; NaN without ``"action_log_prob"``) and ``trace_length`` among
+    them.
 
     Raises:
         ValueError: on an argument out of range, a network that does not fit, or a batch of another shape.
@@ -154,7 +153,7 @@ class DQNLoss(Loss):
         with torch.no_grad():
             next_every = self._target_q(next_x)
             best = self._greedy(self._q(next_x) if self.double else next_every, next_x)
-            log_pi, log_rho = self._log_ratio(tensordict, self._greedy(every, x), steps)
+            log_pi, log_rho = self._log_ratio(tensordict, every, steps)
             estimate = self.estimator.estimate(
                 steps.selection,
                 next_value=self._least(of_action(next_every, best)),
@@ -168,7 +167,9 @@ class DQNLoss(Loss):
         found, target = of_action(every, action), estimate.target
         if self.support is None:
             wanted, q_value, value = target.unsqueeze(-1).expand_as(found), found.detach(), target
-            terms = (F.smooth_l1_loss if self.loss_function == "huber" else _half_square)(found, wanted, reduction="none")
+            terms = (F.smooth_l1_loss if self.loss_function == "huber" else _half_square)(
+                found, wanted, reduction="none"
+            )
             terms = terms.sum(-1)
         else:
             terms, q_value, value = categorical_terms(found, target, self.support)
@@ -198,10 +199,15 @@ class DQNLoss(Loss):
         """Of K networks the least value [M], or its distribution [M, atoms]."""
         return least(found) if self.support is None else least_mean(found, self.support)[1]
 
-    def _log_ratio(self, tensordict: TensorDictBase, greedy: Tensor, steps: Steps) -> tuple[Tensor, Tensor | None]:
+    def _log_ratio(
+        self, tensordict: TensorDictBase, every: Tensor, steps: Steps
+    ) -> tuple[Tensor | None, Tensor | None]:
         """log pi of the batch's actions, 0 of the best and -inf of others, and log pi - log mu, [M]."""
-        log_pi = torch.where(greedy == steps.action, 0.0, -torch.inf).to(self.dtype)
         log_mu = read_log_prob(self, tensordict, steps, needed=self.estimator.uses_behaviour)
+        if log_mu is None and not self.estimator.uses_log_pi:
+            return None, None
+        best = self._greedy(every, steps.observation) == steps.action
+        log_pi = torch.zeros_like(steps.selection.reward).masked_fill(~best, -torch.inf)
         return log_pi, None if log_mu is None else log_pi - log_mu.to(log_pi.dtype)
 
 

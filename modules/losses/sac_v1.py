@@ -94,7 +94,14 @@ class SACv1Loss(Loss):
         self.reduction, self._reduce = reduction, reducer(reduction)
         self.priorities = priorities
         values = ["entropy", "q_value", "td_error"]
-        self.out_keys = ["loss_value", "loss_critic", "loss_actor", *values, *self.estimator.diagnostic_keys, "valid_count"]
+        self.out_keys = [
+            "loss_value",
+            "loss_critic",
+            "loss_actor",
+            *values,
+            *self.estimator.diagnostic_keys,
+            "valid_count",
+        ]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from tensordict import TensorDict
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
@@ -96,7 +95,7 @@ def parameters_of(
 
 
 def values_of(network: nn.Module, key: Any) -> Callable[..., Tensor]:
-    """What a critic or state value writes under ``key`` at states [M], of an action [M, A] or [S, M, A] if it reads one.
+    """What a critic or state value writes under ``key`` at states [M]; of an action [M, A] or [S, M, A] if it reads one.
 
     With K critics [M, K] or [S, M, K], with atoms [..., K, atoms]; of every discrete action [M, K, A].
     """
@@ -176,7 +175,9 @@ def check_indices(loss: object, policy: nn.Module) -> None:
     name = type(loss).__name__
     for module in policy.modules():
         if isinstance(module, DistributionalQValueModule):
-            raise ValueError(f"{name} needs {k.VALUE_LOGITS!r} [*, K, A, atoms], which TorchRL's {type(module).__name__} lacks")
+            raise ValueError(
+                f"{name} needs {k.VALUE_LOGITS!r} [*, K, A, atoms], which TorchRL's {type(module).__name__} lacks"
+            )
         if isinstance(module, QValueModule) and module.action_space != "categorical":
             space = module.action_space
             raise ValueError(f"{name} needs actions as indices, got action_space={space!r}: use 'categorical'")
@@ -207,4 +208,3 @@ def state_keys_of(*networks: Any, mask_key: Any | None = None) -> list[Any]:
 
 def _rows(states: States) -> int:
     return len(next(iter(states.values())))
-
