@@ -370,8 +370,9 @@ def test_the_root_of_retrace_is_acers(root: int) -> None:
     data["target_log_prob"] = data["action_log_prob"] + 0.8 * torch.randn(B, T)
     rho = (data["target_log_prob"] - data["action_log_prob"]).exp()
     found = Retrace(gamma=GAMMA, lmbda=0.7, root=root)(data)["value_target"]
+    chosen, following = (data[key].transpose(0, 1) for key in ("chosen_action_value", ("next", "state_value")))
     expected = q_return(
-        q_value=data["chosen_action_value"].transpose(0, 1), next_state_value=data["next", "state_value"].transpose(0, 1),
+        q_value=chosen, next_state_value=following,
         trace=(0.7 * rho.pow(1 / root).clamp(max=1)).t().unsqueeze(-1), **ends(data),
     )  # fmt: skip
     torch.testing.assert_close(found, expected.transpose(0, 1))
