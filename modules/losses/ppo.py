@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor
+from torchrl.modules import set_recurrent_mode
 
 from offtrace.modules.estimators.state_values import StateEstimate, StateValueEstimator
 from offtrace.modules.keys import NEXT
@@ -125,7 +126,8 @@ class PPOLoss(Loss):
         Raises:
             KeyError, TypeError, ValueError: as :meth:`forward`.
         """
-        policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
+        with set_recurrent_mode(True):  # as in forward: a recurrent policy unrolls
+            policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
         estimate, value = self._estimate(policy)
         names = self.tensor_keys
         for name, x in (
