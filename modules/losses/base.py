@@ -186,7 +186,7 @@ class Loss(LossModule):
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         """The estimator alone reads the entries that the loss reads."""
         known = {field.name for field in fields(self.estimator.default_keys)}
-        self.estimator.set_keys(**{name: key for name, key in kwargs.items() if name in known})
+        self.estimator.set_keys(**{name: getattr(self.tensor_keys, name) for name in kwargs if name in known})
 
     @property
     def in_keys(self) -> list[Any]:
