@@ -1,8 +1,8 @@
 """Losses, one to a file."""
 
 from offtrace.modules.losses.a2c import A2CLoss
-from offtrace.modules.losses.impala import ImpalaLoss
 from offtrace.modules.losses.dqn import DQNLoss
+from offtrace.modules.losses.impala import ImpalaLoss
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
 from offtrace.modules.losses.ppo import PPOLoss
@@ -15,6 +15,7 @@ from offtrace.modules.losses.vmpo import VMPOLoss
 
 __all__ = [
     "A2CLoss",
+    "DQNLoss",
     "DiscreteMPOLoss",
     "DiscreteSACLoss",
     "FastHardUpdate",

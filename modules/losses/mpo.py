@@ -100,7 +100,8 @@ class MPOLoss(Loss):
             critic the divergence from its target.
 
     Reads transitions [N] (one-step targets only) or sequences [N, T]. Of n steps the value of the *first* step of each
-    sequence is learnt, from a window that ends early at a done or before an invalid step; else that of every valid step. Entries (names change by :meth:`set_keys`): the inputs of the networks, ``"action"`` as it was sampled,
+    sequence is learnt, from a window that ends early at a done or before an invalid step; else that of every valid
+    step. Entries (names change by :meth:`set_keys`): the inputs of the networks, ``"action"`` as it was sampled,
     ``"action_log_prob"`` for a trace, ``("next", ...)`` observation, ``"reward"``, ``"terminated"``, ``"done"``; where
     there are any, ``"valid"``, and ``"weight"`` [*B]: divided by the largest of the batch, it multiplies the terms of
     critic and policy.

@@ -95,7 +95,7 @@ def parameters_of(
 
 
 def values_of(network: nn.Module, key: Any) -> Callable[..., Tensor]:
-    """What a critic or state value writes under ``key`` at states [M]; of an action [M, A] or [S, M, A] if it reads one.
+    """What a critic or state value writes under ``key`` at states [M], of an action [M, A] or [S, M, A] if any.
 
     With K critics [M, K] or [S, M, K], with atoms [..., K, atoms]; of every discrete action [M, K, A].
     """
