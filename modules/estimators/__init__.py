@@ -1,6 +1,6 @@
 """Return estimators: what every loss takes as ``estimator=``, and TorchRL's losses as their value estimator.
 
-Names are imported when they are first used: a configuration needs the estimators' names, and no torch.
+Names are imported when they are first used: checking an estimator's name needs no torch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from offtrace.modules.estimators.base import ReturnEstimator as ReturnEstimator
     from offtrace.modules.estimators.base import bind as bind
     from offtrace.modules.estimators.base import make_estimator as make_estimator
+    from offtrace.modules.estimators.names import check_spec as check_spec
+    from offtrace.modules.estimators.names import parse_spec as parse_spec
     from offtrace.modules.estimators.selection import Selection as Selection
     from offtrace.modules.estimators.state_values import GAE as GAE
     from offtrace.modules.estimators.state_values import NStepReturn as NStepReturn
@@ -30,16 +32,30 @@ if TYPE_CHECKING:
     from offtrace.modules.estimators.state_values import VTrace as VTrace
     from offtrace.modules.estimators.state_values import WeightedGAE as WeightedGAE
 
-_WHERE = {
-    "action_values": (
-        "ActionEstimate", "ActionValueEstimator", "ImportanceSampling", "NStep", "OneStep", "QLambda", "Retrace",
-        "TraceEstimator", "TreeBackup",
-    ),
-    "base": ("Outcome", "ReturnEstimator", "bind", "make_estimator"),
-    "selection": ("Selection",),
-    "state_values": ("GAE", "NStepReturn", "StateEstimate", "StateValueEstimator", "VTrace", "WeightedGAE"),
-}  # fmt: skip
-_MODULE = {name: module for module, names in _WHERE.items() for name in names}
+_MODULE = {
+    "ActionEstimate": "action_values",
+    "ActionValueEstimator": "action_values",
+    "GAE": "state_values",
+    "ImportanceSampling": "action_values",
+    "NStep": "action_values",
+    "NStepReturn": "state_values",
+    "OneStep": "action_values",
+    "Outcome": "base",
+    "QLambda": "action_values",
+    "Retrace": "action_values",
+    "ReturnEstimator": "base",
+    "Selection": "selection",
+    "StateEstimate": "state_values",
+    "StateValueEstimator": "state_values",
+    "TraceEstimator": "action_values",
+    "TreeBackup": "action_values",
+    "VTrace": "state_values",
+    "WeightedGAE": "state_values",
+    "bind": "base",
+    "check_spec": "names",
+    "make_estimator": "base",
+    "parse_spec": "names",
+}
 __all__ = sorted(_MODULE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,8 @@ class ActionValueForward(ReturnEstimator):
     """What :class:`offtrace.modules.estimators.ActionValueEstimator` does without a loss."""
 
     uses_log_pi: bool = True
+    compute: Callable[..., Tensor]
+    """The target, time first."""
 
     def __init__(
         self,
@@ -103,10 +106,6 @@ class ActionValueForward(ReturnEstimator):
         advantage, valid = target - chosen, self._valid(tensordict, chosen)
         tensordict.set(names.advantage, advantage if valid is None else torch.where(valid, advantage, 0))
         return tensordict
-
-    def compute(self, **tensors: Any) -> Tensor:
-        """The target, time first."""
-        raise NotImplementedError
 
     def _log_probs(self, tensordict: TensorDictBase, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """log pi and log pi - log mu, each where it is needed."""

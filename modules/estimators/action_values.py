@@ -278,7 +278,7 @@ class OneStep(NStep):
 
 
 class TraceEstimator(ActionValueEstimator):
-    """:func:`offtrace.modules.returns.q_return`, or for distributions its relative, with the trace that a subclass gives.
+    """The operator of all traces, :func:`offtrace.modules.returns.q_return`, or its relative for distributions.
 
     A subclass of your own defines :meth:`trace`; where no coefficient exceeds 1 it may say ``bounded``, and where none
     exceeds the ratio pi/mu, ``contracts``: then the modulus of the operator is told too.
@@ -351,14 +351,15 @@ class TraceEstimator(ActionValueEstimator):
 
 
 class Retrace(TraceEstimator):
-    __doc__ = f"""Retrace(lambda): c = lmbda min(1, (pi/mu)^(1/root)). Safe for any behaviour policy; on-policy it cuts nothing.
+    __doc__ = f"""Retrace(lambda): c = lmbda min(1, pi/mu). Safe for any behaviour policy; on-policy it cuts nothing.
 
     Source: Munos et al. 2016, arXiv 1606.02647; Wang et al. 2017, arXiv 1611.01224 for the root.
 
     Args:
         lmbda: trace decay in [0, 1].
-        root: 1 is Retrace. The number of dimensions of the action is ACER's, for continuous actions, whose joint ratios
-            are tiny; c may then be above the ratio, and the contraction theorem no longer covers it.
+        root: of the ratio, min(1, (pi/mu)^(1/root)): 1 is Retrace. The number of dimensions of the action is ACER's,
+            for continuous actions, whose joint ratios are tiny; c may then be above the ratio, and the contraction
+            theorem no longer covers it.
 
     {ActionValueEstimator.__doc__}"""
     bounded = True

@@ -248,7 +248,9 @@ def make_estimator(spec: str | ReturnEstimator, kind: str, **options: Any) -> Re
             build, fixed = _imported(named.path), dict(named.fixed)
         spec = build(**fixed, **options)
     elif options:
-        raise TypeError(f"options go with the name of an estimator, and {type(spec).__name__} is an object that has its own")
+        raise TypeError(
+            f"options go with the name of an estimator, and {type(spec).__name__} is an object that has its own"
+        )
     if not isinstance(spec, ReturnEstimator):
         what = f"the class {spec.__name__}, of which an object is needed" if isinstance(spec, type) else repr(spec)
         raise TypeError(f"an estimator is a name, an import path, or an object of the kind of VTrace(), got {what}")
@@ -321,10 +323,11 @@ def _imported(path: str) -> Any:
 def _parameters(build: Any) -> tuple[str, ...]:
     """Names of the arguments of ``build``, those behind ``**kwargs`` of a subclass included."""
     names: list[str] = []
-    for owner in inspect.getmro(build) if isinstance(build, type) else (build,):
-        found = inspect.signature(owner.__init__ if isinstance(owner, type) else owner).parameters.values()
+    makers = [x.__init__ for x in inspect.getmro(build)] if isinstance(build, type) else [build]
+    for make in makers:
+        found = inspect.signature(make).parameters.values()
         names += [p.name for p in found if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
-        if owner is ReturnEstimator or not any(p.kind is p.VAR_KEYWORD for p in found):
+        if not any(p.kind is p.VAR_KEYWORD for p in found):
             break
     return tuple(dict.fromkeys(names))
 

@@ -67,7 +67,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"options of an estimator go by their names, as 'gae(lmbda=0.9)', got {spec!r}")
         return name, {str(keyword.arg): _literal(keyword.value, spec) for keyword in call.keywords}
     except SyntaxError:
-        raise ValueError(f"options of an estimator are those of a Python call, as 'gae(lmbda=0.9)', got {spec!r}") from None
+        raise ValueError(
+            f"options of an estimator are those of a Python call, as 'gae(lmbda=0.9)' (lmbda, not lambda), got {spec!r}"
+        ) from None
 
 
 def find_named(name: str, kind: str) -> Named:
@@ -76,14 +78,14 @@ def find_named(name: str, kind: str) -> Named:
     Raises:
         ValueError: on a name that the kind has not; the nearest is told.
     """
-    known, other = ESTIMATORS[kind], ESTIMATORS[KINDS[kind == KINDS[0]]]
+    known, other = ESTIMATORS[kind], KINDS[kind == KINDS[0]]
     if name in known:
         return known[name]
-    if name in other:
-        raise ValueError(
-            f"estimator {name!r} is of {_other(kind)} values, and this loss learns {kind} values: use one of {_list(known)}"
-        )
-    raise ValueError(f"there is no estimator {name!r}{_nearest(name, known)}; those of {kind} values are {_list(known)}")
+    if name in ESTIMATORS[other]:
+        raise ValueError(f"estimator {name!r} is of {other} values, and one of {kind} values is needed: {_list(known)}")
+    raise ValueError(
+        f"there is no estimator {name!r}{_nearest(name, known)}; those of {kind} values are {_list(known)}"
+    )
 
 
 def check_options(name: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -99,7 +101,7 @@ def check_options(name: str, options: Mapping[str, Any], known: tuple[str, ...])
 
 
 def check_spec(spec: str, kind: str) -> None:
-    """Whether ``spec`` names an estimator of ``kind`` and options that it has; what an import path leads to is not seen.
+    """Check that ``spec`` names an estimator of ``kind`` and options that it has; an import path is not followed.
 
     Raises:
         ValueError: if not, in one sentence.
@@ -120,10 +122,6 @@ def _literal(node: ast.expr, spec: str) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         raise ValueError(f"{ast.unparse(node)!r} is no literal that an estimator can be given, in {spec!r}") from None
-
-
-def _other(kind: str) -> str:
-    return KINDS[kind == KINDS[0]]
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -107,9 +107,7 @@ class StateValueEstimator(ReturnEstimator):
         return {} if log_rho is None else {"ess": effective_sample_size(log_rho, valid=valid)}
 
     @torch.no_grad()
-    def estimate(
-        self, outcome: Outcome, *, value: Tensor, next_value: Tensor, log_rho: Tensor | None
-    ) -> StateEstimate:
+    def estimate(self, outcome: Outcome, *, value: Tensor, next_value: Tensor, log_rho: Tensor | None) -> StateEstimate:
         """All that a loss needs; no gradient flows. Here time changes its dimension.
 
         Args:

@@ -1,6 +1,7 @@
 """Losses, one to a file."""
 
 from offtrace.modules.losses.a2c import A2CLoss
+from offtrace.modules.losses.dqn import DQNLoss
 from offtrace.modules.losses.impala import ImpalaLoss
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
@@ -14,6 +15,7 @@ from offtrace.modules.losses.vmpo import VMPOLoss
 
 __all__ = [
     "A2CLoss",
+    "DQNLoss",
     "DiscreteMPOLoss",
     "DiscreteSACLoss",
     "FastHardUpdate",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
@@ -59,6 +58,7 @@ class Loss(LossModule):
     estimator: Any
     gamma: float
     state_keys: list[Any]
+    out_keys: list[Any]
     device: torch.device
     dtype: torch.dtype
     keeps_pre_tanh: bool = False
@@ -89,7 +89,7 @@ class Loss(LossModule):
             )
         self.__dict__["estimator"] = found  # no submodule: state_dict knows nothing of it
         self.gamma = gamma
-        self._binding = {"kind": kind, "gamma": gamma, "discrete": discrete, "every_step": every_step}
+        self._binding: dict[str, Any] = {"kind": kind, "gamma": gamma, "discrete": discrete, "every_step": every_step}
 
     def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> Loss:
         """Take another estimator: TorchRL's name for what the argument ``estimator`` does.
@@ -104,7 +104,9 @@ class Loss(LossModule):
         if value_type is None and not hyperparams:
             return self
         if value_type is None:
-            raise ValueError(f"options of an estimator need its name, and {type(self).__name__} got {hyperparams} alone")
+            raise ValueError(
+                f"options of an estimator need its name, and {type(self).__name__} got {hyperparams} alone"
+            )
         before = self.estimator.diagnostic_keys
         self.bind_estimator(value_type, **self._binding, **hyperparams)
         if set(before) <= set(self.out_keys):
@@ -127,11 +129,11 @@ class Loss(LossModule):
         self.__dict__.setdefault("_names", []).append(name)
         self.bind_networks()
 
-    def target(self, name: str) -> Callable[[TensorDictBase], TensorDictBase]:
+    def target(self, name: str) -> Any:
         """The network with its target parameters."""
         return self._views["target", name]
 
-    def frozen(self, name: str) -> Callable[[TensorDictBase], TensorDictBase]:
+    def frozen(self, name: str) -> Any:
         """The network with its own parameters detached."""
         return self._views["frozen", name]
 
@@ -184,7 +186,7 @@ class Loss(LossModule):
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         """The estimator alone reads the entries that the loss reads."""
         known = {field.name for field in fields(self.estimator.default_keys)}
-        self.estimator.set_keys(**{name: key for name, key in kwargs.items() if name in known})
+        self.estimator.set_keys(**{name: getattr(self.tensor_keys, name) for name in kwargs if name in known})
 
     @property
     def in_keys(self) -> list[Any]:

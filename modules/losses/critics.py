@@ -36,7 +36,7 @@ def of_action(values: Tensor, action: Tensor) -> Tensor:
 
 
 class CategoricalTerms(NamedTuple):
-    """``cross_entropy`` [M] to the target, summed over critics; means ``q_value`` [M, K] and ``target`` [M], constant."""
+    """``cross_entropy`` to the target [M], summed over critics; constant means ``q_value`` [M, K], ``target`` [M]."""
 
     cross_entropy: Tensor
     q_value: Tensor

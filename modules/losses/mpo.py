@@ -39,9 +39,9 @@ _JOINT = {"epsilon_mean": 0.1, "epsilon_cov": 1e-4, "raw_alpha_cov": 10.0}
 
 
 class Tried(NamedTuple):
-    """S actions tried in R states: the least Q of each, ``value`` [S, R]; what the critic bootstraps from, [R] or [R, atoms].
+    """S actions tried in R states: the least Q of each, ``value`` [S, R], and what the critic bootstraps from.
 
-    And the ``noise`` [S, R, A] that the actions were made of, and their ``cost`` [S, R].
+    ``bootstrap``: [R] or [R, atoms]; ``noise`` [S, R, A], which the actions were made of; their ``cost`` [S, R].
     """
 
     value: Tensor
@@ -74,8 +74,8 @@ class MPOLoss(Loss):
             [*, A, A] for ``covariance="full"``.
         critic: reads the observation and ``"action"``; writes ``"state_action_value"`` [*, K], or ``"value_logits"``
             [*, K, atoms] beside a buffer ``support`` [atoms], which makes this DMPO.
-        estimator: of action values, by its name or an object: ``"one_step"``; ``"n_step(n=5)"``, uncorrected; or a trace,
-            ``"retrace(lmbda=1.0)"``, ``"importance_sampling"`` or ``"q_lambda"``, with the ratio of the *target*
+        estimator: of action values, by its name or an object: ``"one_step"``; ``"n_step(n=5)"``, uncorrected; or a
+            trace, ``"retrace(lmbda=1.0)"``, ``"importance_sampling"`` or ``"q_lambda"``, with the ratio of the *target*
             policy, whose value the samples estimate, to the stored ``"action_log_prob"``. (Tree backup needs
             probabilities of discrete actions.)
         gamma: discount per step.
@@ -99,9 +99,9 @@ class MPOLoss(Loss):
         priorities: write the mean absolute TD error of each item into the batch, as ``"td_error"``; of a categorical
             critic the divergence from its target.
 
-    Reads transitions [N] (one-step targets only) or sequences [N, T]. An n-step estimator learns the value of the *first* step
-    of each sequence, from a window that ends early at a done or before an invalid step; the others learn that of every
-    valid step. Entries (names change by :meth:`set_keys`): the inputs of the networks, ``"action"`` as it was sampled,
+    Reads transitions [N] (one-step targets only) or sequences [N, T]. Of n steps the value of the *first* step of each
+    sequence is learnt, from a window that ends early at a done or before an invalid step; else that of every valid
+    step. Entries (names change by :meth:`set_keys`): the inputs of the networks, ``"action"`` as it was sampled,
     ``"action_log_prob"`` for a trace, ``("next", ...)`` observation, ``"reward"``, ``"terminated"``, ``"done"``; where
     there are any, ``"valid"``, and ``"weight"`` [*B]: divided by the largest of the batch, it multiplies the terms of
     critic and policy.
@@ -257,7 +257,7 @@ class MPOLoss(Loss):
     def _improve(
         self, online: Sequence[Tensor], target: Sequence[Tensor], tried: Tried, steps: Steps, stats: Stats
     ) -> dict[str, Tensor]:
-        """``loss_policy``, ``loss_dual`` and their diagnostics, of policies with parameters ``online`` and ``target``."""
+        """``loss_policy``, ``loss_dual`` and diagnostics, of policies with parameters ``online`` and ``target``."""
         # E-step: how much better the tried actions are
         temperature, bounds = self.temperature(), self.bounds
         step = m.e_step(value=tried.value, temperature=temperature, epsilon=bounds["epsilon"])
@@ -287,7 +287,9 @@ class MPOLoss(Loss):
         return out
 
 
-def critic_terms(loss: Any, found: Tensor, target: Tensor, steps: Steps, stats: Stats) -> tuple[dict[str, Tensor], Tensor]:
+def critic_terms(
+    loss: Any, found: Tensor, target: Tensor, steps: Steps, stats: Stats
+) -> tuple[dict[str, Tensor], Tensor]:
     """``loss_critic``, summed over K critics, and its diagnostics; and the error of each step, [M].
 
     Args:

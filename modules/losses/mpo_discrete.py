@@ -106,8 +106,8 @@ class DiscreteMPOLoss(Loss):
         self._q, self._target_q = (
             values_of(network, k.ACTION_VALUE) for network in (self.critic, self.target("critic"))
         )
-        self.state_keys = state_keys_of(policy, critic)
         self.mask_key = mask_key_of(policy)
+        self.state_keys = state_keys_of(policy, critic, mask_key=self.mask_key)
         self.epsilon, self.epsilon_policy = epsilon, epsilon_policy
         self.policy_states = policy_states
         self.temperature = m.Multiplier(raw_temperature)
@@ -168,10 +168,8 @@ class DiscreteMPOLoss(Loss):
     def _legal(self, states: States) -> Tensor | None:
         return None if self.mask_key is None else states[self.mask_key]
 
-    def _improve(
-        self, states: States, target: Tensor, values: Tensor, steps: Steps, stats: Stats
-    ) -> dict[str, Tensor]:
-        """``loss_policy``, ``loss_dual`` and their diagnostics; ``target`` is log pi_t, ``values`` Q_t of every action."""
+    def _improve(self, states: States, target: Tensor, values: Tensor, steps: Steps, stats: Stats) -> dict[str, Tensor]:
+        """``loss_policy``, ``loss_dual`` and diagnostics; ``target``: log pi_t, ``values``: Q_t of every action."""
         legal, log_prob = self._legal(states), self._log_probs(self._policy_at, states)
         temperature, alpha = self.temperature(), self.alpha()
         prior = target if legal is None else target.masked_fill(~legal, -math.inf)

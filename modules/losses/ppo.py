@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor
+from torchrl.modules import set_recurrent_mode
 
 from offtrace.modules.estimators.state_values import StateEstimate, StateValueEstimator
 from offtrace.modules.keys import NEXT
@@ -29,8 +30,8 @@ class PPOLoss(Loss):
         loss_value   = mean of  value_coef * 1/2 (R - V(x))^2
         loss_entropy = mean of  -entropy_coef * H(pi(.|x))
 
-    Schulman et al. 2017, arXiv 1707.06347. The total loss is the sum of the three. With ``value_clip`` the error of the
-    value is the greater of two, (R - V)^2 and (R - V_old - clip(V - V_old, -value_clip, value_clip))^2, as in baselines.
+    Schulman et al. 2017, arXiv 1707.06347. The total loss is the sum of the three. With ``value_clip``, c, the squared
+    error of the value is the greater of two, (R - V)^2 and (R - V_old - clip(V - V_old, -c, c))^2, as in baselines.
 
     R and A are computed once per rollout, by :meth:`prepare`, before it is dealt into minibatches: they do not change
     between the passes while the weights do. Minibatches are then rows [B, T] of the rollout or single steps [M]. A
@@ -125,7 +126,8 @@ class PPOLoss(Loss):
         Raises:
             KeyError, TypeError, ValueError: as :meth:`forward`.
         """
-        policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
+        with set_recurrent_mode(True):  # as in forward: a recurrent policy unrolls
+            policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
         estimate, value = self._estimate(policy)
         names = self.tensor_keys
         for name, x in (
@@ -192,8 +194,8 @@ class PPOLoss(Loss):
             raise ValueError(f"a recurrent policy needs rows [B, T] of a rollout, got {list(tensordict.batch_size)}")
         if not prepared:
             raise KeyError(
-                f"PPOLoss reads {self.tensor_keys.advantage!r} of single steps {list(tensordict.batch_size)}, which the "
-                "batch lacks: call prepare on the whole rollout before it is dealt"
+                f"PPOLoss reads {self.tensor_keys.advantage!r} of single steps {list(tensordict.batch_size)}, which "
+                "the batch lacks: call prepare on the whole rollout before it is dealt"
             )
         return tensordict.unsqueeze(1)
 

@@ -116,7 +116,7 @@ class SACLoss(Loss):
         priorities: bool = False,
     ) -> None:
         check_continuous(self, actor, critic)
-        check_temperature(alpha_init, fixed_alpha, alpha_loss, target_entropy)
+        check_temperature(alpha_init, fixed_alpha, alpha_loss)
         check_arguments(reduction=reduction, gamma=gamma)
         if num_samples < 1:
             raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
@@ -133,7 +133,7 @@ class SACLoss(Loss):
             for network in (self.critic, self.target("critic"), self.frozen("critic"))
         )
         self.learn_alpha = add_temperature(self, alpha_init, fixed_alpha)
-        self.alpha_loss, self.target_entropy = alpha_loss, target_entropy
+        self.alpha_loss, self.target_entropy = alpha_loss, wanted_entropy(target_entropy)
         self.num_samples = num_samples
         self.reduction, self._reduce = reduction, reducer(reduction)
         self.reward_scale = reward_scale
@@ -186,8 +186,8 @@ class SACLoss(Loss):
         out = {"loss_critic": loss_critic, "loss_actor": loss_actor, "valid_count": stats.count, "alpha": alpha}
         out["entropy"] = entropy = -stats.mean(log_prob.detach())
         if self.learn_alpha:
-            target_entropy = -float(action.shape[-1]) if self.target_entropy == "auto" else self.target_entropy
-            out["loss_alpha"] = temperature_loss(self, entropy - target_entropy, stats)
+            wanted = -float(action.shape[-1]) if self.target_entropy is None else self.target_entropy
+            out["loss_alpha"] = temperature_loss(self, entropy - wanted, stats)
 
         # diagnostics
         with torch.no_grad():
@@ -269,7 +269,20 @@ def check_continuous(loss: object, actor: ProbabilisticTensorDictSequential, cri
         raise ValueError(f"{name} needs a critic that writes {k.STATE_ACTION_VALUE!r}, got {critic.out_keys}")
 
 
-def check_temperature(alpha_init: float, fixed_alpha: float | None, alpha_loss: str, target_entropy: Any) -> None:
+def wanted_entropy(given: float | str) -> float | None:
+    """``given``, or None where it is ``"auto"``, which depends on the actions.
+
+    Raises:
+        ValueError: on another text.
+    """
+    if isinstance(given, str):
+        if given != "auto":
+            raise ValueError(f"target_entropy must be a number or 'auto', got {given!r}")
+        return None
+    return given
+
+
+def check_temperature(alpha_init: float, fixed_alpha: float | None, alpha_loss: str) -> None:
     """Refuse a temperature out of range, and how it learns if that is not known.
 
     Raises:
@@ -280,5 +293,3 @@ def check_temperature(alpha_init: float, fixed_alpha: float | None, alpha_loss: 
         raise ValueError(f"the temperature must be positive (fixed: at least 0), got {alpha}")
     if alpha_loss not in ALPHA_LOSSES:
         raise ValueError(f"alpha_loss must be one of {ALPHA_LOSSES}, got {alpha_loss!r}")
-    if isinstance(target_entropy, str) and target_entropy != "auto":
-        raise ValueError(f"target_entropy must be a number or 'auto', got {target_entropy!r}")

@@ -13,7 +13,7 @@ from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import least, of_action
-from offtrace.modules.losses.sac import add_temperature, check_temperature, temperature_loss, with_alpha
+from offtrace.modules.losses.sac import add_temperature, check_temperature, temperature_loss, wanted_entropy, with_alpha
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     States,
@@ -60,7 +60,7 @@ class DiscreteSACLoss(Loss):
             :class:`offtrace.modules.losses.sac.SACLoss`.
 
     Raises:
-        TypeError, ValueError: on an argument out of range, networks for continuous actions, or a batch of another shape.
+        ValueError: on an argument out of range, networks for continuous actions, or a batch of another shape.
         KeyError: when an entry is missing, by its name.
     """
 
@@ -91,20 +91,20 @@ class DiscreteSACLoss(Loss):
         check_categorical(self, actor, "SACLoss")
         if k.ACTION_VALUE not in critic.out_keys:
             raise ValueError(f"DiscreteSACLoss needs a critic that writes {k.ACTION_VALUE!r}, got {critic.out_keys}")
-        check_temperature(alpha_init, fixed_alpha, alpha_loss, target_entropy)
+        check_temperature(alpha_init, fixed_alpha, alpha_loss)
         check_arguments(reduction=reduction, gamma=gamma, entropy_fraction=entropy_fraction)
         super().__init__()
         self.bind_estimator(estimator, "action", gamma=gamma)
         self.add_network("actor", actor)
         self.add_network("critic", critic, target=True)
-        self.state_keys = state_keys_of(self.actor, self.critic)
         self.mask_key = mask_key_of(actor)
+        self.state_keys = state_keys_of(actor, critic, mask_key=self.mask_key)
         self._policy = distribution_of(self.actor)
         self._q, self._target_q = (
             values_of(network, k.ACTION_VALUE) for network in (self.critic, self.target("critic"))
         )
         self.learn_alpha = add_temperature(self, alpha_init, fixed_alpha)
-        self.alpha_loss, self.target_entropy = alpha_loss, target_entropy
+        self.alpha_loss, self.target_entropy = alpha_loss, wanted_entropy(target_entropy)
         self.entropy_fraction = entropy_fraction
         self.reduction, self._reduce = reduction, reducer(reduction)
         self.reward_scale = reward_scale
@@ -179,8 +179,8 @@ class DiscreteSACLoss(Loss):
         return None if self.mask_key is None else states[self.mask_key]
 
     def _wanted_entropy(self, prob: Tensor, legal: Tensor | None, stats: Stats) -> float | Tensor:
-        if self.target_entropy != "auto":
-            return self.target_entropy  # type: ignore[return-value]
+        if self.target_entropy is not None:
+            return self.target_entropy
         if legal is None:
             return self.entropy_fraction * math.log(prob.shape[-1])
         return self.entropy_fraction * stats.mean(legal.sum(-1).to(prob.dtype).log())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictParams, dispatch
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.estimators.base import make_estimator
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import least
 from offtrace.modules.losses.sac import behaviour_ratio, check_continuous, sampler_of
@@ -73,9 +76,6 @@ class SACv1Loss(Loss):
             raise ValueError(f"actor_value must be 'first' or 'min', got {actor_value!r}")
         super().__init__()
         self.bind_estimator(estimator, "action", gamma=gamma, discrete=False)
-        if self.estimator.uses_q_value:
-            name = type(self.estimator).__name__
-            raise ValueError(f"{name} needs target critics, which SACv1Loss has not: use SACLoss")
         self.add_network("actor", actor)
         self.add_network("critic", critic, frozen=True)
         self.add_network("value", value, target=True)
@@ -94,7 +94,26 @@ class SACv1Loss(Loss):
         self.reduction, self._reduce = reduction, reducer(reduction)
         self.priorities = priorities
         values = ["entropy", "q_value", "td_error"]
-        self.out_keys = ["loss_value", "loss_critic", "loss_actor", *values, *self.estimator.diagnostic_keys, "valid_count"]
+        self.out_keys = [
+            "loss_value",
+            "loss_critic",
+            "loss_actor",
+            *values,
+            *self.estimator.diagnostic_keys,
+            "valid_count",
+        ]
+
+    def bind_estimator(self, spec: Any, kind: str, *, gamma: float, discrete: bool = False, **options: Any) -> None:
+        """Take an estimator that does not need the target critics' value of the batch's action.
+
+        Raises:
+            ValueError: on another; and as the base class.
+        """
+        found = make_estimator(spec, kind, **options)
+        if found.uses_q_value:  # type: ignore[attr-defined]
+            name = type(found).__name__
+            raise ValueError(f"estimator {name} needs target critics, which SACv1Loss has not: use SACLoss")
+        super().bind_estimator(found, kind, gamma=gamma, discrete=discrete)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -216,9 +216,7 @@ def _valid(loss: Loss, tensordict: TensorDictBase) -> Tensor | None:
     return valid
 
 
-def _weight(
-    loss: Loss, tensordict: TensorDictBase, selection: Selection, shape: tuple[int, ...]
-) -> Tensor | None:
+def _weight(loss: Loss, tensordict: TensorDictBase, selection: Selection, shape: tuple[int, ...]) -> Tensor | None:
     """Importance weights of the batch divided by the largest."""
     key = loss.tensor_keys.weight
     if tensordict.get(key, None) is None:

@@ -65,7 +65,9 @@ class Unroll:
         for key in policy.in_keys:
             root = tensordict.get(key, None)
             if root is None and key in states:
-                raise KeyError(f"the policy reads {key!r}, a recurrent state, which the rollout lacks at its first step")
+                raise KeyError(
+                    f"the policy reads {key!r}, a recurrent state, which the rollout lacks at its first step"
+                )
             if root is None:
                 raise KeyError(f"the policy reads {key!r}, which the rollout lacks")
             if key in states:

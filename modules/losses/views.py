@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictSequential
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictSequential,
+)
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, OneHotCategorical, TransformedDistribution
-from torchrl.modules import MaskedOneHotCategorical, TruncatedNormal
+from torchrl.modules import DistributionalQValueModule, MaskedOneHotCategorical, QValueModule, TruncatedNormal
 from torchrl.modules import OneHotCategorical as RLOneHotCategorical
 
 from offtrace.modules import keys as k
@@ -39,6 +42,14 @@ class _Wrapped:
         batch = action.shape[:-1]
         found = {name: x.expand(*batch, *x.shape[1:]) for name, x in found.items()}
         return self.network(TensorDict({**found, k.ACTION: action}, batch)).get(self.key)
+
+
+class _WrappedValues(_Wrapped):
+    """The same of every discrete action, [M, K, A] where the network writes [M, A] too."""
+
+    def __call__(self, states: States, action: Tensor | None = None) -> Tensor:
+        found = super().__call__(states)
+        return found.unsqueeze(1) if found.ndim == 2 else found
 
 
 class _WrappedPolicy:
@@ -74,13 +85,31 @@ def parameters_of(
 
 
 def values_of(network: nn.Module, key: Any) -> Callable[..., Tensor]:
-    """What a critic or state value writes under ``key`` at states [M], of an action [M, A] or [S, M, A] if it reads one.
+    """What a critic or state value writes under ``key`` at states [M], of an action [M, A] or [S, M, A] if any.
 
     With K critics [M, K] or [S, M, K], with atoms [..., K, atoms]; of every discrete action [M, K, A].
     """
     if isinstance(network, (ActionCritic, DiscreteCritic, StateValue)):
         return network.values
     return _Wrapped(network, key)
+
+
+def value_network_of(policy: Any, key: Any) -> Any:
+    """The part of a policy that computes the action values ``key``, without what samples or explores behind it."""
+    if hasattr(policy, "network"):
+        return policy.network
+    if not isinstance(policy, TensorDictSequential):
+        return policy
+    parts = list(policy.module)
+    last = next(i for i, part in enumerate(parts) if key in part.out_keys)
+    writer = value_network_of(parts[last], key)
+    return writer if last == 0 else TensorDictSequential(*parts[:last], writer)
+
+
+def action_values_of(policy: Any, key: Any) -> Callable[[States], Tensor]:
+    """What a Q-network writes under ``key`` at states [M]: values [M, K, A], or logits [M, K, A, atoms]."""
+    network = value_network_of(policy, key)
+    return network.values if hasattr(network, "values") else _WrappedValues(network, key)
 
 
 def support_of(network: nn.Module) -> Tensor:
@@ -127,6 +156,23 @@ def check_categorical(loss: object, policy: ProbabilisticTensorDictSequential, c
         raise ValueError(f"{name} needs discrete actions, got a policy with {kind.__name__}: use {continuous}")
 
 
+def check_indices(loss: object, policy: nn.Module) -> None:
+    """Refuse a Q-network of TorchRL whose actions are no indices, or whose distributions are laid out otherwise.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    name = type(loss).__name__
+    for module in policy.modules():
+        if isinstance(module, DistributionalQValueModule):
+            raise ValueError(
+                f"{name} needs {k.VALUE_LOGITS!r} [*, K, A, atoms], which TorchRL's {type(module).__name__} lacks"
+            )
+        if isinstance(module, QValueModule) and module.action_space != "categorical":
+            space = module.action_space
+            raise ValueError(f"{name} needs actions as indices, got action_space={space!r}: use 'categorical'")
+
+
 def zero_illegal(x: Tensor, legal: Tensor | None) -> Tensor:
     """``x`` [M, A] with zeros where ``legal`` [M, A] is False."""
     return x if legal is None else x.masked_fill(~legal, 0)
@@ -136,16 +182,19 @@ def mask_key_of(policy: Any) -> Any | None:
     """Name of the mask of legal actions that ``policy`` reads, or None."""
     if k.ACTION_MASK in policy.in_keys:
         return k.ACTION_MASK
-    last = policy[-1] if isinstance(policy, ProbabilisticTensorDictSequential) else None
-    named = dict(zip(getattr(last, "dist_keys", ()), getattr(last, "in_keys", ()), strict=False))
-    return named.get("mask")
+    for module in policy.modules():
+        if isinstance(module, ProbabilisticTensorDictModule) and "mask" in module.dist_keys:
+            return dict(zip(module.dist_keys, module.in_keys, strict=True))["mask"]
+        if isinstance(module, QValueModule) and module.action_mask_key is not None:
+            return module.action_mask_key
+    return None
 
 
-def state_keys_of(*networks: Any) -> list[Any]:
-    """Entries of a state that the networks read, each once."""
-    return list(dict.fromkeys(key for network in networks for key in network.in_keys if key != k.ACTION))
+def state_keys_of(*networks: Any, mask_key: Any | None = None) -> list[Any]:
+    """Entries of a state that the networks read, and the mask of legal actions, each once."""
+    keys = [key for network in networks for key in network.in_keys if key != k.ACTION]
+    return list(dict.fromkeys(keys if mask_key is None else [*keys, mask_key]))
 
 
 def _rows(states: States) -> int:
     return len(next(iter(states.values())))
-

@@ -225,7 +225,7 @@ def select_top(
 
 
 def kl_parts(params: dict[Any, Tensor], behaviour: dict[Any, Tensor], valid: Tensor | None) -> list[Tensor]:
-    """KL of behaviour to online policy at each step, [B, T]: whole, or of a normal the mean's part and the covariance's.
+    """KL of behaviour to online policy at each step, [B, T]: whole, or a normal's, of its mean and its covariance.
 
     Args:
         params, behaviour: parameters of both distributions, [B, T, ...] by their keys.

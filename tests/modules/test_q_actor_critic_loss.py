@@ -11,12 +11,12 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from offtrace.modules.losses import QActorCriticLoss
-from offtrace.modules.losses.traces import TRACES
 from offtrace.modules.networks import ActionValueHead, Policy, build_policy
 from offtrace.modules.returns import trace_reach
 from tests.modules.test_impala_loss import ACTIONS, FEATURES, LOSSES, gradients, make, rollout, total
 
 GAMMA, LMBDA = 0.9, 0.8
+TRACES = ("retrace", "importance_sampling", "tree_backup", "q_lambda")
 
 
 def policy_of(**kwargs: Any) -> Policy:
@@ -76,7 +76,7 @@ def test_loss_equals_the_direct_sums(trace: str, masked: bool, reduction: str) -
     td = with_valid(td) if masked else td
     valid = td["valid"].squeeze(-1) if masked else torch.ones(5, 7, dtype=torch.bool)
     loss = QActorCriticLoss(
-        policy, trace=trace, gamma=GAMMA, lmbda=LMBDA, value_coef=0.7, entropy_coef=0.03, pg_rho_clip=1.3,
+        policy, estimator=f"{trace}(lmbda={LMBDA})", gamma=GAMMA, value_coef=0.7, entropy_coef=0.03, pg_rho_clip=1.3,
         reduction=reduction,
     )  # fmt: skip
     out = loss(td)
@@ -129,7 +129,9 @@ def test_gradients_in_closed_form() -> None:
         return hook
 
     hooks = [net.policy_head.register_forward_hook(keep("logits")), net.value_head.register_forward_hook(keep("q"))]
-    total(QActorCriticLoss(policy, gamma=GAMMA, lmbda=LMBDA, entropy_coef=0.2, value_coef=0.7)(td)).backward()
+    total(
+        QActorCriticLoss(policy, estimator="retrace(lmbda=0.8)", gamma=GAMMA, entropy_coef=0.2, value_coef=0.7)(td)
+    ).backward()
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
@@ -220,7 +222,7 @@ def test_normalised_advantage_trust_region_and_reward_clip_are_those_of_impala()
     normal = centred / centred.std(correction=0)
     outside = torch.where(normal > 0, rho > 1.2, rho < 0.8)
     assert outside.any()
-    options: dict[str, Any] = {"trace": "q_lambda", "gamma": GAMMA, "lmbda": LMBDA}
+    options: dict[str, Any] = {"estimator": f"q_lambda(lmbda={LMBDA})", "gamma": GAMMA}
     out = QActorCriticLoss(policy, normalize_advantage=True, policy_clip=0.2, **options)(td)
     torch.testing.assert_close(out["loss_policy"].detach(), -(normal * log_prob)[~outside].sum())
     torch.testing.assert_close(out["policy_clipped"], outside.double().mean())
@@ -246,8 +248,10 @@ def test_compiled_equals_eager() -> None:
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
-    with pytest.raises(ValueError, match=r"trace must be one of \('retrace', .*\), got 'vtrace'"):
-        QActorCriticLoss(policy_of(), trace="vtrace")
+    with pytest.raises(ValueError, match=r"estimator 'vtrace' is of state values, and one of action values is needed"):
+        QActorCriticLoss(policy_of(), estimator="vtrace")
+    with pytest.raises(ValueError, match="learns from every step of a rollout, and its estimator NStep from the first"):
+        QActorCriticLoss(policy_of(), estimator="n_step")
     with pytest.raises(ValueError, match="needs a policy over discrete actions that writes 'action_value'"):
         QActorCriticLoss(make())
     with pytest.raises(ValueError, match="critic='q' needs discrete actions"):
