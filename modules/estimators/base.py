@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import operator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -315,9 +316,12 @@ def check_unit_interval(**numbers: float) -> None:
 def _imported(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
-        return getattr(import_module(module), name)
+        found = operator.attrgetter(name)(import_module(module))
     except (ImportError, AttributeError) as error:
         raise ImportError(f"the estimator {path!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise TypeError(f"the estimator {path!r} is no class and no function, but a {type(found).__name__}")
+    return found
 
 
 def _parameters(build: Any) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ class DQNLoss(Loss):
         self._q, self._target_q = (action_values_of(network, key) for network in (self.policy, self.target("policy")))
         self.mask_key = mask_key_of(policy)
         self.state_keys = state_keys_of(value_network_of(policy, key), mask_key=self.mask_key)
-        self.double = double
+        self.is_double = double
         self.loss_function = loss_function
         self.epsilon_start, self.epsilon_end, self.epsilon_fraction = epsilon_start, epsilon_end, epsilon_fraction
         buffers = (name for name, _ in self.policy.named_buffers())
@@ -152,7 +152,7 @@ class DQNLoss(Loss):
         # target: the value of the best action where the step bootstraps
         with torch.no_grad():
             next_every = self._target_q(next_x)
-            best = self._greedy(self._q(next_x) if self.double else next_every, next_x)
+            best = self._greedy(self._q(next_x) if self.is_double else next_every, next_x)
             log_pi, log_rho = self._log_ratio(tensordict, every, steps)
             estimate = self.estimator.estimate(
                 steps.selection,
