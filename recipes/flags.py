@@ -160,5 +160,5 @@ def _in_words(wanted: Any) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 game``, ``2 games``."""
+    """``1 episode``, ``2 episodes``."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

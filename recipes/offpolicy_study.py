@@ -48,8 +48,8 @@ ESTIMATORS = {
 LAGS = (0, 1, 4, 16, 64)
 MEMORY = 100
 """Rollouts that the replay holds."""
-GAMES = 32
-"""Games of an evaluation."""
+EPISODES = 32
+"""Episodes of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def train(cell: Cell, task: Task, observe: Observer | None = None) -> Result:
         for name, values in diagnostics.items():
             values.append(float(out[name]))
         if update + 1 in when:
-            scores.append(study_tasks.play(kind, policy, GAMES, 1_000_000 + cell.seed))
+            scores.append(study_tasks.play(kind, policy, EPISODES, 1_000_000 + cell.seed))
     means = {name: sum(values) / len(values) for name, values in diagnostics.items()}
     return Result(
         score=sum(scores) / len(scores), final=scores[-1], **means, skipped=skipped,

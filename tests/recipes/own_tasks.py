@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torchrl.data import Bounded
 
-from offtrace.agents.training import EVALUATION_SEED
+from offtrace.agents.runs.training import EVALUATION_SEED
 from offtrace.modules.envs import ControlEnv
 from offtrace.modules.envs.suite import control_suite
 
@@ -49,7 +49,7 @@ def dead(num_envs: int, seed: int) -> ControlEnv:
 
 
 def hopeless(num_envs: int, seed: int) -> ControlEnv:
-    """As :func:`diverging`, in every twentieth step of evaluation too: no game comes to its end."""
+    """As :func:`diverging`, in every twentieth step of evaluation too: no episode comes to its end."""
     return diverging(num_envs, seed, evaluation=True)
 
 
