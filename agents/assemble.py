@@ -90,8 +90,8 @@ def policy_spec(config: Config, info: EnvInfo, **more: Any) -> dict[str, Any]:
     if config.network.init_scale is not None:
         if info.action_dim is None:
             raise ConfigError(
-                f"network.init_scale is {config.network.init_scale}; the actions of {config.task} are discrete: it must "
-                "be null"
+                f"network.init_scale is {config.network.init_scale}; the actions of {config.task} are discrete: it "
+                "must be null"
             )
         head_options.setdefault("init_scale", config.network.init_scale)
     arguments = {

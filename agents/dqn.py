@@ -34,13 +34,13 @@ class LossConfig(Group):
     """Discount per agent step."""
     double: bool = True
     """The online network chooses the next action, the target network values it (van Hasselt et al. 2016)."""
-    value_loss: Literal["huber", "l2"] = "huber"
+    loss_function: Literal["huber", "l2"] = "huber"
     """Of the temporal difference error; C51 has its cross entropy."""
     reward_clip: float | None = None
     """Rewards are clipped to plus or minus this in the learner; null for none."""
     epsilon_start: float = 1.0
     """Share of random actions at the start."""
-    epsilon_end: float = 0.01
+    epsilon_end: float = 0.05
     """Share of random actions in the end."""
     epsilon_fraction: float = 0.1
     """Part of the training over which the one becomes the other."""
@@ -49,7 +49,8 @@ class LossConfig(Group):
         """As :meth:`Group.check`."""
         check_estimator(at, self.estimator, "action")
         checks = Checks(self, at)
-        checks.fraction("gamma", "epsilon_start", "epsilon_end", "epsilon_fraction")
+        checks.fraction("gamma", "epsilon_start", "epsilon_end")
+        checks.require("epsilon_fraction", lambda value: 0 < value <= 1, "above 0 and at most 1")
         checks.positive_or_null("reward_clip")
 
 
@@ -158,7 +159,7 @@ def control_config() -> DQNConfig:
 def atari_config() -> DQNConfig:
     """Pong at the settings of RL Baselines3 Zoo, 40 million frames."""
     config = DQNConfig()
-    config.loss.reward_clip = 1.0
+    config.loss.reward_clip, config.loss.epsilon_end = 1.0, 0.01
     config.train = ReplayTrainConfig(total_frames=40_000_000, eval_every=1_000_000, checkpoint_every=1_000_000)
     return config
 

@@ -20,12 +20,18 @@ class Samples(NamedTuple):
 def check_estimator(at: str, spec: str, kind: Kind) -> None:
     """Refuse an estimator that is not known, of another kind, or with options that it has not.
 
+    One of the user's own is imported and made, and torch with it.
+
     Raises:
         ConfigError: one sentence.
     """
     try:
         check_spec(spec, kind)
-    except ValueError as error:
+        if ":" in parse_spec(spec)[0]:
+            from offtrace.modules.estimators import make_estimator
+
+            make_estimator(spec, kind)
+    except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{at}.estimator: {error}") from error
 
 
@@ -37,7 +43,7 @@ def samples_of(spec: str, length: int) -> Samples:
         length: steps of a sequence, where the estimator leaves them open.
     """
     name, options = parse_spec(spec)
-    if ":" in name:  # the user's own says it itself
+    if ":" in name:  # an own one says it itself
         from offtrace.modules.estimators import make_estimator
 
         estimator = make_estimator(spec, "action")
