@@ -98,18 +98,23 @@ def configs() -> dict[str, Any]:
     mpo_retrace.loss.estimator = "retrace"
     backup = small(discrete_sac_config(), None)
     backup.loss.estimator = "tree_backup"
+    prioritized = small(SACConfig())
+    prioritized.replay.sampler = "prioritized"
+    by_priority = small(SACConfig())
+    by_priority.replay.sampler, by_priority.loss.estimator = "prioritized", "retrace"
     smooth = small(SACConfig())
     smooth.network.smoothing = 0.5
     return {
         "sac": small(SACConfig()), "sac n-step": n_step, "sac retrace": retrace, "sac v1": small(sac_v1_config()),
         "sac normalized": normalized, "sac smooth": smooth, "sac discrete": small(discrete_sac_config(), None),
-        "sac tree backup": backup,
+        "sac tree backup": backup, "sac prioritized": prioritized, "sac retrace prioritized": by_priority,
         "mpo": small(MPOConfig()), "mpo retrace": mpo_retrace, "dmpo": small(dmpo_config()),
         "mpo full": small(full_covariance_config()), "mpo discrete": small(discrete_mpo_config(), None),
     }  # fmt: skip
 
 
 NAMES = list(configs())
+PRIORITIZED = ["sac prioritized", "sac retrace prioritized"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,7 +139,11 @@ def test_every_variant_learns_something_and_its_policy_loads(name: str, tmp_path
     assert data.limiter.sampled == 4 * (steps - 16)
     assert agent.updates == data.limiter.sampled // 8
     smoothed = 4 if config.network.smoothing else 0  # the last executed action
-    assert data.replay.bytes_per_slot == bytes_per_step(config, read_task(config)) + smoothed
+    more = smoothed + (name in PRIORITIZED)
+    assert data.replay.bytes_per_slot == bytes_per_step(config, read_task(config)) + more
+    if name in PRIORITIZED:
+        assert data.replay.sampler.beta > 0.9, "it grows to 1"
+        assert len(set(data.replay.sampler._tree.leaves.tolist())) > 10, "the errors came back"
     policy = load_policy(tmp_path / "last.ckpt")
     observation = torch.randn(5, *config_shape(config))
     ours, theirs = (p.get_dist_params(_td(observation)) for p in (agent.policy, policy))
@@ -152,7 +161,7 @@ def _td(observation: torch.Tensor) -> Any:
     return TensorDict({"observation": observation}, [len(observation)])
 
 
-@pytest.mark.parametrize("name", ["sac", "sac retrace", "sac normalized", "mpo", "sac discrete"])
+@pytest.mark.parametrize("name", ["sac", "sac retrace", "sac normalized", "mpo", "sac discrete", *PRIORITIZED])
 def test_k_and_k_updates_are_2k(name: str, tmp_path: Path) -> None:
     """Both arms get new environments after k rollouts. Bit for bit: weights, targets, moments, samples, counters."""
     k, config = 6, configs()[name]
