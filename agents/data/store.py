@@ -116,12 +116,13 @@ class ReplayStore:
         return self._open.sample(number)
 
     def feedback(self, batch: TensorDictBase) -> None:
-        """Gives a prioritised sampler the errors that the loss wrote into a batch; rows of index -1 are left out.
+        """Gives a prioritised sampler the errors that the loss wrote into a batch; fresh rows are left out.
 
         Raises:
             ValueError: the loss wrote none.
         """
-        if self._beta is None:
+        index = batch.get(INDEX, None)
+        if self._beta is None or index is None:
             return
         priority = batch.get(PRIORITY, None)
         if priority is None:
@@ -129,8 +130,8 @@ class ReplayStore:
                 f"the replay samples by priority, and the loss wrote no {PRIORITY!r} into the batch; make the loss "
                 "with priorities=True"
             )
-        index = batch[INDEX].cpu()
-        sampled = index.reshape(len(index), -1)[:, 0] >= 0
+        index = index.cpu()
+        sampled = index.reshape(len(index), -1)[:, 0] >= 0  # of fresh rows it is -1
         self._open.update_priorities(index[sampled], priority.detach().cpu()[sampled])
 
     def save(self, rank: int, frames: int) -> str | None:

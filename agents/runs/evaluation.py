@@ -109,6 +109,13 @@ def _action_change(env: EnvBase) -> _ActionChange | None:
     return None if bounds is None else _ActionChange(bounds[0], bounds[1], env.batch_size[0])
 
 
+def _check(number: int, episodes: int, mode: str) -> None:
+    if episodes < 1 or episodes % number:
+        raise ValueError(f"episodes must be a positive multiple of the {number} environments, got {episodes}")
+    if mode not in ("sample", "greedy"):
+        raise ValueError(f"mode must be 'sample' or 'greedy', got {mode!r}")
+
+
 @torch.no_grad()
 def evaluate(
     policy: TensorDictModuleBase,
@@ -139,10 +146,7 @@ def evaluate(
         RuntimeError: if the episodes do not end within ``max_steps``.
     """
     number = env.batch_size[0]
-    if episodes < 1 or episodes % number:
-        raise ValueError(f"episodes must be a positive multiple of the {number} environments, got {episodes}")
-    if mode not in ("sample", "greedy"):
-        raise ValueError(f"mode must be 'sample' or 'greedy', got {mode!r}")
+    _check(number, episodes, mode)
     exploration = ExplorationType.RANDOM if mode == "sample" else ExplorationType.DETERMINISTIC
     device = next(policy.parameters()).device
     quota = episodes // number

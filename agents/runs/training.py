@@ -103,13 +103,7 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     if data.saves:
         data.folder = run_dir / REPLAY
     sync = WeightSync(config.updates_per_push(), config.forced_lag())
-    evaluation = Evaluation(
-        partial(evaluation_env, config, config.train.eval_episodes, agent.policy),
-        every=config.train.eval_every,
-        episodes=config.train.eval_episodes,
-        mode=config.train.eval_mode,
-        final=config.train.final_eval,
-    )
+    evaluation = _evaluation(config, agent.policy)
     meters = Meters(config.train.total_frames, config.train.log_every)
     stop = GracefulStop()
     # the order is that of the work after an update
@@ -139,6 +133,16 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     if trainer.is_global_zero:
         (run_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
+
+
+def _evaluation(config: Config, policy: nn.Module) -> Evaluation:
+    return Evaluation(
+        partial(evaluation_env, config, config.train.eval_episodes, policy),
+        every=config.train.eval_every,
+        episodes=config.train.eval_episodes,
+        mode=config.train.eval_mode,
+        final=config.train.final_eval,
+    )
 
 
 def learner_threads(config: Config) -> int:

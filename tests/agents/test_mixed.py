@@ -228,6 +228,7 @@ def test_priorities_of_replayed_rows_come_back_and_beta_grows() -> None:
     given, seen = [], []
     for batch in data.train_dataloader():
         if "index" not in batch:
+            data.feedback(batch)  # all of it is fresh
             continue
         assert data.replay is not None
         assert (batch["weight"][:2] == 1).all()
