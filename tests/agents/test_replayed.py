@@ -417,6 +417,7 @@ def test_actors_in_processes_hold_the_ratio() -> None:
     assert data.limiter.inserted == 8 * ROLLOUT
     assert data.limiter.sampled == 4 * (8 * ROLLOUT - 16)
     assert agent.updates == data.limiter.sampled // 8
+    assert (data.replay._rings.written > 0).all()  # each actor's rollouts lie in rings of their own
 
 
 @pytest.mark.parametrize("popart", [False, True])

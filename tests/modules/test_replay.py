@@ -480,6 +480,21 @@ def test_other_mistakes() -> None:
         filled(length=20).sample()
 
 
+def test_the_rollout_says_which_actor_made_it() -> None:
+    """By its entry "worker", whatever the order of arrival; the argument goes before it, and it is not stored."""
+    said, given = (Replay(100, num_envs=2, num_workers=2, batch_size=8, seed=3) for _ in range(2))
+    streams = [Stream(2, seed=worker, first=2 * worker) for worker in range(2)]
+    for worker in (1, 1, 0, 1, 0):
+        rollout = streams[worker].rollout(5)
+        given.extend(rollout, worker=worker)
+        said.extend(rollout.set("worker", torch.tensor(worker).expand(2, 5)))
+    assert said._rings.written.tolist() == given._rings.written.tolist()
+    assert (said.sample() == given.sample()).all()
+    assert "worker" not in said.sample().keys()  # noqa: SIM118 - a TensorDict
+    with pytest.raises(ValueError, match=r"worker is 2; the replay has rings for actors 0 to 1"):
+        said.extend(rollout.set("worker", torch.full((2, 5), 2)))
+
+
 @pytest.mark.parametrize(("ratio", "batch", "chunk"), [(1, 256, 8), (32, 256, 1), (0.1, 64, 250), (7.3, 100, 13)])
 def test_the_ratio_holds(ratio: float, batch: int, chunk: int) -> None:
     limiter = SamplesPerInsert(ratio, min_size=1000)

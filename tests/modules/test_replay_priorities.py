@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 from tensordict import TensorDict
 
 from offtrace.modules.replay import DamagedReplay, Prioritized, Replay, Uniform
+from tests.modules import test_replay_frames as frames
 from tests.modules.test_replay import Stream, starts_of
 
 SHAPES = [(1, False), (4, False), (4, True)]
@@ -130,6 +131,25 @@ def test_an_index_names_one_item_for_ever(sampler: Any, length: int, pad: bool) 
             tuple(row) for row in replay._storage.leaves["observation",][torch.from_numpy(slots[held])].tolist()
         ]
     assert len(set(names.values())) == len(names) > 100
+
+
+def test_an_item_whose_older_frames_are_lost_is_gone() -> None:
+    """Where a slot holds one frame of a stack, the oldest slots of a ring are no items any more."""
+    replay = Replay(40, num_envs=2, batch_size=30, frame_stack=3, sampler=Prioritized())
+    stream = frames.Stream(2, 3, padding="noise")
+    names: set[int] = set()
+    lost = 0
+    for _ in range(40):
+        replay.extend(stream.rollout(4))
+        batch = replay.sample()
+        names |= set(batch["index"].tolist())
+        assert replay.update_priorities(batch["index"], torch.rand(30)) == 30
+        index = np.array(sorted(names))
+        slots, held = replay._rings.slots_of(index)
+        there = set(replay._rings.items(replay._rings.starts).tolist())
+        assert [name in there for name in index.tolist()] == held.tolist()
+        lost += int((replay._rings.items(slots) == index)[~held].sum())
+    assert lost > 0  # of slots that still hold the item's own frame
 
 
 def filled(**numbers: Any) -> Replay:

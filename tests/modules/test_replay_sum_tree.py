@@ -80,5 +80,5 @@ def test_a_change_that_was_broken_off_is_mended(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(tree, "_sum_up", interrupt)
         with pytest.raises(KeyboardInterrupt):
             tree.set(np.array([400]), 6.0)
-    assert tree.find(np.array([405.0]))[0] == [400]
+    assert tree.find(np.array([420.0]))[0] == [415]
     assert tree.total == 1005.0
