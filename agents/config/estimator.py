@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from offtrace.agents.config.base import ConfigError
 from offtrace.modules.estimators.names import check_spec, parse_spec
@@ -46,8 +46,9 @@ def samples_of(spec: str, length: int) -> Samples:
     if ":" in name:  # an own one says it itself
         from offtrace.modules.estimators import make_estimator
 
-        estimator = make_estimator(spec, "action")
-        return Samples(estimator.sequence_length(length), estimator.every_step)
+        estimator: Any = make_estimator(spec, "action")
+        own = estimator.sequence_length(length)
+        return Samples(own, estimator.steps_per_sequence(own) == own)
     if name == "one_step":
         return Samples(1, True)
     if name == "n_step":

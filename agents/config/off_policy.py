@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from offtrace.agents.config.base import Config, ConfigError
 from offtrace.agents.config.estimator import Samples, samples_of
+from offtrace.modules.estimators.names import parse_spec
 from offtrace.modules.replay.limiter import SamplesPerInsert
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class OffPolicyConfig(Config):
 
 def _check_sequences(config: OffPolicyConfig) -> None:
     replay, estimator, (length, every_step) = config.replay, config.loss.estimator, config.samples
-    if estimator.startswith("one_step"):
+    name, _ = parse_spec(estimator)
+    if name == "one_step" or (":" in name and samples_of(estimator, 2).length == 1):  # of transitions, by its nature
         return
     if length < 2:
         flag = f"replay.length is {length}; loss." if every_step else "loss."

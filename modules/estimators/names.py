@@ -104,11 +104,17 @@ def check_spec(spec: str, kind: str) -> None:
     """Check that ``spec`` names an estimator of ``kind`` and options that it has; an import path is not followed.
 
     Raises:
-        ValueError: if not, in one sentence.
+        ValueError: if not, or if an option is no number, in one sentence.
     """
     name, options = parse_spec(spec)
-    if ":" not in name:
-        check_options(name, options, (*find_named(name, kind).options, "gamma"))
+    if ":" in name:
+        return
+    check_options(name, options, (*find_named(name, kind).options, "gamma"))
+    for option, value in options.items():
+        wanted: Any = int if option in ("n", "root") else (int, float)
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            right = "a whole number" if wanted is int else "a number"
+            raise ValueError(f"option {option!r} of the estimator {name!r} is {value!r}; it must be {right}")
 
 
 def _literal(node: ast.expr, spec: str) -> Any:
