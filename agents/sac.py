@@ -117,7 +117,11 @@ def make_sac(config: SACConfig) -> tuple[Agent, ReplayData]:
     from offtrace.modules.networks import build_policy, share_normalizer
 
     old = config.loss.version == 1
-    info = read_task(config, actions="continuous" if old else "any")
+    info = read_task(config)
+    if old and info.num_actions is not None:
+        raise ConfigError(
+            f"loss.version is 1, which has no form for the discrete actions of {config.task}: it must be 2"
+        )
     _check_entropy(config, info)
     spec = config.policy_spec(info)
     networks = [build_policy(**spec["arguments"]), critics_of(config, info)]

@@ -21,7 +21,8 @@ def bytes_per_step(config: OffPolicyConfig, info: EnvInfo) -> int:
     several = list(shapes.values()) if isinstance(shapes, dict) else [shapes]
     observation = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in several) // info.frame_stack
     mask = info.num_actions or 0 if info.masked else 0
-    return observation + mask + 4 * (config.floats_per_step(info) + 2) + 17  # two: log-probability and reward
+    tree = 16 if config.replay.sampler == "prioritized" else 0  # a leaf, and its part of the nodes above
+    return observation + mask + 4 * (config.floats_per_step(info) + 2) + 17 + tree  # two: log-probability and reward
 
 
 def check_memory(config: OffPolicyConfig, info: EnvInfo, runs: Path) -> None:
