@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def bytes_per_step(config: OffPolicyConfig, info: EnvInfo) -> int:
-    """What a step takes in the replay: what environment and policy write, 8 bytes of version and 9 of bookkeeping."""
+    """What a step takes in the replay: what environment and policy write, 8 bytes of version and the bookkeeping."""
     shapes = info.observation_shape
     several = list(shapes.values()) if isinstance(shapes, dict) else [shapes]
     observation = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in several) // info.frame_stack
     mask = info.num_actions or 0 if info.masked else 0
-    tree = 16 if config.replay.sampler == "prioritized" else 0  # a leaf, and its part of the nodes above
-    return observation + mask + 4 * (config.floats_per_step(info) + 2) + 17 + tree  # two: log-probability and reward
+    books = 18 if config.replay.sampler == "prioritized" else 17
+    return observation + mask + 4 * (config.floats_per_step(info) + 2) + books  # two: log-probability and reward
 
 
 def check_memory(config: OffPolicyConfig, info: EnvInfo, runs: Path) -> None:
