@@ -97,7 +97,7 @@ def _one_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """One line, without the place in the code, where the warning is of this package and so for the user."""
-    place = Path(filename)
+    place = Path(filename).resolve()
     own = any(place.is_relative_to(_PACKAGE / part) for part in ("agents", "modules", "recipes"))
     return f"warning: {message}\n" if own else _format_warning(message, category, filename, lineno, line)
 
