@@ -327,7 +327,9 @@ def _imported(path: str) -> Any:
 def _parameters(build: Any) -> tuple[str, ...]:
     """Names of the arguments of ``build``, those behind ``**kwargs`` of a subclass included."""
     names: list[str] = []
-    makers = [x.__init__ for x in inspect.getmro(build)] if isinstance(build, type) else [build]
+    makers: list[Any] = [build]
+    if isinstance(build, type):
+        makers = [vars(x)["__init__"] for x in inspect.getmro(build) if "__init__" in vars(x)]
     for make in makers:
         found = inspect.signature(make).parameters.values()
         names += [p.name for p in found if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]

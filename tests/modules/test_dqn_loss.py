@@ -100,7 +100,7 @@ def legal(td: TensorDictBase) -> tuple[Tensor, Tensor]:
 
 
 def next_values(loss: DQNLoss, td: TensorDictBase) -> tuple[Tensor, Tensor]:
-    """Value of every step's successor, by going through the actions one by one; and the action that was taken for it."""
+    """Value of every step's successor by going through the actions one by one, and the action taken for it."""
     with torch.no_grad():
         target = means(loss, q_at(loss.target("policy"), td["next", "observation"])).amin(-2)
         online = means(loss, q_at(loss.policy, td["next", "observation"])).amin(-2)
@@ -207,7 +207,7 @@ def test_n_steps_by_sums_of_the_first_window(masked: bool) -> None:
 
 @pytest.mark.parametrize("estimator", ["retrace(lmbda=0.8)", "q_lambda(lmbda=0.8)", "tree_backup(lmbda=0.8)"])
 def test_traces_are_those_of_the_greedy_policy(estimator: str) -> None:
-    """With greedy pi Retrace is Watkins' Q(lambda): cut where the batch's action is not the best (Munos et al. 2016)."""
+    """With greedy pi Retrace is Watkins' Q(lambda): cut where the batch's action is not the best."""
     loss, td = dqn(estimator=estimator, loss_function="l2", masked=True), batch(8, 6, masked=True, ends=0.2)
     out, (value, _) = loss(td), next_values(loss, td)
     with torch.no_grad():
@@ -303,7 +303,7 @@ def test_a_distribution_that_equals_its_target_has_no_priority() -> None:
     assert (td["td_error"] > 1e-3).all()
 
 
-# -------------------------------------------------------------------------------------- weights, priorities, exploration
+# ------------------------------------------------------------------------------------ weights, priorities, exploration
 @pytest.mark.parametrize("atoms", [0, ATOMS])
 @pytest.mark.parametrize("column", [False, True])
 def test_weights_scale_the_losses_of_the_items(atoms: int, column: bool) -> None:
@@ -393,7 +393,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
     for make, message in wrong:
         with pytest.raises(ValueError, match=message):
             make()
-    with pytest.raises(TypeError, match="needs discrete actions, as integers; 'action' is torch.float64"):
+    with pytest.raises(TypeError, match=r"needs discrete actions, as integers; 'action' is torch.float64"):
         dqn()(td.clone().set("action", torch.randn(4, 2, dtype=torch.float64)))
 
 

@@ -13,7 +13,7 @@ from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import A2CLoss, ClipPPOLoss
 
 from offtrace.modules import GAE, NStepReturn, VTrace
-from offtrace.modules.estimators import Outcome, WeightedGAE, bind, make_estimator
+from offtrace.modules.estimators import Outcome, StateValueEstimator, WeightedGAE, bind, make_estimator
 from offtrace.modules.estimators.names import ESTIMATORS
 from offtrace.modules.returns import gae, vtrace
 
@@ -206,6 +206,21 @@ def test_bad_input_is_named() -> None:
         VTrace(value_network=critic, actor_network=actor)(rollout())
 
 
+def test_an_own_estimator_alone_meets_no_ratio_of_steps_that_are_no_data() -> None:
+    class Seen(StateValueEstimator):
+        def compute(self, **known: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            assert known["log_rho"].isfinite().all()
+            return known["value"], known["log_rho"] / known["valid"]
+
+    actor, critic = networks()
+    data = rollout()
+    data["valid"] = torch.rand(B, T, 1, generator=torch.Generator().manual_seed(0)) < 0.8
+    data["action_log_prob"][~data["valid"].squeeze(-1)] = torch.nan
+    out = Seen(gamma=0.9, value_network=critic, actor_network=actor)(data)
+    assert out["advantage"].isfinite().all()
+    assert not out["advantage"][~data["valid"]].any()
+
+
 STATE = [VTrace(lmbda=0.8, c_clip=0.9), GAE(lmbda=0.8), WeightedGAE(lmbda=0.8, pg_rho_clip=0.7), NStepReturn(n=3)]
 
 
@@ -217,6 +232,7 @@ def test_alone_and_in_a_loss_it_is_one_computation(estimator: Any, masked: bool)
     data["target_log_prob"] = data["action_log_prob"] + 0.8 * torch.randn(B, T)
     if masked:
         data["valid"] = torch.rand(B, T, 1) < 0.8
+        data["action_log_prob"][~data["valid"].squeeze(-1)] = torch.nan
     ours = bind(estimator, "state", gamma=0.9)
     assert ours is not estimator
     assert estimator.gamma is None
@@ -235,7 +251,7 @@ def test_alone_and_in_a_loss_it_is_one_computation(estimator: Any, masked: bool)
     assert set(found.diagnostics) == set(ours.diagnostic_keys)
     weight = {VTrace: log_rho.exp().clamp(max=1), WeightedGAE: log_rho.exp().clamp(max=0.7)}
     expected = weight.get(type(estimator), torch.ones(B, T))
-    torch.testing.assert_close(found.weight, expected if valid is None else expected * valid)
+    torch.testing.assert_close(found.weight, expected if valid is None else torch.where(valid, expected, 0))
 
 
 def test_without_ratios_only_the_effective_sample_size_is_left_out() -> None:

@@ -392,7 +392,7 @@ def test_n_step_returns_alone_and_in_the_windows_of_a_loss_are_the_same(n: int) 
         known = [part["next", key].squeeze(-1) for key in ("reward", "terminated", "done")]
         selection = estimator.select(Outcome(*known, part["valid"].squeeze(-1)), gamma=GAMMA)
         after = selection.successor(part["next", "state_value"].squeeze(-1))
-        found = estimator.estimate(selection, next_value=torch.where(selection.bootstraps, after, 0)).target
+        found = estimator.estimate(selection, next_value=after).target
         first = found.view(B, -1)[:, 0] if n == 1 else found
         here = part["valid"].squeeze(-1)[:, 0]
         torch.testing.assert_close(first[here], every[:, start][here])

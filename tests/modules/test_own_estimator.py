@@ -301,9 +301,34 @@ def test_alone_on_a_rollout_an_own_estimator_works_too() -> None:
     assert not torch.allclose(own, q_return(trace=constant, gamma=GAMMA, **values, **known).t())
 
 
+class Seen(ActionValueEstimator):
+    """Keeps what it is given."""
+
+    def compute(self, **known: Any) -> Tensor:
+        self.known = known
+        return known["q_value"]
+
+
+@pytest.mark.parametrize("name", ["sac", "discrete-sac", "mpo", "discrete-mpo"])
+def test_an_own_estimator_meets_no_ratio_of_steps_that_are_no_data(name: str) -> None:
+    loss, td = ACTION_LOSSES[name](estimator=Seen(), gamma=GAMMA)
+    td["action_log_prob"] = td["action_log_prob"].masked_fill(~td["valid"].squeeze(-1), math.nan)
+    loss(td)
+    known, valid = loss.estimator.known, td["valid"].squeeze(-1).t()
+    assert not valid.all()
+    assert set(known) == {
+        "reward", "q_value", "next_value", "log_pi", "log_rho", "terminated", "done", "gamma", "valid",
+    }  # fmt: skip
+    assert torch.equal(known["valid"], valid)
+    assert known["log_rho"].shape == known["reward"].shape == valid.shape
+    assert not known["log_rho"][~valid].any()
+    assert known["log_rho"][valid].all()
+
+
 # ---------------------------------------------------------------------------------------------------- what a loss binds
 def test_a_loss_has_its_own_copy_that_is_no_part_of_its_state() -> None:
     given = VTrace(lmbda=0.9)
+    assert given.tensor_keys.reward == "reward"
     policy = impala.make()
     first, second = ImpalaLoss(policy, estimator=given, gamma=0.8), ImpalaLoss(policy, estimator=given, gamma=0.9)
     assert (given.gamma, first.estimator.gamma, second.estimator.gamma) == (None, 0.8, 0.9)
