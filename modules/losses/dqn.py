@@ -12,6 +12,7 @@ from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import categorical_terms, divergence, least, least_mean, of_action
+from offtrace.modules.losses.policy_gradient import check_positive
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     States,
@@ -66,6 +67,7 @@ class DQNLoss(Loss):
             has one, from the first to the second, linearly over that fraction of the training.
         reduction: ``"mean"`` or ``"sum"`` over valid steps.
         reward_scale: kappa.
+        reward_clip: rewards are clipped to [-reward_clip, reward_clip] before that; None leaves them.
         priorities: write the mean absolute TD error of each item into the batch, as ``"td_error"``; of a distribution
             its divergence from the target.
 
@@ -102,8 +104,10 @@ class DQNLoss(Loss):
         epsilon_fraction: float = 0.1,
         reduction: str = "mean",
         reward_scale: float = 1.0,
+        reward_clip: float | None = None,
         priorities: bool = False,
     ) -> None:
+        check_positive(reward_clip=reward_clip)
         check_arguments(reduction=reduction, gamma=gamma, epsilon_start=epsilon_start, epsilon_end=epsilon_end)
         if not 0 < epsilon_fraction <= 1:
             raise ValueError(f"epsilon_fraction must be above 0 and at most 1, got {epsilon_fraction}")
@@ -128,7 +132,7 @@ class DQNLoss(Loss):
         buffers = (name for name, _ in self.policy.named_buffers())
         self._epsilon = next((name for name in buffers if name.rpartition(".")[2] == "epsilon"), None)
         self.reduction, self._reduce = reduction, reducer(reduction)
-        self.reward_scale = reward_scale
+        self.reward_scale, self.reward_clip = reward_scale, reward_clip
         self.priorities = priorities
         values = ["q_value", "target_value", "td_error", *([] if self._epsilon is None else ["epsilon"])]
         self.out_keys = ["loss_q", *values, *self.estimator.diagnostic_keys, "valid_count"]
@@ -144,7 +148,9 @@ class DQNLoss(Loss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Loss and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
-        steps = read_steps(self, tensordict, discrete=True, reward_scale=self.reward_scale)
+        steps = read_steps(
+            self, tensordict, discrete=True, reward_scale=self.reward_scale, reward_clip=self.reward_clip
+        )
         x, action, next_x = steps.observation, steps.action, steps.next_observation
         stats = Stats(steps.valid, steps.selection.reward)
         every = self._q(x)

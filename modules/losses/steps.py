@@ -39,7 +39,14 @@ class Steps(NamedTuple):
     selection: Selection
 
 
-def read_steps(loss: Loss, tensordict: TensorDictBase, *, discrete: bool, reward_scale: float = 1.0) -> Steps:
+def read_steps(
+    loss: Loss,
+    tensordict: TensorDictBase,
+    *,
+    discrete: bool,
+    reward_scale: float = 1.0,
+    reward_clip: float | None = None,
+) -> Steps:
     """The steps of transitions [N] or sequences [N, T] that the loss's estimator selects.
 
     Args:
@@ -47,6 +54,7 @@ def read_steps(loss: Loss, tensordict: TensorDictBase, *, discrete: bool, reward
         tensordict: the batch.
         discrete: whether actions are indices, int64 [*B], or vectors [*B, A].
         reward_scale: multiplies the rewards.
+        reward_clip: rewards are clipped to [-reward_clip, reward_clip] first.
 
     Raises:
         KeyError: when an entry is missing, by its name.
@@ -55,6 +63,8 @@ def read_steps(loss: Loss, tensordict: TensorDictBase, *, discrete: bool, reward
     shape = tuple(tensordict.batch_size)
     _check_shape(loss.estimator, shape)
     outcome = read_outcome(loss, tensordict)
+    if reward_clip is not None:
+        outcome = outcome._replace(reward=outcome.reward.clamp(-reward_clip, reward_clip))
     if reward_scale != 1:
         outcome = outcome._replace(reward=outcome.reward * reward_scale)
     if len(shape) == 1:

@@ -450,3 +450,17 @@ def test_the_whole_network_is_followed() -> None:
     followers = dict(loss.target("policy").named_buffers())
     assert all(torch.equal(followers[name], p) for name, p in loss.policy.named_parameters())
     assert set(loss.param_groups()) == {"policy"}
+
+
+def test_rewards_are_clipped_before_they_are_scaled() -> None:
+    td = batch(16)
+    td["next", "reward"] *= 5
+    clipped = td.clone()
+    clipped["next", "reward"] = td["next", "reward"].clamp(-0.7, 0.7)
+    assert (clipped["next", "reward"] != td["next", "reward"]).any()
+    wanted = dqn()(clipped)
+    found = dqn(reward_clip=0.7)(td)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, equal_nan=True)
+    with pytest.raises(ValueError, match=r"reward_clip must be positive or None, got 0"):
+        dqn(reward_clip=0)
