@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -201,7 +201,10 @@ def _parser(base: Config, presets: Presets, description: str) -> ArgumentParser:
     parser.add_argument("--preset", default="default", help=f"Starting point: {', '.join(presets)}.")
     parser.add_argument("--resume", default=None, help="Folder of a run to go on with, such as runs/NAME.")
     for group in fields(base):
-        parser.add_class_arguments(type(getattr(base, group.name)), group.name)
+        kind: Any = type(getattr(base, group.name))
+        # jsonargparse looks a name in text up in what only type checkers import, and torch would come with that
+        kind.__init__.__annotations__.update(get_type_hints(kind))
+        parser.add_class_arguments(kind, group.name)
     parser.set_defaults({group.name: asdict(getattr(base, group.name)) for group in fields(base)})
     return parser
 

@@ -152,7 +152,7 @@ def _in_words(wanted: Any) -> str:
     if get_origin(wanted) is Literal:
         return f"one of {', '.join(map(str, get_args(wanted)))}"
     if get_origin(wanted) is list:
-        return "a list of whole numbers, such as [256]"
+        return "a list of whole numbers such as [256]"
     if isinstance(wanted, types.UnionType):
         return " or ".join(map(_in_words, get_args(wanted)))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
