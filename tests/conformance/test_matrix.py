@@ -83,8 +83,7 @@ def test_an_agent_trains_on_a_task_or_refuses_it(variant: str, task: str, tmp_pa
     config = small(VARIANTS[variant](), task)
     if refused(variant, task):
         with pytest.raises(ConfigError, match=r"discrete|continuous") as raised:
-            config.validate()
-            config.build()
+            validate_and_build(config)
         assert "\n" not in str(raised.value)
         assert not list(tmp_path.iterdir())
         return
@@ -112,6 +111,11 @@ def test_a_network_of_the_users_reads_dictionaries(algorithm: str, tmp_path: Pat
     config = small(config_class(algorithm)(), "Dictionary")
     config.env.flatten, config.network.encoder = False, f"{HERE}:own_encoder"
     runs(config, tmp_path)
+
+
+def validate_and_build(config: Config) -> None:
+    config.validate()
+    config.build()
 
 
 def runs(config: Any, folder: Path) -> None:
