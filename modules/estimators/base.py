@@ -296,8 +296,6 @@ def bind(
         )
     found.check_bound(owner)
     found.gamma = gamma
-    if found._tensor_keys is not None:
-        found._tensor_keys = copy.copy(found._tensor_keys)
     return found
 
 

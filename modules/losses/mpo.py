@@ -156,41 +156,38 @@ class MPOLoss(Loss):
         _check_gaussian(policy, covariance)
         per_dimension = covariance == "diagonal" if per_dimension is None else per_dimension
         multipliers = _multipliers(policy, covariance, per_dimension=per_dimension, action_dim=action_dim)
-        default = _PER_DIMENSION if per_dimension else _JOINT
-        bounds = {
-            "epsilon": epsilon,
-            "epsilon_mean": default["epsilon_mean"] if epsilon_mean is None else epsilon_mean,
-            "epsilon_cov": default["epsilon_cov"] if epsilon_cov is None else epsilon_cov,
-            "epsilon_penalty": epsilon_penalty,
-        }
+        given = {"epsilon_mean": epsilon_mean, "epsilon_cov": epsilon_cov, "raw_alpha_cov": raw_alpha_cov}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        chosen = (_PER_DIMENSION if per_dimension else _JOINT) | chosen
+        raw_alpha_cov = chosen.pop("raw_alpha_cov")
+        bounds = {"epsilon": epsilon, "epsilon_penalty": epsilon_penalty, **chosen}
         value_key = check_mpo(self, critic, _WRITES, policy_states=policy_states, **bounds)
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
-        if not action_bounds[0] < action_bounds[1]:
-            raise ValueError(f"action_bounds must be (low, high) with low < high, got {action_bounds}")
+        _check_samples(num_samples, action_bounds)
         super().__init__()
         self.bind_estimator(estimator, "action", gamma=gamma, discrete=False)
-        self.add_network("policy", policy, target=True)
-        self.add_network("critic", critic, target=True)
-        self.register_buffer("support", support_of(critic) if value_key == k.VALUE_LOGITS else None)
-        keys = _PARAMETERS[covariance]
-        self._policy_at, self._target_policy = (
-            parameters_of(network, keys) for network in (self.policy, self.target("policy"))
-        )
-        self._q, self._target_q = (values_of(network, value_key) for network in (self.critic, self.target("critic")))
-        # of a policy only the part before the sampling runs here: what else it reads when it acts is of no concern
-        self.state_keys = state_keys_of(policy.det_part, critic)
+        self._add_networks(policy, critic, _PARAMETERS[covariance], value_key)
         self.bounds = bounds
         self.full, self.per_dimension = covariance == "full", per_dimension
         self.num_samples, self.policy_states, self.action_bounds = num_samples, policy_states, action_bounds
         self.temperature = m.Multiplier(raw_temperature)
         self.penalty_temperature = m.Multiplier(raw_temperature) if action_penalty else None
         self.alpha_mean = m.Multiplier(raw_alpha_mean, multipliers)
-        self.alpha_cov = m.Multiplier(default["raw_alpha_cov"] if raw_alpha_cov is None else raw_alpha_cov, multipliers)
+        self.alpha_cov = m.Multiplier(raw_alpha_cov, multipliers)
         self.reduction, self._reduce = reduction, reducer(reduction)
         self.priorities = priorities
         duals = [*_DUALS, *(["penalty_temperature"] if action_penalty else [])]
         self.out_keys = [*LOSSES, *duals, *VALUES, *self.estimator.diagnostic_keys, "valid_count"]
+
+    def _add_networks(self, policy: Any, critic: Any, parameters: list[str], value_key: str) -> None:
+        self.add_network("policy", policy, target=True)
+        self.add_network("critic", critic, target=True)
+        self.register_buffer("support", support_of(critic) if value_key == k.VALUE_LOGITS else None)
+        self._policy_at, self._target_policy = (
+            parameters_of(network, parameters) for network in (self.policy, self.target("policy"))
+        )
+        self._q, self._target_q = (values_of(network, value_key) for network in (self.critic, self.target("critic")))
+        # of a policy only the part before the sampling runs here: what else it reads when it acts is of no concern
+        self.state_keys = state_keys_of(policy.det_part, critic)
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by what they belong to, for different learning rates: ``"actor"``, ``"critic"``, ``"duals"``."""
@@ -353,6 +350,13 @@ def _multipliers(policy: Any, covariance: str, *, per_dimension: bool, action_di
     if not action_dim:
         raise ValueError(f"per_dimension=True needs action_dim, the number of action dimensions; got {action_dim}")
     return action_dim
+
+
+def _check_samples(num_samples: int, action_bounds: tuple[float, float]) -> None:
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
+    if not action_bounds[0] < action_bounds[1]:
+        raise ValueError(f"action_bounds must be (low, high) with low < high, got {action_bounds}")
 
 
 def _check_gaussian(policy: ProbabilisticTensorDictSequential, covariance: str) -> None:

@@ -110,7 +110,7 @@ class SACv1Loss(Loss):
             ValueError: on another; and as the base class.
         """
         found = make_estimator(spec, kind, **options)
-        if found.uses_q_value:  # type: ignore[attr-defined]
+        if found.uses_q_value:
             name = type(found).__name__
             raise ValueError(f"estimator {name} needs target critics, which SACv1Loss has not: use SACLoss")
         super().bind_estimator(found, kind, gamma=gamma, discrete=discrete)
