@@ -93,7 +93,7 @@ def policy_spec(config: Config, info: EnvInfo, **more: Any) -> dict[str, Any]:
                 f"network.init_scale is {config.network.init_scale}; the actions of {config.task} are discrete: it "
                 "must be null"
             )
-        head_options.setdefault("init_scale", config.network.init_scale)
+        head_options["init_scale"] = config.network.init_scale
     arguments = {
         **network_arguments(config, info),
         "hidden": config.network.hidden,
@@ -109,9 +109,18 @@ def policy_spec(config: Config, info: EnvInfo, **more: Any) -> dict[str, Any]:
 
 
 def critics_of(config: Config, info: EnvInfo, **more: Any) -> Critic | DiscreteCritic:
-    """The critics that the group ``network`` of ``config`` describes."""
+    """The critics that the group ``network`` of ``config`` describes.
+
+    Raises:
+        ConfigError: on distributions over the values of discrete actions.
+    """
     network = config.network
     assert isinstance(network, SeparateNetworksConfig)
+    if more.get("atoms") and info.num_actions is not None:
+        raise ConfigError(
+            f"network.atoms is {more['atoms']}, which needs continuous actions; those of {config.task} are discrete: "
+            "it must be 0"
+        )
     arguments = network_arguments(config, info)
     del arguments["masked"]
     return build_critic(**arguments, hidden=network.critic_hidden, critics=network.critics, **more)

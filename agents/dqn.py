@@ -68,9 +68,7 @@ class DQNNetworkConfig(NetworkConfig):
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         super().check(at)
-        checks = Checks(self, at)
-        checks.positive("v_max")
-        checks.require("atoms", lambda value: value == 0 or value >= 2, "0, or at least 2")
+        Checks(self, at).categorical()
 
 
 @dataclass

@@ -66,8 +66,7 @@ class MPONetworkConfig(SeparateNetworksConfig):
     """Policy and critic; Acme's."""
 
     encoder: str = "layernorm_mlp"
-    """mlp (ReLU) and layernorm_mlp (Acme) read vectors, shallow and resnet images; or an own one's import path
-    package.module:function. auto: shallow or mlp, as the task shows images or vectors."""
+    """layernorm_mlp (Acme's) and mlp read vectors, shallow and resnet images; auto, or package.module:function."""
     hidden: list[int] | None = field(default_factory=lambda: [256, 256, 256])
     """Widths of the policy's layers."""
     critic_hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
@@ -82,9 +81,7 @@ class MPONetworkConfig(SeparateNetworksConfig):
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         super().check(at)
-        checks = Checks(self, at)
-        checks.positive("v_max")
-        checks.require("atoms", lambda value: value == 0 or value >= 2, "0, or at least 2")
+        Checks(self, at).categorical()
 
 
 @dataclass
@@ -129,8 +126,11 @@ class MPOConfig(OffPolicyConfig):
         """A Gaussian policy, or a categorical one for discrete actions."""
         from offtrace.agents.assemble import policy_spec
 
+        if info.num_actions is not None:
+            return policy_spec(self, info, head="categorical", critic=None)
         kind = "gaussian" if self.loss.covariance == "diagonal" else "full_gaussian"
-        return policy_spec(self, info, head=kind if info.num_actions is None else "categorical", critic=None)
+        options = {"init_scale": 0.5}  # it shrinks slowly: this is the exploration
+        return policy_spec(self, info, head=kind, head_options=options, critic=None)
 
     def build(self) -> tuple[Agent, ReplayData]:
         """As :meth:`Config.build`."""
@@ -157,34 +157,25 @@ def make_mpo(config: MPOConfig) -> tuple[Agent, ReplayData]:
 
     info = read_task(config)
     spec = config.policy_spec(info)
-    if info.num_actions is not None and config.network.atoms:
-        raise ConfigError(
-            f"network.atoms is {config.network.atoms}, which needs continuous actions; those of {config.task} are "
-            "discrete: it must be 0"
-        )
     policy = build_policy(**spec["arguments"])
     critic = critics_of(config, info, atoms=config.network.atoms, v_max=config.network.v_max)
     if config.network.normalize:
         share_normalizer(policy.network, critic)
+    priorities = config.replay.sampler == "prioritized"
     kind: Any = MPOLoss if info.num_actions is None else DiscreteMPOLoss
-    options = loss_options(kind, config.loss, "epsilon_policy")
-    loss = kind(policy, critic, priorities=config.replay.sampler == "prioritized", **options)
+    loss = kind(policy, critic, **loss_options(kind, config.loss, "epsilon_policy"), priorities=priorities)
     optim = config.optim
     rates = {"actor": optim.lr_actor, "critic": optim.lr_critic, "duals": optim.lr_dual}
     return replay_agent(
         config, info, loss, loss.policy, spec,
-        optimizer=group_optimizer(loss, rates, fused=True),
-        clip_grad_norm=optim.clip_grad_norm,
+        optimizer=group_optimizer(loss, rates, fused=True), clip_grad_norm=optim.clip_grad_norm,
         after_update=hard_update(loss, optim.target_every),
     )  # fmt: skip
 
 
 def control_config() -> MPOConfig:
     """dm_control, as Acme's control scripts."""
-    config = MPOConfig()
-    config.loss.estimator = "n_step(n=4)"
-    config.network.init_scale = 0.5  # it shrinks slowly: this is the exploration
-    return config
+    return MPOConfig(loss=LossConfig(estimator="n_step(n=4)"))
 
 
 def discrete_config() -> MPOConfig:
@@ -205,6 +196,4 @@ def dmpo_config() -> MPOConfig:
 
 def full_covariance_config() -> MPOConfig:
     """A policy with full covariance, bounded jointly."""
-    config = control_config()
-    config.loss.covariance = "full"
-    return config
+    return MPOConfig(loss=LossConfig(estimator="n_step(n=4)", covariance="full"))

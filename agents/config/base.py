@@ -74,6 +74,11 @@ class Checks:
         for name in names:
             self.require(name, lambda value: value and min(value) >= 1, "a list of sizes of at least 1")
 
+    def categorical(self) -> None:
+        """``atoms`` must be that of a categorical critic, or 0, and ``v_max`` positive."""
+        self.positive("v_max")
+        self.require("atoms", lambda value: value == 0 or value >= 2, "0, or at least 2")
+
     def require(self, name: str, holds: Callable[[Any], Any], right: str) -> None:
         """``holds`` must be true of the value; ``right`` says what would be."""
         value = getattr(self._group, name)

@@ -42,4 +42,5 @@ class EnvConfig(Group):
         try:
             check_task_options(self.task, self.options())
         except ValueError as error:
-            raise ConfigError(f"{at}.{error}") from error
+            message = str(error).replace("True", "true").replace("False", "false")  # as flags are written
+            raise ConfigError(f"{at}.{message}") from error
