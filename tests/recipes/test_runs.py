@@ -21,6 +21,8 @@ from tensordict import TensorDict
 from offtrace.agents import load_policy
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
+pytestmark = pytest.mark.slow  # all of it starts processes
+
 TINY = ["--env.num_envs", "4", "--collector.unroll", "8", "--train.minibatches", "2", "--train.epochs", "1",
         "--train.eval_episodes", "2", "--train.log_every", "0"]  # fmt: skip
 
@@ -80,7 +82,7 @@ def test_the_policy_acts_without_lightning(cartpole: Path) -> None:
 def test_evaluate(cartpole: Path) -> None:
     done = recipe("evaluate", cartpole, "runs/a/checkpoints/last.ckpt", "--episodes", "4")
     assert done.returncode == 0, done.stderr
-    assert "CartPole-v1, sample actions, 4 whole games" in done.stdout
+    assert "CartPole-v1, sample actions, 4 whole episodes" in done.stdout
     damaged = cartpole / "cut.ckpt"
     damaged.write_bytes((cartpole / "runs/a/checkpoints/last.ckpt").read_bytes()[:5000])
     done = recipe("evaluate", cartpole, "cut.ckpt")
@@ -209,7 +211,7 @@ def make(): return Env()
 )
 def test_an_environment_that_fails_stops_the_run(tmp_path: Path, how: str, words: str) -> None:
     (tmp_path / "own_env.py").write_text(f"HOW = {how!r}\n{OWN}")
-    argv = [*TINY, "--env.game", "own_env:make", "--train.name", "f", "--train.total_frames", "100000",
+    argv = [*TINY, "--env.task", "own_env:make", "--train.name", "f", "--train.total_frames", "100000",
             "--train.checkpoint_every", "64", "--collector.step_timeout", "5"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(RECIPES / "impala_control.py"), *argv], cwd=tmp_path, capture_output=True, text=True,
