@@ -10,7 +10,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, T
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
-from offtrace.modules.estimators.base import make_estimator
+from offtrace.modules.estimators.base import ReturnEstimator, make_estimator
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import least
 from offtrace.modules.losses.sac import behaviour_ratio, check_continuous, sampler_of
@@ -103,17 +103,26 @@ class SACv1Loss(Loss):
             "valid_count",
         ]
 
-    def bind_estimator(self, spec: Any, kind: str, *, gamma: float, discrete: bool = False, **options: Any) -> None:
+    def bind_estimator(
+        self,
+        spec: str | ReturnEstimator,
+        kind: str,
+        *,
+        gamma: float,
+        discrete: bool = True,
+        every_step: bool = False,
+        **options: Any,
+    ) -> None:
         """Take an estimator that does not need the target critics' value of the batch's action.
 
         Raises:
             ValueError: on another; and as the base class.
         """
-        found = make_estimator(spec, kind, **options)
+        found: Any = make_estimator(spec, kind, **options)
         if found.uses_q_value:
             name = type(found).__name__
             raise ValueError(f"estimator {name} needs target critics, which SACv1Loss has not: use SACLoss")
-        super().bind_estimator(found, kind, gamma=gamma, discrete=discrete)
+        super().bind_estimator(found, kind, gamma=gamma, discrete=discrete, every_step=every_step)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
