@@ -53,7 +53,7 @@ def test_loss_equals_the_direct_sums(dim: int | None, reduction: str, masked: bo
 def test_gradient_of_the_logits_in_closed_form() -> None:
     """d/dlogits = (-A (onehot - pi) + c_e pi (log pi + H)) / N."""
     policy, td = make(), rollout()
-    head, seen = policy.module[0].policy_head, []
+    head, seen = policy.module[0].head, []
     hook = head.register_forward_hook(lambda module, args, out: (out[0].retain_grad(), seen.append(out[0]))[1])
     total(A2CLoss(policy, gamma=GAMMA, entropy_coef=0.2)(td)).backward()
     hook.remove()

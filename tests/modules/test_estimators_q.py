@@ -11,7 +11,16 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 
-from offtrace.modules import ImportanceSampling, NStep, OneStep, QLambda, Retrace, TreeBackup, build_actor, build_critic
+from offtrace.modules import (
+    ImportanceSampling,
+    NStep,
+    OneStep,
+    QLambda,
+    Retrace,
+    TreeBackup,
+    build_critic,
+    build_policy,
+)
 from offtrace.modules.estimators import Outcome, bind
 from offtrace.modules.returns import (
     importance_trace,
@@ -131,8 +140,9 @@ def test_the_entries_are_renamed_by_set_keys() -> None:
 
 def continuous() -> tuple[Any, Any]:
     torch.manual_seed(0)
-    actor = build_actor(kind="tanh", network="mlp", observation_shape=(5,), action_dim=2, hidden=(16,))
-    return actor, build_critic(network="mlp", observation_shape=(5,), action_dim=2, hidden=(16,), critics=2)
+    shapes: Any = {"network": "mlp", "observation_shape": (5,), "action_dim": 2, "hidden": (16,)}
+    actor = build_policy(head="tanh", critic=None, activation="relu", **shapes)
+    return actor, build_critic(critics=2, **shapes)
 
 
 @pytest.mark.parametrize("samples", [1, 6, "mean"])

@@ -26,7 +26,7 @@ def make(*, action_dim: int | None = None, seed: int = 0, gain: float = 1.0, **k
     policy = build_policy(
         network="mlp", observation_shape=[FEATURES], num_actions=actions, action_dim=action_dim, hidden=[16], **kwargs
     ).double()
-    for parameter in policy.module[0].policy_head.parameters():  # the shipped policy starts almost uniform
+    for parameter in policy.module[0].head.parameters():  # the shipped policy starts almost uniform
         parameter.data += gain * torch.randn_like(parameter)
     return policy
 
@@ -94,7 +94,7 @@ def network(policy: Policy, observation: Tensor) -> tuple[Any, Tensor]:
     """Distribution and value, straight from the modules."""
     net = policy.module[0]
     features = net.encoder(observation.reshape(-1, FEATURES)).view(*observation.shape[:-1], -1)
-    dist = net.policy_head.distribution(*net.policy_head(features))
+    dist = net.head.distribution(*net.head(features))
     return dist, net.value_head(features).squeeze(-1)
 
 
@@ -158,7 +158,7 @@ def test_loss_equals_the_sums_of_the_paper(dim: int | None, reduction: str) -> N
 def test_gradient_of_the_logits_in_closed_form() -> None:
     """d/dlogits = -A (onehot - pi) + c_e pi (log pi + H)."""
     policy, td = make(), rollout()
-    head = policy.module[0].policy_head
+    head = policy.module[0].head
     seen: list[Tensor] = []
     hook = head.register_forward_hook(lambda module, args, out: (out[0].retain_grad(), seen.append(out[0]))[1])
     loss = ImpalaLoss(policy, gamma=0.9, entropy_coef=0.2)
@@ -196,7 +196,7 @@ def test_policy_term_alone_leaves_the_value_head_alone() -> None:
     (out["loss_policy"] + out["loss_entropy"]).backward()
     net = policy.module[0]
     assert all(p.grad is None or not p.grad.any() for p in net.value_head.parameters())
-    assert all(p.grad.any() for p in net.policy_head.parameters())
+    assert all(p.grad.any() for p in net.head.parameters())
 
 
 @pytest.mark.parametrize("recurrent", [None, 6])
@@ -397,7 +397,7 @@ def test_illegal_actions_give_finite_losses_and_no_gradient() -> None:
     mask = torch.rand(5, 7, ACTIONS, generator=torch.Generator().manual_seed(0)) < 0.5
     td["action_mask"] = mask.scatter(-1, td["action"].unsqueeze(-1), True)
     td["next", "action_mask"] = torch.zeros_like(mask)  # a final observation may have no legal action
-    bias = policy.module[0].policy_head.linear.bias
+    bias = policy.module[0].head.linear.bias
     loss = ImpalaLoss(policy)
     assert all(torch.isfinite(g).all() for g in gradients(loss, td))
     everywhere = td.clone()

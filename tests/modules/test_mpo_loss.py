@@ -18,10 +18,8 @@ from offtrace.modules.estimators.selection import first_window
 from offtrace.modules.losses import DiscreteMPOLoss, MPOLoss
 from offtrace.modules.losses.critics import least_mean
 from offtrace.modules.losses.updates import FastHardUpdate
-from offtrace.modules.networks import DiagonalNormal, build_actor, build_critic
-from offtrace.modules.networks.control_heads import TanhNormal
+from offtrace.modules.networks import DiagonalNormal, FullNormal, TanhNormal, build_critic, build_policy
 from offtrace.modules.networks.distributions import Categorical
-from offtrace.modules.networks.gaussian_heads import FullNormal
 from offtrace.modules.returns import n_step_return, trace_reach
 
 FEATURES, DIM, ATOMS = 4, 2, 11
@@ -651,10 +649,10 @@ def test_the_multiplier_of_the_covariance_starts_where_its_bound_holds_it() -> N
 
 def test_the_actions_dimensions_are_those_of_the_policy() -> None:
     shapes: Any = {"network": "mlp", "observation_shape": [3], "action_dim": DIM}
-    loss = MPOLoss(build_actor(kind="gaussian", **shapes), build_critic(**shapes))
+    loss = MPOLoss(build_policy(head="gaussian", critic=None, **shapes), build_critic(**shapes))
     assert loss.alpha_mean.raw.shape == (DIM,)
     with pytest.raises(ValueError, match=f"action_dim is 7, and the policy's actions have {DIM} dimensions"):
-        MPOLoss(build_actor(kind="gaussian", **shapes), build_critic(**shapes), action_dim=7)
+        MPOLoss(build_policy(head="gaussian", critic=None, **shapes), build_critic(**shapes), action_dim=7)
 
 
 def test_networks_and_batches_that_do_not_fit_are_refused() -> None:

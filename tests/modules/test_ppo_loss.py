@@ -66,7 +66,7 @@ def test_the_clipped_gradient_in_closed_form() -> None:
     """d/dlogits = -rho A (onehot - pi) / N, and 0 where the ratio has left the clip in the advantage's direction."""
     policy = make()
     td = near(policy, rollout())
-    head, seen = policy.module[0].policy_head, []
+    head, seen = policy.module[0].head, []
     hook = head.register_forward_hook(lambda module, args, out: (out[0].retain_grad(), seen.append(out[0]))[1])
     PPOLoss(policy, **OPTIONS)(td)["loss_policy"].backward()
     hook.remove()

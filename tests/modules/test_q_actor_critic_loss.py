@@ -32,7 +32,7 @@ def network(policy: Policy, observation: Tensor) -> tuple[Tensor, Tensor]:
     """log pi and Q of every action, straight from the modules."""
     net = policy.module[0]
     features = net.encoder(observation.reshape(-1, FEATURES)).view(*observation.shape[:-1], -1)
-    return net.policy_head(features)[0].log_softmax(-1), net.value_head(features).squeeze(-2)
+    return net.head(features)[0].log_softmax(-1), net.value_head(features).squeeze(-2)
 
 
 def chosen(x: Tensor, td: TensorDictBase) -> Tensor:
@@ -128,7 +128,7 @@ def test_gradients_in_closed_form() -> None:
 
         return hook
 
-    hooks = [net.policy_head.register_forward_hook(keep("logits")), net.value_head.register_forward_hook(keep("q"))]
+    hooks = [net.head.register_forward_hook(keep("logits")), net.value_head.register_forward_hook(keep("q"))]
     total(
         QActorCriticLoss(policy, estimator="retrace(lmbda=0.8)", gamma=GAMMA, entropy_coef=0.2, value_coef=0.7)(td)
     ).backward()
@@ -151,8 +151,8 @@ def test_each_term_reaches_its_own_head_and_all_of_them_the_encoder() -> None:
     policy = policy_of()
     net, out = policy.module[0], QActorCriticLoss(policy)(rollout())
     for names, own, other in (
-        (("loss_policy", "loss_entropy"), net.policy_head, net.value_head),
-        (("loss_value",), net.value_head, net.policy_head),
+        (("loss_policy", "loss_entropy"), net.head, net.value_head),
+        (("loss_value",), net.value_head, net.head),
     ):
         policy.zero_grad()
         sum(out[name] for name in names).backward(retain_graph=True)
@@ -205,7 +205,7 @@ def test_illegal_actions_have_no_value_and_get_no_gradient() -> None:
     td["next", "action_mask"] = mask.clone()
     loss, head = QActorCriticLoss(policy), policy.module[0].value_head
     expected, grads = loss(td), gradients(loss, td)
-    assert policy.module[0].policy_head.linear.bias.grad[2] == 0
+    assert policy.module[0].head.linear.bias.grad[2] == 0
     assert head.linear.bias.grad[2] == 0
     with torch.no_grad():
         head.linear.bias[2] += 100
@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
         QActorCriticLoss(make())
     with pytest.raises(ValueError, match="critic='q' needs discrete actions"):
         make(action_dim=2, critic="q")
-    with pytest.raises(ValueError, match="critic must be 'v' or 'q', got 'both'"):
+    with pytest.raises(ValueError, match="critic must be 'v', 'q' or None, got 'both'"):
         make(critic="both")
     with pytest.raises(ValueError, match="pg_rho_clip must be above 0, got 0"):
         QActorCriticLoss(policy_of(), pg_rho_clip=0)

@@ -16,7 +16,7 @@ from torchrl.objectives.common import LossModule
 
 from offtrace.modules.losses import DiscreteSACLoss, FastSoftUpdate, SACLoss, SACv1Loss, compile_loss
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.networks import ControlPolicy, build_actor, build_critic, build_value, share_normalizer
+from offtrace.modules.networks import Policy, build_critic, build_policy, build_value, share_normalizer
 from offtrace.modules.returns import trace_reach
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
@@ -35,7 +35,8 @@ def networks(*, discrete: bool = False, critics: int = 2, kind: str = "tanh", no
     torch.manual_seed(0)
     actions = {"num_actions": 3} if discrete else {"action_dim": ACTIONS}
     common: dict[str, Any] = {"observation_shape": [FEATURES], "hidden": [8], "normalize": normalize}
-    actor = build_actor(kind="categorical" if discrete else kind, network="mlp", **actions, **common)
+    head = "categorical" if discrete else kind
+    actor = build_policy(head=head, critic=None, activation="relu", network="mlp", **actions, **common)
     critic = build_critic(network="layernorm_mlp", critics=critics, **actions, **common)
     for parameter in (*actor.parameters(), *critic.parameters()):  # fresh ones give values near zero
         parameter.data += 0.5 * torch.randn_like(parameter)
@@ -164,7 +165,7 @@ def q_of(critic: Any, observation: Tensor, action: Tensor) -> Tensor:
     return critic(TensorDict({"observation": observation, "action": action}, batch))["state_action_value"]
 
 
-def gaussian(actor: ControlPolicy, observation: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian(actor: Policy, observation: Tensor) -> tuple[Tensor, Tensor]:
     found = actor.get_dist_params(TensorDict({"observation": observation}, observation.shape[:-1]))
     return found["loc"], found["scale"]
 
@@ -498,14 +499,14 @@ def test_targets_follow_and_share_nothing_else(make: Any, updater_class: Any) ->
 
 def test_normaliser_is_one_for_policy_critic_and_target() -> None:
     actor, critic = networks(normalize=True)
-    share_normalizer(actor.actor, critic)
+    share_normalizer(actor.network, critic)
     loss = SACLoss(actor, critic)
     updater = SoftUpdate(loss, tau=0.1)
     loss = loss.double()
-    actor.actor.normalizer.update(3 + 2 * torch.randn(50, FEATURES))
+    actor.network.normalizer.update(3 + 2 * torch.randn(50, FEATURES))
     updater.step()
     for module in (loss.critic, loss.target("critic"), loss.frozen("critic")):
-        assert torch.equal(module.normalizer.shift, actor.actor.normalizer.shift)  # type: ignore[attr-defined]
+        assert torch.equal(module.normalizer.shift, actor.network.normalizer.shift)  # type: ignore[attr-defined]
         assert module.normalizer.count == 50  # type: ignore[attr-defined]
     state = {name: x.clone() for name, x in loss.state_dict().items()}
     other = SACLoss(*networks(normalize=True)).double()

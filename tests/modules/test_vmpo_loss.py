@@ -14,8 +14,7 @@ from torch import distributions as D
 
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.vmpo import VMPOLoss, select_top
-from offtrace.modules.networks import MLP, ActorCritic, Policy, ValueHead, build_policy, make_policy
-from offtrace.modules.networks.gaussian_heads import CholeskyHead
+from offtrace.modules.networks import MLP, CholeskyHead, Policy, PolicyNetwork, ValueHead, build_policy
 from offtrace.modules.returns import trace_reach
 
 ACTIONS, FEATURES, DIM, GAMMA = 3, 4, 2, 0.9
@@ -26,12 +25,12 @@ KINDS = ["discrete", "diagonal", "full"]
 def make(kind: str = "discrete", *, seed: int = 0, **kwargs: Any) -> Policy:
     torch.manual_seed(seed)
     if kind == "full":
-        policy = make_policy(ActorCritic(MLP(FEATURES, [16]), CholeskyHead(16, DIM), ValueHead(16)))  # type: ignore[arg-type]
+        policy = Policy(PolicyNetwork(MLP(FEATURES, [16]), CholeskyHead(16, DIM), ValueHead(16)))
     else:
         action: dict[str, Any] = {"num_actions": ACTIONS} if kind == "discrete" else {"action_dim": DIM}
-        action |= {} if kind == "discrete" else {"state_dependent_scale": True}
+        action |= {} if kind == "discrete" else {"head_options": {"state_dependent": True}}
         policy = build_policy(network="mlp", observation_shape=[FEATURES], hidden=[16], **action, **kwargs)
-    for parameter in policy.module[0].policy_head.parameters():
+    for parameter in policy.module[0].head.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return policy.double()
 
@@ -40,7 +39,7 @@ def network(policy: Policy, observation: Tensor) -> tuple[Any, Tensor]:
     """One of torch's own distributions, and the value, straight from the modules."""
     net = policy.module[0]
     features = net.encoder(observation.reshape(-1, FEATURES)).view(*observation.shape[:-1], -1)
-    out = net.policy_head(features)
+    out = net.head(features)
     if len(out) == 1:
         dist: Any = D.Categorical(logits=out[0])
     elif out[1].shape == out[0].shape:
@@ -273,7 +272,7 @@ def test_each_term_reaches_its_own_parameters_only(kind: str) -> None:
     net, groups = policy.module[0], loss.param_groups()
     assert {id(p) for p in loss.parameters()} == {id(p) for group in groups.values() for p in group}
     everything = list(loss.named_parameters())
-    heads = {"loss_policy": net.value_head, "loss_value": net.policy_head}
+    heads = {"loss_policy": net.value_head, "loss_value": net.head}
     for name in LOSSES:
         grads = torch.autograd.grad(out[name], [p for _, p in everything], retain_graph=True, allow_unused=True)
         reached = {id(p) for (_, p), g in zip(everything, grads, strict=True) if g is not None and g.any()}
@@ -336,7 +335,7 @@ def test_state_dict_round_trip_and_compiled_equals_eager(kind: str) -> None:
 
 def test_popart_changes_no_value_and_normalises_the_error() -> None:
     """Against moments by numpy: values before and after an update are equal, the loss is in units of the deviation."""
-    policy, plain = make(popart=True), make()
+    policy, plain = make(critic_options={"popart": True}), make()
     plain.load_state_dict(policy.state_dict(), strict=False)
     td = rollout()
     loss, without = VMPOLoss(policy, gamma=GAMMA).double(), VMPOLoss(plain, gamma=GAMMA).double()
@@ -366,7 +365,7 @@ def test_popart_changes_no_value_and_normalises_the_error() -> None:
 
 
 def test_popart_learns_from_no_invalid_step() -> None:
-    loss, td = VMPOLoss(make(popart=True)).double(), rollout()
+    loss, td = VMPOLoss(make(critic_options={"popart": True})).double(), rollout()
     td["valid"] = torch.zeros_like(td["next", "done"])
     loss(td)
     loss.update_values()
