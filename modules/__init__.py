@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from offtrace.modules.networks import build_actor as build_actor
     from offtrace.modules.networks import build_critic as build_critic
     from offtrace.modules.networks import build_policy as build_policy
+    from offtrace.modules.replay import Prioritized as Prioritized
     from offtrace.modules.replay import Replay as Replay
+    from offtrace.modules.replay import Uniform as Uniform
 
 _MODULE = {
     "DiscreteMPOLoss": "losses",
@@ -41,6 +43,7 @@ _MODULE = {
     "ImportanceSampling": "estimators",
     "LambdaReturn": "estimators",
     "MPOLoss": "losses",
+    "Prioritized": "replay",
     "QLambda": "estimators",
     "QActorCriticLoss": "losses",
     "Replay": "replay",
@@ -48,6 +51,7 @@ _MODULE = {
     "SACLoss": "losses",
     "SACv1Loss": "losses",
     "TreeBackup": "estimators",
+    "Uniform": "replay",
     "VMPOLoss": "losses",
     "VTrace": "estimators",
     "build_actor": "networks",
