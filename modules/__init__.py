@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from offtrace.modules.losses import A2CLoss as A2CLoss
     from offtrace.modules.losses import DiscreteMPOLoss as DiscreteMPOLoss
     from offtrace.modules.losses import DiscreteSACLoss as DiscreteSACLoss
+    from offtrace.modules.losses import DQNLoss as DQNLoss
     from offtrace.modules.losses import FastHardUpdate as FastHardUpdate
     from offtrace.modules.losses import FastSoftUpdate as FastSoftUpdate
     from offtrace.modules.losses import ImpalaLoss as ImpalaLoss
@@ -34,10 +35,14 @@ if TYPE_CHECKING:
     from offtrace.modules.losses import VMPOLoss as VMPOLoss
     from offtrace.modules.networks import build_critic as build_critic
     from offtrace.modules.networks import build_policy as build_policy
+    from offtrace.modules.networks import build_value as build_value
+    from offtrace.modules.replay import Prioritized as Prioritized
     from offtrace.modules.replay import Replay as Replay
+    from offtrace.modules.replay import Uniform as Uniform
 
 _MODULE = {
     "A2CLoss": "losses",
+    "DQNLoss": "losses",
     "DiscreteMPOLoss": "losses",
     "DiscreteSACLoss": "losses",
     "FastHardUpdate": "losses",
@@ -50,6 +55,7 @@ _MODULE = {
     "NStepReturn": "estimators",
     "OneStep": "estimators",
     "PPOLoss": "losses",
+    "Prioritized": "replay",
     "QActorCriticLoss": "losses",
     "QLambda": "estimators",
     "Replay": "replay",
@@ -57,10 +63,12 @@ _MODULE = {
     "SACLoss": "losses",
     "SACv1Loss": "losses",
     "TreeBackup": "estimators",
+    "Uniform": "replay",
     "VMPOLoss": "losses",
     "VTrace": "estimators",
     "build_critic": "networks",
     "build_policy": "networks",
+    "build_value": "networks",
     "make_collector": "collectors",
     "make_env": "envs",
 }

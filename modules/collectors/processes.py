@@ -24,7 +24,7 @@ from offtrace.modules.envs import EnvironmentFailure
 _POLL = 0.1  # seconds between two looks at the workers' health while a rollout is awaited
 _START_ALLOWANCE = 120.0  # seconds for importing the libraries, on top of the time one step may take
 _SHUTDOWN_TIMEOUT = 4.0
-_KILL_TIMEOUT = 1.0  # a killed process is gone at once, unless the system itself hangs
+_KILL_TIMEOUT = 10.0  # a killed process is gone at once, unless the machine is loaded or hangs
 
 
 class RoundRobinCollector(MultiAsyncCollector):
@@ -65,7 +65,7 @@ class RoundRobinCollector(MultiAsyncCollector):
             watchdog.cancel()
 
     def kill(self) -> None:
-        """End the workers without asking, and wait for their ends: nobody else would, and zombies would stay."""
+        """End the workers without asking, and wait for their ends, or zombies would stay."""
         processes = getattr(self, "procs", ())
         for process in processes:
             with contextlib.suppress(Exception):
@@ -77,6 +77,7 @@ class RoundRobinCollector(MultiAsyncCollector):
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
         """As TorchRL's, with a shorter time by default."""
         super().shutdown(_SHUTDOWN_TIMEOUT if timeout is None else timeout, close_env, raise_on_error)
+        self.kill()  # TorchRL waits no longer for those it had to kill than its time lasts
 
     def release(self) -> None:
         """After shutdown: let go of semaphores and shared memory, which last as long as somebody holds them."""

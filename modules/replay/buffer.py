@@ -26,9 +26,7 @@ from offtrace.modules.keys import (
 from offtrace.modules.replay.entries import Key, check, choose, entries_of, nested
 from offtrace.modules.replay.files import DamagedReplay, read_folder, write_folder
 from offtrace.modules.replay.frames import STACK, check_shifted, newest_only
-from offtrace.modules.replay.rings import INIT, Rings, joined
-from offtrace.modules.replay.rings import TERMINATED as TERMINATED_BIT
-from offtrace.modules.replay.rings import TRUNCATED as TRUNCATED_BIT
+from offtrace.modules.replay.rings import Rings, joined
 from offtrace.modules.replay.samplers import Sampler, Uniform
 from offtrace.modules.replay.storage import Storage
 
@@ -373,18 +371,16 @@ class Replay:
         return self._assemble(found, steps, valid)
 
     def _assemble(self, found: dict[Key, Tensor], slots: np.ndarray, valid: np.ndarray | None) -> TensorDict:
-        def flag(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).unsqueeze(-1).to(self.device)
-
-        flags = self._rings.flags[slots]
-        found[(NEXT, TERMINATED)] = flag(flags & TERMINATED_BIT != 0)
-        found[(NEXT, TRUNCATED)] = flag(flags & TRUNCATED_BIT != 0)
-        found[(NEXT, DONE)] = flag(flags & (TERMINATED_BIT | TRUNCATED_BIT) != 0)
+        flags = torch.from_numpy(self._rings.ends(slots)).unsqueeze(-1).to(self.device)
+        found[(NEXT, TERMINATED)], found[(NEXT, TRUNCATED)], found[(NEXT, DONE)], init = flags.unbind()
         if self._has_init:
-            found[(IS_INIT,)] = flag(flags & INIT != 0)
+            found[(IS_INIT,)] = init
         if valid is not None:
-            found[(VALID,)] = flag(valid)
-        return TensorDict(nested(found), slots.shape, device=self.device)
+            found[(VALID,)] = torch.from_numpy(valid).unsqueeze(-1).to(self.device)
+        entries = nested(found)
+        # a dict inside would be gone through twice
+        entries[NEXT] = TensorDict(entries[NEXT], slots.shape, device=self.device)
+        return TensorDict(entries, slots.shape, device=self.device)
 
     def _check_whole(self) -> None:
         if self._inserting:

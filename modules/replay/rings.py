@@ -13,6 +13,7 @@ from offtrace.modules.replay.samplers import Sampler
 # One byte says all about a slot. A slot without STEP holds the state after the last step of an episode.
 STEP, TERMINATED, TRUNCATED, INIT, START = 1, 2, 4, 8, 16
 
+_ENDS = np.array([TERMINATED, TRUNCATED, TERMINATED | TRUNCATED, INIT], np.uint8)
 _NONE = np.zeros(0, np.int64)
 
 
@@ -240,8 +241,9 @@ class Rings:
     def items(self, slots: np.ndarray) -> np.ndarray:
         """Names of what lies in ``slots`` ``[B]``, int64: never given again, unlike the slots."""
         ring = slots // self.size
-        newest = (self.written + self.open)[ring] - 1
-        items: np.ndarray = (newest - (newest - slots) % self.size) * self.number + ring  # a ring begins at a multiple
+        newest = (self.written + self.open - 1).take(ring)
+        back = (newest - slots) % self.size  # a ring begins at a multiple of its size
+        items: np.ndarray = (newest - back) * self.number + ring
         return items
 
     def slots_of(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -262,7 +264,7 @@ class Rings:
     def successors(self, slots: np.ndarray) -> np.ndarray:
         """The next slots, ``[B]``."""
         following = slots + 1
-        following[following % self.size == 0] -= self.size
+        following -= (following % self.size == 0) * self.size
         return following
 
     def stacks(self, slots: Tensor) -> Tensor:
@@ -271,17 +273,22 @@ class Rings:
         back = torch.arange(self.older, -1, -1, device=slots.device)
         return slots[:, None] - place + (place - back) % self.size
 
+    def ends(self, slots: np.ndarray) -> np.ndarray:
+        """Whether the steps in ``slots`` ``[*B]`` are terminated, truncated, done, init; bool ``[4, *B]``."""
+        ends: np.ndarray = self.flags.take(slots) & _ENDS.reshape(4, *[1] * slots.ndim) != 0
+        return ends
+
     def windows(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """States ``[B, length + 1]``, steps ``[B, length]`` and, with ``pad``, which of them are valid ``[B, length]``.
 
         In the padding, the steps repeat the window's last one and the states the one after it.
         """
-        place = (slots % self.size)[:, None] + np.arange(self.length + 1)
-        place[place >= self.size] -= self.size
-        states = (slots - slots % self.size)[:, None] + place
+        states = slots[:, None] + np.arange(self.length + 1)
+        end = slots - slots % self.size + self.size
+        states -= (states >= end[:, None]) * self.size
         if not self.pad:
             return states, states[:, :-1], None
-        valid = np.logical_and.accumulate(self.flags[states[:, :-1]] & STEP != 0, 1)
+        valid = np.logical_and.accumulate(self.flags.take(states[:, :-1]) & STEP != 0, 1)
         known = valid.sum(1, keepdims=True)
         time = np.arange(self.length + 1)
         steps = np.take_along_axis(states, np.minimum(time[:-1], known - 1), 1)

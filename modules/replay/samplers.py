@@ -90,7 +90,7 @@ class Uniform:
     def draw(self, number: int, generator: torch.Generator) -> tuple[np.ndarray, None]:
         """As :meth:`Sampler.draw`."""
         draw = torch.randint(self._count, (number,), generator=generator).numpy()
-        return self._slots[draw].astype(np.int64), None
+        return self._slots.take(draw).astype(np.int64), None
 
     def update(self, slots: np.ndarray, priority: np.ndarray) -> None:
         """Refused.

@@ -426,6 +426,15 @@ def test_a_killed_worker_is_found() -> None:
         next(collector)
 
 
+def test_an_actor_that_had_to_be_killed_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_SHUTDOWN_TIMEOUT", 0.0)
+    collector = make(1, env={"delay": 0.2})
+    next(collector)
+    (pid,) = collector.backend.pids
+    collector.shutdown()
+    assert not psutil.pid_exists(pid)
+
+
 # Ends of the learner's process: (how it ends, its exit code)
 
 _SCRIPT = """
