@@ -101,10 +101,11 @@ def make_a2c(config: A2CConfig) -> tuple[Agent, RolloutData]:
 
 
 def control_config() -> A2CConfig:
-    """CartPole in minutes."""
+    """CartPole at the settings of RL Baselines3 Zoo."""
     config = A2CConfig(env=EnvConfig(task="CartPole-v1", num_envs=8))
-    config.loss.value_coef, config.loss.entropy_coef = 0.01, 0.0  # returns of hundreds; as IMPALA's
-    config.optim = OptimConfig(lr=2e-3)
+    # of rollouts this short most of a return is bootstrapped: with the small weight that IMPALA's longer ones take for
+    # the value, the score wanders between 80 and 480
+    config.loss.entropy_coef = 0.0
     config.train = RolloutTrainConfig(
         total_frames=500_000, minibatches=1, epochs=1, eval_every=50_000, checkpoint_every=100_000, precision="32-true"
     )
