@@ -107,7 +107,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     try:
         result = evaluate(policy, env, args.episodes, mode=mode, observer=recorder)
     except (RuntimeError, ValueError) as error:
-        print(f"error: the episodes of {name} were not played to the end: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(
+            f"error: the episodes of {name} were not played to the end: {str(error).splitlines()[0]}", file=sys.stderr
+        )
         return 1
     finally:
         env.close()
