@@ -42,6 +42,7 @@ def test_a_curve_without_evaluations(tmp_path: Path, rows: str) -> None:
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_curve_needs_no_display(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("step,train/return,eval/return\n1000,5,6\n")
     code = (
