@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # type checkers do not follow pip's editable installs; they follow links
 TYPES := $(VENV)/types/offtrace
+# two processes of one thread each: more do not help what starts actors and learners of its own
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: train test test-fast test-wheel check format bench build clean
@@ -16,18 +18,18 @@ train: $(VENV)/.installed
 	$(BIN)/python recipes/impala_atari.py $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # without what starts processes or trains; the slowest of the rest are named
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow" --durations=10 $(ARGS)
+	$(PYTEST) -m "not slow" --durations=10 $(ARGS)
 
 # the tests against what users would install: neither editable nor the checkout
 test-wheel: build
 	rm -rf $(VENV)/wheel && $(PYTHON) -m venv $(VENV)/wheel
 	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		"$$(ls -t dist/*.whl | head -1)[test]"
-	$(VENV)/wheel/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/wheel/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

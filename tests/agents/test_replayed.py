@@ -510,7 +510,10 @@ def test_tasks_that_do_not_fit_are_refused() -> None:
     backup.loss.estimator = "tree_backup"
     for config, words in (
         (backup, "TreeBackup needs probabilities of discrete actions"),
-        (small(sac_v1_config(), "CartPole-v1"), "loss.version is 1, which has no form for the discrete actions of CartPole-v1"),
+        (
+            small(sac_v1_config(), "CartPole-v1"),
+            "loss.version is 1, which has no form for the discrete actions of CartPole-v1",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             config.build()

@@ -1,4 +1,4 @@
-"""Every registered agent on every kind of task: it trains, evaluates, is resumed and loaded, or refuses in a sentence."""
+"""Every registered agent on every kind of task trains, is evaluated, resumed and loaded, or refuses in a sentence."""
 
 from __future__ import annotations
 
