@@ -197,9 +197,9 @@ class Replay:
             self._check_starts()
             slots, weight = self.sampler.draw(number, self._generator)
             self.sampled += number * self.length
-            found = {INDEX: torch.from_numpy(self._rings.items(slots)).to(self.device)}
+            found = {INDEX: self._tensor(self._rings.items(slots))}
             if weight is not None:
-                found[WEIGHT] = torch.from_numpy(weight).to(self.device)
+                found[WEIGHT] = self._tensor(weight)
             return self._transitions(slots, found) if self.length == 1 else self._sequences(slots, found)
 
     def update_priorities(self, index: Tensor, priority: Tensor) -> int:
@@ -348,39 +348,45 @@ class Replay:
         return frames.view(len(slots), self.frame_stack * leaf.shape[1], *leaf.shape[2:])
 
     def _transitions(self, slots: np.ndarray, named: dict[str, Tensor]) -> TensorDict:
-        index, following = (torch.from_numpy(x).to(self.device) for x in (slots, self._rings.successors(slots)))
+        index, following = self._tensor(slots), self._tensor(self._rings.successors(slots))
         found = {key: self._take(key, index) for key in self._storage.leaves}
-        for key in self._state:
-            found[(NEXT, *key)] = self._take(key, following)
-        found.update({(name,): value for name, value in named.items()})
-        return self._assemble(found, slots, None)
+        successors = {key: self._take(key, following) for key in self._state}
+        return self._assemble(found, successors, named, slots)
 
     def _sequences(self, slots: np.ndarray, named: dict[str, Tensor]) -> TensorDict:
         states, steps, valid = self._rings.windows(slots)
-        index, both = (torch.from_numpy(x.ravel()).to(self.device) for x in (steps, states))
+        index, both = self._tensor(steps.ravel()), self._tensor(states.ravel())
         shape = steps.shape
-        found = {}
+        found, successors = {}, {}
         for key, leaf in self._storage.leaves.items():
             if key not in self._state:
                 found[key] = leaf.index_select(0, index).view(*shape, *leaf.shape[1:])
         for key in self._state:
             window = self._take(key, both)
             window = window.view(shape[0], shape[1] + 1, *window.shape[1:])
-            found[key], found[(NEXT, *key)] = window[:, :-1], window[:, 1:]
-        found.update({(name,): value.unsqueeze(1).expand(shape) for name, value in named.items()})
-        return self._assemble(found, steps, valid)
-
-    def _assemble(self, found: dict[Key, Tensor], slots: np.ndarray, valid: np.ndarray | None) -> TensorDict:
-        flags = torch.from_numpy(self._rings.ends(slots)).unsqueeze(-1).to(self.device)
-        found[(NEXT, TERMINATED)], found[(NEXT, TRUNCATED)], found[(NEXT, DONE)], init = flags.unbind()
-        if self._has_init:
-            found[(IS_INIT,)] = init
+            found[key], successors[key] = window[:, :-1], window[:, 1:]
+        named = {name: value.unsqueeze(1).expand(shape) for name, value in named.items()}
         if valid is not None:
-            found[(VALID,)] = torch.from_numpy(valid).unsqueeze(-1).to(self.device)
-        entries = nested(found)
-        # a dict inside would be gone through twice
-        entries[NEXT] = TensorDict(entries[NEXT], slots.shape, device=self.device)
-        return TensorDict(entries, slots.shape, device=self.device)
+            named[VALID] = self._tensor(valid).unsqueeze(-1)
+        return self._assemble(found, successors, named, steps)
+
+    def _assemble(
+        self, found: dict[Key, Tensor], successors: dict[Key, Tensor], named: dict[str, Tensor], slots: np.ndarray
+    ) -> TensorDict:
+        root = nested({key: value for key, value in found.items() if key[0] != NEXT})
+        successors.update({key[1:]: value for key, value in found.items() if key[0] == NEXT})  # rewards and the like
+        following = nested(successors)
+        flags = self._tensor(self._rings.ends(slots)).unsqueeze(-1)
+        following[TERMINATED], following[TRUNCATED], following[DONE], init = flags.unbind()
+        if self._has_init:
+            root[IS_INIT] = init
+        # as a dict it would be gone through twice
+        root[NEXT] = TensorDict(following, slots.shape, device=self.device)
+        return TensorDict({**root, **named}, slots.shape, device=self.device)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)  # which costs where it does nothing, too
 
     def _check_whole(self) -> None:
         if self._inserting:

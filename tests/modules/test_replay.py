@@ -391,6 +391,21 @@ def test_every_entry_of_the_state_is_stored_once() -> None:
             assert torch.equal(row[("next", *key)], same[("next", *key)])
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_parts_of_an_observation_that_come_with_the_step(length: int) -> None:
+    """One part is a state, stored once; another is only under "next", as what a simulator tells of a step."""
+    rollout = Stream(2).rollout(20)
+    for td in (rollout, rollout["next"]):
+        td["observation"] = TensorDict({"place": td["observation"]}, td.shape)
+    rollout["next", "observation", "force"] = rollout["action"].clone()
+    replay = Replay(100, num_envs=2, batch_size=16, length=length)
+    replay.extend(rollout)
+    batch = replay.sample()
+    assert torch.equal(batch["next", "observation", "force"], batch["action"])
+    assert torch.equal(batch["next", "observation", "place"][..., :2], batch["observation", "place"][..., :2])
+    assert torch.equal(batch["next", "observation", "place"][..., 2], batch["observation", "place"][..., 2] + 1)
+
+
 def test_rollouts_of_a_collector_join() -> None:
     """Episodes of 20 steps in rollouts of 8: whole in the replay, with all that collector and environment write."""
     policy = TensorDictModule(nn.Linear(5, 1), in_keys=["observation"], out_keys=["action"])
