@@ -20,6 +20,7 @@ from offtrace.modules.envs import EnvironmentFailure
 _POLL = 0.1  # seconds between two looks at the workers' health while a rollout is awaited
 _START_ALLOWANCE = 120.0  # seconds for importing the libraries, on top of the time one step may take
 _SHUTDOWN_TIMEOUT = 4.0
+_KILL_TIMEOUT = 5.0
 
 
 class RoundRobinCollector(MultiAsyncCollector):
@@ -67,6 +68,9 @@ class RoundRobinCollector(MultiAsyncCollector):
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
         """As TorchRL's, with a shorter time by default."""
         super().shutdown(_SHUTDOWN_TIMEOUT if timeout is None else timeout, close_env, raise_on_error)
+        for process in getattr(self, "procs", ()):  # a killed one is gone soon, but not always within TorchRL's time
+            with contextlib.suppress(Exception):
+                process.join(_KILL_TIMEOUT)
 
     def release(self) -> None:
         """After shutdown: let go of semaphores and shared memory, which last as long as somebody holds them."""
