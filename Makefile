@@ -1,25 +1,35 @@
 # Everything runs in .venv, which the first target that needs it creates; a second call installs nothing.
-PYTHON ?= python3
+# The first Python here that can make environments; dm_control comes with 3.11 and 3.12 only, so these go first.
+FIND_PYTHON := for newest in 12 99; do for python in python3 python3.12 python3.11 python3.13 python3.14; do \
+	$$python -c "import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $$newest))" \
+	2>/dev/null && echo $$python && exit; done; done; echo python3
+PYTHON ?= $(shell $(FIND_PYTHON))
 VENV := .venv
 BIN := $(VENV)/bin
 # type checkers do not follow pip's editable installs; they follow links
 TYPES := $(VENV)/types/offtrace
+# two processes of one thread each: more do not help what starts actors and learners of its own
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-wheel check format bench build clean
+.PHONY: train test test-fast test-wheel check format bench build clean
 
 train: $(VENV)/.installed
 	$(BIN)/python recipes/impala_atari.py $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# without what starts processes or trains; the slowest of the rest are named
+test-fast: $(VENV)/.dev
+	$(PYTEST) -m "not slow" --durations=10 $(ARGS)
 
 # the tests against what users would install: neither editable nor the checkout
 test-wheel: build
 	rm -rf $(VENV)/wheel && $(PYTHON) -m venv $(VENV)/wheel
 	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		"$$(ls -t dist/*.whl | head -1)[test]"
-	$(VENV)/wheel/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/wheel/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

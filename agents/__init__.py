@@ -1,4 +1,4 @@
-"""Algorithms: configuration and assembly, the Lightning module, data modules, callbacks.
+"""Algorithms: configuration and assembly, the Lightning module, data modules, callbacks, runs.
 
 Names are imported when they are first used: reading a configuration needs neither torch nor Lightning.
 """
@@ -9,53 +9,65 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offtrace.agents.a2c import A2CConfig as A2CConfig
+    from offtrace.agents.a2c import make_a2c as make_a2c
     from offtrace.agents.agent import Agent as Agent
     from offtrace.agents.agent import TrainingDivergedError as TrainingDivergedError
     from offtrace.agents.callbacks import Checkpoints as Checkpoints
     from offtrace.agents.callbacks import Evaluation as Evaluation
+    from offtrace.agents.callbacks import GracefulStop as GracefulStop
+    from offtrace.agents.callbacks import Meters as Meters
     from offtrace.agents.callbacks import WeightSync as WeightSync
-    from offtrace.agents.checkpoint import CheckpointError as CheckpointError
-    from offtrace.agents.checkpoint import load_policy as load_policy
+    from offtrace.agents.config import Config as Config
     from offtrace.agents.config import ConfigError as ConfigError
-    from offtrace.agents.config import ImpalaConfig as ImpalaConfig
-    from offtrace.agents.data import OnPolicyData as OnPolicyData
-    from offtrace.agents.evaluation import EvaluationResult as EvaluationResult
-    from offtrace.agents.evaluation import evaluate as evaluate
+    from offtrace.agents.data import MixedData as MixedData
+    from offtrace.agents.data import ReplayData as ReplayData
+    from offtrace.agents.data import RolloutData as RolloutData
+    from offtrace.agents.dqn import DQNConfig as DQNConfig
+    from offtrace.agents.dqn import make_dqn as make_dqn
+    from offtrace.agents.impala import ImpalaConfig as ImpalaConfig
     from offtrace.agents.impala import make_impala as make_impala
+    from offtrace.agents.mpo import MPOConfig as MPOConfig
     from offtrace.agents.mpo import make_mpo as make_mpo
-    from offtrace.agents.mpo import make_vmpo as make_vmpo
-    from offtrace.agents.mpo_config import MPOConfig as MPOConfig
-    from offtrace.agents.mpo_config import VMPOConfig as VMPOConfig
     from offtrace.agents.optim import RMSpropTF as RMSpropTF
     from offtrace.agents.optim import make_optimizer as make_optimizer
-    from offtrace.agents.progress import Meters as Meters
-    from offtrace.agents.replay_data import ReplayData as ReplayData
+    from offtrace.agents.ppo import PPOConfig as PPOConfig
+    from offtrace.agents.ppo import make_ppo as make_ppo
+    from offtrace.agents.q_actor_critic import QActorCriticConfig as QActorCriticConfig
+    from offtrace.agents.q_actor_critic import make_q_actor_critic as make_q_actor_critic
+    from offtrace.agents.registry import AGENTS as AGENTS
+    from offtrace.agents.runs.checkpoint import CheckpointError as CheckpointError
+    from offtrace.agents.runs.checkpoint import load_policy as load_policy
+    from offtrace.agents.runs.evaluation import EvaluationResult as EvaluationResult
+    from offtrace.agents.runs.evaluation import evaluate as evaluate
+    from offtrace.agents.runs.training import Summary as Summary
+    from offtrace.agents.runs.training import train as train
+    from offtrace.agents.sac import SACConfig as SACConfig
     from offtrace.agents.sac import make_sac as make_sac
-    from offtrace.agents.sac_config import SACConfig as SACConfig
-    from offtrace.agents.stopping import GracefulStop as GracefulStop
     from offtrace.agents.targets import hard_update as hard_update
     from offtrace.agents.targets import soft_update as soft_update
-    from offtrace.agents.training import Summary as Summary
-    from offtrace.agents.training import train as train
+    from offtrace.agents.vmpo import VMPOConfig as VMPOConfig
+    from offtrace.agents.vmpo import make_vmpo as make_vmpo
 
 _WHERE = {
+    "a2c": ("A2CConfig", "make_a2c"),
     "agent": ("Agent", "TrainingDivergedError"),
-    "callbacks": ("Checkpoints", "Evaluation", "WeightSync"),
-    "checkpoint": ("CheckpointError", "load_policy"),
-    "config": ("ConfigError", "ImpalaConfig"),
-    "data": ("OnPolicyData",),
-    "evaluation": ("EvaluationResult", "evaluate"),
-    "impala": ("make_impala",),
-    "mpo": ("make_mpo", "make_vmpo"),
-    "mpo_config": ("MPOConfig", "VMPOConfig"),
+    "callbacks": ("Checkpoints", "Evaluation", "GracefulStop", "Meters", "WeightSync"),
+    "config": ("Config", "ConfigError"),
+    "data": ("MixedData", "ReplayData", "RolloutData"),
+    "dqn": ("DQNConfig", "make_dqn"),
+    "impala": ("ImpalaConfig", "make_impala"),
+    "mpo": ("MPOConfig", "make_mpo"),
     "optim": ("RMSpropTF", "make_optimizer"),
-    "progress": ("Meters",),
-    "replay_data": ("ReplayData",),
-    "sac": ("make_sac",),
-    "sac_config": ("SACConfig",),
-    "stopping": ("GracefulStop",),
+    "ppo": ("PPOConfig", "make_ppo"),
+    "q_actor_critic": ("QActorCriticConfig", "make_q_actor_critic"),
+    "registry": ("AGENTS",),
+    "runs.checkpoint": ("CheckpointError", "load_policy"),
+    "runs.evaluation": ("EvaluationResult", "evaluate"),
+    "runs.training": ("Summary", "train"),
+    "sac": ("SACConfig", "make_sac"),
     "targets": ("hard_update", "soft_update"),
-    "training": ("Summary", "train"),
+    "vmpo": ("VMPOConfig", "make_vmpo"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE)

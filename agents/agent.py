@@ -13,8 +13,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from offtrace.agents.checkpoint import CHECKPOINT_KEY
+from offtrace.agents.data.acting import ActingData, PlainData
 from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor
+from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY
 from offtrace.modules.losses import compile_loss
 
 
@@ -26,8 +27,9 @@ class Agent(pl.LightningModule):
     """A loss, an optimiser and a schedule, trained under manual optimisation.
 
     Every ``training_step`` is one update, or one for each of several batches: the loss in one call, one backward pass
-    of the sum of its terms, the clip, the step, and the target networks. The frame counter belongs to the data module
-    (``trainer.datamodule.frames``), which knows about ranks and repeated passes.
+    of the sum of its terms, the clip, the step, and the target networks. Then the data module sees the batch again, and
+    what the loss wrote into it. The frame counter belongs to the data module, which knows about ranks and repeated
+    passes.
 
     Under several ranks only gradients cross them, and DDP averages those. For the average to equal the gradient of
     the joined batch, a summed loss is multiplied by the number of ranks, and an averaged one by the rank's share of the
@@ -36,6 +38,7 @@ class Agent(pl.LightningModule):
     Args:
         loss: a TorchRL loss: TensorDict in; scalars ``loss_*``, which are summed, and diagnostics out. It needs
             ``reduction`` (``"sum"`` or ``"mean"``), and ``valid_count`` among its diagnostics where that is ``"mean"``.
+            If it has ``set_progress``, that is called before each update with the part of the frames that is done.
         policy: the acting policy inside the loss, what actors and evaluations get.
         optimizer: builds the optimiser over the loss's parameters, in one group or several.
         total_frames: environment frames of the whole training, over all ranks; the schedule's end.
@@ -43,8 +46,13 @@ class Agent(pl.LightningModule):
         clip_grad_norm: maximum of the norm over each of the optimiser's groups, or ``None``.
         after_update: called with the number of updates after each: moves target networks.
         compile: ``torch.compile`` the loss.
-        description: plain values that rebuild the policy; written into checkpoints for
-            :func:`offtrace.agents.load_policy`.
+        checkpoint_facts: plain values for the checkpoints: ``policy``, which says how
+            :func:`offtrace.agents.load_policy` rebuilds it (``builder`` and its ``arguments``), ``env`` and
+            ``eval_mode``, by which it is evaluated.
+
+    Attributes:
+        updates: so far, those of earlier parts of the run included.
+        data: the trainer's data module, or :class:`offtrace.agents.data.PlainData` around what is none of ours.
 
     Raises:
         TrainingDivergedError: in ``training_step``, when the gradient's norm is not finite; the weights stay.
@@ -61,7 +69,7 @@ class Agent(pl.LightningModule):
         clip_grad_norm: float | None = None,
         after_update: Callable[[int], None] | None = None,
         compile: bool = False,
-        description: dict[str, Any] | None = None,
+        checkpoint_facts: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -71,11 +79,13 @@ class Agent(pl.LightningModule):
         self.total_frames = total_frames
         self.schedule: ScheduleName = schedule
         self.clip_grad_norm = clip_grad_norm
-        self.description = description or {}
+        self.checkpoint_facts = checkpoint_facts or {}
+        self.data: ActingData | PlainData = PlainData(None, 1)
         self._make_optimizer = optimizer
         self._after_update = after_update
         # not a submodule: the parameters would stand in a checkpoint twice
         self.__dict__["_run_loss"] = compile_loss(loss) if compile else loss
+        self._set_progress: Callable[[float], object] | None = getattr(loss, "set_progress", None)
         self._frames_before = 0  # frames already learned from: the first update has the full learning rate
         self._random_state: dict[str, Any] | None = None
         self._names: list[str] = []
@@ -94,11 +104,11 @@ class Agent(pl.LightningModule):
     @property
     def frames(self) -> int:
         """Environment frames so far, over all ranks."""
-        return int(self.trainer.datamodule.frames)
+        return self.data.frames
 
     def training_step(self, batch: TensorDictBase | Iterable[TensorDictBase], batch_idx: int) -> None:
         """One update on ``batch``, which the data module yields in the loss's layout, or one on each of several."""
-        for part in [batch] if isinstance(batch, TensorDictBase) else batch:
+        for part in self.data.updates(batch):
             self._update(part)
 
     def _update(self, batch: TensorDictBase) -> None:
@@ -106,6 +116,8 @@ class Agent(pl.LightningModule):
         factor = learning_rate_factor(self.schedule, self._frames_before, self.total_frames)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+        if self._set_progress is not None:
+            self._set_progress(min(1.0, self._frames_before / self.total_frames))
         out = self._run_loss(batch)
         total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
         optimizer.zero_grad()
@@ -124,6 +136,7 @@ class Agent(pl.LightningModule):
         self.updates += 1
         if self._after_update is not None:
             self._after_update(self.updates)
+        self.data.feedback(batch)
         self._frames_before = self.frames
         self._add_metrics(out, norm)
 
@@ -157,12 +170,12 @@ class Agent(pl.LightningModule):
         return TensorDict.from_module(self.policy).data
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds counters, random state and the policy's description, all loadable with ``weights_only=True``."""
+        """Adds counters, random state and the facts, all loadable with ``weights_only=True``."""
         checkpoint[CHECKPOINT_KEY] = {
             "updates": self.updates,
             "frames": self.frames,
             "random": random_state(),
-            **self.description,
+            **self.checkpoint_facts,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -170,20 +183,22 @@ class Agent(pl.LightningModule):
         saved = checkpoint[CHECKPOINT_KEY]
         self.updates = saved["updates"]
         self._random_state = saved["random"]
-        # Progress is the data module's frame count. Lightning's own would make it skip batches of a stream that
-        # already continues where it stopped.
-        checkpoint.pop("loops", None)
+        self.data.resume(checkpoint, saved["frames"])
 
     def setup(self, stage: str) -> None:
-        """Refuses a trainer that would leave the actors with their first weights.
+        """Takes the trainer's data, and refuses a trainer that would leave the actors with their first weights.
 
         Raises:
             ValueError: no :class:`offtrace.agents.WeightSync` among the callbacks.
         """
         from offtrace.agents.callbacks import WeightSync  # imports this module
 
-        acting = hasattr(self.trainer.datamodule, "behaviour_versions")
-        if acting and not any(isinstance(callback, WeightSync) for callback in self.trainer.callbacks):
+        module = self.trainer.datamodule
+        if not isinstance(module, ActingData):
+            self.data = PlainData(module, self.trainer.world_size)
+            return
+        self.data = module
+        if not any(isinstance(callback, WeightSync) for callback in self.trainer.callbacks):
             raise ValueError(
                 "the trainer has no WeightSync among its callbacks, so the actors would keep their first weights; "
                 "add offtrace.agents.WeightSync()"

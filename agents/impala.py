@@ -1,105 +1,134 @@
-"""IMPALA, a V-trace actor-critic (Espeholt et al. 2018, arXiv 1802.01561): from a configuration to agent and data."""
+"""IMPALA, a V-trace actor-critic (Espeholt et al. 2018, arXiv 1802.01561)."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from functools import partial
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from tensordict.nn import ProbabilisticTensorDictSequential
+from offtrace.agents.config import (
+    Checks,
+    CollectorConfig,
+    EnvConfig,
+    Group,
+    NetworkConfig,
+    OptimConfig,
+    RolloutConfig,
+    RolloutTrainConfig,
+    check_estimator,
+)
 
-from offtrace.agents.acting import rollout_collector
-from offtrace.agents.agent import Agent
-from offtrace.agents.config import ConfigError, ImpalaConfig, OnPolicyConfig
-from offtrace.agents.data import OnPolicyData
-from offtrace.agents.optim import make_optimizer
-from offtrace.modules.envs import EnvInfo, env_info
-from offtrace.modules.losses import ImpalaLoss, QActorCriticLoss
-from offtrace.modules.networks import build_policy
+if TYPE_CHECKING:
+    from offtrace.agents.agent import Agent
+    from offtrace.agents.data import RolloutData
+    from offtrace.modules.envs import EnvInfo
 
 
-def make_impala(config: ImpalaConfig) -> tuple[Agent, OnPolicyData]:
-    """The agent and the data module of ``config``; nothing is started yet.
+@dataclass
+class LossConfig(Group):
+    """The loss; the paper's values."""
 
-    The network is initialised from torch's global generator, so seed it first.
+    estimator: str = "vtrace"
+    """vtrace, importance_sampling (no clips), one_step (policy only), gae (none) or n_step, with options in brackets,
+    such as vtrace(lmbda=0.9, rho_clip=2.0); or package.module:Class of an own one."""
+    gamma: float = 0.99
+    """Discount per agent step."""
+    value_coef: float = 0.5
+    """Weight of half the squared value error."""
+    entropy_coef: float = 0.01
+    """Weight of the policy's entropy."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """Over batch and time: sum as in the paper, or mean."""
+    reward_clip: float | None = None
+    """Rewards are clipped to plus or minus this in the learner; null for none."""
+    normalize_advantage: bool = False
+    """Advantages of an update are shifted and scaled to mean 0 and deviation 1."""
+    policy_clip: float | None = None
+    """Trust region: steps whose ratio has moved further than this get no policy gradient; null for none."""
 
-    Raises:
-        ValueError: if the environment is unknown or the agent cannot act in it.
-    """
-    info = env_info(config.task, **config.env_options())
-    if config.loss.estimator == "retrace" and info.num_actions is None:
-        raise ConfigError(
-            f"loss.estimator is retrace, which needs discrete actions; those of {config.task} are continuous: it must "
-            "be another, such as vtrace"
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        check_estimator(at, self.estimator, "state")
+        checks = Checks(self, at)
+        checks.fraction("gamma")
+        checks.at_least(0, "value_coef", "entropy_coef")
+        checks.positive_or_null("reward_clip", "policy_clip")
+
+
+@dataclass
+class ImpalaConfig(RolloutConfig):
+    """IMPALA."""
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    collector: CollectorConfig = field(default_factory=CollectorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: RolloutTrainConfig = field(default_factory=RolloutTrainConfig)
+
+    algorithm = "impala"
+
+    def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
+        """A network with a state value beside the policy."""
+        from offtrace.agents.assemble import policy_spec
+
+        return policy_spec(self, info)
+
+    def build(self) -> tuple[Agent, RolloutData]:
+        """As :meth:`Config.build`."""
+        return make_impala(self)
+
+
+def make_impala(config: ImpalaConfig) -> tuple[Agent, RolloutData]:
+    """The agent and the data module of ``config``, as :meth:`Config.build`."""
+    from offtrace.agents.assemble import read_task, rollout_agent
+    from offtrace.modules.losses import ImpalaLoss
+    from offtrace.modules.networks import build_policy
+
+    info = read_task(config)
+    spec = config.policy_spec(info)
+    loss = ImpalaLoss(build_policy(**spec["arguments"]), **asdict(config.loss))
+    return rollout_agent(config, info, loss, loss.policy, spec)
+
+
+def atari_config() -> ImpalaConfig:
+    """Learns well from few frames on small machines: four passes over each rollout, and the trust region they need."""
+    return ImpalaConfig(
+        loss=LossConfig(
+            estimator="vtrace(lmbda=0.95)", reduction="mean", reward_clip=1.0, normalize_advantage=True, policy_clip=0.1
         )
-    description = actor_critic_description(config, info)
-    policy = build_policy(**description["arguments"])
-    loss = make_loss(config, policy)
-    agent = Agent(
-        loss,
-        policy,
-        optimizer=make_optimizer(config.optim.name, lr=config.optim.lr, eps=config.optim.eps, decay=config.optim.decay),
-        total_frames=config.train.total_frames,
-        schedule=config.optim.schedule,
-        clip_grad_norm=config.optim.clip_grad_norm,
-        description={"policy": description, **config.description()},
     )
-    data = OnPolicyData(
-        partial(rollout_collector, config, policy),
-        total_frames=config.train.total_frames,
-        frame_skip=info.frame_skip,
-        minibatches=config.train.minibatches,
-        epochs=config.train.epochs,
-        seed=config.train.seed,
+
+
+def paper_config() -> ImpalaConfig:
+    """The published form: 32 unrolls of 20 per update, summed loss, TensorFlow's RMSProp, 200 million frames."""
+    return ImpalaConfig(
+        env=EnvConfig(num_envs=32),
+        collector=CollectorConfig(unroll=20),
+        loss=LossConfig(reward_clip=1.0),
+        optim=OptimConfig(name="rmsprop_tf", lr=6e-4, eps=0.01, decay=0.99, clip_grad_norm=40.0),
+        train=RolloutTrainConfig(total_frames=200_000_000, minibatches=1, epochs=1),
     )
-    return agent, data
 
 
-def make_loss(config: ImpalaConfig, policy: ProbabilisticTensorDictSequential) -> ImpalaLoss | QActorCriticLoss:
-    """The loss of the estimator in ``config``.
-
-    Raises:
-        ValueError: if the estimator has not got a clip that is set.
-    """
-    options = asdict(config.loss)
-    if config.loss.estimator != "retrace":
-        return ImpalaLoss(policy, **options)
-    options["trace"] = options.pop("estimator")
-    for name in ("rho_clip", "c_clip", "leak"):
-        value = options.pop(name)
-        if value != 1:
-            raise ConfigError(f"loss.{name} is {value:g}; loss.estimator retrace has none: it must be 1")
-    return QActorCriticLoss(policy, **options)
+def control_config() -> ImpalaConfig:
+    """CartPole in minutes."""
+    config = atari_config()
+    config.env.task = "CartPole-v1"
+    config.collector.unroll = 32
+    # returns of hundreds: the value error must not drown the policy's gradient in the shared layers
+    config.loss.reward_clip, config.loss.value_coef, config.loss.policy_clip = None, 0.01, 0.2
+    config.optim.lr = 2.5e-3
+    config.train = RolloutTrainConfig(
+        total_frames=150_000, eval_every=50_000, checkpoint_every=50_000, precision="32-true"
+    )
+    return config
 
 
-def actor_critic_description(config: OnPolicyConfig, info: EnvInfo) -> dict[str, Any]:
-    """Plain values from which :func:`offtrace.modules.networks.build_policy` builds the policy again.
-
-    Raises:
-        ConfigError: when the network cannot read what the task shows.
-    """
-    if config.network.encoder in ("shallow", "resnet") and len(info.observation_shape) != 3:
-        raise ConfigError(
-            f"network.encoder is {config.network.encoder}, and {config.task} shows observations of shape "
-            f"{list(info.observation_shape)}; it must be mlp"
-        )
-    arguments = {
-        "network": config.network.encoder,
-        "observation_shape": list(info.observation_shape),
-        "num_actions": info.num_actions,
-        "action_dim": info.action_dim,
-        "hidden": config.network.hidden,
-        "recurrent": config.network.recurrent or None,
-        "masked": info.masked,
-        "critic": "q" if getattr(config.loss, "estimator", "") == "retrace" else "v",
-        "channels_last": _channels_last(config),
-        "popart": getattr(config.network, "popart", False),
-    }
-    return {"builder": "build_policy", "arguments": arguments}
-
-
-def _channels_last(config: OnPolicyConfig) -> bool:
-    if config.network.channels_last is not None:
-        return config.network.channels_last
-    return config.train.accelerator != "cpu" and torch.cuda.is_available()
+def pendulum_config() -> ImpalaConfig:
+    """Pendulum: continuous actions."""
+    config = control_config()
+    config.env.task = "Pendulum-v1"
+    config.loss.gamma, config.loss.entropy_coef, config.loss.value_coef = 0.9, 0.0, 0.05
+    config.optim.lr = 1e-3
+    config.train.total_frames = 400_000
+    return config

@@ -3,90 +3,195 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from offtrace.agents.agent import Agent
-from offtrace.agents.config_base import ConfigError
-from offtrace.agents.replay_data import ReplayData
-from offtrace.agents.replayed import group_optimizer, make_data, network_options, task_info
-from offtrace.agents.sac_config import SACConfig
-from offtrace.agents.targets import soft_update
-from offtrace.modules.envs import EnvInfo
-from offtrace.modules.losses import DiscreteSACLoss, SACLoss, SACv1Loss
-from offtrace.modules.networks import build_actor, build_critic, build_value, share_normalizer
+from offtrace.agents.config import (
+    Checks,
+    CollectorConfig,
+    ConfigError,
+    EnvConfig,
+    Group,
+    OffPolicyConfig,
+    ReplayConfig,
+    ReplayTrainConfig,
+    SeparateNetworksConfig,
+    SeparateOptimConfig,
+    check_estimator,
+)
+
+if TYPE_CHECKING:
+    from offtrace.agents.agent import Agent
+    from offtrace.agents.data import ReplayData
+    from offtrace.modules.envs import EnvInfo
+
+
+@dataclass
+class LossConfig(Group):
+    """Soft actor-critic; the paper's values."""
+
+    version: Literal[2, 1] = 2
+    """2: temperature learnt (Haarnoja et al. 2018b); 1: value network and reward scale (2018a)."""
+    estimator: str = "one_step"
+    """What the critics learn: one_step, n_step(n=5), retrace(lmbda=0.95), importance_sampling, q_lambda, and for
+    discrete actions tree_backup; or package.module:Class of an own one."""
+    gamma: float = 0.99
+    """Discount per agent step."""
+    alpha_init: float = 1.0
+    """Temperature at the start."""
+    fixed_alpha: float | None = None
+    """A temperature that does not learn; null learns it."""
+    target_entropy: float | Literal["auto"] = "auto"
+    """In nats; auto: minus the dimensions of an action, or entropy_fraction of the largest where they are discrete."""
+    entropy_fraction: float = 0.98
+    """Of discrete actions: the target entropy in parts of that of uniform legal actions."""
+    alpha_loss: Literal["alpha", "log_alpha"] = "alpha"
+    """What the temperature's loss multiplies."""
+    reward_scale: float = 1.0
+    """Factor of the reward; version 1 needs one: see its preset."""
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        check_estimator(at, self.estimator, "action")
+        checks = Checks(self, at)
+        checks.fraction("gamma", "entropy_fraction")
+        checks.positive("alpha_init", "reward_scale")
+        checks.require("fixed_alpha", lambda value: value is None or value >= 0, "at least 0, or null")
+        if self.version == 1 and not self.estimator.startswith(("one_step", "n_step")):
+            raise ConfigError(
+                f"{at}.estimator is {self.estimator}; version 1 has no target critics: it must be one_step or n_step"
+            )
+
+
+@dataclass
+class SACOptimConfig(SeparateOptimConfig):
+    """Adam, and the target networks."""
+
+    lr_alpha: float = 3e-4
+    """Step size of the temperature's logarithm."""
+    tau: float = 0.005
+    """Share of the new weights in the target critics after every update."""
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        super().check(at)
+        checks = Checks(self, at)
+        checks.positive("lr_alpha")
+        checks.require("tau", lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+
+@dataclass
+class SACConfig(OffPolicyConfig):
+    """Soft actor-critic."""
+
+    env: EnvConfig = field(default_factory=lambda: EnvConfig(task="cartpole-swingup", num_envs=1))
+    network: SeparateNetworksConfig = field(default_factory=SeparateNetworksConfig)
+    collector: CollectorConfig = field(default_factory=lambda: CollectorConfig(num_workers=0, unroll=8))
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: SACOptimConfig = field(default_factory=SACOptimConfig)
+    train: ReplayTrainConfig = field(default_factory=ReplayTrainConfig)
+
+    algorithm = "sac"
+
+    def floats_per_step(self, info: EnvInfo) -> int:
+        """As :meth:`OffPolicyConfig.floats_per_step`; a tanh policy writes the sample before the tanh as well."""
+        return super().floats_per_step(info) + (info.action_dim or 0)
+
+    def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
+        """A tanh-Gaussian, or a categorical policy for discrete actions."""
+        from offtrace.agents.assemble import policy_spec
+
+        return policy_spec(self, info, head="tanh" if info.num_actions is None else "categorical", critic=None)
+
+    def build(self) -> tuple[Agent, ReplayData]:
+        """As :meth:`Config.build`."""
+        return make_sac(self)
 
 
 def make_sac(config: SACConfig) -> tuple[Agent, ReplayData]:
-    """The agent and the data module of ``config``; nothing is started yet.
+    """The agent and the data module of ``config``, as :meth:`Config.build`."""
+    from offtrace.agents.assemble import critics_of, group_optimizer, loss_options, read_task, replay_agent, value_of
+    from offtrace.agents.targets import soft_update
+    from offtrace.modules.losses import DiscreteSACLoss, SACLoss, SACv1Loss
+    from offtrace.modules.networks import build_policy, share_normalizer
 
-    The networks are initialised from torch's global generator, so seed it first.
-
-    Raises:
-        ValueError: if the task is unknown or the agent cannot act in it.
-    """
-    info = task_info(config)
+    old = config.loss.version == 1
+    info = read_task(config)
+    if old and info.num_actions is not None:
+        raise ConfigError(
+            f"loss.version is 1, which has no form for the discrete actions of {config.task}: it must be 2"
+        )
     _check_entropy(config, info)
-    description = policy_description(config, info)
-    actor = build_actor(**description["arguments"])
-    shared = network_options(config, info)
-    critic = build_critic(**shared, hidden=config.network.critic_hidden, critics=config.network.critics)
-    options: dict[str, Any] = {
-        "gamma": config.loss.gamma, "target": config.loss.target, "n_step": config.loss.n_step,
-        "reward_scale": config.loss.reward_scale,
-    }  # fmt: skip
-    loss: SACLoss | DiscreteSACLoss | SACv1Loss
-    if config.loss.version == 1:
-        if info.num_actions is not None:
-            raise ConfigError(f"loss.version is 1, which has no form for the discrete actions of {config.task}; use 2")
-        shared.pop("action_dim"), shared.pop("num_actions")
-        value = build_value(**shared, hidden=config.network.critic_hidden)
-        if config.network.normalize:
-            share_normalizer(actor.actor, critic, value)
-        loss = SACv1Loss(actor, critic, value, **options)
-    else:
-        options |= {
-            "lmbda": config.loss.lmbda, "alpha_init": config.loss.alpha_init, "fixed_alpha": config.loss.fixed_alpha,
-            "target_entropy": config.loss.target_entropy, "alpha_loss": config.loss.alpha_loss,
-        }  # fmt: skip
-        if config.network.normalize:
-            share_normalizer(actor.actor, critic)
-        kind = SACLoss if info.num_actions is None else DiscreteSACLoss
-        loss = kind(actor, critic, **options)
-    rates = {"actor": config.optim.lr_actor, "critic": config.optim.lr_critic, "value": config.optim.lr_critic}
-    agent = Agent(
-        loss,
-        loss.actor,
-        optimizer=group_optimizer(loss, rates | {"alpha": config.optim.lr_alpha}),
-        total_frames=config.train.total_frames,
-        schedule="constant",
-        clip_grad_norm=config.optim.clip_grad_norm,
-        after_update=soft_update(loss, config.optim.tau),
-        compile=config.train.compile,
-        description={"policy": description, **config.description()},
-    )
-    return agent, make_data(config, loss.actor, info)
+    spec = config.policy_spec(info)
+    networks = [build_policy(**spec["arguments"]), critics_of(config, info)]
+    if old:
+        networks.append(value_of(config, info))
+    if config.network.normalize:
+        share_normalizer(networks[0].network, *networks[1:])
+    kind: Any = SACv1Loss if old else DiscreteSACLoss if info.num_actions is not None else SACLoss
+    options = loss_options(kind, config.loss, "version", "entropy_fraction")
+    loss = kind(*networks, priorities=config.replay.sampler == "prioritized", **options)
+    optim = config.optim
+    rates = {"actor": optim.lr_actor, "critic": optim.lr_critic, "value": optim.lr_critic, "alpha": optim.lr_alpha}
+    return replay_agent(
+        config, info, loss, loss.actor, spec,
+        optimizer=group_optimizer(loss, rates, fused=True),
+        clip_grad_norm=optim.clip_grad_norm,
+        after_update=soft_update(loss, optim.tau),
+    )  # fmt: skip
 
 
 def _check_entropy(config: SACConfig, info: EnvInfo) -> None:
     wanted = config.loss.target_entropy
-    most = math.log(info.num_actions) if info.num_actions is not None else math.inf
-    if wanted != "auto" and wanted >= most:
-        raise ConfigError(
-            f"loss.target_entropy is {wanted}; it must be below log({info.num_actions}) = {most:.3f}, the entropy of "
-            f"uniform actions in {config.task}"
-        )
-    if wanted != "auto" and info.num_actions is None and wanted > 0:
+    if wanted == "auto":
+        return
+    if info.num_actions is None and wanted > 0:
         raise ConfigError(
             f"loss.target_entropy is {wanted}, which is for discrete actions; those of {config.task} are continuous: "
             "it must be auto, or at most 0"
         )
+    if info.num_actions is not None and wanted >= math.log(info.num_actions):
+        raise ConfigError(
+            f"loss.target_entropy is {wanted}; it must be below log({info.num_actions}) = "
+            f"{math.log(info.num_actions):.3f}, the entropy of uniform actions in {config.task}"
+        )
 
 
-def policy_description(config: SACConfig, info: EnvInfo) -> dict[str, Any]:
-    """Plain values from which the policy is built again."""
-    kind = "tanh" if info.num_actions is None else "categorical"
-    arguments = {
-        **network_options(config, info), "kind": kind, "hidden": config.network.hidden,
-        "smoothing": config.network.smoothing,
-    }  # fmt: skip
-    return {"builder": "build_actor", "arguments": arguments}
+def control_config() -> SACConfig:
+    """dm_control."""
+    config = SACConfig()
+    config.loss.alpha_init = 0.1  # pytorch_sac's for dm_control, whose rewards are at most 1
+    config.optim.lr_critic = 1e-3  # with the policy's 3e-4, one of two cartpole-swingup runs stayed at 650
+    return config
+
+
+def discrete_config() -> SACConfig:
+    """CartPole with discrete actions."""
+    config = control_config()
+    config.env.task, config.env.num_envs = "CartPole-v1", 4
+    config.replay.samples_per_insert = 128.0
+    config.optim.lr_actor = config.optim.lr_critic = 1e-3
+    config.optim.tau = 0.02
+    config.loss.target_entropy = 0.2  # 0.98 log 2, the usual, is next to a coin
+    config.train.total_frames, config.train.eval_every = 30_000, 5_000
+    return config
+
+
+def pixel_config() -> SACConfig:
+    """dm_control from images."""
+    config = control_config()
+    config.env.pixels, config.env.action_repeat = True, 4
+    config.network.hidden = [256, 256, 256]
+    config.replay.capacity = 300_000  # 6.4 GB: of the three stacked frames each is stored once
+    return config
+
+
+def v1_config() -> SACConfig:
+    """The first version: value network, fixed temperature, reward scale."""
+    config = SACConfig()
+    config.loss.version = 1
+    config.optim.lr_critic = 1e-3  # as control_config
+    # a temperature of 0.05; the paper's 5 to 20 are for Gym, where a step is worth several times as much as here
+    config.loss.reward_scale = 20.0
+    return config

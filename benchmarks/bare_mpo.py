@@ -51,12 +51,14 @@ class BareMPO:
         return loc, F.softplus(raw) * (0.7 / math.log(2)) + 1e-6
 
     def sample(self) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.replay["reward"]) - N_STEP + 1, (self.batch, 1)) + torch.arange(N_STEP)
+        device = self.replay["reward"].device
+        steps = torch.arange(N_STEP, device=device)
+        rows = torch.randint(len(self.replay["reward"]) - N_STEP + 1, (self.batch, 1), device=device) + steps
         reward, terminated, done = (self.replay[name][rows] for name in ("reward", "terminated", "done"))
-        inside = torch.cat([torch.ones(self.batch, 1), (~done[:, :-1]).float()], 1).cumprod(1)
+        inside = torch.cat([torch.ones_like(reward[:, :1]), (~done[:, :-1]).float()], 1).cumprod(1)
         length = inside.sum(1)
         last = length.long() - 1
-        total = (GAMMA ** torch.arange(N_STEP) * inside * reward).sum(1)
+        total = (GAMMA**steps * inside * reward).sum(1)
         ends = terminated.gather(1, last.unsqueeze(1)).squeeze(1)
         after = self.replay["next"][rows.gather(1, last.unsqueeze(1)).squeeze(1)]
         first = rows[:, 0]
@@ -65,7 +67,7 @@ class BareMPO:
     def loss(self, x: Tensor, a: Tensor, reward: Tensor, discount: Tensor, after: Tensor) -> Tensor:
         with torch.no_grad():
             mu_t, sigma_t = self.gaussian(self.old_policy, after)
-            actions = mu_t + sigma_t * torch.randn(SAMPLES, *mu_t.shape)
+            actions = mu_t + sigma_t * torch.randn(SAMPLES, *mu_t.shape, device=mu_t.device)
             states = after.expand(SAMPLES, *after.shape)
             clipped = actions.clamp(-1, 1)
             q = self.old_critic(torch.cat([states, clipped], -1)).squeeze(-1)
@@ -73,7 +75,7 @@ class BareMPO:
             y = reward + discount * q.mean(0)
         critic = 0.5 * (y - self.critic(torch.cat([x, a.clamp(-1, 1)], -1)).squeeze(-1)).square().mean()
         eta, eta_cost, alpha_mean, alpha_cov = (F.softplus(x) + 1e-8 for x in self.duals)
-        weights, dual = torch.zeros_like(q), torch.zeros(1)
+        weights, dual = torch.zeros_like(q), torch.zeros_like(eta)
         for value, temperature, epsilon in ((q, eta, EPSILON), (cost, eta_cost, EPSILON_PENALTY)):
             scaled = value / temperature
             weights = weights + scaled.detach().softmax(0)

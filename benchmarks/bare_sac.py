@@ -67,7 +67,7 @@ class BareSAC:
 
     def update(self, stored: dict[str, Tensor], size: int = 256) -> None:
         """One gradient step, on ``size`` of the stored transitions, and one step of the targets."""
-        index = torch.randint(len(stored["reward"]), (size,))
+        index = torch.randint(len(stored["reward"]), (size,), device=stored["reward"].device)
         batch = [stored[name][index] for name in ("observation", "action", "reward", "next")]
         batch.append((~stored["terminated"][index]).float())
         self.optimizer.zero_grad()

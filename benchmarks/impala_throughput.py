@@ -1,6 +1,7 @@
 """The shipped IMPALA recipe against a bare loop, alternating, each in a process of its own.
 
     python benchmarks/impala_throughput.py                    the ratio on Pong at the defaults
+    python benchmarks/impala_throughput.py --preset paper     the same at the published sizes
     python benchmarks/impala_throughput.py --scaling          agent steps/s against environments and actor processes
 
 Both do the same learning work per frame (benchmarks/bare_impala.py says what is left out). The recipe's figure is the
@@ -50,19 +51,14 @@ def tree_memory(process: psutil.Process) -> int:
     return total
 
 
-def bare(frames: int, precision: str, defaults: dict[str, int], threads: int) -> float:
+def bare(frames: int, precision: str, sizes: dict[str, int], threads: int) -> float:
     """Agent steps per second of the bare loop."""
     command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "bare_impala.py"),
-        "--frames",
-        str(frames),
-        "--precision",
-        precision,
-    ]
-    for name in ("envs", "unroll", "minibatches", "epochs"):
-        command += [f"--{name}", str(defaults[name])]
-    command += ["--threads", str(threads)]
+        sys.executable, str(ROOT / "benchmarks" / "bare_impala.py"), "--frames", str(frames), "--precision", precision,
+        "--threads", str(threads),
+    ]  # fmt: skip
+    for name, value in sizes.items():
+        command += [f"--{name}", str(value)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -100,11 +96,11 @@ def recipe(frames: int, flags: list[str]) -> dict[str, float]:
 
 def compare(args: argparse.Namespace, flags: list[str]) -> None:
     """Alternates the two and prints medians and the ratio pair by pair."""
-    from offtrace.agents.config import default_config
-    from offtrace.agents.training import precision
+    from offtrace.agents.impala import atari_config, paper_config
+    from offtrace.agents.runs.training import precision
 
-    config = default_config()
-    defaults = {
+    config = paper_config() if args.preset == "paper" else atari_config()
+    sizes = {
         "envs": config.env.num_envs,
         "unroll": config.collector.unroll,
         "minibatches": config.train.minibatches,
@@ -113,7 +109,7 @@ def compare(args: argparse.Namespace, flags: list[str]) -> None:
     bf16 = precision(config) == "bf16-mixed"
     pairs = []
     for index in range(args.pairs):
-        loop = bare(args.frames, "bf16" if bf16 else "float32", defaults, args.bare_threads)
+        loop = bare(args.frames, "bf16" if bf16 else "float32", sizes, args.bare_threads)
         shipped = recipe(args.frames, flags)
         pairs.append((loop, shipped))
         print(
@@ -145,6 +141,7 @@ def scaling(args: argparse.Namespace, flags: list[str]) -> None:
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=["default", "paper"], default="default")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--frames", type=int, default=400_000)
     parser.add_argument("--bare-threads", type=int, default=os.cpu_count())
@@ -156,7 +153,7 @@ def main() -> None:
     if args.quick:
         args.pairs, args.frames = 1, 100_000
     print(f"{machine()}; Python {platform.python_version()}; {' '.join(sys.argv)}", flush=True)
-    (scaling if args.scaling else compare)(args, flags)
+    (scaling if args.scaling else compare)(args, [*flags, "--preset", args.preset])
 
 
 if __name__ == "__main__":

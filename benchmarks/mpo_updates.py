@@ -7,11 +7,13 @@
 Both do the same work for each update: 256 windows of 5 steps out of a replay of 100,000 transitions with 17 numbers of
 observation and 6 of action, 256x256 networks, 20 action samples for each state, one backward pass, clipping, Adam, a
 copy of the targets every 100 updates. The shipped path samples from the shipped replay, with all that the acting policy
-stored, masks what reaches over the end of an episode, and tells its diagnostics; the bare loop indexes tensors and has
-neither. The ratio is the median over pairs of turns, of wall time and of processor time.
+stored, masks what reaches over the end of an episode, and computes its diagnostics; the bare loop indexes tensors and
+has neither. The ratio is the median over pairs of turns, of wall time and of processor time.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from turns import arguments, compare
 
@@ -22,10 +24,10 @@ from bare_mpo import GAMMA, N_STEP, SAMPLES, BareMPO  # noqa: E402
 from transitions import ACT, OBS, as_rollout, transitions  # noqa: E402
 
 from offtrace.agents import Agent  # noqa: E402
-from offtrace.agents.replayed import group_optimizer  # noqa: E402
+from offtrace.agents.assemble import group_optimizer  # noqa: E402
 from offtrace.agents.targets import hard_update  # noqa: E402
 from offtrace.modules.losses import MPOLoss  # noqa: E402
-from offtrace.modules.networks import build_actor, build_critic  # noqa: E402
+from offtrace.modules.networks import build_critic, build_policy  # noqa: E402
 from offtrace.modules.replay import Replay  # noqa: E402
 
 BATCH, HIDDEN = 256, (256, 256)
@@ -35,13 +37,19 @@ def main() -> None:
     """Prints both speeds and their ratio."""
     torch.manual_seed(0)
     stored = transitions()
-    common = {"network": "layernorm_mlp", "observation_shape": (OBS,), "action_dim": ACT, "hidden": HIDDEN}
-    actor, critic = build_actor(kind="gaussian", **common), build_critic(critics=1, **common)
-    loss = MPOLoss(actor, critic, gamma=GAMMA, n_step=N_STEP, num_samples=SAMPLES)
+    common: dict[str, Any] = {
+        "network": "layernorm_mlp",
+        "observation_shape": (OBS,),
+        "action_dim": ACT,
+        "hidden": HIDDEN,
+    }
+    actor = build_policy(head="gaussian", critic=None, **common)
+    critic = build_critic(critics=1, **common)
+    loss = MPOLoss(actor, critic, estimator=f"n_step(n={N_STEP})", gamma=GAMMA, num_samples=SAMPLES)
     agent = Agent(
         loss,
         loss.policy,
-        optimizer=group_optimizer(loss, {"actor": 3e-4, "critic": 3e-4, "duals": 1e-2}),
+        optimizer=group_optimizer(loss, {"actor": 3e-4, "critic": 3e-4, "duals": 1e-2}, fused=True),
         total_frames=1,
         schedule="constant",
         clip_grad_norm=40.0,

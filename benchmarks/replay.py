@@ -1,12 +1,13 @@
 """Replay against TorchRL's ReplayBuffer: insertion, sampling, memory; alternating, in one process.
 
-    python benchmarks/replay.py                       transitions of 17 numbers, and sequences of 5 and 20
+    python benchmarks/replay.py                       transitions of 17 numbers, and sequences of 5 and 20; the sum tree
     python benchmarks/replay.py --pixels              transitions of images 9x84x84, in memory-mapped files
 
 Both hold what a tanh-Gaussian policy of 6 actions writes: observation, action, log-probability, loc, scale, pre-tanh
 sample, reward and flags. TorchRL's buffer stores the rollout as a collector gives it, with the successors, and samples
-sequences by its SliceSampler from the ends of the episodes. Of images there is a third column: our replay with
-``frame_stack=3``, which stores each of the frames 3x84x84 once. Times are medians, in microseconds.
+sequences by its SliceSampler from the ends of the episodes. "by priority" is our replay with ``Prioritized()``. Of
+images there is one more column: our replay with ``frame_stack=3``, which stores each of the frames 3x84x84 once. Times
+are medians, in microseconds.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers import RandomSampler, SliceSampler
 
-from offtrace.modules.replay import Replay
+from offtrace.modules.replay import Prioritized, Replay
+from offtrace.modules.replay.sum_tree import SumTree
 
 ENVS, EPISODE, ACTIONS, FRAMES = 8, 1000, 6, 3
 
@@ -98,13 +101,14 @@ def compare(capacity: int, batch: int, length: int, *, pixels: bool, rounds: int
     """Fills all until the ring has turned over, then measures in turns."""
     kind: Any = "memmap" if pixels else "tensor"
 
-    def ours(name: str, frames: int) -> Replay:
+    def ours(name: str, frames: int, sampler: Prioritized | None = None) -> Replay:
         return Replay(
             capacity, num_envs=ENVS, batch_size=batch, length=length, pad=length > 1, storage=kind,
             path=f"{folder}/{name}" if pixels else None, frame_stack=frames,
+            sampler=sampler,
         )  # fmt: skip
 
-    contenders: dict[str, Any] = {"ours": ours("whole", 1)}
+    contenders: dict[str, Any] = {"ours": ours("whole", 1), "by priority": ours("priority", 1, Prioritized())}
     if pixels:
         contenders["frames once"] = ours("frames", FRAMES)
     contenders["TorchRL"] = Theirs(capacity, batch, length, pixels)
@@ -125,12 +129,34 @@ def compare(capacity: int, batch: int, length: int, *, pixels: bool, rounds: int
     for _ in range(rounds if not pixels else 30):
         for name, one in contenders.items():
             median(one.sample, times[name])
+    rows["update"] = {"by priority": (times := [])}
+    for _ in range(rounds if not pixels else 30):
+        index, priority = contenders["by priority"].sample()["index"], torch.rand(batch)
+        median(
+            lambda index=index, priority=priority: contenders["by priority"].update_priorities(index, priority), times
+        )  # type: ignore[misc]
     print(f"length {length}, {'images' if pixels else '17 numbers'}, {capacity} steps")
     for row, measured in rows.items():
         found = (f"{name} {statistics.median(values):9.0f} us" for name, values in measured.items())
         print(f"  {row:14} {', '.join(found)}")
     sizes = {name: one.bytes() if name == "TorchRL" else one.bytes_per_slot for name, one in contenders.items()}
     print(f"  {'bytes a step':14} {', '.join(f'{name} {size:9.0f}   ' for name, size in sizes.items())}")
+
+
+def sum_tree(size: int, rounds: int) -> None:
+    """64 numbers found and changed at random places, and 2000 new ones, 250 in each of 8 rings."""
+    rng, tree = np.random.default_rng(0), SumTree(size)
+    tree.fill(rng.random(size))
+    times: dict[str, list[float]] = {"find 64": [], "change 64": [], "change 8 x 250": []}
+    for _ in range(rounds):
+        mass, value = rng.random(64) * tree.total, rng.random(64)
+        median(lambda mass=mass: tree.find(mass), times["find 64"])  # type: ignore[misc]
+        index = tree.find(mass)[0]
+        median(lambda index=index, value=value: tree.set(index, value), times["change 64"])  # type: ignore[misc]
+        index = (np.arange(8)[:, None] * (size // 8) + rng.integers(size // 8 - 250) + np.arange(250)).ravel()
+        median(lambda index=index: tree.set(index, 1.0), times["change 8 x 250"])  # type: ignore[misc]
+    found = (f"{name} {statistics.median(values):.0f} us" for name, values in times.items())
+    print(f"sum tree of {size} numbers: {', '.join(found)}")
 
 
 def main() -> None:
@@ -141,6 +167,8 @@ def main() -> None:
     parser.add_argument("--pixels", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    for size in () if args.pixels else (50_000, 1_000_000):
+        sum_tree(size, args.rounds)
     for length in (1,) if args.pixels else (1, 5, 20):
         with tempfile.TemporaryDirectory() as folder:
             compare(

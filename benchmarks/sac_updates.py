@@ -11,6 +11,8 @@ which what else runs on the machine disturbs less.
 
 from __future__ import annotations
 
+from typing import Any
+
 from turns import arguments, compare
 
 args = arguments(__doc__)
@@ -20,26 +22,27 @@ from bare_sac import BareSAC  # noqa: E402
 from transitions import ACT, OBS, as_rollout, transitions  # noqa: E402
 
 from offtrace.agents import Agent  # noqa: E402
-from offtrace.agents.replayed import group_optimizer  # noqa: E402
+from offtrace.agents.assemble import group_optimizer  # noqa: E402
 from offtrace.agents.targets import soft_update  # noqa: E402
 from offtrace.modules.losses import SACLoss  # noqa: E402
-from offtrace.modules.networks import build_actor, build_critic  # noqa: E402
+from offtrace.modules.networks import build_critic, build_policy  # noqa: E402
 from offtrace.modules.replay import Replay  # noqa: E402
 
-BATCH = 256
+BATCH, HIDDEN = 256, (256, 256)
 
 
 def main() -> None:
     """Prints both speeds and their ratio."""
     torch.manual_seed(0)
     stored = transitions()
-    actor = build_actor(kind="tanh", network="mlp", observation_shape=[OBS], action_dim=ACT)
-    critic = build_critic(network="mlp", observation_shape=[OBS], action_dim=ACT)
+    common: dict[str, Any] = {"observation_shape": [OBS], "action_dim": ACT, "hidden": HIDDEN, "activation": "relu"}
+    actor = build_policy(head="tanh", critic=None, **common)
+    critic = build_critic(**common)
     loss = SACLoss(actor, critic)
     agent = Agent(
         loss,
         loss.actor,
-        optimizer=group_optimizer(loss, dict.fromkeys(("actor", "critic", "alpha"), 3e-4)),
+        optimizer=group_optimizer(loss, dict.fromkeys(("actor", "critic", "alpha"), 3e-4), fused=True),
         total_frames=1,
         schedule="constant",
         after_update=soft_update(loss, 0.005),

@@ -44,7 +44,7 @@ def compare(
     import lightning.pytorch as pl
     import torch
 
-    from offtrace.agents.replay_data import Batches
+    from offtrace.agents.data.replay import Batches
 
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"

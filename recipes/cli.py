@@ -14,15 +14,15 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from offtrace.agents.config_base import Config, ConfigError, may_have_gpu
-from offtrace.agents.runs import RunError, discard, new_run, read_config, write_config
-from offtrace.modules.envs.names import check_name
-from offtrace.recipes.flags import check_flags, import_from_here, nearest, numbers, read_file, sentence, types_of_keys
+from offtrace.agents.config import Config, ConfigError, may_have_gpu
+from offtrace.agents.config.names import nearest
+from offtrace.agents.runs.folders import RunError, discard, new_run, read_config, write_config
+from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_file, sentence, types_of_keys
 
 MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every")
 """Flags that a resumed run may be given; everything else is what the run began with."""
@@ -34,7 +34,7 @@ _format_warning = warnings.formatwarning
 Presets = dict[str, Callable[[], Config]]
 
 
-def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) -> int:
+def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: str) -> int:
     """A whole recipe: parse, check, make the run's folder, train, draw. Returns the exit code.
 
     0: trained to the end; 2: the command line, configuration or checkpoint is wrong, told in one sentence; 1: training
@@ -59,9 +59,7 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
         if not int(os.environ.get("LOCAL_RANK", 0)):
             task, frames = config.task, f"{config.train.total_frames:,} frames"
             print(f"{task}, {frames}, seed {config.train.seed}: {folder}", file=sys.stderr)
-        from offtrace.recipes.running import run  # torch and Lightning only for what is going to run
-
-        return run(config, folder, resume)
+        return _run(config, folder, resume)
     except (ConfigError, RunError) as error:
         return fail(str(error))
     except KeyboardInterrupt:  # before training took the signals over: nothing to save yet
@@ -80,11 +78,26 @@ def run_recipe(argv: list[str] | None, *, presets: Presets, description: str) ->
             signal.signal(signal.SIGTERM, before)
 
 
+def _run(config: Config, folder: Path, resume: Path | None) -> int:
+    from offtrace.agents.runs.run import RunFailed, RunRefused, lines, run  # torch and Lightning for what runs only
+
+    try:
+        summary = run(config, folder, resume)
+    except RunRefused as error:
+        return fail(str(error))
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if not int(os.environ.get("LOCAL_RANK", 0)):  # of several learners the first sums up
+        print("\n".join(lines(config, summary, folder)))
+    return 128 + summary.signal if summary.signal else 0
+
+
 def _one_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """One line, without the place in the code, where the warning is of this package and so for the user."""
-    place = Path(filename)
+    place = Path(filename).resolve()
     own = any(place.is_relative_to(_PACKAGE / part) for part in ("agents", "modules", "recipes"))
     return f"warning: {message}\n" if own else _format_warning(message, category, filename, lineno, line)
 
@@ -176,10 +189,6 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: one sentence.
     """
-    try:
-        check_name(config.task)
-    except ValueError as error:
-        raise ConfigError(f"{config.task_flag}: {error}") from error
     config.validate()
     if not may_have_gpu():
         config.check_devices(0)
@@ -192,7 +201,10 @@ def _parser(base: Config, presets: Presets, description: str) -> ArgumentParser:
     parser.add_argument("--preset", default="default", help=f"Starting point: {', '.join(presets)}.")
     parser.add_argument("--resume", default=None, help="Folder of a run to go on with, such as runs/NAME.")
     for group in fields(base):
-        parser.add_class_arguments(type(getattr(base, group.name)), group.name)
+        kind: Any = type(getattr(base, group.name))
+        # jsonargparse looks a name in text up in what only type checkers import, and torch would come with that
+        kind.__init__.__annotations__.update(get_type_hints(kind))
+        parser.add_class_arguments(kind, group.name)
     parser.set_defaults({group.name: asdict(getattr(base, group.name)) for group in fields(base)})
     return parser
 

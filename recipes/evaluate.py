@@ -1,4 +1,4 @@
-"""The score of a checkpoint over whole games: python recipes/evaluate.py runs/NAME/checkpoints/best.ckpt"""
+"""The score of a checkpoint over whole episodes: python recipes/evaluate.py runs/NAME/checkpoints/best.ckpt"""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offtrace.agents.atari_scores import human_normalised
 from offtrace.agents.config import ConfigError
-from offtrace.agents.runs import RunError
+from offtrace.agents.runs.atari_scores import human_normalised
+from offtrace.agents.runs.folders import RunError
 from offtrace.modules.envs.names import atari_name
 from offtrace.recipes.cli import checkpoint_file, fail
 from offtrace.recipes.flags import SentenceParser, check_flags, count, import_from_here
 
 if TYPE_CHECKING:
-    from offtrace.agents.evaluation import EvaluationResult
+    from offtrace.agents.runs.evaluation import EvaluationResult
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluates and prints one line per figure.
 
     Returns:
-        the exit code: 0, 2 for a wrong command line or checkpoint, 1 for games that could not be played to the end.
+        the exit code: 0, 2 for a wrong command line or checkpoint, 1 for episodes that could not be played to the end.
     """
     argv = sys.argv[1:] if argv is None else argv
     import_from_here()
@@ -46,14 +46,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     parser = SentenceParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--episodes", type=int, default=10, help="whole games (default 10)")
+    parser.add_argument("--episodes", type=int, default=10, help="whole episodes (default 10)")
     parser.add_argument(
         "--mode", choices=["sample", "greedy"], help="draw actions, or take the mode (default: as in training)"
     )
     parser.add_argument("--protocol", choices=["classic", "sticky"], help="Atari protocol (default: that of training)")
     parser.add_argument("--seed", type=int, default=2_000_000, help="of the first environment; the others follow it")
     parser.add_argument("--device", default="cpu", help="of the policy: cpu (default), cuda or cuda:<n>")
-    parser.add_argument("--gif", type=Path, help="also write the first game here, if the task has pictures")
+    parser.add_argument("--gif", type=Path, help="also write the first episode here, if the task has pictures")
     check_flags(argv, [option for option in parser._option_string_actions if option.startswith("--")])
     args = parser.parse_args(argv)
     for name, least in (("episodes", 1), ("seed", 0)):
@@ -70,10 +70,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
-    from offtrace.agents.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
-    from offtrace.agents.evaluation import evaluate
-    from offtrace.agents.media import Recorder
-    from offtrace.agents.training import with_policy_transforms
+    from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
+    from offtrace.agents.runs.evaluation import evaluate
+    from offtrace.agents.runs.media import Recorder
+    from offtrace.agents.runs.training import with_policy_transforms
     from offtrace.modules.envs import env_info, make_env
 
     try:
@@ -82,7 +82,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     except CheckpointError as error:
         return fail(str(error))
     name, options = saved["env"]["name"], dict(saved["env"]["options"])
-    network, mode = saved["policy"]["arguments"], args.mode or saved["eval_mode"]
+    mode = args.mode or saved["eval_mode"]
     if args.protocol is not None:
         if atari_name(name) is None:
             return fail(f"--protocol is {args.protocol}; {name} is no Atari game")
@@ -90,11 +90,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     number = max(n for n in range(1, 17) if args.episodes % n == 0)
     try:
-        actions, own = env_info(name, **options).num_actions, network["num_actions"]
+        actions = env_info(name, **options).num_actions
+        own = saved["policy"]["arguments"].get("num_actions", actions)
         if actions != own:  # the same numbers would mean other actions
-            return fail(
-                f"the policy knows {own} actions of {name}; it has {actions} under the {args.protocol} protocol"
-            )
+            under = "" if args.protocol is None else f" under the {args.protocol} protocol"
+            return fail(f"the policy knows {own} actions of {name}; it has {actions}{under}")
         env = make_env(name, number, seed=args.seed, evaluation=True, pictures=args.gif is not None, **options)
         env = with_policy_transforms(env, policy)
     except ValueError as error:
@@ -107,12 +107,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     try:
         result = evaluate(policy, env, args.episodes, mode=mode, observer=recorder)
     except (RuntimeError, ValueError) as error:
-        print(f"error: the games of {name} were not played to the end: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(
+            f"error: the episodes of {name} were not played to the end: {str(error).splitlines()[0]}", file=sys.stderr
+        )
         return 1
     finally:
         env.close()
     if not result.returns:
-        print(f"error: the simulator of {name} failed in each of the {args.episodes} games", file=sys.stderr)
+        print(f"error: the simulator of {name} failed in each of the {args.episodes} episodes", file=sys.stderr)
         return 1
     print("\n".join(report(result, name, options.get("protocol", ""))))
     if recorder is not None:
@@ -141,13 +143,13 @@ def report(result: EvaluationResult, name: str, protocol: str) -> list[str]:
     """The lines that are printed: what was played, the score and its spread, for Atari the human-normalised score."""
     atari = f"{protocol} protocol, " if atari_name(name) else ""
     lines = [
-        f"{name}, {atari}{result.mode} actions, {count(len(result.returns), 'whole game')}, raw scores",
+        f"{name}, {atari}{result.mode} actions, {count(len(result.returns), 'whole episode')}, raw scores",
         f"mean {result.mean:.2f}, {result.spread}",
         f"median {statistics.median(result.returns):g}, min {min(result.returns):g}, max {max(result.returns):g}",
         f"mean length {result.mean_length:.0f} agent steps",
     ]
     if result.dropped:
-        lines.append(f"{count(result.dropped, 'game')} dropped, in which the simulator failed")
+        lines.append(f"{count(result.dropped, 'episode')} dropped, in which the simulator failed")
     if result.action_change is not None:
         lines.append(f"action change {result.action_change:.4f} of the range from step to step (root mean square)")
     normalised = human_normalised(name, result.mean)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -15,7 +14,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 
-from offtrace.agents.config_base import Config, ConfigError
+from offtrace.agents.config import Config, ConfigError
+from offtrace.agents.config.names import nearest
 
 
 class SentenceParser(argparse.ArgumentParser):
@@ -30,16 +30,6 @@ def import_from_here() -> None:
     """Lets ``package.module:function`` be found in the folder a recipe is called from, and by its actor processes."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean ...?`` or nothing."""
-    known = list(known)
-    name = word.lstrip("-").split(".")[-1]
-    # the right name without its group, or in the wrong one, before a name that merely looks alike
-    near = [flag for flag in known if flag.lstrip("-").split(".")[-1] == name]
-    near = near or difflib.get_close_matches(word, known, 1, 0.4)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_flags(argv: Sequence[str], known: Iterable[str]) -> None:
@@ -162,7 +152,7 @@ def _in_words(wanted: Any) -> str:
     if get_origin(wanted) is Literal:
         return f"one of {', '.join(map(str, get_args(wanted)))}"
     if get_origin(wanted) is list:
-        return "a list of whole numbers, such as [256]"
+        return "a list of whole numbers such as [256]"
     if isinstance(wanted, types.UnionType):
         return " or ".join(map(_in_words, get_args(wanted)))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -170,5 +160,5 @@ def _in_words(wanted: Any) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 game``, ``2 games``."""
+    """``1 episode``, ``2 episodes``."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
-from offtrace.agents.mpo_config import MPOConfig, discrete_mpo_config, dmpo_config, full_covariance_config
+from offtrace.agents.mpo import control_config, discrete_config, dmpo_config, full_covariance_config
 from offtrace.recipes.cli import run_recipe
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the recipe; returns the exit code."""
-    return run_recipe(
-        argv,
-        presets={
-            "default": MPOConfig,
-            "discrete": discrete_mpo_config,
-            "dmpo": dmpo_config,
-            "full": full_covariance_config,
-        },
-        description="MPO. Without flags: cartpole-swingup of dm_control, half a million steps.",
-    )
-
+main = partial(
+    run_recipe,
+    presets={
+        "default": control_config,
+        "discrete": discrete_config,
+        "dmpo": dmpo_config,
+        "full": full_covariance_config,
+    },
+    description="MPO. Without flags: cartpole-swingup of dm_control, half a million steps.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,9 +26,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offtrace.agents.config_base import ConfigError
+from offtrace.agents.config import ConfigError
+from offtrace.agents.config.names import nearest
 from offtrace.recipes.cli import fail
-from offtrace.recipes.flags import SentenceParser, check_flags, nearest
+from offtrace.recipes.flags import SentenceParser, check_flags
 from offtrace.recipes.study_report import Cell, Result, append_row, draw, read_rows, write_table
 
 if TYPE_CHECKING:
@@ -36,12 +37,19 @@ if TYPE_CHECKING:
 
     from offtrace.modules.networks import Policy
 
-ESTIMATORS = ("vtrace", "retrace", "importance_sampling", "one_step", "none")
+ESTIMATORS = {
+    "vtrace": "vtrace",
+    "retrace": "retrace",
+    "importance_sampling": "importance_sampling",
+    "one_step": "one_step",
+    "none": "gae",
+}
+"""Names in table and figure, and the estimators of the losses."""
 LAGS = (0, 1, 4, 16, 64)
 MEMORY = 100
 """Rollouts that the replay holds."""
-GAMES = 32
-"""Games of an evaluation."""
+EPISODES = 32
+"""Episodes of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -100,20 +108,16 @@ def train(cell: Cell, task: Task, observe: Observer | None = None) -> Result:
         "critic": "q" if cell.estimator == "retrace" else "v",
     }  # fmt: skip
     policy, actor = build_policy(**network), build_policy(**network)
-    options: dict[str, Any] = {
-        "gamma": task.gamma, "lmbda": task.lmbda, "value_coef": task.value_coef, "entropy_coef": task.entropy_coef,
-        "reduction": "mean",
-    }  # fmt: skip
-    loss = (
-        QActorCriticLoss(policy, trace="retrace", **options)
-        if cell.estimator == "retrace"
-        else ImpalaLoss(policy, estimator=cell.estimator, **options)
-    )
+    kind_of_loss = QActorCriticLoss if cell.estimator == "retrace" else ImpalaLoss
+    loss = kind_of_loss(
+        policy, estimator=f"{ESTIMATORS[cell.estimator]}(lmbda={task.lmbda})", gamma=task.gamma,
+        value_coef=task.value_coef, entropy_coef=task.entropy_coef, reduction="mean",
+    )  # fmt: skip
     optimizer = torch.optim.Adam(policy.parameters(), lr=task.lr, eps=1e-5)
     memory = ReplayBuffer(storage=LazyTensorStorage(MEMORY * task.num_envs))
     replayed = task.replayed(cell.replay)
     past = deque([_weights(policy)], maxlen=cell.lag + 1)
-    told: dict[str, list[float]] = {"trace_length": [], "ess": [], "kl": []}
+    diagnostics: dict[str, list[float]] = {"trace_length": [], "ess": [], "kl": []}
     scores: list[float] = []
     skipped = 0
     when = {math.ceil(cell.updates * part / 10) for part in (6, 8, 10)}
@@ -134,11 +138,11 @@ def train(cell: Cell, task: Task, observe: Observer | None = None) -> Result:
         else:  # plain importance sampling overflows
             skipped += 1
         past.append(_weights(policy))
-        for name, values in told.items():
+        for name, values in diagnostics.items():
             values.append(float(out[name]))
         if update + 1 in when:
-            scores.append(study_tasks.play(kind, policy, GAMES, 1_000_000 + cell.seed))
-    means = {name: sum(values) / len(values) for name, values in told.items()}
+            scores.append(study_tasks.play(kind, policy, EPISODES, 1_000_000 + cell.seed))
+    means = {name: sum(values) / len(values) for name, values in diagnostics.items()}
     return Result(
         score=sum(scores) / len(scores), final=scores[-1], **means, skipped=skipped,
         frames=task.num_envs * task.unroll * cell.updates, seconds=round(time.perf_counter() - start, 1),
@@ -208,7 +212,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name, value in (full | quick if args.quick else full).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, known in (("tasks", tuple(TASKS)), ("estimators", ESTIMATORS)):
+    for name, known in (("tasks", tuple(TASKS)), ("estimators", tuple(ESTIMATORS))):
         for word in getattr(args, name):
             if word not in known:
                 raise ConfigError(f"--{name} has {word}; they must be of {', '.join(known)}{nearest(word, known)}")

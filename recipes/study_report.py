@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from offtrace.agents.config_base import ConfigError
+from offtrace.agents.config import ConfigError
 
 
 @dataclass(frozen=True, order=True)

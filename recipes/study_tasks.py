@@ -115,13 +115,14 @@ class Catch(ArrayTask):
 @torch.no_grad()
 def rollout(task: ArrayTask, policy: Policy, length: int) -> TensorDictBase:
     """``length`` steps ``[N, T]`` in the layout of TorchRL's collectors, from where the task stands."""
-    net = policy.module[0]  # on plain tensors: a TensorDict costs more than a step of these networks
-    root: dict[str, list[Tensor]] = defaultdict(list)
-    behind: dict[str, list[Tensor]] = defaultdict(list)
+    encoder, head = policy.network.encoder, policy.network.head
+    steps: dict[str, list[Tensor]] = defaultdict(list)
+    successors: dict[str, list[Tensor]] = defaultdict(list)
     for _ in range(length):
         observation = task.observation()
-        (logits,) = net.policy_head(net.encoder(observation))
-        dist = net.policy_head.distribution(logits)
+        # on plain tensors: a TensorDict costs more than a step of these networks
+        (logits,) = head(encoder(observation))
+        dist = head.distribution(logits)
         action = dist.sample()
         found = {
             "observation": observation,
@@ -130,19 +131,19 @@ def rollout(task: ArrayTask, policy: Policy, length: int) -> TensorDictBase:
             "action_log_prob": dist.log_prob(action),
         }
         for name, value in found.items():
-            root[name].append(value)
+            steps[name].append(value)
         for name, value in task.step(action).items():
-            behind[name].append(value)
-    steps = {name: torch.stack(values, 1) for name, values in root.items()}
-    following = {name: torch.stack(values, 1) for name, values in behind.items()}
+            successors[name].append(value)
+    now = {name: torch.stack(values, 1) for name, values in steps.items()}
+    following = {name: torch.stack(values, 1) for name, values in successors.items()}
     for name in ("reward", "terminated", "done"):
         following[name] = following[name].unsqueeze(-1)
-    return TensorDict({**steps, "next": following}, [task.num_envs, length])
+    return TensorDict({**now, "next": following}, [task.num_envs, length])
 
 
-def play(task: type[ArrayTask], policy: Policy, games: int, seed: int) -> float:
-    """Mean return of whole games, actions sampled."""
-    env = task(games, seed)
+def play(task: type[ArrayTask], policy: Policy, episodes: int, seed: int) -> float:
+    """Mean return of whole episodes, actions sampled."""
+    env = task(episodes, seed)
     while np.isnan(env.first_return).any():  # the first of each: whoever counts more of the short ones is biased
         rollout(env, policy, 1)
     return float(env.first_return.mean())

@@ -1,18 +1,40 @@
-"""The README's programs run as printed, and learn."""
+"""The README's programs run as printed, and learn; its commands are right."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from offtrace.recipes import cli, offpolicy_study
+from tests.recipes.recipes import TRAINING, parse
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 PROGRAMS = re.findall(r"run by tests/test_readme.py -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+COMMANDS = re.findall(r"^python recipes/(\w+)\.py(.*)$", README.read_text(), re.MULTILINE)
 
 
+def test_every_command_is_right() -> None:
+    """As far as that can be told without a run or a GPU."""
+    assert len(PROGRAMS) == 2
+    assert {"impala_atari", "sac_control", "evaluate"} <= {name for name, _ in COMMANDS}
+    assert {name for name, _ in COMMANDS} <= {*TRAINING, "offpolicy_study", "evaluate"}
+    for name, rest in COMMANDS:
+        argv = shlex.split(rest, comments=True)
+        if name == "offpolicy_study":
+            offpolicy_study.parse(argv)
+        elif name in TRAINING and "--resume" not in argv:
+            config = parse(name, *argv)
+            config.validate()
+            if "gpu" not in argv:
+                cli.check(config)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "name"), [(0, "ImpalaLoss"), (1, "SACLoss")])
 def test_the_composed_loops_run_and_learn(program: int, name: str, tmp_path: Path) -> None:
     code = PROGRAMS[program]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from offtrace.modules.envs.make import env_info as env_info
     from offtrace.modules.envs.make import make_env as make_env
     from offtrace.modules.envs.names import check_name as check_name
+    from offtrace.modules.envs.names import check_task_options as check_task_options
 
 _MODULE = {
     "AtariEnv": "atari",
@@ -29,6 +30,7 @@ _MODULE = {
     "StepResult": "base",
     "VectorEnv": "base",
     "check_name": "names",
+    "check_task_options": "names",
     "env_info": "make",
     "make_env": "make",
 }

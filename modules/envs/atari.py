@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical
 
 from offtrace.modules.envs.base import StepResult, VectorEnv
-from offtrace.modules.envs.names import atari_name, unknown
-
-Protocol = Literal["classic", "sticky"]
-PROTOCOLS: tuple[Protocol, ...] = ("classic", "sticky")
+from offtrace.modules.envs.names import PROTOCOLS, Protocol, atari_name, unknown
 
 
 class AtariEnv(VectorEnv):

@@ -23,6 +23,8 @@ class StepResult(NamedTuple):
     """What the environments return, ``[N, ...]``; ``observation`` is the true successor, ended episode or not.
 
     ``valid`` is False where the simulator failed: the step is no data, its episode is dropped and counts nowhere.
+    ``action_mask`` is that of ``observation``, ``following_mask`` that of what the next step starts from, another one
+    where an episode ended.
     """
 
     observation: Tensor | TensorDictBase
@@ -32,6 +34,7 @@ class StepResult(NamedTuple):
     episode_end: Tensor
     action_mask: Tensor | None = None
     valid: Tensor | None = None
+    following_mask: Tensor | None = None
 
 
 class VectorEnv(EnvBase):
@@ -188,7 +191,7 @@ class VectorEnv(EnvBase):
         self._ended = result.episode_end.view(-1, 1)
         self._done = terminated | truncated
         self._successor = result.observation
-        self._mask = result.action_mask
+        self._mask = result.action_mask if result.following_mask is None else result.following_mask
         finished = self._ended if result.valid is None else self._ended & result.valid.view(-1, 1)
         out = {
             k.OBSERVATION: result.observation,
@@ -202,8 +205,8 @@ class VectorEnv(EnvBase):
         if self.last_step:
             out[k.LAST_ACTION] = action.clone()
             out[k.LAST_REWARD] = reward.clone()
-        if self._mask is not None:
-            out[k.ACTION_MASK] = self._mask
+        if result.action_mask is not None:
+            out[k.ACTION_MASK] = result.action_mask
         if result.valid is not None:
             out[k.VALID] = result.valid.view(-1, 1)
         return TensorDict(out, self.batch_size, device=self.device)

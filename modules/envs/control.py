@@ -15,7 +15,7 @@ from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from offtrace.modules.envs.base import EnvironmentFailure, StepResult, VectorEnv
 from offtrace.modules.envs.names import unknown
 from offtrace.modules.envs.simulator import Simulator, SimulatorFailure
-from offtrace.modules.envs.suite import control_name, control_suite
+from offtrace.modules.envs.suite import check_installed, control_name, control_suite
 
 
 class ControlEnv(VectorEnv):
@@ -36,7 +36,7 @@ class ControlEnv(VectorEnv):
         num_envs: N.
         seed: environment i gets ``seed + i``.
         action_repeat: steps of the task per action, their rewards summed; fewer where the episode ends.
-        flat: one float32 vector ``[D]``, the task's entries in its order. False: ``("observation", entry)`` each.
+        flatten: one float32 vector ``[D]``, the task's entries in its order. False: ``("observation", entry)`` each.
         pixels: observe images instead, uint8 ``[3 * frame_stack, height, width]``.
         height, width, camera, frame_stack: of the images; the newest frame is the last. At the start of an episode
             the first frame fills the stack.
@@ -45,7 +45,7 @@ class ControlEnv(VectorEnv):
         kwargs: of the task, such as ``time_limit`` in seconds.
 
     Raises:
-        ValueError: on an unknown domain or task, or a number out of range.
+        ValueError: on an unknown domain or task, a number out of range, or a Python without dm_control.
         EnvironmentFailure: ``pixels`` on a machine that cannot render.
     """
 
@@ -58,7 +58,7 @@ class ControlEnv(VectorEnv):
         *,
         seed: int = 0,
         action_repeat: int = 1,
-        flat: bool = True,
+        flatten: bool = True,
         pixels: bool = False,
         height: int = 84,
         width: int = 84,
@@ -72,6 +72,8 @@ class ControlEnv(VectorEnv):
         for argument, number in {**sizes, "frame_stack": frame_stack}.items():
             if number < 1:
                 raise ValueError(f"{argument} is {number}; it must be at least 1")
+        if pixels and not flatten:
+            raise ValueError("flatten is False; with pixels an observation is one image: it must be True")
         label = name or (task if isinstance(task, str) else str(getattr(task, "__name__", "task")))
         try:
             self._simulators = [Simulator(_load(task, seed + index, kwargs)) for index in range(num_envs)]
@@ -79,14 +81,14 @@ class ControlEnv(VectorEnv):
             raise EnvironmentFailure(f"{label}: {error}") from error
         first = self._simulators[0]
         self._action_repeat = action_repeat
-        self._flat = flat
+        self._flatten = flatten
         self._camera = camera
         self._cameras: list[Any] | None = None
         observation: TensorSpec
         if pixels:
             self._cameras = [_camera(label, one, height, width, camera) for one in self._simulators]
             observation = Bounded(0, 255, shape=(3 * frame_stack, height, width), dtype=torch.uint8)
-        elif flat:
+        elif flatten:
             observation = Unbounded((first.size,), dtype=torch.float32)
         else:
             observation = Composite({key: Unbounded(shape, dtype=torch.float32) for key, _, shape in first.layout})
@@ -214,7 +216,7 @@ class ControlEnv(VectorEnv):
 
     def _shaped(self, rows: np.ndarray) -> Tensor | TensorDictBase:
         tensor = torch.from_numpy(rows)
-        if self._cameras is not None or self._flat:
+        if self._cameras is not None or self._flatten:
             return tensor
         number = len(rows)
         entries = {key: tensor[:, place].reshape(number, *shape) for key, place, shape in self._simulators[0].layout}
@@ -235,6 +237,7 @@ def _load(task: str | Callable[[int], Any], seed: int, kwargs: dict[str, Any]) -
     names = control_name(task)
     if names is None:
         raise ValueError(unknown(task))
+    check_installed(f"the task {task!r}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # the suite's own models make MuJoCo speak of deprecated attributes
     try:

@@ -12,21 +12,25 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium import spaces
+from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, TensorSpec, Unbounded
+from torchrl.data import Bounded
 
 from offtrace.modules.envs.base import EnvironmentFailure, StepResult, VectorEnv
 from offtrace.modules.envs.names import unknown
-from offtrace.modules.envs.suite import control_suite, has_display
+from offtrace.modules.envs.spaces import Actions, Observations, Row, is_finite, row_of
+from offtrace.modules.envs.suite import choose_renderer, has_display
 
 
 class GymEnv(VectorEnv):
     """``N`` Gymnasium environments stepped one after the other.
 
-    Observations: ``Box``, integers of 8 bits kept, everything else float32; vectors ``[D]``, images as they come.
-    Actions: ``Discrete`` as int64 indices from 0, ``Box`` as float32 that is clipped to its bounds here, so that a
-    policy may sample outside of them. ``info["action_mask"]`` is passed on where the environment gives one.
+    Observations: ``Box`` as it comes, integers of 8 bits kept, everything else float32; ``Discrete`` as one-hot;
+    ``Dict`` and ``Tuple`` as one vector ``[D]``, see :class:`~offtrace.modules.envs.spaces.Observations`.
+    Actions: ``Discrete`` as int64 indices from 0, ``MultiDiscrete`` and ``MultiBinary`` as one index over all
+    combinations, ``Box`` as float32 that is clipped to its bounds here, so that a policy may sample outside of them.
+    ``info["action_mask"]`` is passed on where the environment gives one, as the mask of the combinations where there
+    are some; see :class:`~offtrace.modules.envs.spaces.Actions`.
 
     With ``Box`` actions an observation or a reward that is not finite is taken for a simulator's failure: the episode
     is dropped, as it is in :class:`ControlEnv`. So is one in which MuJoCo warned that it diverged: it starts in the
@@ -37,6 +41,8 @@ class GymEnv(VectorEnv):
         num_envs: N.
         seed: environment i is seeded with ``seed + i`` at its first reset.
         last_step: also write the last action and reward.
+        flatten: False: ``Dict`` and ``Tuple`` observations as ``("observation", name)`` each, for a network that reads
+            them.
         rescale_actions: ``Box`` actions in [-1, 1], clipped to that and mapped linearly to the bounds. A bound that is
             infinite leaves the clipped action as it is.
         name: for messages; the id by default.
@@ -53,6 +59,7 @@ class GymEnv(VectorEnv):
         *,
         seed: int = 0,
         last_step: bool = False,
+        flatten: bool = True,
         rescale_actions: bool = False,
         name: str | None = None,
         **kwargs: Any,
@@ -63,10 +70,11 @@ class GymEnv(VectorEnv):
         self._envs = [make() for _ in range(num_envs)]
         label = name or (env if isinstance(env, str) else str(getattr(env, "__name__", "environment")))
         first = self._envs[0]
-        observation, self._image = _observation_spec(label, first.observation_space)
-        action, self._low, self._high = _action_spec(label, first.action_space)
+        self._observations = Observations(label, first.observation_space, flatten=flatten)
+        self._actions = Actions(label, first.action_space)
+        action, self._low, self._high = self._actions.spec, self._actions.low, self._actions.high
         self._scale: tuple[Any, Any] | None = None
-        if rescale_actions and self._low is not None:
+        if rescale_actions and self._low is not None and self._high is not None:
             bounded = np.isfinite(self._high) & np.isfinite(self._low)
             low, high = np.where(bounded, self._low, -1), np.where(bounded, self._high, 1)
             self._scale = (low + high) / 2, (high - low) / 2
@@ -74,25 +82,27 @@ class GymEnv(VectorEnv):
         self.renders = first.render_mode == "rgb_array"
         self._mujoco = any(base.__name__ == "MujocoEnv" for base in type(first.unwrapped).__mro__)
         self._warnings = _divergence_warnings() if self._mujoco else []
-        self._offset = int(getattr(first.action_space, "start", 0))
-        mask = first.reset(seed=seed)[1].get("action_mask")
+        self._masked = first.reset(seed=seed)[1].get("action_mask") is not None
+        if self._masked and not self._actions.discrete:
+            raise ValueError(f"{label} gives an action_mask, but its actions are {first.action_space}, which take none")
         super().__init__(
             label,
             num_envs,
-            observation=observation,
+            observation=self._observations.spec,
             action=action,
             last_step=last_step,
-            masked=mask is not None,
-            fallible=self._low is not None,
+            masked=self._masked,
+            fallible=not self._actions.discrete,
         )
-        if self._scale is None and self._low is not None and bool(np.isfinite([self._low, self._high]).all()):
-            self.action_bounds = torch.from_numpy(self._low), torch.from_numpy(self._high)
+        bounds = None if self._low is None or self._high is None else (self._low, self._high)
+        if self._scale is None and bounds is not None and bool(np.isfinite(bounds).all()):
+            self.action_bounds = torch.from_numpy(bounds[0]), torch.from_numpy(bounds[1])
         self._seed = seed
         self._started = False
         self._watched = False
         self._final_frame: np.ndarray | None = None
-        self._current = torch.empty(0)
-        self._masks: list[Any] = [None] * num_envs
+        self._current: Tensor | TensorDictBase = torch.empty(0)
+        self._masks: list[np.ndarray] = []
 
     def render(self) -> np.ndarray:
         """A picture of environment 0, uint8 ``[height, width, 3]``.
@@ -107,7 +117,7 @@ class GymEnv(VectorEnv):
         if not self._watched:
             self._watched = True
             if self._mujoco:
-                control_suite()  # it finds an OpenGL that works without a display
+                choose_renderer()
             if not has_display():
                 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without one, but complains
         if self._final_frame is not None:
@@ -119,89 +129,101 @@ class GymEnv(VectorEnv):
                 f"{self.name}: this machine cannot render ({type(error).__name__}: {error})"
             ) from error
 
-    def _start(self) -> tuple[Tensor, Tensor | None]:
+    def _start(self) -> tuple[Tensor | TensorDictBase, Tensor | None]:
         self._final_frame = None
         seeds = [None if self._started else self._seed + index for index in range(len(self._envs))]
         self._started = True
         resets = [env.reset(seed=seed) for env, seed in zip(self._envs, seeds, strict=True)]
-        self._current = self._stack([observation for observation, _ in resets])
+        self._current = self._observations.stack([self._observations.row(observation) for observation, _ in resets])
         self._check("first observation", self._current)
-        self._masks = [info.get("action_mask") for _, info in resets]
-        return self._current, self._mask_tensor()
+        self._masks = [self._mask_of(info) for _, info in resets] if self._masked else []
+        return self._following(), _batch(self._masks)
 
     def _advance(self, action: Tensor) -> StepResult:
-        numbers = action.numpy()
-        if self._scale is not None:
-            middle, half = self._scale
-            numbers = middle + np.clip(numbers, -1.0, 1.0) * half
-        if self._low is not None:
-            numbers = np.clip(numbers, self._low, self._high)
-        else:
-            numbers = numbers + self._offset
-        if self.fallible and not np.isfinite(numbers).all():  # not the simulator's fault
-            raise EnvironmentFailure(f"{self.name}: the policy gave an action that is not finite at step {self._steps}")
+        numbers = self._numbers(action)
         successors, currents, rewards, terminated, truncated, valid = [], [], [], [], [], []
+        masks, following = [*self._masks], [*self._masks]
         self._final_frame = None
         for index, env in enumerate(self._envs):
             try:
                 observation, reward, term, trunc, info = env.step(numbers[index])
-                failure = self._failure(env, observation, reward) if self.fallible else None
+                row, failure = self._observed(env, observation, reward)
                 valid.append(failure is None)
                 if failure is not None:
-                    observation, reward, term, trunc = self._current[index].numpy(), 0.0, False, True
+                    row, reward, term, trunc = row_of(self._current, index), 0.0, False, True
                     self._drop(index, failure)
-                successors.append(observation)
+                successors.append(row)
+                if self._masked:
+                    masks[index] = following[index] = self._mask_of(info, over=term or trunc)
                 if term or trunc:
                     if self._watched and index == 0:
                         self._final_frame = self.render()
                     observation, info = env.reset()
+                    row = self._observations.row(observation)
+                    if self._masked:
+                        following[index] = self._mask_of(info)
             except Exception as error:
                 raise EnvironmentFailure(
                     f"{self.name}: environment {index} raised {type(error).__name__} at step {self._steps}: {error}"
                 ) from error
-            currents.append(observation)
+            currents.append(row)
             rewards.append(float(reward))
             terminated.append(bool(term))
             truncated.append(bool(trunc))
-            self._masks[index] = info.get("action_mask")
-        successor = self._stack(successors)
+        successor = self._observations.stack(successors)
         ended = torch.tensor(terminated) | torch.tensor(truncated)
         self._current = successor
         if bool(ended.any()):
-            self._current = self._stack(currents)
+            self._current = self._observations.stack(currents)
             self._check("first observation", self._current)
+        self._masks = following
         return StepResult(
-            successor,
+            _given(successor),
             torch.tensor(rewards),
             torch.tensor(terminated),
             torch.tensor(truncated),
             ended,
-            self._mask_tensor(),
+            _batch(masks),
             torch.tensor(valid) if self.fallible else None,
+            _batch(following),
         )
 
-    def _failure(self, env: gymnasium.Env[Any, Any], observation: Any, reward: Any) -> str | None:
-        """What became of the simulator in a step, if it failed."""
+    def _numbers(self, action: Tensor) -> np.ndarray:
+        """What the environments get for the actions ``[N, ...]`` of a policy."""
+        numbers = action.numpy()
+        if self._low is None:
+            return self._actions.decode(numbers)
+        if self._scale is not None:
+            middle, half = self._scale
+            numbers = middle + np.clip(numbers, -1.0, 1.0) * half
+        numbers = np.clip(numbers, self._low, self._high)
+        if not np.isfinite(numbers).all():  # not the simulator's fault
+            raise EnvironmentFailure(f"{self.name}: the policy gave an action that is not finite at step {self._steps}")
+        return numbers
+
+    def _observed(self, env: gymnasium.Env[Any, Any], observation: Any, reward: Any) -> tuple[Row, str | None]:
+        """An observation in the precision in which it is given away, and what became of a simulator that failed."""
+        if not self.fallible:
+            return self._observations.row(observation), None
+        with np.errstate(over="ignore"):
+            row, number = self._observations.row(observation), np.float32(reward)
         # warnings are counted from the last reset on
         if self._mujoco and env.unwrapped.data.warning.number[self._warnings].any():
-            return "MuJoCo's state diverged"
-        with np.errstate(over="ignore"):  # in the precision in which they are given away
-            given: tuple[Any, Any] = np.asarray(observation, np.float32), np.float32(reward)
-        for what, value in zip(("an observation", "a reward"), given, strict=True):
-            if not np.isfinite(value).all():
-                return f"{what} that is not finite"
-        return None
+            return row, "MuJoCo's state diverged"
+        if not is_finite(row):
+            return row, "an observation that is not finite"
+        return row, None if np.isfinite(number) else "a reward that is not finite"
 
-    def _following(self) -> Tensor:
-        return self._current
+    def _following(self) -> Tensor | TensorDictBase:
+        return _given(self._current)
 
-    def _stack(self, observations: list[Any]) -> Tensor:
-        return torch.from_numpy(np.stack(observations).astype(np.uint8 if self._image else np.float32, copy=False))
-
-    def _mask_tensor(self) -> Tensor | None:
-        if self._masks[0] is None:
-            return None
-        return torch.from_numpy(np.stack(self._masks).astype(bool))
+    def _mask_of(self, info: dict[str, Any], over: bool = False) -> np.ndarray:
+        """The mask of a step, or of the last observation of an episode, in which there may be nothing left to do."""
+        mask = info.get("action_mask")
+        if mask is None and not over:
+            raise ValueError("info has no action_mask, which it had at the first reset")
+        legal = None if mask is None else self._actions.mask(mask)
+        return legal if legal is not None and (legal.any() or not over) else self._actions.all_legal
 
     def close(self, *, raise_if_closed: bool = True, **_: Any) -> None:
         """Closes all environments."""
@@ -209,6 +231,15 @@ class GymEnv(VectorEnv):
             for env in self._envs:
                 env.close()
         super().close(raise_if_closed=raise_if_closed)
+
+
+def _given(observation: Tensor | TensorDictBase) -> Tensor | TensorDictBase:
+    # who gets a TensorDict may write into it
+    return observation.copy() if isinstance(observation, TensorDictBase) else observation
+
+
+def _batch(masks: list[np.ndarray]) -> Tensor | None:
+    return torch.from_numpy(np.stack(masks)) if masks else None
 
 
 def _make(env_id: str, kwargs: dict[str, Any]) -> gymnasium.Env[Any, Any]:
@@ -246,20 +277,3 @@ def _divergence_warnings() -> list[int]:
     import mujoco
 
     return [int(number) for name, number in mujoco.mjtWarning.__members__.items() if "BAD" in name]
-
-
-def _observation_spec(name: str, space: spaces.Space[Any]) -> tuple[TensorSpec, bool]:
-    if not isinstance(space, spaces.Box):
-        raise ValueError(f"{name} has observations of {space}; the agents read Box spaces only: wrap the environment")
-    if space.dtype == np.uint8:
-        return Bounded(0, 255, shape=space.shape, dtype=torch.uint8), True
-    return Unbounded(space.shape, dtype=torch.float32), False
-
-
-def _action_spec(name: str, space: spaces.Space[Any]) -> tuple[TensorSpec, Any, Any]:
-    if isinstance(space, spaces.Discrete):
-        return Categorical(int(space.n), dtype=torch.int64), None, None
-    if isinstance(space, spaces.Box) and len(space.shape) == 1:
-        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-        return Unbounded(space.shape, dtype=torch.float32), low, high
-    raise ValueError(f"{name} has actions of {space}; the agents act in Discrete and one-dimensional Box spaces only")

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
-from torchrl.data import Bounded, Categorical
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec
 from torchrl.envs import EnvBase
 
-from offtrace.modules.envs.atari import AtariEnv, Protocol
+from offtrace.modules.envs.atari import AtariEnv
 from offtrace.modules.envs.gym import GymEnv
-from offtrace.modules.envs.names import atari_name, check_name
-from offtrace.modules.envs.suite import control_name
+from offtrace.modules.envs.names import Protocol, check_task_options, task_kind
 from offtrace.modules.keys import (
     ACTION_MASK,
     EPISODE_END,
@@ -31,15 +31,32 @@ from offtrace.modules.keys import (
 class EnvInfo:
     """What an agent has to know of an environment; exactly one of ``num_actions`` and ``action_dim`` is set.
 
-    ``frame_stack`` is the number of frames in an observation, 1 where it is no stack.
+    Attributes:
+        observation_shape: of one observation; with ``flatten=False`` of each entry of a dictionary, by its name.
+        num_actions: of discrete actions.
+        action_dim: of continuous actions.
+        frame_skip: environment frames per step.
+        masked: the environment tells which actions are legal.
+        frame_stack: frames in an observation, 1 where it is no stack.
     """
 
-    observation_shape: tuple[int, ...]
+    observation_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]]
     num_actions: int | None
     action_dim: int | None
     frame_skip: int
     masked: bool
     frame_stack: int = 1
+
+    @property
+    def kind(self) -> Literal["discrete", "continuous"]:
+        """What the actions are."""
+        return "continuous" if self.num_actions is None else "discrete"
+
+    @property
+    def observation_size(self) -> int:
+        """Numbers in one observation."""
+        shape = self.observation_shape
+        return sum(math.prod(entry) for entry in (shape.values() if isinstance(shape, Mapping) else [shape]))
 
 
 def make_env(
@@ -49,10 +66,13 @@ def make_env(
     seed: int = 0,
     evaluation: bool = False,
     last_step: bool = False,
-    protocol: Protocol = "classic",
     num_threads: int = 1,
     rescale_actions: bool = False,
     pictures: bool = False,
+    protocol: Protocol = "classic",
+    action_repeat: int = 1,
+    pixels: bool = False,
+    flatten: bool = True,
     **kwargs: Any,
 ) -> EnvBase:
     """A batched environment ``[num_envs]``.
@@ -63,37 +83,48 @@ def make_env(
             one without arguments that makes a Gymnasium environment.
         num_envs: how many.
         seed: of the first; the others follow it.
-        evaluation: Atari: whole games.
+        evaluation: whole games of Atari, where training ends with a life.
         last_step: also write the last action and reward, which recurrent networks read.
-        protocol, num_threads: Atari only, see :class:`AtariEnv`.
-        rescale_actions: Gymnasium only: actions in [-1, 1] are mapped to the bounds. Those of dm_control always are.
-        pictures: Gymnasium only: made for ``render()``, as tasks of dm_control always are.
+        num_threads: of Atari's emulator, see :class:`AtariEnv`.
+        rescale_actions: actions of a Gymnasium environment in [-1, 1] are mapped to the bounds. Those of dm_control
+            always are.
+        pictures: a Gymnasium environment is made for ``render()``, as tasks of dm_control always are.
+        protocol: Atari only: ``"classic"`` or ``"sticky"``, see :class:`AtariEnv`.
+        action_repeat: dm_control only: steps of the task per action.
+        pixels: dm_control only: images instead of states.
+        flatten: not Atari: one vector for a dictionary of observations, or with False ``("observation", name)`` each. A
+            TorchRL environment of your own gives what it gives.
         kwargs: for :class:`GymEnv` and ``gymnasium.make``, or for :class:`ControlEnv`; an Atari game and an own
             environment take none.
 
     Raises:
-        ValueError: on an unknown name, an option that the environment does not have, or spaces the agents cannot deal
-            with.
+        ValueError: on an unknown name, an option that the task does not have, which may be given at its default, or
+            spaces the agents cannot deal with.
     """
-    check_name(name)
-    if kwargs and (":" in name or atari_name(name) is not None):
-        option, value = next(iter(kwargs.items()))
-        kind = "an own environment" if ":" in name else "an Atari game"
-        raise ValueError(f"{option} is {value}; {name!r} is {kind}, which has no such option")
-    if ":" in name:
-        return _imported(name, num_envs, seed, last_step, rescale_actions)
-    if atari_name(name) is not None:
+    options = {"protocol": protocol, "action_repeat": action_repeat, "pixels": pixels, "flatten": flatten}
+    check_task_options(name, options | kwargs)
+    kind = task_kind(name)
+    if kind == "own":
+        return _imported(
+            name, num_envs, seed=seed, last_step=last_step, rescale_actions=rescale_actions, flatten=flatten
+        )
+    if kind == "atari":
         return AtariEnv(
             name, num_envs, protocol=protocol, evaluation=evaluation, seed=seed, num_threads=num_threads,
             last_step=last_step,
         )  # fmt: skip
-    if control_name(name) is not None:
+    if kind == "dm_control":
         from offtrace.modules.envs.control import ControlEnv  # MuJoCo takes half a second, and memory in each actor
 
-        return ControlEnv(name, num_envs, seed=seed, last_step=last_step, **kwargs)
+        return ControlEnv(
+            name, num_envs, seed=seed, last_step=last_step, action_repeat=action_repeat, pixels=pixels,
+            flatten=flatten, **kwargs,
+        )  # fmt: skip
     if pictures:
         kwargs["render_mode"] = "rgb_array"
-    return GymEnv(name, num_envs, seed=seed, last_step=last_step, rescale_actions=rescale_actions, **kwargs)
+    return GymEnv(
+        name, num_envs, seed=seed, last_step=last_step, rescale_actions=rescale_actions, flatten=flatten, **kwargs
+    )
 
 
 def env_info(name: str, **kwargs: Any) -> EnvInfo:
@@ -107,7 +138,7 @@ def env_info(name: str, **kwargs: Any) -> EnvInfo:
         action = env.action_spec
         discrete = isinstance(action, Categorical)
         return EnvInfo(
-            observation_shape=tuple(env.observation_spec[OBSERVATION].shape[1:]),
+            observation_shape=_shape(name, env.observation_spec[OBSERVATION]),
             num_actions=int(action.space.n) if discrete else None,
             action_dim=None if discrete else int(action.shape[-1]),
             frame_skip=int(getattr(env, "frame_skip", 1)),
@@ -116,6 +147,17 @@ def env_info(name: str, **kwargs: Any) -> EnvInfo:
         )
     finally:
         env.close()
+
+
+def _shape(name: str, observation: TensorSpec) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    if not isinstance(observation, Composite):
+        return tuple(observation.shape[1:])
+    for key, entry in observation.items():
+        if isinstance(entry, Composite):
+            raise ValueError(
+                f"{name!r} has entries inside the entry {key!r} of its observation; the agents read one level of them"
+            )
+    return {key: tuple(entry.shape[1:]) for key, entry in observation.items()}
 
 
 _NEEDED = (OBSERVATION, IS_INIT, EPISODE_REWARD, EPISODE_LENGTH, EPISODE_END)
@@ -129,7 +171,7 @@ def _takes_size_and_seed(make: Callable[..., Any]) -> bool:
     return True
 
 
-def _imported(path: str, num_envs: int, seed: int, last_step: bool, rescale_actions: bool) -> EnvBase:
+def _imported(path: str, num_envs: int, *, seed: int, last_step: bool, rescale_actions: bool, flatten: bool) -> EnvBase:
     module, _, function = path.partition(":")
     try:
         make: Callable[..., Any] = getattr(importlib.import_module(module), function)
@@ -157,5 +199,7 @@ def _imported(path: str, num_envs: int, seed: int, last_step: bool, rescale_acti
         return made
     if isinstance(made, gymnasium.Env):
         made.close()
-        return GymEnv(make, num_envs, seed=seed, last_step=last_step, rescale_actions=rescale_actions, name=path)
+        return GymEnv(
+            make, num_envs, seed=seed, last_step=last_step, rescale_actions=rescale_actions, flatten=flatten, name=path
+        )
     raise ValueError(f"{path!r} returned {type(made).__name__}; it must return a TorchRL EnvBase or a gymnasium.Env")

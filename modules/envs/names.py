@@ -1,12 +1,49 @@
-"""Names of environments, resolved without importing torch."""
+"""Names of environments and the options of their tasks, checked without importing torch."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from functools import cache
+from typing import Any, Final, Literal, NamedTuple
 
-from offtrace.modules.envs.suite import control_name, control_tasks, unknown_task
+from offtrace.modules.envs.suite import check_installed, control_name, control_tasks, unknown_task
+
+Kind = Literal["atari", "dm_control", "gymnasium", "own"]
+Protocol = Literal["classic", "sticky"]
+PROTOCOLS: tuple[Protocol, ...] = ("classic", "sticky")
+
+_WHAT: Final[dict[Kind, str]] = {
+    "atari": "an Atari game",
+    "dm_control": "a task of dm_control",
+    "gymnasium": "a Gymnasium environment",
+    "own": "an own environment",
+}
+_OWNERS: Final[dict[Kind, str]] = {
+    "atari": "Atari games",
+    "dm_control": "tasks of dm_control",
+    "gymnasium": "Gymnasium environments",
+    "own": "own environments",
+}
+
+
+class TaskOption(NamedTuple):
+    """An option of a task: its default, which every kind of task accepts, and the kinds that have others."""
+
+    default: Any
+    kinds: tuple[Kind, ...]
+
+
+TASK_OPTIONS: Final[dict[str, TaskOption]] = {
+    "protocol": TaskOption("classic", ("atari",)),
+    "action_repeat": TaskOption(1, ("dm_control",)),
+    "pixels": TaskOption(False, ("dm_control",)),
+    "flatten": TaskOption(True, ("dm_control", "gymnasium", "own")),
+}
+"""What makes another task of the same name."""
+_USE: Final = ("seed", "evaluation", "last_step", "num_threads", "rescale_actions", "pictures")
+"""How a task is used; every kind takes these."""
 
 
 @cache
@@ -46,19 +83,55 @@ def unknown(name: str) -> str:
     )
 
 
-def check_name(name: str) -> None:
-    """Raises ``ValueError`` for a name that :func:`offtrace.modules.envs.make_env` would not know; imports no torch.
+def task_kind(name: str) -> Kind:
+    """What kind of task a name means: ``"atari"``, ``"dm_control"``, ``"gymnasium"`` or ``"own"`` (an import path).
 
     An import path is only checked for its form: importing it is the user's code.
+
+    Raises:
+        ValueError: nobody knows the name, or the import path is none.
     """
     if ":" in name:
         module, _, function = name.partition(":")
         if not module or not function.isidentifier():
             raise ValueError(f"the import path of an environment is 'package.module:function', got {name!r}")
-        return
+        return "own"
     if atari_name(name) is not None:
-        return
+        return "atari"
+    if control_name(name) is not None:
+        return "dm_control"
     import gymnasium
 
-    if name not in gymnasium.registry and control_name(name) is None:
+    if name not in gymnasium.registry:
         raise ValueError(unknown(name))
+    return "gymnasium"
+
+
+def check_name(name: str) -> None:
+    """Raises ``ValueError`` for a name that :func:`offtrace.modules.envs.make_env` refuses; imports no torch."""
+    if task_kind(name) == "dm_control":
+        check_installed(f"the task {name!r}")
+
+
+def check_task_options(name: str, options: Mapping[str, Any]) -> None:
+    """Checks a task's name and the options that :func:`offtrace.modules.envs.make_env` shall get; imports no torch.
+
+    One group of options serves every kind of task: what a kind does not have may be given at its default. Options that
+    are not listed here go to the task of dm_control or the Gymnasium environment, which refuse what they do not know.
+
+    Raises:
+        ValueError: the name is refused, or the task has no such option.
+    """
+    check_name(name)
+    kind = task_kind(name)
+    for option, value in options.items():
+        known = TASK_OPTIONS.get(option)
+        if known is not None:
+            if kind not in known.kinds and value != known.default:
+                owners = " and ".join(_OWNERS[owner] for owner in known.kinds)
+                raise ValueError(
+                    f"{option} is {value}, which only {owners} have; {name!r} is {_WHAT[kind]}: it must be "
+                    f"{known.default}"
+                )
+        elif kind in ("atari", "own") and option not in _USE:
+            raise ValueError(f"{option} is {value}; {name!r} is {_WHAT[kind]}, which has no such option")

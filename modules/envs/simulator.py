@@ -8,12 +8,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from offtrace.modules.envs.suite import control_suite
-
-control_suite()  # before anything else of dm_control, so that it finds a renderer
-from dm_control.mujoco import Physics  # noqa: E402
-from dm_control.mujoco.engine import Camera  # noqa: E402
-from dm_control.rl.control import Environment, PhysicsError  # noqa: E402
+from offtrace.modules.envs.suite import control_module
 
 _MAXIMUM = 1e9
 """Bounds beyond it are MuJoCo's way of saying that an actuator has none."""
@@ -28,7 +23,7 @@ class Simulator:
     """A dm_control environment, stepped through its task and physics.
 
     Args:
-        env: the environment; it stays the owner of task and physics.
+        env: a ``dm_control.rl.control.Environment``; it stays the owner of task and physics.
 
     Attributes:
         low, high: float64 ``[A]``, the bounds of the actions.
@@ -37,15 +32,17 @@ class Simulator:
         first: the first observation of the episode.
     """
 
-    def __init__(self, env: Environment) -> None:
-        if type(env).step is not Environment.step:
+    def __init__(self, env: Any) -> None:
+        control = control_module("dm_control.rl.control")
+        self._failures = (control.PhysicsError, mujoco.FatalError)
+        if type(env).step is not control.Environment.step:
             raise ValueError(f"{type(env).__name__} has a step of its own; only dm_control.rl.control.Environment fits")
         self.env = env
         self.physics = env.physics
         self.task = env.task
         self._sub_steps: int = env._n_sub_steps
         self._step_limit: float = env._step_limit
-        self._direct = type(self.physics).step is Physics.step
+        self._direct = type(self.physics).step is control_module("dm_control.mujoco").Physics.step
         self._steps = 0
         spec = env.action_spec()
         self.low, self.high = (np.broadcast_to(x, spec.shape).astype(np.float64) for x in (spec.minimum, spec.maximum))
@@ -70,7 +67,7 @@ class Simulator:
         for _ in range(_RESTARTS):
             try:
                 observation = self.env.reset().observation
-            except (PhysicsError, mujoco.FatalError) as error:
+            except self._failures as error:
                 reason = str(error)
                 continue
             if all(np.isfinite(value).all() for value in observation.values()):
@@ -120,7 +117,7 @@ class Simulator:
                 else:
                     physics.step(self._sub_steps)
                 task.after_step(physics)
-            except (PhysicsError, mujoco.FatalError) as error:
+            except self._failures as error:
                 raise SimulatorFailure(str(error)) from error
             total += float(task.get_reward(physics))
             self._steps += 1
@@ -147,9 +144,10 @@ class Simulator:
             raised = [name for name, number in zip(names, self._warnings, strict=False) if number]
             raise SimulatorFailure(f"MuJoCo warned of {', '.join(raised)}")
 
-    def camera(self, height: int, width: int, camera: int | str) -> Camera:
+    def camera(self, height: int, width: int, camera: int | str) -> Any:
         """A camera; its ``render()`` gives uint8 ``[height, width, 3]``."""
-        return Camera(self.physics, height=height, width=width, camera_id=camera)
+        engine = control_module("dm_control.mujoco.engine")
+        return engine.Camera(self.physics, height=height, width=width, camera_id=camera)
 
     def close(self) -> None:
         """Frees model and OpenGL context."""

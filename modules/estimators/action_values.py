@@ -1,240 +1,456 @@
-"""Estimators of action values: one operator, four traces."""
+"""Estimators of action values: one-step and n-step returns, and one operator with four traces."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, NamedTuple
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 
-from offtrace.modules import keys as k
-from offtrace.modules.estimators.base import ReturnEstimator, _with
-from offtrace.modules.returns import TraceName, make_trace, q_return
+from offtrace.modules.estimators.action_networks import ActionValueForward
+from offtrace.modules.estimators.base import Outcome, check_unit_interval
+from offtrace.modules.estimators.selection import Selection, every_step, first_window
+from offtrace.modules.returns import (
+    categorical_projection,
+    clipped_fraction,
+    distributional_return,
+    effective_sample_size,
+    importance_trace,
+    n_step_return,
+    q_return,
+    retrace_trace,
+    trace_reach,
+    tree_backup_trace,
+)
 
 
-class _ActionEstimator(ReturnEstimator):
-    """Targets for Q(x, a) on rollouts ``[*B, T]`` in TorchRL's layout.
+class ActionEstimate(NamedTuple):
+    """``target`` [M], or its distribution [M, atoms]; ``diagnostics``, detached scalars by their names."""
 
-    What a network is given for is computed; what is not given is read: ``"chosen_action_value"``
-    ``[*B, T, 1]``, the expected value of the successor ``("next", "state_value")`` ``[*B, T, 1]``, and
-    ``"target_log_prob"`` ``[*B, T]``. Writes ``"value_target"`` and ``"advantage"``, target minus chosen value,
-    ``[*B, T, 1]``, without gradient.
+    target: Tensor
+    diagnostics: dict[str, Tensor]
 
+
+class ActionValueEstimator(ActionValueForward):
+    """Targets for Q(x, a), in a loss or alone on rollouts ``[*B, T]`` in TorchRL's layout.
+
+    A loss asks in this order: :meth:`select`, which steps it learns from, before it runs any
+    network; and :meth:`estimate`, with the values that it has computed for them. A subclass of your own defines
+    :meth:`compute`, of the steps of whole sequences, and says what it needs:
+
+    * ``uses_behaviour``: the log-ratio to the behaviour policy, ``log_rho``;
+    * ``uses_log_pi``: the target policy's log-probability of the batch's action;
+    * ``uses_q_value``: the target critic's value of the batch's action;
+    * ``only_discrete``: probabilities of discrete actions.
+
+    What it does not use is None where the loss does not have it. It then works in every loss that learns action values,
+    as an object or by its import path.
+
+    Alone, networks you give are called; what you do not give is read: ``"chosen_action_value"`` ``[*B, T, 1]``, the
+    expected value of the successor ``("next", "state_value")`` ``[*B, T, 1]``, and ``"target_log_prob"`` ``[*B, T]``.
+    Writes ``"value_target"`` and ``"advantage"``, target minus chosen value, ``[*B, T, 1]``, without gradient. There
     E_pi Q(x', .) is the exact sum where the critic writes ``"action_value"`` (``[*, A]``, or ``[*, K, A]`` for K
     critics); where it reads the action and writes ``"state_action_value"`` ``[*, K]``, it is the mean over
     ``num_samples`` fresh actions, or the value of the policy's deterministic action. Of K critics the smallest counts,
     at the batch's action and at the successor. Pass target networks to correct with target values.
 
     Args:
-        gamma: discount per step.
-        lmbda: trace decay in [0, 1].
+        gamma: discount per step; None: that of the loss.
         qvalue_network: the critic; a target network, usually.
         actor_network: a probabilistic TensorDict module, the target policy.
         num_samples: actions over which a continuous policy's value is averaged, or ``"mean"``.
         alpha: temperature: the successor's value is E_pi [Q - alpha log pi]. A value that is read is used as it is.
-        action_dim: of ACER's root, see :func:`offtrace.modules.returns.retrace_trace`.
-        validate: also check values: finite, log-probabilities of a discrete policy not above 0. Costs a device sync.
+        validate: alone, also check values: finite, log-probabilities of a discrete policy not above 0. Costs a device
+            sync.
+
+    A loss has its own networks, samples and temperature: there all but ``gamma`` are left out.
 
     Raises:
         ValueError: on a parameter out of range, or by ``validate``, on a value.
         KeyError: when an entry is missing, by its name.
     """
 
-    _trace: TraceName
-    _needs_behaviour = True
-
-    def __init__(
-        self,
-        *,
-        gamma: float,
-        lmbda: float = 1.0,
-        qvalue_network: TensorDictModuleBase | None = None,
-        actor_network: TensorDictModuleBase | None = None,
-        num_samples: int | Literal["mean"] = 1,
-        alpha: float | Tensor = 0.0,
-        action_dim: int = 1,
-        validate: bool = False,
-    ) -> None:
-        if num_samples != "mean" and (isinstance(num_samples, str) or num_samples < 1):
-            raise ValueError(f"num_samples must be at least 1, or 'mean', got {num_samples!r}")
-        if qvalue_network is not None and actor_network is None:
-            raise ValueError("a qvalue_network needs an actor_network too: the successor's value is that of its policy")
-        super().__init__(
-            gamma=gamma, value_network=qvalue_network, actor_network=actor_network, validate=validate, lmbda=lmbda
-        )
-        self.lmbda = lmbda
-        self.num_samples = num_samples
-        self.alpha = alpha
-        self.action_dim = action_dim
+    kind = "action"
+    uses_q_value: bool = True
 
     @property
-    def in_keys(self) -> list[Any]:
-        """Entries that are read."""
-        names = self.tensor_keys
-        found = [(k.NEXT, key) for key in (names.reward, names.done, names.terminated)]
-        network, actor = self.value_network, self.actor_network
-        if network is None:
-            found += [names.chosen_action_value, (k.NEXT, names.value)]
-        else:
-            states = [key for key in (*network.in_keys, *actor.in_keys) if key != names.action]
-            found += [names.action, *states, *((k.NEXT, key) for key in states)]
-        found += [names.target_log_prob] if actor is None else [names.action, *actor.in_keys]
-        if self._needs_behaviour:
-            found.append(names.sample_log_prob)
-        return list(dict.fromkeys(found))
+    def diagnostic_keys(self) -> list[str]:
+        """Names of the diagnostics that :meth:`estimate` gives."""
+        return ["ess"]
 
-    @dispatch
-    def forward(
+    def sequence_length(self, default: int) -> int:
+        """How many steps a sequence should have: 1 means transitions; ``default`` where any length will do."""
+        return default
+
+    def steps_per_sequence(self, length: int) -> int:
+        """How many steps of a sequence of ``length`` are learnt from."""
+        return length
+
+    def select(self, outcome: Outcome, *, gamma: float) -> Selection:
+        """The steps that are learnt from, and where they bootstrap: here every step, from its own successor."""
+        return every_step(outcome, gamma=gamma)
+
+    def compute(
         self,
-        tensordict: TensorDictBase,
         *,
-        params: TensorDictBase | None = None,
-        target_params: TensorDictBase | None = None,
-        time_dim: int | None = None,
-    ) -> TensorDictBase:
-        """Adds value target and advantage to ``tensordict`` ``[*B, T]`` and returns it.
+        reward: Tensor,
+        q_value: Tensor,
+        next_value: Tensor,
+        log_pi: Tensor,
+        log_rho: Tensor,
+        terminated: Tensor,
+        done: Tensor,
+        gamma: float,
+        valid: Tensor | None,
+        support: Tensor | None = None,
+    ) -> Tensor:
+        """The target, time first: what a subclass defines.
 
         Args:
-            tensordict: the rollout.
-            params: of the critic, where a functional loss keeps them.
-            target_params: of the critic, in place of ``params``, at the batch's action and at the successor.
-            time_dim: dimension of time; the one named ``"time"``, else the last.
+            reward, terminated, done, gamma, valid: as of :func:`offtrace.modules.returns.q_return`, ``[T, *B]``.
+            q_value: Q(x_t, a_t), ``[T, *B]``, or its distribution ``[T, *B, atoms]``.
+            next_value: E_pi Q(x'_t, .) at the true successor, or the policy's mixture of distributions.
+            log_pi: log pi(a_t|x_t).
+            log_rho: log pi(a_t|x_t) - log mu(a_t|x_t).
+            support: the atoms; passed for distributions only.
+
+        Returns:
+            ``[T, *B]``, or ``[T, *B, atoms]``.
         """
-        names = self.tensor_keys
-        dim = self._get_time_dim(time_dim, tensordict)
-        used = params if target_params is None else target_params
-        chosen, following = self._promoted(
-            tensordict, self._chosen(tensordict, used), self._following(tensordict, used)
+        raise NotImplementedError(f"{type(self).__name__} does not define compute, the target of whole sequences")
+
+    @torch.no_grad()
+    def diagnose(
+        self, *, log_pi: Tensor | None, log_rho: Tensor | None, done: Tensor, gamma: float, valid: Tensor | None
+    ) -> dict[str, Tensor]:
+        """How far off-policy the sequences are, time first: the effective sample size of pi/mu, NaN where unknown."""
+        if log_rho is None:
+            return {"ess": torch.full((), math.nan, device=done.device)}
+        return {"ess": effective_sample_size(log_rho, valid=valid)}
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        selection: Selection,
+        *,
+        next_value: Tensor,
+        q_value: Tensor | None = None,
+        log_pi: Tensor | None = None,
+        log_rho: Tensor | None = None,
+        support: Tensor | None = None,
+    ) -> ActionEstimate:
+        """Target and diagnostics of the selected steps; no gradient flows. Here time changes its dimension.
+
+        Args:
+            selection: what :meth:`select` gave.
+            next_value: value of the policy where the steps bootstrap, [M], or its distribution [M, atoms].
+            q_value: the target critic's value of the batch's actions, [M], or its distribution [M, atoms].
+            log_pi, log_rho: log pi and log pi - log mu of the batch's actions, [M].
+            support: the atoms.
+        """
+        shape, dtype = selection.outcome.reward.shape, selection.outcome.reward.dtype
+        reward, terminated, done, valid = selection.outcome.time_first()
+
+        def sequences(x: Tensor | None, *, clear: bool = False) -> Any:
+            """[T, N, ...] of [M, ...]; under autocast values come in half precision."""
+            if x is None:
+                return None
+            x = x.detach().to(dtype).unflatten(0, shape).transpose(0, 1)
+            return torch.where(valid, x, x.new_zeros(())) if clear and valid is not None else x
+
+        log_pi, log_rho = sequences(log_pi, clear=True), sequences(log_rho, clear=True)
+        target = self.compute(
+            reward=reward,
+            q_value=sequences(q_value),
+            next_value=sequences(next_value),
+            log_pi=log_pi,
+            log_rho=log_rho,
+            terminated=terminated,
+            done=done,
+            gamma=self._known_gamma(),
+            valid=valid,
+            **({} if support is None else {"support": support}),
         )
-        trace = self._coefficients(tensordict, chosen)
-        target = q_return(
-            q_value=chosen.transpose(0, dim),
-            next_state_value=following.transpose(0, dim),
-            trace=trace.transpose(0, dim) if isinstance(trace, Tensor) else trace,
-            **self._ends(tensordict, dim, chosen, following),
-        ).transpose(0, dim)
-        tensordict.set(names.value_target, target)
-        advantage, valid = target - chosen, self._valid(tensordict, chosen)
-        tensordict.set(names.advantage, advantage if valid is None else torch.where(valid, advantage, 0))
-        return tensordict
+        diagnostics = self.diagnose(log_pi=log_pi, log_rho=log_rho, done=done, gamma=self._known_gamma(), valid=valid)
+        return ActionEstimate(target.transpose(0, 1).flatten(0, 1), diagnostics)
 
-    def _coefficients(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | float:
-        log_pi = self._target_log_prob(tensordict, like)
-        log_rho = self._log_rho(tensordict, log_pi) if self._needs_behaviour else None
-        return make_trace(self._trace, log_rho=log_rho, log_pi=log_pi, lmbda=self.lmbda, action_dim=self.action_dim)
+
+class NStep(ActionValueEstimator):
+    __doc__ = f"""n rewards and the value behind them, not corrected for being off-policy.
+
+    A loss learns from the first step of each sequence; the window is cut at an episode's end and before a step that is
+    not valid. Alone it gives the returns of every step, :func:`offtrace.modules.returns.n_step_return`.
+
+    Source: Sutton 1988; Watkins 1989.
+
+    Args:
+        n: number of steps, at least 1.
+
+    {ActionValueEstimator.__doc__}"""
+    uses_behaviour = False
+    uses_log_pi = False
+    uses_q_value = False
+
+    def __init__(self, *, n: int = 5, **options: Any) -> None:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be 1 or more, and whole, got {n!r}")
+        super().__init__(**options)
+        self.n = n
+
+    @property
+    def diagnostic_keys(self) -> list[str]:
+        """``trace_length``, steps of the window beyond the first, and ``contraction``, besides ``ess``."""
+        return ["ess", "trace_length", "contraction"]
+
+    def sequence_length(self, default: int) -> int:
+        """n."""
+        return self.n
+
+    def steps_per_sequence(self, length: int) -> int:
+        """The first."""
+        return 1
+
+    def select(self, outcome: Outcome, *, gamma: float) -> Selection:
+        """The first step of each sequence, and the end of its window."""
+        return first_window(outcome, gamma=gamma, n=self.n)
+
+    def compute(self, *, reward: Tensor, next_value: Tensor, **known: Any) -> Tensor:
+        """The n-step return of every step, ``[T, *B]``."""
+        ends = {name: known[name] for name in ("terminated", "done", "gamma", "valid")}
+        return n_step_return(reward=reward, next_value=next_value, n=self.n, **ends)
 
     @torch.no_grad()
-    def _chosen(self, tensordict: TensorDictBase, params: TensorDictBase | None) -> Tensor:
-        """Q(x, a), ``[*B, T, 1]``."""
-        names, network = self.tensor_keys, self.value_network
-        if network is None:
-            return self._entry(tensordict, names.chosen_action_value, "qvalue_network").detach()
-        action = self._entry(tensordict, names.action)
-        out = self._call(network, tensordict.select(*network.in_keys), params)
-        if self._enumerates():
-            every = self._least_of_all(out, tensordict.ndim)
-            if action.is_floating_point() or action.numel() != tensordict.numel():
-                raise ValueError(
-                    f"{names.action!r} must hold the indices of discrete actions, {list(tensordict.batch_size)}, got "
-                    f"{action.dtype} {list(action.shape)}; of one-hot actions take argmax(-1)"
-                )
-            return every.gather(-1, action.long().view(*every.shape[:-1], 1))
-        return self._written(out, names.state_action_value, "qvalue_network").amin(-1, keepdim=True)
-
-    @torch.no_grad()
-    def _following(self, tensordict: TensorDictBase, params: TensorDictBase | None) -> Tensor:
-        """E_pi [Q - alpha log pi] at the successor, ``[*B, T, 1]``."""
-        names, network, actor = self.tensor_keys, self.value_network, self.actor_network
-        if network is None:
-            return self._entry(tensordict, (k.NEXT, names.value), "qvalue_network").detach()
-        states = self._successor(tensordict)
-        dist = actor.get_dist(states.select(*actor.in_keys))
-        if self._enumerates():
-            every = self._least_of_all(self._call(network, states.select(*network.in_keys), params), tensordict.ndim)
-            log_pi = dist.logits.log_softmax(-1)
-            # an illegal action has probability 0 and log-probability -inf, and 0 times inf is NaN
-            soft = every - self.alpha * log_pi.masked_fill(log_pi.isinf(), 0)
-            return (log_pi.exp() * soft).sum(-1, keepdim=True)
-        if self.num_samples == "mean":
-            action = dist.deterministic_sample.unsqueeze(0)
+    def estimate(
+        self,
+        selection: Selection,
+        *,
+        next_value: Tensor,
+        q_value: Tensor | None = None,
+        log_pi: Tensor | None = None,
+        log_rho: Tensor | None = None,
+        support: Tensor | None = None,
+    ) -> ActionEstimate:
+        """``reward + discount * next_value`` of the selected steps, projected on the ``support`` of a distribution."""
+        reward, discount = selection.reward, selection.discount
+        if support is None:
+            target = torch.addcmul(reward, discount, next_value)
         else:
-            action = dist.sample(torch.Size([self.num_samples]))
-        observed = states.select(*(key for key in network.in_keys if key != names.action))
-        inputs = observed.expand(len(action), *observed.batch_size).clone(False).set(names.action, action)
-        out = self._call(network, inputs, params)
-        value = self._written(out, names.state_action_value, "qvalue_network").amin(-1, keepdim=True)
-        if isinstance(self.alpha, Tensor) or self.alpha != 0:
-            value = value - self.alpha * dist.log_prob(action).unsqueeze(-1)
-        return value.mean(0)
+            atoms = reward.unsqueeze(-1) + discount.unsqueeze(-1) * support
+            target = categorical_projection(atoms=atoms, probs=next_value.to(atoms.dtype), support=support)
+        return ActionEstimate(target, self._diagnose_windows(selection, log_rho))
 
-    def _enumerates(self) -> bool:
-        return self.value_network is not None and self.tensor_keys.action_value in self.value_network.out_keys
-
-    def _least_of_all(self, out: TensorDictBase, ndim: int) -> Tensor:
-        """``[*B, T, A]``, the smallest of K critics."""
-        every = out.get(self.tensor_keys.action_value)
-        return every.amin(-2) if every.ndim == ndim + 2 else every
-
-    def _call(
-        self, network: TensorDictModuleBase, inputs: TensorDictBase, params: TensorDictBase | None
-    ) -> TensorDictBase:
-        with _with(params, network):
-            return network(inputs)
+    def _diagnose_windows(self, selection: Selection, log_rho: Tensor | None) -> dict[str, Tensor]:
+        reward, valid, gamma = selection.reward, selection.valid, self._known_gamma()
+        if log_rho is None:
+            ess = reward.new_full((), math.nan)
+        else:
+            log_rho = log_rho.detach()
+            known = log_rho if valid is None else torch.where(valid, log_rho, log_rho.new_zeros(()))
+            ess = effective_sample_size(known, valid=valid)
+        if selection.length is None:
+            length, contraction = reward.new_zeros(()), reward.new_full((), gamma)
+        else:
+            steps = selection.length.to(reward.dtype)
+            length, contraction = _mean(steps - 1, valid), 1 - _mean(1 - gamma**steps, valid)
+        return {"ess": ess, "trace_length": length, "contraction": contraction}
 
 
-class Retrace(_ActionEstimator):
-    __doc__ = f"""Retrace(lambda): c = lmbda min(1, pi/mu). Safe for any behaviour policy; on-policy it cuts nothing.
+class OneStep(NStep):
+    __doc__ = f"""The reward and the value of the successor: what transitions can give. Needs no correction.
+
+    {ActionValueEstimator.__doc__}"""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(n=1, **options)
+
+    def sequence_length(self, default: int) -> int:
+        """Transitions."""
+        return 1
+
+    def steps_per_sequence(self, length: int) -> int:
+        """All of them."""
+        return length
+
+    def select(self, outcome: Outcome, *, gamma: float) -> Selection:
+        """Every step, from its own successor."""
+        return every_step(outcome, gamma=gamma)
+
+
+class TraceEstimator(ActionValueEstimator):
+    """The operator of all traces, :func:`offtrace.modules.returns.q_return`, or its relative for distributions.
+
+    A subclass of your own defines :meth:`trace`; where no coefficient exceeds 1 it may say ``bounded``, and where none
+    exceeds the ratio pi/mu, ``contracts``: then the modulus of the operator is told too.
 
     Source: Munos et al. 2016, arXiv 1606.02647.
+    """
 
-    {_ActionEstimator.__doc__}"""
-    _trace = "retrace"
+    __doc__ = f"{__doc__}\n    {ActionValueEstimator.__doc__}\n"
+
+    bounded: bool = False
+    contracts: bool = False
+
+    def __init__(self, *, lmbda: float = 1.0, **options: Any) -> None:
+        check_unit_interval(lmbda=lmbda)
+        super().__init__(**options)
+        self.lmbda = lmbda
+
+    @property
+    def diagnostic_keys(self) -> list[str]:
+        """``trace_length`` in steps and, of what contracts, ``contraction``, besides ``ess``."""
+        return ["ess", "trace_length", *(["contraction"] if self.contracts else [])]
+
+    def trace(self, *, log_pi: Tensor, log_rho: Tensor) -> Tensor | float:
+        """The coefficient c_t of the action at t, ``[T, *B]``, or one number for all: what a subclass defines.
+
+        Args:
+            log_pi: log pi(a_t|x_t), ``[T, *B]``.
+            log_rho: log pi(a_t|x_t) - log mu(a_t|x_t), ``[T, *B]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define its trace")
+
+    def compute(
+        self,
+        *,
+        reward: Tensor,
+        q_value: Tensor,
+        next_value: Tensor,
+        log_pi: Tensor,
+        log_rho: Tensor,
+        terminated: Tensor,
+        done: Tensor,
+        gamma: float,
+        valid: Tensor | None,
+        support: Tensor | None = None,
+    ) -> Tensor:
+        """The operator of all traces."""
+        trace = self.trace(log_pi=log_pi, log_rho=log_rho)
+        known: dict[str, Any] = {"reward": reward, "trace": trace, "terminated": terminated, "done": done}
+        known |= {"gamma": gamma, "valid": valid}
+        if support is None:
+            return q_return(q_value=q_value, next_state_value=next_value, **known)
+        return distributional_return(q_dist=q_value, next_state_dist=next_value, support=support, **known)
+
+    @torch.no_grad()
+    def diagnose(
+        self, *, log_pi: Tensor | None, log_rho: Tensor | None, done: Tensor, gamma: float, valid: Tensor | None
+    ) -> dict[str, Tensor]:
+        """How far off-policy the sequences are, and how far the trace reaches in them."""
+        out = super().diagnose(log_pi=log_pi, log_rho=log_rho, done=done, gamma=gamma, valid=valid)
+        trace = self.trace(log_pi=log_pi, log_rho=log_rho)  # type: ignore[arg-type]
+        if not isinstance(trace, Tensor):
+            known = log_rho if log_rho is not None else log_pi
+            dtype = torch.get_default_dtype() if known is None else known.dtype
+            trace = torch.full(done.shape, trace, dtype=dtype, device=done.device)
+        reach = trace_reach(trace=trace, done=done, gamma=gamma, valid=valid, bounded=self.bounded)
+        out["trace_length"] = reach.length
+        if self.contracts:
+            out["contraction"] = reach.contraction
+        return out
 
 
-class ImportanceSampling(_ActionEstimator):
+class Retrace(TraceEstimator):
+    __doc__ = f"""Retrace(lambda): c = lmbda min(1, pi/mu). Safe for any behaviour policy; on-policy it cuts nothing.
+
+    Source: Munos et al. 2016, arXiv 1606.02647; Wang et al. 2017, arXiv 1611.01224 for the root.
+
+    Args:
+        lmbda: trace decay in [0, 1].
+        root: of the ratio, min(1, (pi/mu)^(1/root)): 1 is Retrace. The number of dimensions of the action is ACER's,
+            for continuous actions, whose joint ratios are tiny; c may then be above the ratio, and the contraction
+            theorem no longer covers it.
+
+    {ActionValueEstimator.__doc__}"""
+    bounded = True
+
+    def __init__(self, *, lmbda: float = 1.0, root: int = 1, **options: Any) -> None:
+        if isinstance(root, bool) or not isinstance(root, int) or root < 1:
+            raise ValueError(f"root must be 1 or more, and whole, got {root!r}")
+        super().__init__(lmbda=lmbda, **options)
+        self.root = root
+        self.contracts = root == 1
+
+    @property
+    def diagnostic_keys(self) -> list[str]:
+        """``c_clipped``, the fraction of ratios above 1, besides those of every trace."""
+        return [*super().diagnostic_keys, "c_clipped"]
+
+    def trace(self, *, log_pi: Tensor, log_rho: Tensor) -> Tensor | float:
+        """lmbda min(1, rho^(1/root))."""
+        return retrace_trace(log_rho=log_rho, lmbda=self.lmbda, action_dim=self.root)
+
+    def diagnose(
+        self, *, log_pi: Tensor | None, log_rho: Tensor | None, done: Tensor, gamma: float, valid: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Those of every trace, and ``c_clipped``."""
+        out = super().diagnose(log_pi=log_pi, log_rho=log_rho, done=done, gamma=gamma, valid=valid)
+        assert log_rho is not None
+        return out | {"c_clipped": clipped_fraction(log_rho, 1.0, valid=valid)}
+
+
+class ImportanceSampling(TraceEstimator):
     __doc__ = f"""Per-decision importance sampling: c = lmbda pi/mu. Unbiased; its variance has no bound.
 
     Source: Precup, Sutton and Singh 2000.
 
-    {_ActionEstimator.__doc__}"""
-    _trace = "importance_sampling"
+    {ActionValueEstimator.__doc__}"""
+    contracts = True
+
+    def trace(self, *, log_pi: Tensor, log_rho: Tensor) -> Tensor | float:
+        """lmbda rho."""
+        return importance_trace(log_rho=log_rho, lmbda=self.lmbda)
 
 
-class TreeBackup(_ActionEstimator):
+class TreeBackup(TraceEstimator):
     __doc__ = f"""Tree backup: c = lmbda pi(a|x). Discrete actions only; needs no behaviour log-probabilities.
 
     Source: Precup, Sutton and Singh 2000.
 
-    {_ActionEstimator.__doc__}"""
-    _trace = "tree_backup"
-    _needs_behaviour = False
-    _only_discrete = True
+    {ActionValueEstimator.__doc__}"""
+    uses_behaviour = False
+    only_discrete = True
+    bounded = True
+    contracts = True
 
-    def _coefficients(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | float:
-        action = tensordict.get(self.tensor_keys.action, None)
-        if action is not None and action.is_floating_point():
-            raise ValueError(
-                "TreeBackup needs probabilities of discrete actions, and these actions are continuous "
-                f"({action.dtype}): a density is no probability; use Retrace"
-            )
-        return super()._coefficients(tensordict, like)
+    def trace(self, *, log_pi: Tensor, log_rho: Tensor) -> Tensor | float:
+        """lmbda pi."""
+        return tree_backup_trace(log_pi=log_pi, lmbda=self.lmbda)
 
 
-class QLambda(_ActionEstimator):
+class QLambda(TraceEstimator):
     __doc__ = f"""Q(lambda): c = lmbda whatever the policies do. Needs no log-probabilities; may diverge.
+
+    With lmbda 1 it is ACER's Q^opc.
 
     Source: Harutyunyan et al. 2016, arXiv 1602.04951.
 
-    {_ActionEstimator.__doc__}"""
-    _trace = "q_lambda"
-    _needs_behaviour = False
+    {ActionValueEstimator.__doc__}"""
+    uses_behaviour = False
+    uses_log_pi = False
+    bounded = True
 
-    def _coefficients(self, tensordict: TensorDictBase, like: Tensor) -> Tensor | float:
+    def trace(self, *, log_pi: Tensor, log_rho: Tensor) -> Tensor | float:
+        """lmbda."""
         return self.lmbda
 
-    @property
-    def in_keys(self) -> list[Any]:
-        """Entries that are read."""
-        return [key for key in super().in_keys if key != self.tensor_keys.target_log_prob]
+
+def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Over the valid steps; 0 where there is none."""
+    if valid is None:
+        return x.mean()
+    return torch.where(valid, x, 0).sum() / valid.sum().float().clamp(min=1)
+
+
+__all__ = [
+    "ActionEstimate",
+    "ActionValueEstimator",
+    "ImportanceSampling",
+    "NStep",
+    "OneStep",
+    "QLambda",
+    "Retrace",
+    "Selection",
+    "TraceEstimator",
+    "TreeBackup",
+]

@@ -1,11 +1,15 @@
-"""What the estimators share: keys, networks, log-probabilities, checks of values."""
+"""What the estimators share: keys, networks, log-probabilities, checks of values; and how a loss gets its own."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
+import operator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -14,15 +18,40 @@ from torch import Tensor
 from torchrl.objectives.value import ValueEstimatorBase
 
 from offtrace.modules import keys as k
+from offtrace.modules.estimators.names import check_options, find_named, parse_spec
 from offtrace.modules.returns.checks import check_numbers
 
 
+class Outcome(NamedTuple):
+    """What the environment answered at each step, [N, T].
+
+    ``done`` includes ``terminated``. ``valid`` is False where the successor is unknown, or None where it never is.
+    """
+
+    reward: Tensor
+    terminated: Tensor
+    done: Tensor
+    valid: Tensor | None
+
+    def time_first(self) -> Outcome:
+        """The same as [T, N], as the returns want it."""
+        valid = None if self.valid is None else self.valid.t()
+        return Outcome(self.reward.t(), self.terminated.t(), self.done.t(), valid)
+
+
 class ReturnEstimator(ValueEstimatorBase):
-    """A TorchRL value estimator over a pure function of :mod:`offtrace.modules.returns`.
+    """A TorchRL value estimator over pure functions of tensors.
 
     Subclasses say which function; here stand the entries, all renamed by ``set_keys``, and who provides them: a network
     that is given is called, what is not given is read from the TensorDict.
     """
+
+    kind: ClassVar[str]
+    """``"state"`` or ``"action"``: whose values are estimated."""
+    uses_behaviour: bool = True
+    """Whether it needs the ratio to the behaviour policy."""
+    only_discrete: bool = False
+    """Whether it needs probabilities of discrete actions."""
 
     @dataclass
     class _AcceptedKeys:
@@ -44,26 +73,33 @@ class ReturnEstimator(ValueEstimatorBase):
         valid: Any = k.VALID
 
     default_keys = _AcceptedKeys
-    _only_discrete = False
 
     def __init__(
         self,
         *,
-        gamma: float,
-        value_network: TensorDictModuleBase | None,
-        actor_network: TensorDictModuleBase | None,
-        validate: bool,
-        **unit_interval: float,
+        gamma: float | None = None,
+        value_network: TensorDictModuleBase | None = None,
+        actor_network: TensorDictModuleBase | None = None,
+        validate: bool = False,
     ) -> None:
-        check_numbers(gamma=gamma, **unit_interval)
-        for name, number in {"gamma": gamma, **unit_interval}.items():
-            if not 0 <= number <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {number}")
+        if gamma is not None:
+            check_unit_interval(gamma=gamma)
         super().__init__(value_network=value_network)
         self.gamma = gamma
         # not a submodule: the loss that uses this estimator owns the actor
         self.__dict__["actor_network"] = actor_network
         self.validate = validate
+
+    def check_bound(self, owner: str) -> None:
+        """What only a loss that takes this estimator can refuse; called when ``owner`` does.
+
+        Raises:
+            ValueError: where the estimator has networks of its own: a loss evaluates its own ones, once.
+        """
+        if self.value_network is not None or self.actor_network is not None:
+            raise ValueError(
+                f"{owner} evaluates its own networks: leave those of its estimator {type(self).__name__} out"
+            )
 
     def value_estimate(
         self, tensordict: TensorDictBase, target_params: TensorDictBase | None = None, **kwargs: Any
@@ -71,6 +107,12 @@ class ReturnEstimator(ValueEstimatorBase):
         """The value target alone, ``[*B, T, 1]``; ``tensordict`` stays as it is."""
         out = self.forward(tensordict.clone(False), params=target_params, target_params=target_params)
         return out.get(self.tensor_keys.value_target)
+
+    def _known_gamma(self) -> float:
+        if self.gamma is None:
+            name = type(self).__name__
+            raise ValueError(f"{name} has no gamma: make it {name}(gamma=...), or give it to a loss, which has one")
+        return self.gamma
 
     def _ends(self, tensordict: TensorDictBase, dim: int, value: Tensor, following: Tensor) -> dict[str, Any]:
         """Reward, masks and discount as the functions take them, time first; checked against the values."""
@@ -90,7 +132,7 @@ class ReturnEstimator(ValueEstimatorBase):
             "reward": found[names.reward].transpose(0, dim),
             "terminated": found[names.terminated].transpose(0, dim),
             "done": found[names.done].transpose(0, dim),
-            "gamma": self.gamma,
+            "gamma": self._known_gamma(),
             "valid": None if valid is None else valid.transpose(0, dim),
         }
 
@@ -99,18 +141,6 @@ class ReturnEstimator(ValueEstimatorBase):
         reward = self._entry(tensordict, (k.NEXT, self.tensor_keys.reward))
         dtype = reward.dtype if reward.is_floating_point() else values[0].dtype
         return [x.to(torch.promote_types(x.dtype, dtype)) for x in values]
-
-    @torch.no_grad()
-    def _state_value(
-        self, tensordict: TensorDictBase, params: TensorDictBase | None, *, successor: bool = False
-    ) -> Tensor:
-        """V(x), or V(x'), ``[*B, T, 1]``."""
-        network, key = self.value_network, self.tensor_keys.value
-        if network is None:
-            return self._entry(tensordict, (k.NEXT, key) if successor else key, "value_network").detach()
-        inputs = (self._successor(tensordict) if successor else tensordict).select(*network.in_keys)
-        with _with(params, network):
-            return self._written(network(inputs), self.tensor_keys.value, "value_network")
 
     @torch.no_grad()
     def _target_log_prob(self, tensordict: TensorDictBase, like: Tensor) -> Tensor:
@@ -178,7 +208,7 @@ class ReturnEstimator(ValueEstimatorBase):
         known = log_prob if valid is None else log_prob[valid]
         if bool(known.isnan().any()):
             raise ValueError(f"{name} must be a number, got {int(known.isnan().sum())} entries that are NaN")
-        if (self._only_discrete or self._discrete(tensordict)) and bool((known > 1e-6).any()):
+        if (self.only_discrete or self._discrete(tensordict)) and bool((known > 1e-6).any()):
             raise ValueError(
                 f"{name} is the log-probability of a discrete action and must not be above 0, "
                 f"got {float(known.max()):g}"
@@ -191,6 +221,119 @@ class ReturnEstimator(ValueEstimatorBase):
                 bad = bad & valid
             if bool(bad.any()):
                 raise ValueError(f"{name} must be finite, got {int(bad.sum())} entries that are not")
+
+
+def make_estimator(spec: str | ReturnEstimator, kind: str, **options: Any) -> ReturnEstimator:
+    """The estimator that ``spec`` is or names, of state values or of action values by ``kind``.
+
+    Args:
+        spec: an object, which is returned as it is; or a name of :mod:`offtrace.modules.estimators.names`, or an import
+            path ``package.module:Class``, either with options: ``"vtrace(lmbda=0.95, rho_clip=inf)"``.
+        kind: ``"state"`` or ``"action"``.
+        options: further ones of what is named.
+
+    Raises:
+        ValueError: on a name or an option that is not known, the nearest told, a number out of range, or another kind.
+        TypeError: on what is no estimator.
+        ImportError: on an import path that leads nowhere.
+    """
+    if isinstance(spec, str):
+        name, given = parse_spec(spec)
+        options = given | options
+        if ":" in name:
+            build, fixed = _imported(name), {}
+            check_options(name, options, _parameters(build))
+        else:
+            named = find_named(name, kind)
+            check_options(name, options, (*named.options, "gamma"))
+            build, fixed = _imported(named.path), dict(named.fixed)
+        spec = build(**fixed, **options)
+    elif options:
+        raise TypeError(
+            f"options go with the name of an estimator, and {type(spec).__name__} is an object that has its own"
+        )
+    if not isinstance(spec, ReturnEstimator):
+        what = f"the class {spec.__name__}, of which an object is needed" if isinstance(spec, type) else repr(spec)
+        raise TypeError(f"an estimator is a name, an import path, or an object of the kind of VTrace(), got {what}")
+    if spec.kind != kind:
+        name = type(spec).__name__
+        raise ValueError(f"{name} estimates {spec.kind} values, and an estimator of {kind} values is needed")
+    return spec
+
+
+def bind(
+    spec: str | ReturnEstimator,
+    kind: str,
+    *,
+    gamma: float,
+    discrete: bool = True,
+    owner: str = "the loss",
+    **options: Any,
+) -> Any:
+    """A loss's own copy of the estimator that ``spec`` is or names, with the loss's ``gamma``.
+
+    Args:
+        spec, kind, options: as of :func:`make_estimator`.
+        gamma: discount per step, of the loss.
+        discrete: whether the loss is one of discrete actions.
+        owner: the loss's name, for messages.
+
+    Raises:
+        ValueError: where the estimator has another gamma, networks of its own, or needs discrete actions; and as
+            :func:`make_estimator`, whose other errors come too.
+    """
+    check_unit_interval(gamma=gamma)
+    found = copy.copy(make_estimator(spec, kind, **options))
+    if found.gamma is not None and found.gamma != gamma:
+        raise ValueError(
+            f"{owner} has gamma={gamma} and its estimator {type(found).__name__} gamma={found.gamma}: leave the "
+            "estimator's out"
+        )
+    if found.only_discrete and not discrete:
+        raise ValueError(
+            f"{type(found).__name__} needs probabilities of discrete actions, and those of {owner} are continuous: a "
+            "density is no probability; use 'retrace'"
+        )
+    found.check_bound(owner)
+    found.gamma = gamma
+    return found
+
+
+def check_unit_interval(**numbers: float) -> None:
+    """Refuse what is no number in [0, 1].
+
+    Raises:
+        TypeError, ValueError: by the argument's name.
+    """
+    check_numbers(**numbers)
+    for name, number in numbers.items():
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {number}")
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        found = operator.attrgetter(name)(import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"the estimator {path!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise TypeError(f"the estimator {path!r} is no class and no function, but a {type(found).__name__}")
+    return found
+
+
+def _parameters(build: Any) -> tuple[str, ...]:
+    """Names of the arguments of ``build``, those behind ``**kwargs`` of a subclass included."""
+    names: list[str] = []
+    makers: list[Any] = [build]
+    if isinstance(build, type):
+        makers = [vars(x)["__init__"] for x in inspect.getmro(build) if "__init__" in vars(x)]
+    for make in makers:
+        found = inspect.signature(make).parameters.values()
+        names += [p.name for p in found if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
+        if not any(p.kind is p.VAR_KEYWORD for p in found):
+            break
+    return tuple(dict.fromkeys(names))
 
 
 def _with(params: TensorDictBase | None, network: TensorDictModuleBase) -> AbstractContextManager[Any]:

@@ -1,25 +1,42 @@
-"""Losses, one to a file."""
+"""Losses, one to a file; and what a loss of your own is made of."""
 
+from offtrace.modules.losses.a2c import A2CLoss
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.dqn import DQNLoss
 from offtrace.modules.losses.impala import ImpalaLoss
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
+from offtrace.modules.losses.ppo import PPOLoss
 from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
+from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.steps import Steps, read_steps
+from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout, state_values
 from offtrace.modules.losses.updates import FastHardUpdate, FastSoftUpdate, compile_loss
 from offtrace.modules.losses.vmpo import VMPOLoss
 
 __all__ = [
+    "A2CLoss",
+    "DQNLoss",
     "DiscreteMPOLoss",
     "DiscreteSACLoss",
+    "EvaluatedPolicy",
     "FastHardUpdate",
     "FastSoftUpdate",
     "ImpalaLoss",
+    "Loss",
     "MPOLoss",
+    "PPOLoss",
     "QActorCriticLoss",
     "SACLoss",
     "SACv1Loss",
+    "Stats",
+    "Steps",
     "VMPOLoss",
     "compile_loss",
+    "evaluate_rollout",
+    "read_steps",
+    "state_values",
 ]

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, get_args
-
 import torch
-from tensordict.nn import ProbabilisticTensorDictSequential
-from torch import Tensor
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 
-from offtrace.modules.losses.offpolicy import check_arguments
-from offtrace.modules.losses.policy_gradient import Estimate, PolicyGradientLoss
-from offtrace.modules.losses.rollout import Reading
-from offtrace.modules.returns import (
-    clipped_fraction,
-    effective_sample_size,
-    gae,
-    importance_trace,
-    trace_reach,
-    vtrace,
+from offtrace.modules.estimators.state_values import StateValueEstimator
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.policy_gradient import (
+    check_positive,
+    explained_variance,
+    ratio_diagnostics,
+    trust_region,
 )
-from offtrace.modules.returns.checks import check_clips
-
-Estimator = Literal["vtrace", "importance_sampling", "one_step", "none"]
-
-_OPTIONS = {"vtrace": ("rho_clip", "c_clip", "pg_rho_clip", "leak"), "one_step": ("pg_rho_clip",)}
-_UNCLIPPED: dict[str, Any] = {"rho_clip": math.inf, "c_clip": math.inf, "pg_rho_clip": math.inf, "leak": 1.0}
+from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.steps import check_arguments
+from offtrace.modules.losses.unroll import evaluate_rollout, state_values
 
 
-class ImpalaLoss(PolicyGradientLoss):
+class ImpalaLoss(Loss):
     """V-trace policy gradient, value and entropy terms over one shared actor-critic, called once per batch.
 
     Over the valid steps of a rollout [B, T], with the target v and advantage A held constant::
@@ -41,13 +32,9 @@ class ImpalaLoss(PolicyGradientLoss):
     each is divided by the number of valid steps: learning rate, gradient clip and RMSProp's epsilon then have another
     scale.
 
-    v and A, by ``estimator`` (table 2 of the paper compares them):
-
-    * ``"vtrace"``: :func:`offtrace.modules.returns.vtrace`;
-    * ``"importance_sampling"``: the same with plain ratios, no clip: unbiased, its variance has no bound;
-    * ``"one_step"``: v is the uncorrected lambda return, and A, the step's own min(pg_rho_clip, rho) times that
-      return's advantage: values of the behaviour policy, gradient weighted by one step;
-    * ``"none"``: every ratio is 1.
+    v and A are those of an estimator of state values; table 2 of the paper compares ``"vtrace"``,
+    ``"importance_sampling"`` (plain ratios, no clip), ``"one_step"`` (values of the behaviour policy, gradient weighted
+    by the step's own ratio) and ``"gae"`` (every ratio is 1).
 
     The network runs once over x_0, ..., x_{T-1} and the successor of the last step; the final observation of a step
     truncated inside the rollout is inserted behind it, so a recurrent net meets it with the state after x_t.
@@ -55,13 +42,11 @@ class ImpalaLoss(PolicyGradientLoss):
     Args:
         policy: what :func:`offtrace.modules.networks.build_policy` gives: its deterministic part writes the
             parameters of the distribution and the state value.
-        estimator: see above.
+        estimator: of state values: a name with options, ``"vtrace(lmbda=0.95, c_clip=0.9)"``, an import path, or an
+            object; see :mod:`offtrace.modules.estimators`.
         gamma: discount per step.
         value_coef, entropy_coef: weights of the two terms.
         reduction: ``"sum"`` or ``"mean"`` over valid steps.
-        lmbda: trace decay.
-        rho_clip, c_clip, leak: of V-trace alone.
-        pg_rho_clip: of V-trace and ``"one_step"``.
         reward_clip: clip rewards to [-reward_clip, reward_clip]; None leaves them.
         normalize_advantage: (A - m w) / (std + 1e-8) over the valid steps of the batch passed in, with w the ratio that
             multiplies the advantage in A, and m = sum A / sum w: of the advantages before their ratio the weighted
@@ -75,115 +60,78 @@ class ImpalaLoss(PolicyGradientLoss):
     and TorchRL's own masks. Parameters of the behaviour distribution give the exact KL; without them it is estimated
     from the actions.
 
-    Returns the three losses and, detached scalars over the valid steps: ``ess``, effective sample size as a fraction in
-    (0, 1]; ``ratio_mean`` of pi/mu, ``inf`` where it
-    overflows; ``rho_clipped``, ``c_clipped`` and ``pg_rho_clipped``, fractions of ratios above
-    the clips that the estimator has; ``trace_length`` in steps and ``contraction`` of the value's operator, by
-    :func:`offtrace.modules.returns.trace_reach`; ``entropy`` in nats; ``kl`` of behaviour to target in nats;
-    ``explained_variance`` of the targets by the value; ``advantage_std``, before normalisation; ``policy_clipped``,
-    fraction of steps outside the trust region; ``valid_count``.
+    Returns the three losses and, detached scalars over the valid steps, those of the estimator (``ess``, effective
+    sample size as a fraction in (0, 1]; ``trace_length`` in steps and ``contraction`` of the value's operator, by
+    :func:`offtrace.modules.returns.trace_reach`; ``rho_clipped``, ``c_clipped`` and ``pg_rho_clipped``, fractions of
+    ratios above the clips that it has); ``ratio_mean`` of pi/mu, ``inf`` where it overflows; ``entropy`` in nats;
+    ``kl`` of behaviour to target in nats; ``explained_variance`` of the targets by the value; ``advantage_std``, before
+    normalisation; ``policy_clipped``, fraction of steps outside the trust region; ``valid_count``.
 
     Raises:
-        ValueError: on an argument out of range, a clip that the estimator has not, or a batch that is not [B, T].
+        ValueError: on an argument out of range, an estimator that does not fit, or a batch that is not [B, T].
         KeyError: when an entry is missing, by its name.
     """
+
+    reads_behaviour = True
 
     def __init__(
         self,
         policy: ProbabilisticTensorDictSequential,
         *,
-        estimator: str = "vtrace",
+        estimator: str | StateValueEstimator = "vtrace",
         gamma: float = 0.99,
         value_coef: float = 0.5,
         entropy_coef: float = 0.01,
         reduction: str = "sum",
-        lmbda: float = 1.0,
-        rho_clip: float = 1.0,
-        c_clip: float = 1.0,
-        pg_rho_clip: float = 1.0,
-        leak: float = 1.0,
         reward_clip: float | None = None,
         normalize_advantage: bool = False,
         policy_clip: float | None = None,
     ) -> None:
-        if estimator not in get_args(Estimator):
-            raise ValueError(f"estimator must be one of {get_args(Estimator)}, got {estimator!r}")
-        given: dict[str, Any] = {"rho_clip": rho_clip, "c_clip": c_clip, "pg_rho_clip": pg_rho_clip, "leak": leak}
-        has = _OPTIONS.get(estimator, ())
-        for name, value in given.items():
-            if value != 1 and name not in has:
-                raise ValueError(f"estimator {estimator!r} has no {name}: leave it at 1, got {value}")
-        check_arguments(reduction=reduction, leak=leak)
-        check_clips(rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
-        clipped = [f"{name}ped" for name in has if name != "leak"]
-        super().__init__(
-            policy,
-            told=["ess", "trace_length", "contraction", *clipped],
-            gamma=gamma,
-            lmbda=lmbda,
-            value_coef=value_coef,
-            entropy_coef=entropy_coef,
-            reduction=reduction,
-            pg_rho_clip=pg_rho_clip,
-            reward_clip=reward_clip,
-            normalize_advantage=normalize_advantage,
-            policy_clip=policy_clip,
-        )
-        self.estimator = estimator
-        self._clipped = clipped
-        self._options = _UNCLIPPED if estimator == "importance_sampling" else given
+        check_arguments(reduction=reduction, gamma=gamma)
+        check_positive(reward_clip=reward_clip, policy_clip=policy_clip)
+        super().__init__()
+        self.bind_estimator(estimator, "state", gamma=gamma)
+        self.policy = policy
+        self.state_keys = list(policy.in_keys)
+        self.bind_networks()
+        self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
+        self.reward_clip, self.normalize_advantage, self.policy_clip = reward_clip, normalize_advantage, policy_clip
+        losses = ["loss_policy", "loss_value", "loss_entropy"]
+        told = ["ratio_mean", "entropy", "kl", "explained_variance", "advantage_std", "policy_clipped", "valid_count"]
+        self.out_keys = [*losses, *told, *self.estimator.diagnostic_keys]
 
-    def _estimate(self, reading: Reading) -> Estimate:
-        values = self._entry(reading.output, self.tensor_keys.value).squeeze(-1)
-        value, next_value = reading.unroll.at(values), reading.unroll.behind(values).detach()
-        reward, terminated, done, valid = reading.batch.time_first()
-        known: dict[str, Any] = {
-            "reward": reward.to(value.dtype),
-            "value": value.detach().t(),
-            "next_value": next_value.t(),
-            "terminated": terminated,
-            "done": done,
-            "gamma": self.gamma,
-            "lmbda": self.lmbda,
-            "valid": valid,
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of a rollout [B, T]."""
+        # one call of the network over the steps and their successors
+        policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
+        value, next_value = state_values(self, policy)
+        stats = Stats(policy.outcome.valid, policy.outcome.reward)
+        reduce = stats.sum if self.reduction == "sum" else stats.mean
+
+        # target and advantage, constant
+        log_rho = policy.log_rho
+        assert log_rho is not None
+        estimate = self.estimator.estimate(policy.outcome, value=value, next_value=next_value, log_rho=log_rho)
+        advantage = estimate.advantage
+        if self.normalize_advantage:
+            advantage = stats.standardised(advantage, estimate.weight)
+        advantage, outside = trust_region(advantage, log_rho, self.policy_clip)
+
+        # the three terms
+        entropy, error = policy.dist.entropy(), estimate.target - value
+        mean_entropy = stats.mean(entropy)
+        out = {
+            "loss_policy": -reduce(advantage * policy.log_pi),
+            "loss_value": (0.5 * self.value_coef) * reduce(error.square()),
+            "loss_entropy": -self.entropy_coef * (mean_entropy if self.reduction == "mean" else stats.sum(entropy)),
         }
-        log_rho = reading.log_rho.to(value.dtype).t()
-        if self.estimator in ("vtrace", "importance_sampling"):
-            target, advantage = (x.t() for x in vtrace(log_rho=log_rho, **self._options, **known))
-        else:
-            target, advantage = (x.t() for x in gae(**known))
-            if self.estimator == "one_step":
-                advantage = self._weighted(advantage, reading)
-        return Estimate(value, target, advantage, self._tell(log_rho, done, valid))
 
-    def _weight(self, reading: Reading) -> Tensor:
-        if self.estimator == "none":
-            return torch.ones_like(reading.log_rho)
-        if self.estimator == "one_step":
-            return super()._weight(reading)
-        ratio, leak = importance_trace(log_rho=reading.log_rho), self._options["leak"]
-        clipped = ratio.clamp(max=self._options["pg_rho_clip"])
-        return clipped if leak == 1 else leak * clipped + (1 - leak) * ratio
-
-    @torch.no_grad()
-    def _tell(self, log_rho: Tensor, done: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        options, told = self._options, {"ess": effective_sample_size(log_rho, valid=valid)}
-        fractions: dict[float, Tensor] = {}
-        for name in self._clipped:
-            limit = options[name.removesuffix("ped")]
-            if limit not in fractions:  # usually they are all the same
-                fractions[limit] = clipped_fraction(log_rho, limit, valid=valid)
-            told[name] = fractions[limit]
-        if self.estimator in ("vtrace", "importance_sampling"):
-            ratio, leak = importance_trace(log_rho=log_rho), options["leak"]
-            rho, c = (ratio.clamp(max=options[name]) for name in ("rho_clip", "c_clip"))
-            if leak < 1:
-                rho, c = (leak * x + (1 - leak) * ratio for x in (rho, c))
-        else:
-            rho = c = torch.ones_like(log_rho)
-        bounded = self.estimator != "importance_sampling" and options["leak"] == 1 and options["c_clip"] <= 1
-        told["trace_length"], told["contraction"] = trace_reach(
-            trace=c if self.lmbda == 1 else self.lmbda * c, done=done, gamma=self.gamma, rho=rho, valid=valid,
-            bounded=bounded,
-        )  # fmt: skip
-        return told
+        # diagnostics
+        with torch.no_grad():
+            out["entropy"] = mean_entropy.detach()
+            out["advantage_std"] = stats.std(estimate.advantage)
+            out["policy_clipped"] = stats.count.new_zeros(()) if outside is None else stats.mean(outside)
+            out["explained_variance"] = explained_variance(estimate.target, error, stats)
+            out["valid_count"] = stats.count
+        return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])

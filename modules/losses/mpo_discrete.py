@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import torch
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
-from torch import Tensor
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictParams, dispatch
+from torch import Tensor, nn
 
 from offtrace.modules import keys as k
+from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses import mpo_duals as m
-from offtrace.modules.losses.mpo_base import MPOBase, Proposal, States
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.critics import of_action
+from offtrace.modules.losses.mpo import LOSSES, VALUES, check_mpo, critic_terms, groups_with_duals
 from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.steps import (
+    States,
+    Steps,
+    check_arguments,
+    read_log_prob,
+    read_steps,
+    reducer,
+    weighted,
+    write_priority,
+)
+from offtrace.modules.losses.views import (
+    check_categorical,
+    distribution_of,
+    mask_key_of,
+    state_keys_of,
+    values_of,
+    zero_illegal,
+)
+from offtrace.modules.networks.distributions import mask_logits
+
+_DUALS = ("temperature", "alpha", "kl_improved", "kl_policy", "entropy")
 
 
-class DiscreteMPOLoss(MPOBase):
+class DiscreteMPOLoss(Loss):
     """MPO over discrete actions, with sums over all of them in place of samples.
 
     With the target networks' pi_t and Q_t (the least of its K values)::
@@ -28,97 +53,134 @@ class DiscreteMPOLoss(MPOBase):
     Abdolmaleki et al. 2018, arXiv 1806.06920, as Acme has it for discrete actions.
 
     Args:
-        policy: writes ``"logits"`` [*, A].
+        policy: has a categorical distribution over A indices.
         critic: reads the observation; writes ``"action_value"`` [*, K, A].
         epsilon, epsilon_policy: bounds of the E-step and of the M-step, in nats.
         raw_temperature, raw_alpha: initial multipliers before the softplus.
 
-    The other arguments, the layout of the batch and what is returned are those of
+    Of a policy that reads ``"action_mask"`` illegal actions have probability 0, and nothing that stands at them is
+    looked at. The other arguments, the layout of the batch and what is returned are those of
     :class:`offtrace.modules.losses.mpo.MPOLoss`; the diagnostics are ``temperature``, ``alpha``, ``kl_improved`` (of q
     to pi_t), ``kl_policy``, ``entropy`` (nats), ``q_value``, ``target_value``, ``td_error``, ``valid_count``, and those
-    of the traces, to which ``target="tree_backup"`` comes here.
+    of the traces, to which ``estimator="tree_backup"`` comes here.
 
     Raises:
         ValueError: on an argument out of range, networks that do not fit, or a batch of another shape.
         KeyError: when an entry is missing, by its name.
     """
 
+    policy: ProbabilisticTensorDictSequential
+    policy_params: TensorDictParams
+    target_policy_params: TensorDictParams
+    critic: TensorDictModule
+    critic_params: TensorDictParams
+    target_critic_params: TensorDictParams
+    support = None
+
     def __init__(
         self,
         policy: ProbabilisticTensorDictSequential,
         critic: TensorDictModule,
         *,
+        estimator: str | ActionValueEstimator = "n_step(n=5)",
         gamma: float = 0.99,
         epsilon: float = 0.1,
         epsilon_policy: float = 2.5e-3,
-        target: str = "n_step",
-        n_step: int = 5,
-        lmbda: float = 0.95,
         policy_states: str = "next",
         raw_temperature: float = 3.0,
         raw_alpha: float = 3.0,
         reduction: str = "mean",
+        priorities: bool = False,
     ) -> None:
-        if list(policy[-1].in_keys) != [k.LOGITS]:
-            raise ValueError(
-                f"DiscreteMPOLoss needs a policy with parameters [{k.LOGITS!r}], got {list(policy[-1].in_keys)}; "
-                "use MPOLoss for continuous actions"
+        check_categorical(self, policy, "MPOLoss")
+        check_arguments(reduction=reduction, gamma=gamma)
+        bounds = {"epsilon": epsilon, "epsilon_policy": epsilon_policy}
+        check_mpo(self, critic, (k.ACTION_VALUE,), policy_states=policy_states, **bounds)
+        super().__init__()
+        self.bind_estimator(estimator, "action", gamma=gamma)
+        self.add_network("policy", policy, target=True)
+        self.add_network("critic", critic, target=True)
+        self._policy_at, self._target_policy = (
+            distribution_of(network) for network in (self.policy, self.target("policy"))
+        )
+        self._q, self._target_q = (
+            values_of(network, k.ACTION_VALUE) for network in (self.critic, self.target("critic"))
+        )
+        self.mask_key = mask_key_of(policy)
+        self.state_keys = state_keys_of(policy, critic, mask_key=self.mask_key)
+        self.epsilon, self.epsilon_policy = epsilon, epsilon_policy
+        self.policy_states = policy_states
+        self.temperature = m.Multiplier(raw_temperature)
+        self.alpha = m.Multiplier(raw_alpha)
+        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.priorities = priorities
+        self.out_keys = [*LOSSES, *_DUALS, *VALUES, *self.estimator.diagnostic_keys, "valid_count"]
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by what they belong to, for different learning rates: ``"actor"``, ``"critic"``, ``"duals"``."""
+        return groups_with_duals(self)
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
+        steps = read_steps(self, tensordict, discrete=True)
+        x, next_x, action = steps.observation, steps.next_observation, steps.action
+        size, stats = len(action), Stats(steps.valid, steps.selection.reward)
+        at_steps = self.policy_states == "root"
+
+        with torch.no_grad():
+            # the target policy where the critic bootstraps, and at the steps where something needs it
+            log_mu = read_log_prob(self, tensordict, steps, needed=self.estimator.uses_behaviour)
+            here = at_steps or log_mu is not None or self.estimator.uses_log_pi
+            both = {key: torch.cat([next_x[key], x[key]]) for key in x} if here else next_x
+            target_both = self._log_probs(self._target_policy, both)
+            log_pi = target_both[size:].gather(-1, action.unsqueeze(-1)).squeeze(-1) if here else None
+            # what the target critic expects of every action, and of the target policy
+            states, target = (both, target_both) if at_steps else (next_x, target_both[:size])
+            values = zero_illegal(self._target_q(states).amin(-2), self._legal(states))
+            bootstrap = (target.exp() * values).sum(-1)
+            # target
+            estimate = self.estimator.estimate(
+                steps.selection,
+                next_value=bootstrap[:size],
+                q_value=of_action(self._target_q(x), action).amin(-1) if self.estimator.uses_q_value else None,
+                log_pi=log_pi,
+                log_rho=None if log_mu is None or log_pi is None else log_pi - log_mu.to(log_pi.dtype),
             )
-        for name, value in {"epsilon": epsilon, "epsilon_policy": epsilon_policy}.items():
-            if value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        super().__init__(
-            policy,
-            critic,
-            value_keys=(k.ACTION_VALUE,),
-            diagnostics=("temperature", "alpha", "kl_improved", "kl_policy", "entropy"),
-            gamma=gamma,
-            target=target,
-            n_step=n_step,
-            lmbda=lmbda,
-            policy_states=policy_states,
-            reduction=reduction,
-        )
-        self.epsilon = epsilon
-        self.epsilon_policy = epsilon_policy
-        self.temperature = m.Dual(raw_temperature)
-        self.alpha = m.Dual(raw_alpha)
 
-    def _policy_at(self, policy: Any, states: States) -> tuple[Tensor, ...]:
-        (logits,) = super()._policy_at(policy, states)
-        return (logits.log_softmax(-1),)
+        # critics
+        terms, error = critic_terms(self, of_action(self._q(x), action), estimate.target, steps, stats)
+        if self.priorities:
+            write_priority(self, tensordict, error, steps.valid)
 
-    def _propose(self, states: States, policy: Sequence[Tensor]) -> Proposal:
-        value = self._critic_at(self.target("critic"), states).amin(-2)
-        return Proposal(value.t(), (policy[0].exp() * value).sum(-1))
+        # E-step, M-step and duals, in the states where the policy is improved
+        improved = x if at_steps else next_x
+        if at_steps:
+            target, values = target[size:], values[size:]
+        duals = self._improve(improved, target, values, steps, stats)
+        return TensorDict({**terms, **duals, **estimate.diagnostics, "valid_count": stats.count}, [])
 
-    def _chosen(self, critic: Any, states: States, action: Tensor) -> Tensor:
-        found = self._critic_at(critic, states)
-        index = action[:, None, None].expand(*found.shape[:-1], 1)
-        return found.gather(-1, index).squeeze(-1)
+    def _log_probs(self, policy: Any, states: States) -> Tensor:
+        """log pi of every action, [M, A]; finite, with probability 0, where one is illegal."""
+        logits, legal = policy(states).logits, self._legal(states)
+        return logits if legal is None else mask_logits(logits, legal)
 
-    def _log_prob(self, policy: Sequence[Tensor], action: Tensor) -> Tensor:
-        return policy[0].gather(-1, action.unsqueeze(-1)).squeeze(-1)
+    def _legal(self, states: States) -> Tensor | None:
+        return None if self.mask_key is None else states[self.mask_key]
 
-    def _add_policy(
-        self,
-        out: dict[str, Tensor],
-        online: Sequence[Tensor],
-        target: Sequence[Tensor],
-        proposal: Proposal,
-        stats: Stats,
-    ) -> None:
-        """Adds ``loss_policy``, ``loss_dual`` and their diagnostics."""
-        (log_prob,), (target_log_prob,) = online, target
+    def _improve(self, states: States, target: Tensor, values: Tensor, steps: Steps, stats: Stats) -> dict[str, Tensor]:
+        """``loss_policy``, ``loss_dual`` and diagnostics; ``target``: log pi_t, ``values``: Q_t of every action."""
+        legal, log_prob = self._legal(states), self._log_probs(self._policy_at, states)
         temperature, alpha = self.temperature(), self.alpha()
-        step = m.e_step(
-            value=proposal.value, temperature=temperature, epsilon=self.epsilon, log_prior=target_log_prob.t()
-        )
-        kl = m.categorical_kl(log_prob, target_log_prob)
+        prior = target if legal is None else target.masked_fill(~legal, -math.inf)
+        step = m.e_step(value=values.t(), temperature=temperature, epsilon=self.epsilon, log_prior=prior.t())
+        kl = m.categorical_kl(log_prob, target)
         bound = m.kl_penalty(kl=kl, alpha=alpha, epsilon=self.epsilon_policy)
-        out["loss_policy"] = self._reduce(bound.penalty - (step.weights.t() * log_prob).sum(-1), stats)
-        out["loss_dual"] = self._reduce(step.dual + bound.dual, stats)
+        terms = bound.penalty - (step.weights.t() * log_prob).sum(-1)
+        out = {"loss_policy": self._reduce(stats, weighted(terms, steps.weight))}
+        out["loss_dual"] = self._reduce(stats, step.dual + bound.dual)
         with torch.no_grad():
             out["temperature"], out["alpha"] = temperature.detach().squeeze(), alpha.detach().squeeze()
             out["kl_improved"], out["kl_policy"] = stats.mean(step.kl), stats.mean(kl.squeeze(-1))
             out["entropy"] = -stats.mean((log_prob.exp() * log_prob).sum(-1))
+        return out

@@ -165,7 +165,7 @@ def categorical_kl(log_prob: Tensor, target_log_prob: Tensor) -> Tensor:
     return (target.exp() * (target - log_prob)).sum(-1, keepdim=True)
 
 
-class Dual(nn.Module):
+class Multiplier(nn.Module):
     """A positive multiplier, or one for each dimension: ``softplus(raw) + 1e-8`` with raw >= -18.
 
     The bound is a projection: the parameter itself is put back whenever the multiplier is read, so that it never drifts
@@ -188,7 +188,7 @@ class Dual(nn.Module):
         return F.softplus(self.raw) + _MIN_MULTIPLIER
 
     @classmethod
-    def at(cls, value: float, size: int = 1) -> Dual:
+    def at(cls, value: float, size: int = 1) -> Multiplier:
         """The multiplier that starts at ``value`` itself."""
         raw = value + math.log(-math.expm1(-value)) if value > 0 else -math.inf
         return cls(raw, size)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.policy_gradient import Estimate, PolicyGradientLoss
-from offtrace.modules.losses.rollout import Reading
-from offtrace.modules.losses.traces import TRACES, told_of, traced
-from offtrace.modules.returns import clipped_fraction, q_return
+from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.policy_gradient import (
+    check_positive,
+    explained_variance,
+    ratio_diagnostics,
+    trust_region,
+)
+from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.steps import check_arguments, entry, zero_invalid
+from offtrace.modules.losses.unroll import evaluate_rollout
+from offtrace.modules.returns import clipped_fraction, importance_trace
+from offtrace.modules.returns.checks import check_clips
 
 
-class QActorCriticLoss(PolicyGradientLoss):
+class QActorCriticLoss(Loss):
     """Policy gradient, action value and entropy terms over one shared network, on rollouts of discrete actions.
 
     With V(x) = sum over a of pi(a|x) Q(x, a), and over the valid steps of a rollout [B, T]::
@@ -22,22 +33,21 @@ class QActorCriticLoss(PolicyGradientLoss):
         loss_value   = sum of  value_coef * 1/2 (G - Q(x, a))^2
         loss_entropy = sum of  -entropy_coef * H(pi(.|x))
 
-    where G is :func:`offtrace.modules.returns.q_return` of the network's own Q, with a trace by name; G, V and rho are
-    constant. The total loss is the sum of the three; under ``"mean"`` each is divided by the number of valid steps.
+    where G is the target of an estimator of action values, from the network's own Q; G, V and rho are constant. The
+    total loss is the sum of the three; under ``"mean"`` each is divided by the number of valid steps.
 
-    With ``trace="retrace"`` these are critic and policy gradient of ACER (Wang et al. 2017, arXiv 1611.01224) without
+    With ``"retrace"`` these are critic and policy gradient of ACER (Wang et al. 2017, arXiv 1611.01224) without
     its bias correction, average network and replay; the operator: Munos et al. 2016, arXiv 1606.02647. Unlike V-trace's
     value, which moves by min(1, rho) of an error, Q(x, a) learns from every action taken as much as from any other.
 
     Args:
         policy: what :func:`offtrace.modules.networks.build_policy` gives for ``critic="q"``: its deterministic part
             writes the parameters of a distribution over discrete actions and ``"action_value"`` [*B, 1, A].
-        trace: ``"retrace"``, ``"importance_sampling"``, ``"q_lambda"`` (ACER's Q^opc with ``lmbda`` 1) or
-            ``"tree_backup"``.
+        estimator: of action values, of every step of a rollout: a name with options, ``"retrace(lmbda=0.9)"``,
+            ``"q_lambda"`` (ACER's Q^opc), ``"tree_backup"``; an import path, or an object.
         gamma: discount per step.
         value_coef, entropy_coef: weights of the two terms.
         reduction: ``"sum"`` or ``"mean"`` over valid steps.
-        lmbda: trace decay.
         pg_rho_clip: clip of the ratio in the policy gradient; ACER's c.
         reward_clip, normalize_advantage, policy_clip: as of :class:`ImpalaLoss`.
 
@@ -53,65 +63,93 @@ class QActorCriticLoss(PolicyGradientLoss):
         KeyError: when an entry is missing, by its name.
     """
 
+    reads_behaviour = True
+
     def __init__(
         self,
         policy: ProbabilisticTensorDictSequential,
         *,
-        trace: str = "retrace",
+        estimator: str | ActionValueEstimator = "retrace",
         gamma: float = 0.99,
         value_coef: float = 0.5,
         entropy_coef: float = 0.01,
         reduction: str = "sum",
-        lmbda: float = 1.0,
         pg_rho_clip: float = 1.0,
         reward_clip: float | None = None,
         normalize_advantage: bool = False,
         policy_clip: float | None = None,
     ) -> None:
-        if trace not in TRACES:
-            raise ValueError(f"trace must be one of {TRACES}, got {trace!r}")
+        check_arguments(reduction=reduction, gamma=gamma)
+        check_positive(reward_clip=reward_clip, policy_clip=policy_clip)
+        check_clips(rho_clip=math.inf, c_clip=1.0, pg_rho_clip=pg_rho_clip)
         if k.ACTION_VALUE not in policy.out_keys or list(policy[-1].in_keys) != [k.LOGITS]:
             raise ValueError(
                 f"QActorCriticLoss needs a policy over discrete actions that writes {k.ACTION_VALUE!r}, got one that "
                 f"writes {policy.out_keys}: use build_policy(..., num_actions=..., critic='q')"
             )
-        super().__init__(
-            policy,
-            told=[*told_of(trace), "pg_rho_clipped"],
-            gamma=gamma,
-            lmbda=lmbda,
-            value_coef=value_coef,
-            entropy_coef=entropy_coef,
-            reduction=reduction,
-            pg_rho_clip=pg_rho_clip,
-            reward_clip=reward_clip,
-            normalize_advantage=normalize_advantage,
-            policy_clip=policy_clip,
-        )
-        self.trace = trace
+        super().__init__()
+        self.bind_estimator(estimator, "action", gamma=gamma, every_step=True)
+        self.policy = policy
+        self.state_keys = list(policy.in_keys)
+        self.bind_networks()
+        self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
+        self.pg_rho_clip, self.reward_clip = pg_rho_clip, reward_clip
+        self.normalize_advantage, self.policy_clip = normalize_advantage, policy_clip
+        losses = ["loss_policy", "loss_value", "loss_entropy", "pg_rho_clipped"]
+        told = ["ratio_mean", "entropy", "kl", "explained_variance", "advantage_std", "policy_clipped", "valid_count"]
+        self.out_keys = [*losses, *told, *self.estimator.diagnostic_keys]
 
-    def _read(self, tensordict: TensorDictBase) -> Reading:
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of a rollout [B, T]."""
         if k.ACTION_MASK in self.policy.in_keys:  # the policy's value behind a step needs it there too
-            self._entry(tensordict, (k.NEXT, k.ACTION_MASK))
-        return super()._read(tensordict)
+            entry(self, tensordict, (k.NEXT, k.ACTION_MASK))
 
-    def _estimate(self, reading: Reading) -> Estimate:
-        unroll, batch = reading.unroll, reading.batch
-        q_values = self._entry(reading.output, self.tensor_keys.action_value).squeeze(-2)
-        chosen = unroll.at(q_values).gather(-1, reading.action.unsqueeze(-1)).squeeze(-1)
+        # one call of the network over the steps and their successors
+        policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
+        valid, log_rho = policy.outcome.valid, policy.log_rho
+        assert log_rho is not None
+        stats = Stats(valid, policy.outcome.reward)
+        reduce = stats.sum if self.reduction == "sum" else stats.mean
+        q_values = entry(self, policy.output, self.tensor_keys.action_value).squeeze(-2)
+        q_value = policy.unroll.steps(q_values).gather(-1, policy.action.unsqueeze(-1)).squeeze(-1)
+
+        # target, constant
         with torch.no_grad():
-            prob = reading.output.get(k.LOGITS).softmax(-1)
-            values = (prob * q_values).sum(-1)
-            known, told = traced(
-                self.trace,
-                log_pi=reading.log_pi,
-                log_rho=reading.log_rho,
-                batch=batch,
-                gamma=self.gamma,
-                lmbda=self.lmbda,
+            values = (policy.output.get(k.LOGITS).softmax(-1) * q_values).sum(-1)
+            value, next_value = policy.unroll.steps(values), policy.unroll.successors(values)
+            estimate = self.estimator.estimate(
+                self.estimator.select(policy.outcome, gamma=self.gamma),
+                q_value=q_value.flatten(),
+                next_value=next_value.flatten(),
+                log_pi=policy.log_pi.flatten(),
+                log_rho=log_rho.flatten(),
             )
-            taken, following = (x.to(batch.reward.dtype).t() for x in (chosen, unroll.behind(values)))
-            target = q_return(q_value=taken, next_state_value=following, **known).t()
-            advantage = self._weighted(target - unroll.at(values), reading)
-            told["pg_rho_clipped"] = clipped_fraction(reading.log_rho, self.pg_rho_clip, valid=batch.valid)
-        return Estimate(chosen, target, advantage, told)
+            target = estimate.target.view_as(q_value)
+
+            # advantage, weighted by the clipped ratio
+            weight = importance_trace(log_rho=log_rho).clamp(max=self.pg_rho_clip)
+            plain = zero_invalid(weight.to(target.dtype) * (target - value), valid)
+            advantage = plain
+            if self.normalize_advantage:
+                advantage = stats.standardised(plain, zero_invalid(weight, valid))
+            advantage, outside = trust_region(advantage, log_rho, self.policy_clip)
+
+        # the three terms
+        entropy, error = policy.dist.entropy(), target - q_value
+        mean_entropy = stats.mean(entropy)
+        out = {
+            "loss_policy": -reduce(advantage * policy.log_pi),
+            "loss_value": (0.5 * self.value_coef) * reduce(error.square()),
+            "loss_entropy": -self.entropy_coef * (mean_entropy if self.reduction == "mean" else stats.sum(entropy)),
+        }
+
+        # diagnostics
+        with torch.no_grad():
+            out["entropy"] = mean_entropy.detach()
+            out["advantage_std"] = stats.std(plain)
+            out["policy_clipped"] = stats.count.new_zeros(()) if outside is None else stats.mean(outside)
+            out["pg_rho_clipped"] = clipped_fraction(log_rho, self.pg_rho_clip, valid=valid)
+            out["explained_variance"] = explained_variance(target, error, stats)
+            out["valid_count"] = stats.count
+        return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
-from torch import Tensor
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictParams, dispatch
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.sites import Sites, States
-from offtrace.modules.losses.soft import SoftLoss, entropy_target, least
+from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.critics import least
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.networks.control_heads import TanhNormal
+from offtrace.modules.losses.steps import (
+    Steps,
+    check_arguments,
+    read_log_prob,
+    read_pre_tanh,
+    read_steps,
+    reducer,
+    weighted,
+    write_priority,
+)
+from offtrace.modules.losses.views import distribution_of, keeps_pre_tanh, state_keys_of, values_of
+
+ALPHA_LOSSES = ("alpha", "log_alpha")
+Sampler = Callable[[Distribution, int], tuple[Tensor, Tensor]]
 
 
-class SACLoss(SoftLoss):
+class SACLoss(Loss):
     """Soft actor-critic with K critics and a learnt temperature (v2), on transitions or sequences.
 
     With fresh actions a~ of the policy, Q' the target critics, and alpha as it is before the update::
@@ -27,24 +46,24 @@ class SACLoss(SoftLoss):
     each the mean over valid steps; the total loss is their sum. No term reaches parameters of another: the target y is
     constant, the actor's term sees the critics with their parameters detached, the last one reaches only log alpha.
 
-    Haarnoja et al. 2018, arXiv 1812.05905. The target y, by ``target``:
+    Haarnoja et al. 2018, arXiv 1812.05905. The target y, by ``estimator``:
 
     * ``"one_step"``: kappa r + gamma (1 - terminated) V(x'), on transitions [N] or every step of [N, T];
-    * ``"n_step"``: sum of ``n_step`` rewards and V where they end, for the first step of each sequence [N, T]; cut
-      at an episode's end and before a step that is not valid. Not corrected for being off-policy, and without the
-      entropies of the steps in between, which the other targets count: its values are lower by about alpha times them;
-    * ``"retrace"``, ``"importance_sampling"``, ``"q_lambda"``: every step of [N, T] by
-      :func:`offtrace.modules.returns.q_return` (Munos et al. 2016, arXiv 1606.02647) with the trace of that name and
-      decay ``lmbda``, from the ratio pi/mu to the stored log-probability; the Q of the trace is the minimum of the
-      target critics, as in the bootstrap. (Tree backup needs probabilities: :class:`DiscreteSACLoss` has it.)
+    * ``"n_step(n=5)"``: sum of n rewards and V where they end, for the first step of each sequence [N, T]; cut at an
+      episode's end and before a step that is not valid. Not corrected for being off-policy, and without the entropies
+      of the steps in between, which the other targets count: its values are lower by about alpha times them;
+    * ``"retrace(lmbda=1.0)"``, ``"importance_sampling"``, ``"q_lambda"``: every step of [N, T] by
+      :func:`offtrace.modules.returns.q_return` (Munos et al. 2016, arXiv 1606.02647), from the ratio pi/mu to the
+      stored log-probability; the Q of the trace is the minimum of the target critics, as in the bootstrap. (Tree backup
+      needs probabilities: :class:`DiscreteSACLoss` has it.)
 
     Time limits are not terminal: only ``"terminated"`` takes the bootstrap away.
 
     Args:
-        actor: policy whose distribution has ``rsample``; what :func:`build_actor` gives.
+        actor: policy whose distribution has ``rsample``; what :func:`build_actor` gives, or one of TorchRL's.
         critic: reads the observation and ``"action"``, writes ``"state_action_value"`` [*B, K].
+        estimator: of action values, by its name or an object, see above.
         gamma: discount per step.
-        target, n_step, lmbda: see above.
         num_samples: actions over which V(x') is averaged.
         alpha_init: temperature at the start.
         fixed_alpha: a temperature that does not learn; there is no ``loss_alpha`` then.
@@ -53,10 +72,12 @@ class SACLoss(SoftLoss):
             TorchRL): the same fixed point, other steps. Either way log alpha is the parameter.
         reduction: ``"mean"`` or ``"sum"`` over valid steps.
         reward_scale: kappa.
+        priorities: write the mean absolute TD error of each item into the batch, as ``"td_error"``.
 
     Reads (names change by :meth:`set_keys`) what actor and critic read, also under ``"next"``; ``"action"`` [*B, A];
     ``("next", ...)`` ``"reward"``, ``"terminated"``, ``"done"`` [*B, 1]; ``"valid"`` [*B, 1] where there is one, and
-    TorchRL's own masks; for a trace ``"action_log_prob"`` [*B] and, of a tanh policy, ``"pre_tanh"`` [*B, A].
+    TorchRL's own masks; ``"weight"`` [*B] where there is one: divided by the largest of the batch, it multiplies the
+    terms of critic and actor; for a trace ``"action_log_prob"`` [*B] and, of a tanh policy, ``"pre_tanh"`` [*B, A].
 
     Returns the losses and, detached scalars over the valid steps: ``entropy`` of the policy in nats, ``alpha``,
     ``q_value``, ``td_error`` (mean absolute), ``valid_count``; ``ess``, the effective sample size of pi/mu as a
@@ -70,17 +91,21 @@ class SACLoss(SoftLoss):
         KeyError: when an entry is missing, by its name.
     """
 
-    critic_key = k.STATE_ACTION_VALUE
+    actor: ProbabilisticTensorDictSequential
+    actor_params: TensorDictParams
+    target_actor_params: TensorDictParams
+    critic: TensorDictModule
+    critic_params: TensorDictParams
+    target_critic_params: TensorDictParams
+    log_alpha: Tensor
 
     def __init__(
         self,
         actor: ProbabilisticTensorDictSequential,
         critic: TensorDictModule,
         *,
+        estimator: str | ActionValueEstimator = "one_step",
         gamma: float = 0.99,
-        target: str = "one_step",
-        n_step: int = 5,
-        lmbda: float = 0.95,
         num_samples: int = 1,
         alpha_init: float = 1.0,
         fixed_alpha: float | None = None,
@@ -88,65 +113,183 @@ class SACLoss(SoftLoss):
         alpha_loss: str = "alpha",
         reduction: str = "mean",
         reward_scale: float = 1.0,
+        priorities: bool = False,
     ) -> None:
-        check_continuous(self, actor)
+        check_continuous(self, actor, critic)
+        check_temperature(alpha_init, fixed_alpha, alpha_loss)
+        check_arguments(reduction=reduction, gamma=gamma)
         if num_samples < 1:
             raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
-        super().__init__(
-            actor,
-            critic,
-            gamma=gamma,
-            target=target,
-            n_step=n_step,
-            lmbda=lmbda,
-            reward_scale=reward_scale,
-            alpha=alpha_init if fixed_alpha is None else fixed_alpha,
-            learn_alpha=fixed_alpha is None,
-            alpha_loss=alpha_loss,
-            target_entropy=_target_entropy(actor, target_entropy, fixed_alpha),
-            reduction=reduction,
-            target_critic=True,
-            frozen_critic=True,
+        super().__init__()
+        self.bind_estimator(estimator, "action", gamma=gamma, discrete=False)
+        self.add_network("actor", actor)
+        self.add_network("critic", critic, target=True, frozen=True)
+        self.state_keys = state_keys_of(self.actor, self.critic)
+        self.keeps_pre_tanh = keeps_pre_tanh(actor)
+        self._policy = distribution_of(self.actor)
+        self._sample = sampler_of(actor)
+        self._q, self._target_q, self._frozen_q = (
+            values_of(network, k.STATE_ACTION_VALUE)
+            for network in (self.critic, self.target("critic"), self.frozen("critic"))
         )
+        self.learn_alpha = add_temperature(self, alpha_init, fixed_alpha)
+        self.alpha_loss, self.target_entropy = alpha_loss, wanted_entropy(target_entropy)
         self.num_samples = num_samples
+        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.reward_scale = reward_scale
+        self.priorities = priorities
+        terms = ["loss_critic", "loss_actor", *(["loss_alpha"] if self.learn_alpha else [])]
+        values = ["entropy", "alpha", "q_value", "td_error"]
+        self.out_keys = [*terms, *values, *self.estimator.diagnostic_keys, "valid_count"]
 
-    def _state_value(self, states: States, alpha: Tensor) -> Tensor:
-        policy, s = self._policy(states), self.num_samples
-        if s > 1:
-            states = {key: x.repeat(s, *(1,) * (x.ndim - 1)) for key, x in states.items()}
-        action, log_prob = sample(policy, s)
-        value = least(self._values(self.target("critic"), states, action)) - alpha * log_prob
-        return value if s == 1 else value.view(s, -1).mean(0)
+    @property
+    def alpha(self) -> Tensor:
+        """The temperature, a detached scalar."""
+        return self.log_alpha.detach().exp()
 
-    def _improve(
-        self, out: dict[str, Tensor], policy: Distribution, sites: Sites, values: Tensor, alpha: Tensor, stats: Stats
-    ) -> Tensor:
-        action, log_prob = sample(policy)
-        value = least(self._values(self.frozen("critic"), sites.root, action))
-        out["loss_actor"] = self._reduce(alpha * log_prob - value, stats)
-        return log_prob.detach()
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by what they belong to: ``"actor"``, ``"critic"``, and ``"alpha"`` if it learns."""
+        return with_alpha(super().param_groups())
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
+        steps = read_steps(self, tensordict, discrete=False, reward_scale=self.reward_scale)
+        x, action, next_x = steps.observation, steps.action, steps.next_observation
+        stats, alpha = Stats(steps.valid, steps.selection.reward), self.alpha
+        policy = self._policy(x)
+
+        # target
+        with torch.no_grad():
+            next_action, next_log_prob = self._sample(self._policy(next_x), self.num_samples)
+            next_value = least(self._target_q(next_x, next_action)) - alpha * next_log_prob
+            log_pi, log_rho = behaviour_ratio(self, tensordict, policy, steps)
+            estimate = self.estimator.estimate(
+                steps.selection,
+                next_value=next_value if self.num_samples == 1 else next_value.mean(0),
+                q_value=least(self._target_q(x, action)) if self.estimator.uses_q_value else None,
+                log_pi=log_pi,
+                log_rho=log_rho,
+            )
+
+        # critics
+        q_value = self._q(x, action)
+        error = q_value - estimate.target.unsqueeze(-1)
+        loss_critic = 0.5 * self._reduce(stats, weighted(error.square().sum(-1), steps.weight))
+
+        # actor
+        fresh, log_prob = self._sample(policy, 1)
+        best = least(self._frozen_q(x, fresh))
+        loss_actor = self._reduce(stats, weighted(alpha * log_prob - best, steps.weight))
+
+        # temperature
+        out = {"loss_critic": loss_critic, "loss_actor": loss_actor, "valid_count": stats.count, "alpha": alpha}
+        out["entropy"] = entropy = -stats.mean(log_prob.detach())
+        if self.learn_alpha:
+            wanted = -float(action.shape[-1]) if self.target_entropy is None else self.target_entropy
+            out["loss_alpha"] = temperature_loss(self, entropy - wanted, stats)
+
+        # diagnostics
+        with torch.no_grad():
+            out["q_value"] = stats.mean(q_value)
+            out["td_error"] = stats.mean(error.abs())
+            if self.priorities:
+                write_priority(self, tensordict, error.abs().mean(-1), steps.valid)
+        return TensorDict(out | estimate.diagnostics, [])
 
 
-def sample(policy: Distribution, number: int = 1) -> tuple[Tensor, Tensor]:
-    """Actions [number * M, A] with gradient to the policy's parameters, and their log-probabilities [number * M]."""
-    shape = (number,) if number > 1 else ()
-    if isinstance(policy, TanhNormal):
-        action, log_prob, _ = policy.rsample_with_log_prob(shape)
+def behaviour_ratio(
+    loss: Any, tensordict: TensorDictBase, policy: Distribution, steps: Steps
+) -> tuple[Tensor | None, Tensor | None]:
+    """log pi and log pi - log mu of the batch's actions, [M]; None where the batch lacks what only diagnostics need."""
+    uses_mu, uses_pi = loss.estimator.uses_behaviour, loss.estimator.uses_log_pi
+    log_mu = read_log_prob(loss, tensordict, steps, needed=uses_mu)
+    if log_mu is None and not uses_pi:
+        return None, None
+    if loss.keeps_pre_tanh:  # not to be recovered from an action at the bounds
+        pre_tanh = read_pre_tanh(loss, tensordict, steps, needed=uses_mu or uses_pi)
+        if pre_tanh is None:
+            return None, None
+        log_pi = policy.log_prob_pre_tanh(pre_tanh)  # type: ignore[attr-defined]
     else:
-        action = policy.rsample(torch.Size(shape))
-        log_prob = policy.log_prob(action)
-    return (action.flatten(0, 1), log_prob.flatten()) if shape else (action, log_prob)
+        log_pi = policy.log_prob(steps.action)
+    return log_pi, None if log_mu is None else log_pi - log_mu.to(log_pi.dtype)
 
 
-def check_continuous(loss: SoftLoss, actor: ProbabilisticTensorDictSequential) -> None:
-    if getattr(actor, "num_actions", None) is not None:
-        raise ValueError(
-            f"{type(loss).__name__} needs continuous actions, got an actor of discrete ones: use DiscreteSACLoss"
-        )
+def sampler_of(actor: ProbabilisticTensorDictSequential) -> Sampler:
+    """Draws S actions of the distributions of ``actor``, with gradient to their parameters, and log-probabilities.
+
+    [M, A] and [M] of one action, [S, M, A] and [S, M] of more.
+    """
+    return _sample_pre_tanh if keeps_pre_tanh(actor) else _sample
 
 
-def _target_entropy(actor: ProbabilisticTensorDictSequential, given: float | str, fixed: float | None) -> float:
-    dim = getattr(actor, "action_dim", None)
-    if given == "auto" and dim is None and fixed is None:
-        raise ValueError("target_entropy='auto' needs an actor with an attribute action_dim; give a number instead")
-    return entropy_target(given, -float(dim or 0))
+def _sample_pre_tanh(policy: Distribution, number: int) -> tuple[Tensor, Tensor]:
+    drawn = policy.rsample_with_log_prob((number,) if number > 1 else ())  # type: ignore[attr-defined]
+    return drawn.action, drawn.log_prob
+
+
+def _sample(policy: Distribution, number: int) -> tuple[Tensor, Tensor]:
+    action = policy.rsample(torch.Size((number,) if number > 1 else ()))
+    return action, policy.log_prob(action)
+
+
+def add_temperature(loss: nn.Module, alpha_init: float, fixed_alpha: float | None) -> bool:
+    """Registers ``log_alpha`` with ``loss``: a parameter, or a buffer if it is fixed; whether it learns."""
+    alpha = alpha_init if fixed_alpha is None else fixed_alpha
+    log_alpha = torch.tensor(math.log(alpha) if alpha else -math.inf)
+    if fixed_alpha is None:
+        loss.log_alpha = nn.Parameter(log_alpha)
+    else:
+        loss.register_buffer("log_alpha", log_alpha)
+    return fixed_alpha is None
+
+
+def temperature_loss(loss: Any, surplus: Tensor, stats: Stats) -> Tensor:
+    """alpha, or log alpha, times the ``surplus`` of the mean entropy over its target; reaches only log alpha."""
+    coefficient = loss.log_alpha.exp() if loss.alpha_loss == "alpha" else loss.log_alpha
+    return coefficient * (surplus * (stats.count if loss.reduction == "sum" else stats.count.clamp(max=1)))
+
+
+def with_alpha(groups: dict[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
+    """Groups of parameters, in which the temperature's is called ``"alpha"``."""
+    return {("alpha" if name == "log_alpha" else name): parameters for name, parameters in groups.items()}
+
+
+def check_continuous(loss: object, actor: ProbabilisticTensorDictSequential, critic: Any) -> None:
+    """Refuse networks of discrete actions.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    name = type(loss).__name__
+    if k.LOGITS in actor[-1].in_keys:
+        raise ValueError(f"{name} needs continuous actions, got an actor of discrete ones: use DiscreteSACLoss")
+    if k.STATE_ACTION_VALUE not in critic.out_keys:
+        raise ValueError(f"{name} needs a critic that writes {k.STATE_ACTION_VALUE!r}, got {critic.out_keys}")
+
+
+def wanted_entropy(given: float | str) -> float | None:
+    """``given``, or None where it is ``"auto"``, which depends on the actions.
+
+    Raises:
+        ValueError: on another text.
+    """
+    if isinstance(given, str):
+        if given != "auto":
+            raise ValueError(f"target_entropy must be a number or 'auto', got {given!r}")
+        return None
+    return given
+
+
+def check_temperature(alpha_init: float, fixed_alpha: float | None, alpha_loss: str) -> None:
+    """Refuse a temperature out of range, and how it learns if that is not known.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    alpha = alpha_init if fixed_alpha is None else fixed_alpha
+    if alpha < 0 or (fixed_alpha is None and alpha == 0):
+        raise ValueError(f"the temperature must be positive (fixed: at least 0), got {alpha}")
+    if alpha_loss not in ALPHA_LOSSES:
+        raise ValueError(f"alpha_loss must be one of {ALPHA_LOSSES}, got {alpha_loss!r}")

@@ -5,17 +5,36 @@ from __future__ import annotations
 import math
 
 import torch
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
-from torch import Tensor
-from torch.distributions import Categorical, Distribution
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictParams, dispatch
+from torch import Tensor, nn
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.sites import Sites, States, evaluate
-from offtrace.modules.losses.soft import Network, SoftLoss, entropy_target, least
+from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.critics import least, of_action
+from offtrace.modules.losses.sac import add_temperature, check_temperature, temperature_loss, wanted_entropy, with_alpha
 from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.steps import (
+    States,
+    check_arguments,
+    read_log_prob,
+    read_steps,
+    reducer,
+    weighted,
+    write_priority,
+)
+from offtrace.modules.losses.views import (
+    check_categorical,
+    distribution_of,
+    mask_key_of,
+    state_keys_of,
+    values_of,
+    zero_illegal,
+)
 
 
-class DiscreteSACLoss(SoftLoss):
+class DiscreteSACLoss(Loss):
     """Soft actor-critic with every expectation over actions exact, on transitions or sequences.
 
     ::
@@ -26,32 +45,40 @@ class DiscreteSACLoss(SoftLoss):
         loss_alpha  = -alpha (sum over a of pi(a|x) log pi(a|x) + target_entropy)
 
     Summed over actions, then the mean over valid steps. Christodoulou 2019, arXiv 1910.07207 (whose code multiplies
-    log alpha: ``alpha_loss="log_alpha"``). Targets, entries read and diagnostics are those of :class:`SACLoss`, and
-    there is ``target="tree_backup"``, whose trace lmbda pi(a|x) needs no behaviour policy (``ess`` still does).
+    log alpha: ``alpha_loss="log_alpha"``). Targets, entries read and diagnostics are those of
+    :class:`offtrace.modules.losses.sac.SACLoss`, and there is ``estimator="tree_backup"``, whose trace lmbda pi(a|x)
+    needs no behaviour policy (``ess`` still does). Of a policy that reads ``"action_mask"`` illegal actions have
+    probability 0, and nothing that stands at them is looked at.
 
     Args:
-        actor: policy with a categorical distribution.
+        actor: policy with a categorical distribution over indices.
         critic: reads the observation, writes ``"action_value"`` [*B, K, A].
-        target_entropy: in nats; ``"auto"``: ``entropy_fraction`` log A.
+        target_entropy: in nats; ``"auto"``: ``entropy_fraction`` log A, with A the number of actions that are legal in
+            the state.
         entropy_fraction: of the largest entropy; the author's 0.98.
-        gamma, target, n_step, lmbda, alpha_init, fixed_alpha, alpha_loss, reduction, reward_scale: as :class:`SACLoss`.
+        estimator, gamma, alpha_init, fixed_alpha, alpha_loss, reduction, reward_scale, priorities: as of
+            :class:`offtrace.modules.losses.sac.SACLoss`.
 
     Raises:
         ValueError: on an argument out of range, networks for continuous actions, or a batch of another shape.
         KeyError: when an entry is missing, by its name.
     """
 
-    critic_key = k.ACTION_VALUE
+    actor: ProbabilisticTensorDictSequential
+    actor_params: TensorDictParams
+    target_actor_params: TensorDictParams
+    critic: TensorDictModule
+    critic_params: TensorDictParams
+    target_critic_params: TensorDictParams
+    log_alpha: Tensor
 
     def __init__(
         self,
         actor: ProbabilisticTensorDictSequential,
         critic: TensorDictModule,
         *,
+        estimator: str | ActionValueEstimator = "one_step",
         gamma: float = 0.99,
-        target: str = "one_step",
-        n_step: int = 5,
-        lmbda: float = 0.95,
         alpha_init: float = 1.0,
         fixed_alpha: float | None = None,
         target_entropy: float | str = "auto",
@@ -59,55 +86,106 @@ class DiscreteSACLoss(SoftLoss):
         alpha_loss: str = "alpha",
         reduction: str = "mean",
         reward_scale: float = 1.0,
+        priorities: bool = False,
     ) -> None:
-        if getattr(actor, "action_dim", None) is not None:
-            raise ValueError("DiscreteSACLoss needs discrete actions, got an actor of continuous ones: use SACLoss")
-        actions = getattr(actor, "num_actions", None)
-        if target_entropy == "auto" and actions is None and fixed_alpha is None:
-            raise ValueError(
-                "target_entropy='auto' needs an actor with an attribute num_actions; give a number instead"
-            )
-        super().__init__(
-            actor,
-            critic,
-            gamma=gamma,
-            target=target,
-            n_step=n_step,
-            lmbda=lmbda,
-            reward_scale=reward_scale,
-            alpha=alpha_init if fixed_alpha is None else fixed_alpha,
-            learn_alpha=fixed_alpha is None,
-            alpha_loss=alpha_loss,
-            target_entropy=entropy_target(target_entropy, entropy_fraction * math.log(actions or 1)),
-            reduction=reduction,
-            target_critic=True,
-            frozen_critic=False,
+        check_categorical(self, actor, "SACLoss")
+        if k.ACTION_VALUE not in critic.out_keys:
+            raise ValueError(f"DiscreteSACLoss needs a critic that writes {k.ACTION_VALUE!r}, got {critic.out_keys}")
+        check_temperature(alpha_init, fixed_alpha, alpha_loss)
+        check_arguments(reduction=reduction, gamma=gamma, entropy_fraction=entropy_fraction)
+        super().__init__()
+        self.bind_estimator(estimator, "action", gamma=gamma)
+        self.add_network("actor", actor)
+        self.add_network("critic", critic, target=True)
+        self.mask_key = mask_key_of(actor)
+        self.state_keys = state_keys_of(actor, critic, mask_key=self.mask_key)
+        self._policy = distribution_of(self.actor)
+        self._q, self._target_q = (
+            values_of(network, k.ACTION_VALUE) for network in (self.critic, self.target("critic"))
         )
+        self.learn_alpha = add_temperature(self, alpha_init, fixed_alpha)
+        self.alpha_loss, self.target_entropy = alpha_loss, wanted_entropy(target_entropy)
+        self.entropy_fraction = entropy_fraction
+        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.reward_scale = reward_scale
+        self.priorities = priorities
+        terms = ["loss_critic", "loss_actor", *(["loss_alpha"] if self.learn_alpha else [])]
+        values = ["entropy", "alpha", "q_value", "td_error"]
+        self.out_keys = [*terms, *values, *self.estimator.diagnostic_keys, "valid_count"]
 
-    def _values(self, critic: Network, states: States, action: Tensor | None) -> Tensor:
-        return evaluate(critic, self.critic_key, states)
+    @property
+    def alpha(self) -> Tensor:
+        """The temperature, a detached scalar."""
+        return self.log_alpha.detach().exp()
 
-    def _chosen(self, values: Tensor, action: Tensor) -> Tensor:
-        index = action.long().view(-1, 1, 1).expand(-1, values.shape[1], 1)
-        return values.gather(-1, index).squeeze(-1)
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by what they belong to: ``"actor"``, ``"critic"``, and ``"alpha"`` if it learns."""
+        return with_alpha(super().param_groups())
 
-    def _state_value(self, states: States, alpha: Tensor) -> Tensor:
-        log_prob = _log_probs(self._policy(states))
-        value = least(self._values(self.target("critic"), states, None).transpose(-1, -2))
-        return (log_prob.exp() * (value - alpha * log_prob)).sum(-1)
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
+        steps = read_steps(self, tensordict, discrete=True, reward_scale=self.reward_scale)
+        x, action, next_x = steps.observation, steps.action, steps.next_observation
+        stats, alpha = Stats(steps.valid, steps.selection.reward), self.alpha
+        policy, legal = self._policy(x), self._legal(x)
 
-    def _improve(
-        self, out: dict[str, Tensor], policy: Distribution, sites: Sites, values: Tensor, alpha: Tensor, stats: Stats
-    ) -> Tensor:
-        log_prob = _log_probs(policy)
-        prob, value = log_prob.exp(), least(values.detach().transpose(-1, -2))
-        out["loss_actor"] = self._reduce((prob * (alpha * log_prob - value)).sum(-1), stats)
-        return (prob * log_prob).detach().sum(-1)
+        # target
+        with torch.no_grad():
+            next_value = self._soft_value(next_x, alpha)
+            log_mu = read_log_prob(self, tensordict, steps, needed=self.estimator.uses_behaviour)
+            log_pi = policy.log_prob(action)
+            estimate = self.estimator.estimate(
+                steps.selection,
+                next_value=next_value,
+                q_value=least(of_action(self._target_q(x), action)) if self.estimator.uses_q_value else None,
+                log_pi=log_pi,
+                log_rho=None if log_mu is None else log_pi - log_mu.to(log_pi.dtype),
+            )
+
+        # critics
+        every_q = self._q(x)
+        q_value = of_action(every_q, action)
+        error = q_value - estimate.target.unsqueeze(-1)
+        loss_critic = 0.5 * self._reduce(stats, weighted(error.square().sum(-1), steps.weight))
+
+        # actor
+        prob, log_prob = _probabilities(policy.logits, legal)  # type: ignore[attr-defined]
+        best = zero_illegal(least(every_q.detach().transpose(-1, -2)), legal)
+        loss_actor = self._reduce(stats, weighted((prob * (alpha * log_prob - best)).sum(-1), steps.weight))
+
+        # temperature
+        out = {"loss_critic": loss_critic, "loss_actor": loss_actor, "valid_count": stats.count, "alpha": alpha}
+        out["entropy"] = entropy = -stats.mean((prob * log_prob).detach().sum(-1))
+        if self.learn_alpha:
+            out["loss_alpha"] = temperature_loss(self, entropy - self._wanted_entropy(prob, legal, stats), stats)
+
+        # diagnostics
+        with torch.no_grad():
+            out["q_value"] = stats.mean(q_value)
+            out["td_error"] = stats.mean(error.abs())
+            if self.priorities:
+                write_priority(self, tensordict, error.abs().mean(-1), steps.valid)
+        return TensorDict(out | estimate.diagnostics, [])
+
+    def _soft_value(self, states: States, alpha: Tensor) -> Tensor:
+        """E_pi [min Q' - alpha log pi], [M]."""
+        legal = self._legal(states)
+        prob, log_prob = _probabilities(self._policy(states).logits, legal)  # type: ignore[attr-defined]
+        value = zero_illegal(least(self._target_q(states).transpose(-1, -2)), legal)
+        return (prob * (value - alpha * log_prob)).sum(-1)
+
+    def _legal(self, states: States) -> Tensor | None:
+        return None if self.mask_key is None else states[self.mask_key]
+
+    def _wanted_entropy(self, prob: Tensor, legal: Tensor | None, stats: Stats) -> float | Tensor:
+        if self.target_entropy is not None:
+            return self.target_entropy
+        if legal is None:
+            return self.entropy_fraction * math.log(prob.shape[-1])
+        return self.entropy_fraction * stats.mean(legal.sum(-1).to(prob.dtype).log())
 
 
-def _log_probs(policy: Distribution) -> Tensor:
-    """log pi(a|x) of every action, [M, A]."""
-    if not isinstance(policy, Categorical):
-        raise TypeError(f"DiscreteSACLoss needs an actor with a categorical distribution, got {type(policy).__name__}")
-    logits: Tensor = policy.logits  # torch normalises them
-    return logits if logits.dtype.is_floating_point else logits.to(torch.float32)
+def _probabilities(log_prob: Tensor, legal: Tensor | None) -> tuple[Tensor, Tensor]:
+    """pi and log pi of every action, [M, A] each; both 0 where the action is illegal, so that 0 log 0 is 0."""
+    return zero_illegal(log_prob.exp(), legal), zero_illegal(log_prob, legal)

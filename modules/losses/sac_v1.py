@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictParams
-from torch import Tensor
-from torch.distributions import Distribution
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictParams, dispatch
 
 from offtrace.modules import keys as k
-from offtrace.modules.losses.sac import check_continuous, sample
-from offtrace.modules.losses.sites import Sites, States, evaluate
-from offtrace.modules.losses.soft import SoftLoss, least
+from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.estimators.base import ReturnEstimator, make_estimator
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.critics import least
+from offtrace.modules.losses.sac import behaviour_ratio, check_continuous, sampler_of
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.traces import TRACES
+from offtrace.modules.losses.steps import check_arguments, read_steps, reducer, weighted, write_priority
+from offtrace.modules.losses.views import distribution_of, keeps_pre_tanh, state_keys_of, values_of
 
 
-class SACv1Loss(SoftLoss):
+class SACv1Loss(Loss):
     """Soft actor-critic with a state value network, whose target is the only target network (v1).
 
     With fresh actions a~ of the policy, V' the target value, and rewards scaled by kappa in place of a temperature::
@@ -27,22 +31,28 @@ class SACv1Loss(SoftLoss):
     Haarnoja et al. 2018, arXiv 1801.01290. What is in brackets is constant; the mean over valid steps.
 
     Args:
-        actor, critic: as :class:`SACLoss`.
+        actor, critic: as of :class:`offtrace.modules.losses.sac.SACLoss`.
         value: reads the observation, writes ``"state_value"`` [*B, 1].
-        gamma, n_step, reduction: as there.
-        target: ``"one_step"`` or ``"n_step"``; a trace needs target critics, which v1 has not.
+        estimator: ``"one_step"``, ``"n_step(n=5)"`` or an object that needs no Q of the batch's actions: a trace needs
+            target critics, which v1 has not.
+        gamma, reduction, priorities: as there.
         reward_scale: kappa; the paper: 5 for most Gym tasks, 20 for Humanoid.
         actor_value: the Q of the actor's term: ``"first"`` critic, as the author's code, or ``"min"``.
 
-    Reads and returns what :class:`SACLoss` does, and ``loss_value``.
+    Reads what :class:`offtrace.modules.losses.sac.SACLoss` does, and returns ``loss_value`` in place of ``loss_alpha``
+    and ``alpha``. Importance weights multiply all three terms.
 
     Raises:
         ValueError: on an argument out of range, networks for discrete actions, or a batch of another shape.
         KeyError: when an entry is missing, by its name.
     """
 
-    critic_key = k.STATE_ACTION_VALUE
-
+    actor: ProbabilisticTensorDictSequential
+    actor_params: TensorDictParams
+    target_actor_params: TensorDictParams
+    critic: TensorDictModule
+    critic_params: TensorDictParams
+    target_critic_params: TensorDictParams
     value: TensorDictModule
     value_params: TensorDictParams
     target_value_params: TensorDictParams
@@ -53,50 +63,100 @@ class SACv1Loss(SoftLoss):
         critic: TensorDictModule,
         value: TensorDictModule,
         *,
+        estimator: str | ActionValueEstimator = "one_step",
         gamma: float = 0.99,
-        target: str = "one_step",
-        n_step: int = 5,
         reward_scale: float = 5.0,
         actor_value: str = "first",
         reduction: str = "mean",
+        priorities: bool = False,
     ) -> None:
-        check_continuous(self, actor)
-        if target in TRACES:
-            raise ValueError(f"target={target!r} needs target critics, which SACv1Loss has not: use SACLoss")
+        check_continuous(self, actor, critic)
+        check_arguments(reduction=reduction, gamma=gamma)
         if actor_value not in ("first", "min"):
             raise ValueError(f"actor_value must be 'first' or 'min', got {actor_value!r}")
-        super().__init__(
-            actor,
-            critic,
-            gamma=gamma,
-            target=target,
-            n_step=n_step,
-            lmbda=1.0,
-            reward_scale=reward_scale,
-            alpha=1.0,
-            learn_alpha=False,
-            alpha_loss="alpha",
-            target_entropy=0.0,
-            reduction=reduction,
-            target_critic=False,
-            frozen_critic=True,
-        )
-        self.actor_value = actor_value
+        super().__init__()
+        self.bind_estimator(estimator, "action", gamma=gamma, discrete=False)
+        self.add_network("actor", actor)
+        self.add_network("critic", critic, frozen=True)
         self.add_network("value", value, target=True)
-        self.out_keys = ["loss_value", *self.out_keys]
+        self.state_keys = state_keys_of(self.actor, self.critic, self.value)
+        self.keeps_pre_tanh = keeps_pre_tanh(actor)
+        self._policy = distribution_of(self.actor)
+        self._sample = sampler_of(actor)
+        self._q, self._frozen_q = (
+            values_of(network, k.STATE_ACTION_VALUE) for network in (self.critic, self.frozen("critic"))
+        )
+        self._value, self._target_value = (
+            values_of(network, k.VALUE) for network in (self.value, self.target("value"))
+        )
+        self.reward_scale = reward_scale
+        self.actor_value = actor_value
+        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.priorities = priorities
+        values = ["entropy", "q_value", "td_error"]
+        self.out_keys = [
+            "loss_value",
+            "loss_critic",
+            "loss_actor",
+            *values,
+            *self.estimator.diagnostic_keys,
+            "valid_count",
+        ]
 
-    def _state_value(self, states: States, alpha: Tensor) -> Tensor:
-        return evaluate(self.target("value"), k.VALUE, states).squeeze(-1)
+    def bind_estimator(
+        self,
+        spec: str | ReturnEstimator,
+        kind: str,
+        *,
+        gamma: float,
+        discrete: bool = True,
+        every_step: bool = False,
+        **options: Any,
+    ) -> None:
+        """Take an estimator that does not need the target critics' value of the batch's action.
 
-    def _improve(
-        self, out: dict[str, Tensor], policy: Distribution, sites: Sites, values: Tensor, alpha: Tensor, stats: Stats
-    ) -> Tensor:
-        action, log_prob = sample(policy)
-        found = self._values(self.frozen("critic"), sites.root, action)
-        smallest = least(found)
-        out["loss_actor"] = self._reduce(log_prob - (smallest if self.actor_value == "min" else found[:, 0]), stats)
+        Raises:
+            ValueError: on another; and as the base class.
+        """
+        found: Any = make_estimator(spec, kind, **options)
+        if found.uses_q_value:
+            name = type(found).__name__
+            raise ValueError(f"estimator {name} needs target critics, which SACv1Loss has not: use SACLoss")
+        super().bind_estimator(found, kind, gamma=gamma, discrete=discrete, every_step=every_step)
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
+        steps = read_steps(self, tensordict, discrete=False, reward_scale=self.reward_scale)
+        x, stats = steps.observation, Stats(steps.valid, steps.selection.reward)
+        policy = self._policy(x)
+
+        # critics
         with torch.no_grad():
-            target = smallest - log_prob
-        value = evaluate(self.value, k.VALUE, sites.root).squeeze(-1)
-        out["loss_value"] = 0.5 * self._reduce((value - target).square(), stats)
-        return log_prob.detach()
+            next_value = self._target_value(steps.next_observation).squeeze(-1)
+            log_pi, log_rho = behaviour_ratio(self, tensordict, policy, steps)
+            estimate = self.estimator.estimate(steps.selection, next_value=next_value, log_pi=log_pi, log_rho=log_rho)
+        q_value = self._q(x, steps.action)
+        error = q_value - estimate.target.unsqueeze(-1)
+        out = {"loss_critic": 0.5 * self._reduce(stats, weighted(error.square().sum(-1), steps.weight))}
+
+        # actor
+        fresh, log_prob = self._sample(policy, 1)
+        fresh_q = self._frozen_q(x, fresh)
+        smallest = least(fresh_q)
+        chosen = smallest if self.actor_value == "min" else fresh_q[:, 0]
+        out["loss_actor"] = self._reduce(stats, weighted(log_prob - chosen, steps.weight))
+
+        # state value
+        value_error = self._value(x).squeeze(-1) - (smallest - log_prob).detach()
+        out["loss_value"] = 0.5 * self._reduce(stats, weighted(value_error.square(), steps.weight))
+
+        # diagnostics
+        with torch.no_grad():
+            out["entropy"] = -stats.mean(log_prob)
+            out["q_value"] = stats.mean(q_value)
+            out["td_error"] = stats.mean(error.abs())
+            out["valid_count"] = stats.count
+            if self.priorities:
+                write_priority(self, tensordict, error.abs().mean(-1), steps.valid)
+        return TensorDict(out | estimate.diagnostics, [])

@@ -1,16 +1,21 @@
-"""The sequence on which the network runs once per batch."""
+"""One call of the network over a whole rollout: the sequence that it runs on, and what it says of it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torch.distributions import Distribution
 
+from offtrace.modules.estimators.base import Outcome
 from offtrace.modules.keys import ACTION_MASK, IS_INIT, NEXT
-from offtrace.modules.losses.offpolicy import cleared
+from offtrace.modules.losses.steps import entry, read_outcome, zero_invalid
+
+if TYPE_CHECKING:
+    from offtrace.modules.losses.base import Loss
 
 
 class Unroll:
@@ -29,9 +34,12 @@ class Unroll:
             the first step's is used.
         terminated, done: bool [B, T].
         valid: bool [B, T] or None; False where the successor is not known.
+        successors: False leaves them out: then the sequence is x_0, ..., x_{T-1} alone, and nothing under ``"next"``
+            is read.
 
     Attributes:
-        inputs: TensorDict [B, T + 1 + K], K the largest number of truncations inside a row; usually 0.
+        inputs: TensorDict [B, T + 1 + K], K the largest number of truncations inside a row; usually 0. Without
+            successors [B, T].
     """
 
     def __init__(
@@ -42,8 +50,45 @@ class Unroll:
         terminated: Tensor,
         done: Tensor,
         valid: Tensor | None,
+        successors: bool = True,
     ) -> None:
         self._batch, self._time = tensordict.batch_size
+        self._extra, length = 0, self._time
+        if successors:
+            length = self._insert(terminated, done, valid)
+        states = {key[1] for key in policy.out_keys if isinstance(key, tuple) and key[0] == NEXT}
+        # an invalid step's observation is read as the successor of the step before it, if that goes on to it
+        read = valid
+        if valid is not None and successors:
+            read = valid | torch.nn.functional.pad((valid & ~done)[:, :-1], (1, 0))
+        found: dict[Any, Tensor] = {}
+        for key in policy.in_keys:
+            root = tensordict.get(key, None)
+            if root is None and key in states:
+                raise KeyError(
+                    f"the policy reads {key!r}, a recurrent state, which the rollout lacks at its first step"
+                )
+            if root is None:
+                raise KeyError(f"the policy reads {key!r}, which the rollout lacks")
+            if key in states:
+                found[key] = root[:, :1].expand(-1, length, *root.shape[2:])
+            elif successors:
+                following = self._following(tensordict, key, root)
+                found[key] = self._sequence(zero_invalid(root, read), following)
+            else:
+                found[key] = zero_invalid(root, read)
+        self.inputs = TensorDict(found, [self._batch, length])
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Of ``x`` [B, T + 1 + K, ...] the places of the steps, [B, T, ...]."""
+        return x[self._rows, self._position] if self._extra else x[:, : self._time]
+
+    def successors(self, x: Tensor) -> Tensor:
+        """Of ``x`` [B, T + 1 + K, ...] the places of the steps' successors, [B, T, ...]."""
+        return x[self._rows, self._position + 1] if self._extra else x[:, 1:]
+
+    def _insert(self, terminated: Tensor, done: Tensor, valid: Tensor | None) -> int:
+        """Find places for successors; the length of the sequence."""
         bootstraps = ~terminated if valid is None else ~terminated & valid
         self._last = bootstraps[:, -1:]
         inserted = (done & bootstraps)[:, :-1]
@@ -51,29 +96,7 @@ class Unroll:
         self._extra = int(inserted.sum(1).max())
         if self._extra:
             self._place(inserted)
-        states = {key[1] for key in policy.out_keys if isinstance(key, tuple) and key[0] == NEXT}
-        length = self._time + 1 + self._extra
-        # an invalid step's observation is read as the successor of the step before it, if that goes on to it
-        read = None if valid is None else valid | torch.nn.functional.pad((valid & ~done)[:, :-1], (1, 0))
-        found: dict[Any, Tensor] = {}
-        for key in policy.in_keys:
-            root = tensordict.get(key, None)
-            if key in states:
-                if root is None:
-                    raise KeyError(f"the rollout lacks the recurrent state {key!r} at its first step")
-                found[key] = root[:, :1].expand(-1, length, *root.shape[2:])
-                continue
-            following = self._following(tensordict, key, root)
-            found[key] = self._sequence(cleared(root, read), following)
-        self.inputs = TensorDict(found, [self._batch, length])
-
-    def at(self, x: Tensor) -> Tensor:
-        """Of ``x`` [B, T + 1 + K, ...] the places of the steps, [B, T, ...]."""
-        return x[self._rows, self._position] if self._extra else x[:, : self._time]
-
-    def behind(self, x: Tensor) -> Tensor:
-        """Of ``x`` [B, T + 1 + K, ...] the places of the steps' successors, [B, T, ...]."""
-        return x[self._rows, self._position + 1] if self._extra else x[:, 1:]
+        return self._time + 1 + self._extra
 
     def _place(self, inserted: Tensor) -> None:
         before = torch.nn.functional.pad(inserted.long().cumsum(1), (1, 0))
@@ -90,10 +113,8 @@ class Unroll:
         source[self._rows.squeeze(1), self._position[:, -1] + 1] = ends
         self._source = source.flatten()
 
-    def _following(self, tensordict: TensorDictBase, key: Any, root: Tensor | None) -> Tensor:
+    def _following(self, tensordict: TensorDictBase, key: Any, root: Tensor) -> Tensor:
         following = tensordict.get((NEXT, key), None)
-        if root is None:
-            raise KeyError(f"the policy reads {key!r}, which the rollout lacks")
         if following is None:
             if key == IS_INIT:
                 return torch.zeros_like(root)
@@ -110,3 +131,92 @@ class Unroll:
         final = following[self._final_row, self._final_step]
         source = torch.cat([root.flatten(0, 1), final, last.flatten(0, 1)])
         return source.index_select(0, self._source).unflatten(0, (self._batch, -1))
+
+
+class EvaluatedPolicy(NamedTuple):
+    """A rollout as the network sees it now.
+
+    Attributes:
+        outcome: what the environment answered, [B, T].
+        action: of the batch, 0 where not valid.
+        unroll, output: the sequence that the network ran on, and what it wrote there.
+        params: of the steps' distributions, [B, T, ...] by their keys.
+        dist: the steps' distributions, [B, T].
+        log_pi: log-probability of the batch's actions, with gradient, [B, T].
+        log_rho: log pi - log mu, detached, 0 where not valid, [B, T]; None where log mu is missing and not needed.
+    """
+
+    outcome: Outcome
+    action: Tensor
+    unroll: Unroll
+    output: TensorDictBase
+    params: dict[Any, Tensor]
+    dist: Distribution
+    log_pi: Tensor
+    log_rho: Tensor | None
+
+
+def evaluate_rollout(
+    loss: Loss,
+    tensordict: TensorDictBase,
+    *,
+    reward_clip: float | None = None,
+    needs_behaviour: bool = True,
+    successors: bool = True,
+) -> EvaluatedPolicy:
+    """One call of ``loss.policy`` over a rollout [B, T], its steps and, by ``successors``, what follows them.
+
+    Args:
+        loss: its policy, its names of entries.
+        tensordict: the rollout.
+        reward_clip: rewards are clipped to [-reward_clip, reward_clip].
+        needs_behaviour: whether the behaviour policy's log-probability must be there.
+        successors: as of :class:`Unroll`.
+
+    Raises:
+        KeyError: when an entry is missing, by its name.
+        TypeError, ValueError: on an entry of another kind, shape or device, by its name.
+    """
+    shape, names = tensordict.batch_size, loss.tensor_keys
+    if len(shape) != 2:
+        raise ValueError(f"the batch must be [B, T], environments then time; got {list(shape)}")
+    _check_device(loss, tensordict)
+    outcome = read_outcome(loss, tensordict)
+    if reward_clip is not None:
+        outcome = outcome._replace(reward=outcome.reward.clamp(-reward_clip, reward_clip))
+    valid, log_mu = outcome.valid, None
+    if needs_behaviour or tensordict.get(names.sample_log_prob, None) is not None:
+        log_mu = entry(loss, tensordict, names.sample_log_prob, shape)
+    policy: Any = loss.policy
+    sampler = policy[-1]
+    unroll = Unroll(
+        tensordict, policy, terminated=outcome.terminated, done=outcome.done, valid=valid, successors=successors
+    )
+    output = policy.get_dist_params(unroll.inputs)
+    params = {key: unroll.steps(output.get(key)) for key in sampler.in_keys}
+    dist = sampler.build_dist_from_params(TensorDict(params, shape))
+    action = zero_invalid(entry(loss, tensordict, names.action), valid)
+    if action.shape != (expected := dist.batch_shape + dist.event_shape):
+        raise ValueError(f"{names.action!r} must be {list(expected)}, got {list(action.shape)}")
+    log_pi = dist.log_prob(action)
+    log_rho = None
+    if log_mu is not None:
+        log_rho = zero_invalid(log_pi.detach() - log_mu, valid).to(log_pi.dtype)
+    return EvaluatedPolicy(outcome, action, unroll, output, params, dist, log_pi, log_rho)
+
+
+def state_values(loss: Loss, policy: EvaluatedPolicy) -> tuple[Tensor, Tensor]:
+    """V of the steps, with gradient, and of their successors, without: [B, T] each."""
+    values = entry(loss, policy.output, loss.tensor_keys.value).squeeze(-1)
+    return policy.unroll.steps(values), policy.unroll.successors(values).detach()
+
+
+def _check_device(loss: Loss, tensordict: TensorDictBase) -> None:
+    if tensordict.device is not None:  # then all entries are there
+        if tensordict.device != loss.device:
+            raise ValueError(f"the batch is on {tensordict.device}, the networks are on {loss.device}")
+        return
+    for key in loss.in_keys:
+        found = tensordict.get(key, None)
+        if found is not None and found.device != loss.device:
+            raise ValueError(f"{key!r} is on {found.device}, the networks are on {loss.device}")

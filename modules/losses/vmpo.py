@@ -11,36 +11,18 @@ from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor, nn
 
 from offtrace.modules import keys as k
+from offtrace.modules.estimators.state_values import StateValueEstimator
 from offtrace.modules.losses import mpo_duals as m
-from offtrace.modules.losses.offpolicy import Batch, check_arguments, cleared, squashed
-from offtrace.modules.losses.rollout import RolloutLoss
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.policy_gradient import explained_variance
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.networks.heads import PopArtHead
-from offtrace.modules.returns import (
-    clipped_fraction,
-    effective_sample_size,
-    gae,
-    n_step_return,
-    trace_reach,
-    vtrace,
-)
-
-_LOSSES = ("loss_policy", "loss_dual", "loss_value")
-_DIAGNOSTICS = (
-    "kl_improved",
-    "ess_improved",
-    "threshold",
-    "entropy",
-    "explained_variance",
-    "advantage_std",
-    "ess",
-    "trace_length",
-    "contraction",
-)
-_TARGETS = ("lambda", "n_step", "vtrace")
+from offtrace.modules.losses.steps import check_arguments, entry, zero_invalid
+from offtrace.modules.losses.unroll import evaluate_rollout, state_values
+from offtrace.modules.losses.views import is_squashed
+from offtrace.modules.networks.value_heads import PopArtHead
 
 
-class VMPOLoss(RolloutLoss):
+class VMPOLoss(Loss):
     """V-MPO over a shared actor-critic, called once per batch of rollouts [B, T].
 
     With advantages A = G - V(x) held constant, D the valid steps and D~ the half of them with the greatest advantages::
@@ -65,12 +47,10 @@ class VMPOLoss(RolloutLoss):
 
     Args:
         policy: what :func:`offtrace.modules.networks.make_policy` gives; discrete, or an unsquashed normal.
+        estimator: of state values, gives G and A: ``"gae"``, with its lmbda of 1 the n-step returns of the paper up to
+            the end of the rollout; ``"n_step(n=5)"``; ``"vtrace"``, whose ratios correct data that has gone stale, in
+            the advantages too; an import path, or an object.
         gamma: discount per step.
-        target: G: ``"lambda"``, TD(lambda), with ``lmbda`` 1 the n-step returns of the paper up to the end of the
-            rollout; ``"n_step"`` with ``n_step``; ``"vtrace"``, whose ratios correct data that has gone stale, in the
-            advantages too.
-        lmbda: of ``"lambda"`` and ``"vtrace"``.
-        n_step: of ``"n_step"``.
         epsilon: bound of the temperature's dual, in nats.
         epsilon_kl: bound of the KL of discrete policies.
         epsilon_mean, epsilon_cov: bounds of the two parts of a normal's KL, summed over dimensions.
@@ -85,23 +65,23 @@ class VMPOLoss(RolloutLoss):
     Returns the three losses and, detached: ``temperature``; ``alpha``, or ``alpha_mean`` and ``alpha_cov``; ``kl``, or
     ``kl_mean`` and ``kl_cov``; ``kl_improved`` of psi to uniform on D~, and ``ess_improved``, the effective sample size
     of psi as a fraction of D~; ``threshold``, the least advantage in D~; ``entropy``; ``explained_variance``;
-    ``advantage_std``; ``ess``, the effective sample size of pi/mu as a fraction of D; ``trace_length`` in
-    steps and ``contraction`` of the value's operator; ``valid_count``; with V-trace's clips ``rho_clipped`` and
-    ``c_clipped``, fractions of ratios above them (both are at 1).
+    ``advantage_std``; ``valid_count``; and those of the estimator: ``ess``, the effective sample size of pi/mu as a
+    fraction of D; ``trace_length`` in steps and ``contraction`` of the value's operator; fractions of ratios above the
+    clips that it has.
 
     Raises:
         ValueError: on an argument out of range, a policy that does not fit, or a batch that is not [B, T].
         KeyError: when an entry is missing, by its name.
     """
 
+    reads_behaviour = True
+
     def __init__(
         self,
         policy: ProbabilisticTensorDictSequential,
         *,
+        estimator: str | StateValueEstimator = "gae",
         gamma: float = 0.99,
-        target: str = "lambda",
-        lmbda: float = 1.0,
-        n_step: int = 5,
         epsilon: float = 0.01,
         epsilon_kl: float = 0.01,
         epsilon_mean: float = 0.01,
@@ -112,17 +92,12 @@ class VMPOLoss(RolloutLoss):
         alpha: float = 5.0,
         reduction: str = "mean",
     ) -> None:
-        super().__init__(policy)
-        check_arguments(reduction=reduction, gamma=gamma, lmbda=lmbda)
-        if target not in _TARGETS:
-            raise ValueError(f"target must be one of {_TARGETS}, got {target!r}")
-        if n_step < 1 or not 0 < top_fraction <= 1:
-            raise ValueError(
-                f"n_step must be 1 or more and top_fraction in (0, 1], got n_step={n_step}, top_fraction={top_fraction}"
-            )
+        check_arguments(reduction=reduction, gamma=gamma)
+        if not 0 < top_fraction <= 1:
+            raise ValueError(f"top_fraction must be in (0, 1], got {top_fraction}")
         params = list(policy[-1].in_keys)
         bounds = {"kl": epsilon_kl} if params == [k.LOGITS] else {"mean": epsilon_mean, "cov": epsilon_cov}
-        if params not in ([k.LOGITS], [k.LOC, k.SCALE], [k.LOC, k.SCALE_TRIL]) or squashed(policy):
+        if params not in ([k.LOGITS], [k.LOC, k.SCALE], [k.LOC, k.SCALE_TRIL]) or is_squashed(policy):
             raise ValueError(f"VMPOLoss needs a discrete or an unsquashed normal policy, got parameters {params}")
         for name, value in {"epsilon": epsilon, **{f"epsilon_{x}": y for x, y in bounds.items()}}.items():
             if value <= 0:
@@ -130,16 +105,21 @@ class VMPOLoss(RolloutLoss):
         for name, value in {"temperature": temperature, "alpha": alpha}.items():
             if value <= 0:
                 raise ValueError(f"{name} must start positive, got {value}")
-        self.gamma, self.target_kind, self.lmbda, self.n_step = gamma, target, lmbda, n_step
+        super().__init__()
+        self.bind_estimator(estimator, "state", gamma=gamma)
+        self.policy = policy
+        self.state_keys = list(policy.in_keys)
         self.epsilon, self.bounds, self.top_fraction = epsilon, bounds, top_fraction
         self.value_coef, self.reduction = value_coef, reduction
         self._moments: Tensor | None = None
-        self.temperature = m.Dual.at(temperature)
-        self.alphas = nn.ModuleDict({name: m.Dual.at(alpha) for name in bounds})
+        self.temperature = m.Multiplier.at(temperature)
+        self.alphas = nn.ModuleDict({name: m.Multiplier.at(alpha) for name in bounds})
+        self.bind_networks()
         suffixes = ["" if name == "kl" else f"_{name}" for name in bounds]
         parts = [f"{name}{suffix}" for name in ("alpha", "kl") for suffix in suffixes]
-        told = ["rho_clipped", "c_clipped"] if target == "vtrace" else []
-        self.out_keys = [*_LOSSES, "temperature", *parts, *_DIAGNOSTICS, *told, "valid_count"]
+        losses = ["loss_policy", "loss_dual", "loss_value", "temperature", *parts]
+        told = ["kl_improved", "ess_improved", "threshold", "entropy", "explained_variance", "advantage_std"]
+        self.out_keys = [*losses, *told, "valid_count", *self.estimator.diagnostic_keys]
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by what they belong to: ``"actor_critic"`` and ``"duals"``."""
@@ -147,9 +127,66 @@ class VMPOLoss(RolloutLoss):
         return {"actor_critic": list(self.policy.parameters()), "duals": duals}
 
     @property
+    def in_keys(self) -> list[Any]:
+        """Entries that are read."""
+        return [*super().in_keys, *self.policy[-1].in_keys]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of a rollout [B, T]."""
+        # one call of the network over the steps and their successors; the target policy is the behaviour policy
+        policy = evaluate_rollout(self, tensordict)
+        valid = policy.outcome.valid
+        behaviour = {key: zero_invalid(entry(self, tensordict, key), valid) for key in policy.params}
+        value, next_value = state_values(self, policy)
+        stats = Stats(valid, policy.outcome.reward)
+        times = stats.count if self.reduction == "sum" else 1
+
+        # target and advantage, constant
+        estimate = self.estimator.estimate(policy.outcome, value=value, next_value=next_value, log_rho=policy.log_rho)
+        error = estimate.target - value
+
+        # temperature: weights of the half with the greatest advantages
+        temperature = self.temperature()
+        weights, dual, out = select_top(
+            estimate.advantage, temperature, self.epsilon, self.top_fraction, valid=valid, stats=stats
+        )
+
+        # multipliers: how far the policy may leave the target policy
+        penalty = constraint = torch.zeros_like(stats.count)
+        for (name, bound), part in zip(self.bounds.items(), kl_parts(policy.params, behaviour, valid), strict=True):
+            alpha, kl = self.alphas[name]().squeeze(), stats.mean(part)
+            penalty = penalty + alpha.detach() * kl
+            constraint = constraint + alpha * (bound - kl.detach()) * (stats.count > 0)
+            suffix = "" if name == "kl" else f"_{name}"
+            out[f"alpha{suffix}"], out[f"kl{suffix}"] = alpha.detach(), kl.detach()
+
+        # the three terms
+        out["loss_policy"] = times * (penalty - (weights * policy.log_pi).sum())
+        out["loss_dual"] = times * (dual + constraint)
+        value_coef = self._scaled_value_coef(estimate.target, stats)
+        out["loss_value"] = (times * 0.5 * value_coef) * stats.mean(error.square())
+
+        # diagnostics
+        with torch.no_grad():
+            out["entropy"] = stats.mean(policy.dist.entropy())
+            out["advantage_std"] = stats.std(estimate.advantage)
+            out["explained_variance"] = explained_variance(estimate.target, error, stats)
+            out["valid_count"] = stats.count
+        return TensorDict(out | estimate.diagnostics, [])
+
+    @property
     def _popart(self) -> PopArtHead | None:
         head = getattr(self.policy[0], "value_head", None)
         return head if isinstance(head, PopArtHead) else None
+
+    def _scaled_value_coef(self, target: Tensor, stats: Stats) -> Any:
+        """``value_coef`` in units of the returns' variance, where the value head keeps it; their moments are noted."""
+        if self._popart is None:
+            return self.value_coef
+        moments = [stats.mean(target), stats.mean(target.square()), (stats.count > 0).to(target.dtype)]
+        self._moments = torch.stack(moments)
+        return self.value_coef / self._popart.scale.square()
 
     @torch.no_grad()
     def update_values(self) -> None:
@@ -163,137 +200,47 @@ class VMPOLoss(RolloutLoss):
             self._popart.update(sums[0] / sums[2], sums[1] / sums[2])
         self._moments = None
 
-    def _behaviour_keys(self) -> list[Any]:
-        return [*super()._behaviour_keys(), *self.policy[-1].in_keys]
 
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Losses and diagnostics, all scalars, of a rollout [B, T]."""
-        reading = self._read(tensordict)
-        valid, log_rho = reading.batch.valid, reading.log_rho
-        behaviour = {key: cleared(self._entry(tensordict, key), valid) for key in reading.params}
-        values = self._entry(reading.output, self.tensor_keys.value).squeeze(-1)
-        value, next_value = reading.unroll.at(values), reading.unroll.behind(values).detach()
-        target, advantage = self._targets(reading.batch, value.detach(), next_value, log_rho)
+def select_top(
+    advantage: Tensor, temperature: Tensor, epsilon: float, fraction: float, *, valid: Tensor | None, stats: Stats
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Weights psi [B, T], 0 outside D~; the temperature's dual; diagnostics."""
+    flat = advantage.flatten()
+    ranked = flat if valid is None else flat.masked_fill(~valid.flatten(), -math.inf)
+    size = (stats.count * fraction).floor().clamp(min=1)
+    # by rank, so that equal advantages do not make the half larger
+    rank = ranked.argsort(descending=True, stable=True).argsort()
+    chosen = rank < size
+    log_prior = torch.where(chosen, -size.log(), -math.inf).to(flat.dtype)
+    step = m.e_step(value=flat, temperature=temperature, epsilon=epsilon, log_prior=log_prior)
+    # a batch without a valid step still ranks one first
+    some = (stats.count > 0).to(flat.dtype)
+    out = {
+        "temperature": temperature.detach().squeeze(),
+        "kl_improved": some * step.kl,
+        "ess_improved": some / (size * step.weights.square().sum()),
+        "threshold": some * flat.masked_fill(~chosen, math.inf).amin(),
+    }
+    return some * step.weights.view_as(advantage), some * step.dual, out
 
-        stats = Stats(valid, reading.batch.reward)
-        value_coef: Any = self.value_coef
-        if self._popart is not None:
-            moments = [stats.mean(target), stats.mean(target.square()), (stats.count > 0).to(target.dtype)]
-            self._moments = torch.stack(moments)
-            value_coef = value_coef / self._popart.scale.square()
-        times = stats.count if self.reduction == "sum" else 1
-        weights, dual, out = self._select(advantage, valid, stats)
-        penalty, constraint = self._constrain(reading.params, behaviour, valid, stats, out)
-        out["loss_policy"] = times * (penalty - (weights * reading.log_pi).sum())
-        out["loss_dual"] = times * (dual + constraint)
-        out["loss_value"] = (times * 0.5 * value_coef) * stats.mean((target - value).square())
-        with torch.no_grad():
-            out["entropy"] = stats.mean(reading.dist.entropy())
-            out["advantage_std"] = stats.std(advantage)
-            out["explained_variance"] = 1 - stats.variance(target - value) / stats.variance(target).clamp(min=1e-8)
-        out["valid_count"] = stats.count
-        self._tell(out, log_rho.t(), reading.batch.time_first())
-        return TensorDict(out, [])
 
-    @torch.no_grad()
-    def _tell(self, out: dict[str, Tensor], log_rho: Tensor, batch: Batch) -> None:
-        """Adds how far off-policy the rollout is, from what stands time first."""
-        _, terminated, done, valid = batch
-        out["ess"] = effective_sample_size(log_rho, valid=valid)
-        ones = torch.ones_like(log_rho)
-        if self.target_kind == "n_step":
-            stats = Stats(valid, ones)
-            length = n_step_return(  # of rewards 1, the return is the number of steps
-                reward=ones,
-                next_value=0 * ones,
-                terminated=terminated,
-                done=done,
-                gamma=1.0,
-                n=self.n_step,
-                valid=valid,
-            )
-            out["trace_length"] = stats.mean(length - 1)
-            out["contraction"] = 1 - stats.mean(1 - self.gamma**length)
-            return
-        rho = log_rho.clamp(max=0).exp() if self.target_kind == "vtrace" else ones
-        out["trace_length"], out["contraction"] = trace_reach(
-            trace=self.lmbda * rho, done=done, gamma=self.gamma, rho=rho, valid=valid, bounded=True
-        )
-        if self.target_kind == "vtrace":
-            out["rho_clipped"] = out["c_clipped"] = clipped_fraction(log_rho, 1.0, valid=valid)
+def kl_parts(params: dict[Any, Tensor], behaviour: dict[Any, Tensor], valid: Tensor | None) -> list[Tensor]:
+    """KL of behaviour to online policy at each step, [B, T]: whole, or a normal's, of its mean and its covariance.
 
-    def _select(
-        self, advantage: Tensor, valid: Tensor | None, stats: Stats
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Weights psi [B, T], 0 outside D~; the temperature's dual; diagnostics."""
-        flat = advantage.flatten()
-        ranked = flat if valid is None else flat.masked_fill(~valid.flatten(), -math.inf)
-        size = (stats.count * self.top_fraction).floor().clamp(min=1)
-        # by rank, so that equal advantages do not make the half larger
-        rank = ranked.argsort(descending=True, stable=True).argsort()
-        chosen = rank < size
-        temperature = self.temperature()
-        log_prior = torch.where(chosen, -size.log(), -math.inf).to(flat.dtype)
-        step = m.e_step(value=flat, temperature=temperature, epsilon=self.epsilon, log_prior=log_prior)
-        # a batch without a valid step still ranks one first
-        some = (stats.count > 0).to(flat.dtype)
-        out = {
-            "temperature": temperature.detach().squeeze(),
-            "kl_improved": some * step.kl,
-            "ess_improved": some / (size * step.weights.square().sum()),
-            "threshold": some * flat.masked_fill(~chosen, math.inf).amin(),
-        }
-        return some * step.weights.view_as(advantage), some * step.dual, out
-
-    def _constrain(
-        self,
-        params: dict[Any, Tensor],
-        behaviour: dict[Any, Tensor],
-        valid: Tensor | None,
-        stats: Stats,
-        out: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """The KL penalty for the policy and its dual for the multipliers, means over the valid steps."""
-        if k.LOGITS in params:
-            logits, stored = params[k.LOGITS].log_softmax(-1), behaviour[k.LOGITS].log_softmax(-1)
-            parts = [m.categorical_kl(logits, stored).squeeze(-1)]
-        elif k.SCALE in params:
-            stored = behaviour[k.SCALE] if valid is None else behaviour[k.SCALE].masked_fill(~valid.unsqueeze(-1), 1)
-            found = m.diagonal_kl(params[k.LOC], params[k.SCALE], behaviour[k.LOC], stored)
-            parts = [part.sum(-1) for part in found]
-        else:
-            stored = behaviour[k.SCALE_TRIL]
-            if valid is not None:
-                identity = torch.eye(stored.shape[-1], dtype=stored.dtype, device=stored.device)
-                stored = torch.where(valid[..., None, None], stored, identity)
-            found = m.full_kl(params[k.LOC], params[k.SCALE_TRIL], behaviour[k.LOC], stored)
-            parts = [part.squeeze(-1) for part in found]
-        penalty = dual = torch.zeros_like(stats.count)
-        for (name, bound), part in zip(self.bounds.items(), parts, strict=True):
-            alpha, kl = self.alphas[name]().squeeze(), stats.mean(part)
-            suffix = "" if name == "kl" else f"_{name}"
-            penalty = penalty + alpha.detach() * kl
-            dual = dual + alpha * (bound - kl.detach()) * (stats.count > 0)
-            out[f"alpha{suffix}"], out[f"kl{suffix}"] = alpha.detach(), kl.detach()
-        return penalty, dual
-
-    def _targets(self, batch: Batch, value: Tensor, next_value: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
-        """Return and advantage [B, T], 0 advantage where not valid; the one place where time changes its dimension."""
-        reward, terminated, done, valid = batch.time_first()
-        known: dict[str, Any] = {
-            "reward": reward.to(value.dtype),
-            "next_value": next_value.t(),
-            "terminated": terminated,
-            "done": done,
-            "gamma": self.gamma,
-            "valid": valid,
-        }
-        if self.target_kind == "n_step":
-            target = n_step_return(n=self.n_step, **known).t()
-            return target, cleared(target - value, batch.valid)
-        if self.target_kind == "lambda":
-            found: Any = gae(value=value.t(), lmbda=self.lmbda, **known)
-        else:
-            found = vtrace(value=value.t(), log_rho=log_rho.to(value.dtype).t(), lmbda=self.lmbda, **known)
-        return found.target.t(), cleared(found.advantage.t(), batch.valid)
+    Args:
+        params, behaviour: parameters of both distributions, [B, T, ...] by their keys.
+        valid: bool [B, T] or None; the behaviour of other steps is replaced by one that can be evaluated.
+    """
+    if k.LOGITS in params:
+        logits, stored = params[k.LOGITS].log_softmax(-1), behaviour[k.LOGITS].log_softmax(-1)
+        return [m.categorical_kl(logits, stored).squeeze(-1)]
+    if k.SCALE in params:
+        stored = behaviour[k.SCALE] if valid is None else behaviour[k.SCALE].masked_fill(~valid.unsqueeze(-1), 1)
+        found = m.diagonal_kl(params[k.LOC], params[k.SCALE], behaviour[k.LOC], stored)
+        return [part.sum(-1) for part in found]
+    stored = behaviour[k.SCALE_TRIL]
+    if valid is not None:
+        identity = torch.eye(stored.shape[-1], dtype=stored.dtype, device=stored.device)
+        stored = torch.where(valid[..., None, None], stored, identity)
+    found = m.full_kl(params[k.LOC], params[k.SCALE_TRIL], behaviour[k.LOC], stored)
+    return [part.squeeze(-1) for part in found]

@@ -1,54 +1,69 @@
-"""Networks: encoders, a recurrent core, heads, the actor-critic they compose; actors and critics for control."""
+"""Networks: encoders, a recurrent core, heads; the policy and the critics they compose; one builder of all."""
 
-from offtrace.modules.networks.actor_critic import ActorCritic, Policy, make_policy
-from offtrace.modules.networks.build import NETWORKS, build_policy
-from offtrace.modules.networks.build_control import (
-    ACTOR_KINDS,
-    CONTROL_NETWORKS,
-    build_actor,
-    build_critic,
-    build_value,
-)
-from offtrace.modules.networks.categorical_critic import CategoricalCritic
-from offtrace.modules.networks.control_heads import GaussianHead, TanhNormal, TanhNormalHead
-from offtrace.modules.networks.control_policy import ActionSmoother, ControlActor, ControlPolicy
+from offtrace.modules.networks.build import CRITICS, HEADS, build_critic, build_policy, build_value
 from offtrace.modules.networks.core import LSTMCore
-from offtrace.modules.networks.critics import Critic, DiscreteCritic, StateValue
-from offtrace.modules.networks.distributions import MASKED_LOGIT, Categorical, DiagonalNormal, mask_logits
-from offtrace.modules.networks.encoders import MLP, ResNetConv, ShallowConv
-from offtrace.modules.networks.gaussian_heads import CholeskyHead, FullNormal
-from offtrace.modules.networks.heads import ActionValueHead, CategoricalHead, NormalHead, PopArtHead, ValueHead
-from offtrace.modules.networks.normalise import ObservationNormalizer, share_normalizer
-from offtrace.modules.networks.torsos import EnsembleLinear, EnsembleMLP, LayerNormMLP, PixelTorso
+from offtrace.modules.networks.critics import CategoricalCritic, Critic, DiscreteCritic, StateValue
+from offtrace.modules.networks.distributions import (
+    MASKED_LOGIT,
+    Categorical,
+    DiagonalNormal,
+    EpsilonGreedy,
+    FullNormal,
+    TanhNormal,
+    mask_logits,
+)
+from offtrace.modules.networks.encoders import MLP, Concatenate, ConvMLP, LayerNormMLP, ResNetConv, ShallowConv
+from offtrace.modules.networks.ensembles import EnsembleLinear, EnsembleMLP
+from offtrace.modules.networks.heads import (
+    CategoricalHead,
+    CholeskyHead,
+    GaussianHead,
+    GreedyHead,
+    NormalHead,
+    PolicyHead,
+    TanhNormalHead,
+)
+from offtrace.modules.networks.named import NETWORKS
+from offtrace.modules.networks.normalise import DictNormalizer, ObservationNormalizer, share_normalizer
+from offtrace.modules.networks.observations import ObservationNetwork
+from offtrace.modules.networks.policy import Policy
+from offtrace.modules.networks.policy_network import PolicyNetwork
+from offtrace.modules.networks.smoothing import ActionSmoother
+from offtrace.modules.networks.value_heads import ActionValueHead, CategoricalValueHead, PopArtHead, ValueHead
 
 __all__ = [
-    "ACTOR_KINDS",
-    "CONTROL_NETWORKS",
+    "CRITICS",
+    "HEADS",
     "MASKED_LOGIT",
     "MLP",
     "NETWORKS",
     "ActionSmoother",
     "ActionValueHead",
-    "ActorCritic",
     "Categorical",
     "CategoricalCritic",
     "CategoricalHead",
+    "CategoricalValueHead",
     "CholeskyHead",
-    "ControlActor",
-    "ControlPolicy",
+    "Concatenate",
+    "ConvMLP",
     "Critic",
     "DiagonalNormal",
+    "DictNormalizer",
     "DiscreteCritic",
     "EnsembleLinear",
     "EnsembleMLP",
+    "EpsilonGreedy",
     "FullNormal",
     "GaussianHead",
+    "GreedyHead",
     "LSTMCore",
     "LayerNormMLP",
     "NormalHead",
+    "ObservationNetwork",
     "ObservationNormalizer",
-    "PixelTorso",
     "Policy",
+    "PolicyHead",
+    "PolicyNetwork",
     "PopArtHead",
     "ResNetConv",
     "ShallowConv",
@@ -56,11 +71,9 @@ __all__ = [
     "TanhNormal",
     "TanhNormalHead",
     "ValueHead",
-    "build_actor",
     "build_critic",
     "build_policy",
     "build_value",
-    "make_policy",
     "mask_logits",
     "share_normalizer",
 ]

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offtrace.modules.networks.initialise import TORSO_GAIN, orthogonal
+from offtrace.modules.networks.initialise import ENCODER_GAIN, acme_uniform, orthogonal
 
-_ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "silu": nn.SiLU, "gelu": nn.GELU}
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "elu": nn.ELU, "silu": nn.SiLU, "gelu": nn.GELU}
 
 
-def _compute_dtype(reference: Tensor) -> torch.dtype:
+def compute_dtype(reference: Tensor) -> torch.dtype:
     """The dtype in which a layer with weights like ``reference`` computes: autocast's where that is on."""
     kind = reference.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else reference.dtype
+
+
+def check_activation(name: str) -> None:
+    """Refuse an activation without a name in :data:`ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {name!r}")
+
+
+def check_sizes(what: str, in_features: int, hidden: Sequence[int]) -> None:
+    """Refuse layers without width."""
+    if not hidden or min(hidden) < 1 or in_features < 1:
+        raise ValueError(f"{what} needs positive sizes, got in_features {in_features} and hidden {tuple(hidden)}")
 
 
 class _Image(nn.Module):
@@ -35,7 +48,7 @@ class _Image(nn.Module):
 
     def _floats(self, x: Tensor, weight: Tensor) -> Tensor:
         """uint8 becomes [0, 1] at once in the dtype of the convolution: under autocast half the bytes move."""
-        dtype = _compute_dtype(weight)
+        dtype = compute_dtype(weight)
         if x.dtype == torch.uint8:
             return x.to(dtype, memory_format=self._format).mul_(1 / 255)
         return x.to(dtype, memory_format=self._format)
@@ -71,7 +84,7 @@ class ShallowConv(_Image):
         self.conv2 = nn.Conv2d(16, 32, 4, 2)
         self.linear = nn.Linear(32 * height * width, hidden)
         self.out_features = hidden
-        orthogonal(self, TORSO_GAIN)
+        orthogonal(self, ENCODER_GAIN)
         self._set_format()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +134,7 @@ class ResNetConv(_Image):
         self.stages = nn.ModuleList(stages)
         self.linear = nn.Linear(in_channels * height * width, hidden)
         self.out_features = hidden
-        orthogonal(self, TORSO_GAIN)
+        orthogonal(self, ENCODER_GAIN)
         self._set_format()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,20 +158,99 @@ class MLP(nn.Module):
 
     def __init__(self, in_features: int, hidden: Sequence[int] = (64, 64), activation: str = "tanh") -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
-        if not hidden or min(hidden) < 1 or in_features < 1:
-            raise ValueError(f"an MLP needs positive sizes, got in_features {in_features} and hidden {tuple(hidden)}")
+        check_activation(activation)
+        check_sizes("an MLP", in_features, hidden)
         layers: list[nn.Module] = []
         for size in hidden:
-            layers += [nn.Linear(in_features, size), _ACTIVATIONS[activation]()]
+            layers += [nn.Linear(in_features, size), ACTIVATIONS[activation]()]
             in_features = size
         self.layers = nn.Sequential(*layers)
         self.out_features = in_features
-        orthogonal(self, TORSO_GAIN)
+        orthogonal(self, ENCODER_GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[N, hidden[-1]]``."""
         weight = self.layers[0].weight
         assert isinstance(weight, Tensor)
-        return self.layers(x.flatten(1).to(_compute_dtype(weight)))
+        return self.layers(x.flatten(1).to(compute_dtype(weight)))
+
+
+class LayerNormMLP(nn.Module):
+    """Linear, LayerNorm, tanh; then linear layers with an ELU after each.
+
+    Acme's encoder for control (Hoffman et al. 2020, arXiv 2006.00979), with its initialisation: weights uniform with
+    variance 0.333 / fan_out, biases zero. The first layer bounds what a badly scaled observation can do.
+
+    Args:
+        in_features: numbers in an observation, over all its dimensions.
+        hidden: sizes of the layers; the last is the number of features out.
+
+    Shapes: ``[N, *shape]`` of any dtype, flattened, to ``[N, hidden[-1]]``.
+    """
+
+    def __init__(self, in_features: int, hidden: Sequence[int] = (256, 256)) -> None:
+        super().__init__()
+        check_sizes("a LayerNorm MLP", in_features, hidden)
+        self.norm = nn.LayerNorm(hidden[0])
+        sizes = (in_features, *hidden)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.out_features = hidden[-1]
+        for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
+            acme_uniform(layer.weight, layer.out_features)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``[N, hidden[-1]]``."""
+        first, *others = self.layers
+        assert isinstance(first.weight, Tensor)
+        # in place: no backward pass here reads what went into an activation
+        x = torch.tanh_(self.norm(first(x.flatten(1).to(compute_dtype(first.weight)))))
+        for layer in others:
+            x = F.elu_(layer(x))
+        return x
+
+
+class ConvMLP(nn.Module):
+    """A convolutional encoder and a :class:`LayerNormMLP` behind it, whose LayerNorm bounds the encoder's features.
+
+    Args:
+        conv: :class:`ShallowConv` or :class:`ResNetConv`.
+        hidden: layers of the MLP.
+
+    Shapes: ``[N, in_channels, *image]`` uint8 to ``[N, hidden[-1]]``.
+    """
+
+    def __init__(self, conv: ShallowConv | ResNetConv, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.conv = conv
+        self.mlp = LayerNormMLP(conv.out_features, hidden)
+        self.out_features = self.mlp.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``[N, hidden[-1]]``."""
+        return self.mlp(self.conv(x))
+
+
+class Concatenate(nn.Module):
+    """The vectors of a dictionary observation as one vector, in the order of ``names``, and an encoder of it.
+
+    Args:
+        names: of the entries.
+        encoder: reads the vector; None: the vector is what comes out.
+
+    Shapes: a mapping name -> ``[N, *shape]`` to ``[N, F]``.
+    """
+
+    def __init__(self, names: Sequence[str], encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.encoder = encoder
+        if encoder is not None:
+            self.out_features = encoder.out_features
+
+    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
+        """Features ``[N, F]``."""
+        entries = [x[name] for name in self.names]
+        joined = torch.cat([entry.reshape(len(entry), -1) for entry in entries], -1)
+        return joined if self.encoder is None else self.encoder(joined)

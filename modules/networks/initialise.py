@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
-TORSO_GAIN = math.sqrt(2.0)
+ENCODER_GAIN = math.sqrt(2.0)
 """Keeps the size of activations through a ReLU layer."""
 POLICY_GAIN = 0.01
 """A policy that starts uniform: the first advantages are noise and must not find a favourite action to feed."""
 VALUE_GAIN = 1.0
 SMALL_GAIN = 0.1
 """Values that start near 0, where the layers before carry so much that first guesses would exceed first rewards."""
+_ACME_SCALE = 0.333
 
 
 def orthogonal(module: nn.Module, gain: float) -> nn.Module:
@@ -26,3 +27,9 @@ def orthogonal(module: nn.Module, gain: float) -> nn.Module:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return module
+
+
+def acme_uniform(weight: Tensor, fan_out: int) -> None:
+    """Fill ``weight`` from a uniform distribution of variance 0.333 / ``fan_out``, as Acme's MLPs start."""
+    limit = math.sqrt(3 * _ACME_SCALE / fan_out)
+    nn.init.uniform_(weight, -limit, limit)

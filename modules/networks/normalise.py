@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,32 @@ class ObservationNormalizer(nn.Module):
         """``[*B, *shape]``, normalised."""
         x = (x - self.shift) * self.factor
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+
+class DictNormalizer(nn.Module):
+    """An :class:`ObservationNormalizer` for each vector of a dictionary observation; images pass as they are.
+
+    Args:
+        shapes: of one observation, by name; three sizes are an image.
+        clip: as :class:`ObservationNormalizer`.
+
+    Shapes: a mapping name -> ``[N, *shape]`` to a dict of the same.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], *, clip: float | None = 10.0) -> None:
+        super().__init__()
+        self.names = tuple(name for name, shape in shapes.items() if len(shape) != 3)
+        # a name may have a dot, which a ModuleDict refuses
+        self.parts = nn.ModuleList(ObservationNormalizer(shapes[name], clip=clip) for name in self.names)
+
+    def update(self, observations: Mapping[str, Tensor], valid: Tensor | None = None) -> None:
+        """Merge a mapping name -> [*B, *shape] into the statistics; arguments as :class:`ObservationNormalizer`."""
+        for name, part in zip(self.names, self.parts, strict=True):
+            part.update(observations[name], valid)  # type: ignore[operator]
+
+    def forward(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every entry, the vectors normalised."""
+        return dict(x) | {name: part(x[name]) for name, part in zip(self.names, self.parts, strict=True)}
 
 
 def share_normalizer(source: nn.Module, *others: nn.Module) -> None:

@@ -18,8 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import WeightSync
-from offtrace.agents.config import control_config
-from offtrace.agents.impala import make_impala
+from offtrace.agents.impala import control_config, make_impala
 from offtrace.modules.losses import ImpalaLoss
 from offtrace.modules.networks import build_policy
 

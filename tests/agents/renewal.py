@@ -7,11 +7,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from offtrace.agents.data import MixedData, ReplayData, RolloutData
+
 
 class NewEnvironments(pl.Callback):
     """Puts fresh environments under a running stream at a number of frames, and touches nothing else.
 
-    Where the stream is of a replay, it waits until no update is owed.
+    Where the stream has a replay, it waits until no update is owed.
     """
 
     def __init__(self, data: Any, frames: int) -> None:
@@ -22,8 +24,12 @@ class NewEnvironments(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         data = trainer.datamodule
-        owing = hasattr(data, "limiter") and data.limiter.may_sample(data.batch_size)
-        if data.frames == self.frames and not owing:
+        owing = {
+            ReplayData: lambda: data.limiter.may_sample(data.batch_size),
+            MixedData: lambda: data.owed,
+            RolloutData: lambda: False,
+        }
+        if data.frames == self.frames and not owing[type(data)]():
             state = torch.get_rng_state()
             version, old = data.collector.version, data.collector
             old.shutdown()

@@ -13,9 +13,8 @@ import lightning.pytorch as pl
 import torch
 
 from offtrace.agents.callbacks import WeightSync
-from offtrace.agents.mpo_config import MPOConfig
-from offtrace.agents.sac_config import SACConfig
-from offtrace.agents.training import BUILDERS
+from offtrace.agents.mpo import MPOConfig
+from offtrace.agents.sac import SACConfig
 
 
 def fit(name: str, folder: Path) -> None:
@@ -24,10 +23,10 @@ def fit(name: str, folder: Path) -> None:
     config.network.hidden = config.network.critic_hidden = [16, 16]
     config.network.normalize = True
     config.replay.capacity, config.replay.batch_size, config.replay.min_size = 500, 8, 16
-    config.replay.samples_per_insert, config.loss.n_step = 4.0, 3
+    config.replay.samples_per_insert = 4.0
     config.train.total_frames = 2 * 4 * 8
     pl.seed_everything(0, verbose=False)
-    agent, data = BUILDERS[name](config)
+    agent, data = config.build()
     trainer = pl.Trainer(
         accelerator="cpu", devices=2,
         strategy=pl.strategies.DDPStrategy(process_group_backend="gloo", broadcast_buffers=False),

@@ -1,4 +1,4 @@
-"""OnPolicyData: every sample in every epoch once, counted, in an order that a resumed run repeats, and an end to it."""
+"""RolloutData: every sample in every epoch once, counted, in an order that a resumed run repeats, and an end to it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from offtrace.agents.data import OnPolicyData
+from offtrace.agents.data import PlainData, RolloutData
+from offtrace.agents.data.rollouts import Dealer
 
 ENVS, STEPS = 6, 5
 
 
 class Collector:
-    """Stands in for a RolloutCollector: "sample" [N, T] numbers every sample of the run."""
+    """Stands in for a collector: "sample" [N, T] numbers every sample of the run."""
 
     num_envs, frames_per_batch = ENVS, ENVS * STEPS
 
@@ -31,7 +32,7 @@ class Collector:
         assert not self.closed
         sample = torch.arange(ENVS * STEPS).view(ENVS, STEPS) + self.taken * ENVS * STEPS
         self.taken += 1
-        return TensorDict({"sample": sample[self.order(ENVS)]}, [ENVS, STEPS])
+        return TensorDict({"sample": sample if self.order is None else sample[self.order(ENVS)]}, [ENVS, STEPS])
 
     def shutdown(self) -> None:
         self.closed = True
@@ -64,8 +65,13 @@ def trainer(tmp_path: Path, **kwargs: Any) -> pl.Trainer:
     return pl.Trainer(max_epochs=1, default_root_dir=tmp_path, **{**quiet, "enable_checkpointing": False, **kwargs})
 
 
-def batches(data: OnPolicyData) -> Iterator[TensorDictBase]:
+def batches(data: RolloutData) -> Iterator[TensorDictBase]:
     return iter(data.train_dataloader())
+
+
+def test_the_order_is_what_it_always_was() -> None:
+    """A resumed run of an earlier version deals as it would have."""
+    assert Dealer(1, 1, seed=7).order(6, rank=1, rollout=2, epoch=3).tolist() == [4, 2, 3, 1, 0, 5]
 
 
 def samples(batch: TensorDictBase) -> list[int]:
@@ -73,7 +79,7 @@ def samples(batch: TensorDictBase) -> list[int]:
 
 
 def test_each_epoch_holds_every_sample_once_in_another_order() -> None:
-    data = OnPolicyData(lambda rank, frames: Collector(), total_frames=2 * ENVS * STEPS, minibatches=3, epochs=2)
+    data = RolloutData(lambda rank, frames: Collector(), total_frames=2 * ENVS * STEPS, minibatches=3, epochs=2)
     found = list(batches(data))
     assert len(found) == len(data.train_dataloader()) == 2 * 2 * 3
     assert all(batch.shape == (ENVS // 3, STEPS) for batch in found)
@@ -86,9 +92,62 @@ def test_each_epoch_holds_every_sample_once_in_another_order() -> None:
     assert len(orders) == 4
 
 
+def test_single_steps_are_dealt_over_environments_and_time() -> None:
+    def data() -> RolloutData:
+        total = 2 * ENVS * STEPS
+        return RolloutData(lambda *_: Collector(), total_frames=total, minibatches=10, epochs=2, deal="steps")
+
+    found = list(batches(data()))
+    assert len(found) == len(data().train_dataloader()) == 2 * 2 * 10
+    assert all(batch.shape == (ENVS * STEPS // 10,) for batch in found)
+    epochs = [torch.cat(list(found[i : i + 10])) for i in range(0, 40, 10)]
+    for number, epoch in enumerate(epochs):
+        first = number // 2 * ENVS * STEPS
+        assert samples(epoch) == list(range(first, first + ENVS * STEPS))
+    orders = {tuple((epoch["sample"] % (ENVS * STEPS)).tolist()) for epoch in epochs}
+    assert len(orders) == 4
+    for one, other in zip(found, batches(data()), strict=True):
+        assert torch.equal(one["sample"], other["sample"])
+
+
+@pytest.mark.parametrize("deal", ["environments", "steps"])
+def test_a_hook_sees_each_whole_rollout_once_and_what_it_writes_is_dealt(deal: Any) -> None:
+    seen: list[TensorDictBase] = []
+
+    def prepare(rollout: TensorDictBase) -> None:
+        seen.append(rollout)
+        rollout["advantage"] = rollout["sample"] * 2 + len(seen)
+
+    data = RolloutData(
+        lambda *_: Collector(), total_frames=2 * ENVS * STEPS, minibatches=2, epochs=3, deal=deal, on_rollout=prepare
+    )
+    for number, batch in enumerate(batches(data)):
+        assert len(seen) == number // 6 + 1
+        assert torch.equal(batch["advantage"], batch["sample"] * 2 + len(seen))
+    assert [rollout.shape for rollout in seen] == [(ENVS, STEPS)] * 2
+
+
+def test_steps_that_do_not_divide_are_refused() -> None:
+    data = RolloutData(lambda *_: Collector(), total_frames=10, minibatches=4, deal="steps")
+    with pytest.raises(ValueError, match="it must divide the 30 steps of a rollout"):
+        data.train_dataloader()
+    with pytest.raises(ValueError, match="deal is 'rows'; it must be 'environments' or 'steps'"):
+        RolloutData(lambda *_: Collector(), total_frames=10, deal="rows")  # type: ignore[arg-type]
+
+
+def test_data_that_is_not_ours_is_counted() -> None:
+    data = PlainData(None, ranks=2)
+    for part in data.updates(TensorDict({}, [3, 4])):
+        data.feedback(part)
+    assert data.frames == 24
+    assert [part.shape for part in data.updates([TensorDict({}, [3]), TensorDict({}, [2])])] == [(3,), (2,)]
+    assert PlainData(SimpleNamespace(frames=7), ranks=2).frames == 7
+    assert (data.metrics, data.save(0), data.saves) == ({}, None, False)
+
+
 def test_frames_count_skips_and_ranks_and_the_last_rollout_is_whole() -> None:
     per_rollout = ENVS * STEPS * 4 * 2
-    data = OnPolicyData(Collector, total_frames=per_rollout + 1, frame_skip=4)
+    data = RolloutData(Collector, total_frames=per_rollout + 1, frame_skip=4)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         global_rank=1, world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu"))
     )
@@ -105,7 +164,7 @@ def test_frames_count_skips_and_ranks_and_the_last_rollout_is_whole() -> None:
 
 def test_the_order_differs_by_rank_and_seed_and_repeats() -> None:
     def order(rank: int, seed: int) -> tuple[int, ...]:
-        data = OnPolicyData(Collector, total_frames=1, seed=seed)
+        data = RolloutData(Collector, total_frames=1, seed=seed)
         place = SimpleNamespace(
             global_rank=rank, world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu"))
         )
@@ -118,9 +177,9 @@ def test_the_order_differs_by_rank_and_seed_and_repeats() -> None:
 
 
 def test_resumed_deals_as_uninterrupted() -> None:
-    def data(first: int = 0) -> OnPolicyData:
+    def data(first: int = 0) -> RolloutData:
         total = 4 * ENVS * STEPS
-        return OnPolicyData(lambda rank, frames: Collector(first=first), total_frames=total, minibatches=2, epochs=2)
+        return RolloutData(lambda rank, frames: Collector(first=first), total_frames=total, minibatches=2, epochs=2)
 
     whole = list(batches(data()))
     before = data()
@@ -143,12 +202,12 @@ def test_resumed_deals_as_uninterrupted() -> None:
 @pytest.mark.parametrize("name", ["total_frames", "frame_skip", "minibatches", "epochs"])
 def test_sizes_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0"):
-        OnPolicyData(Collector, **{"total_frames": 10, name: 0})  # type: ignore[arg-type]
+        RolloutData(Collector, **{"total_frames": 10, name: 0})  # type: ignore[arg-type]
 
 
 def test_minibatches_that_do_not_divide_are_refused_before_collection() -> None:
     collector = Collector()
-    data = OnPolicyData(lambda rank, frames: collector, total_frames=10, minibatches=4)
+    data = RolloutData(lambda rank, frames: collector, total_frames=10, minibatches=4)
     with pytest.raises(ValueError, match="it must divide the 6 environments"):
         data.train_dataloader()
     assert collector.closed
@@ -160,7 +219,7 @@ def test_minibatches_that_do_not_divide_are_refused_before_collection() -> None:
 
 def test_lightning_fetches_no_batch_ahead_and_stops_at_the_count(tmp_path: Path) -> None:
     collector = Collector()
-    data = OnPolicyData(lambda rank, frames: collector, total_frames=4 * ENVS * STEPS, minibatches=2)
+    data = RolloutData(lambda rank, frames: collector, total_frames=4 * ENVS * STEPS, minibatches=2)
     learner = Learner()
     trainer(tmp_path).fit(learner, data)
     assert learner.taken == [1, 1, 2, 2, 3, 3, 4, 4]
@@ -174,7 +233,7 @@ def test_lightning_fetches_no_batch_ahead_and_stops_at_the_count(tmp_path: Path)
 )
 def test_actors_end_with_the_training_however_it_ends(error: type[BaseException], outcome: Any, tmp_path: Path) -> None:
     collector = Collector()
-    data = OnPolicyData(lambda rank, frames: collector, total_frames=1000)
+    data = RolloutData(lambda rank, frames: collector, total_frames=1000)
     with pytest.raises(outcome):
         trainer(tmp_path).fit(Learner(fail_at=2, error=error), data)
     assert collector.closed
@@ -189,10 +248,10 @@ def test_a_checkpoint_continues_the_count(tmp_path: Path) -> None:
             if trainer.global_step == 4:
                 trainer.save_checkpoint(path)
 
-    first = OnPolicyData(lambda rank, frames: Collector(), total_frames=total, minibatches=2)
+    first = RolloutData(lambda rank, frames: Collector(), total_frames=total, minibatches=2)
     whole = Learner()
     trainer(tmp_path, callbacks=[Save()]).fit(whole, first)
-    second = OnPolicyData(lambda rank, frames: Collector(first=2), total_frames=total, minibatches=2)
+    second = RolloutData(lambda rank, frames: Collector(first=2), total_frames=total, minibatches=2)
     rest = Learner()
     resumed = trainer(tmp_path)
     resumed.fit(rest, second, ckpt_path=path, weights_only=True)

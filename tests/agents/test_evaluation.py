@@ -16,9 +16,9 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from offtrace.agents.atari_scores import RANDOM_HUMAN, human_normalised
-from offtrace.agents.evaluation import evaluate
-from offtrace.agents.media import plot_curve, read_curves, save_gif
+from offtrace.agents.runs.atari_scores import RANDOM_HUMAN, human_normalised
+from offtrace.agents.runs.evaluation import evaluate
+from offtrace.agents.runs.media import plot_curve, read_curves, save_gif
 from offtrace.modules.envs import GymEnv, make_env
 from offtrace.modules.networks import build_policy
 from tests.agents.published_scores import IMPALA

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from offtrace.agents.callbacks import Checkpoints, WeightSync
-from offtrace.agents.config import ImpalaConfig, control_config
-from offtrace.agents.impala import make_impala
+from offtrace.agents.impala import ImpalaConfig, control_config, make_impala
 from tests.agents.renewal import NewEnvironments
 
 ENVS, UNROLL, MINIBATCHES, EPOCHS = 4, 8, 2, 2
@@ -109,7 +108,7 @@ def test_a_run_stopped_inside_a_rollout_goes_on_in_step(tmp_path: Path) -> None:
     per_rollout = MINIBATCHES * EPOCHS
     assert agent.updates % per_rollout, "the run was stopped at the end of a rollout"
     assert lags.told == [*range(per_rollout)] * (len(lags.told) // per_rollout)
-    assert data.games.episodes > 0
+    assert data.episodes.count > 0
 
 
 def test_resuming_is_not_starting_again(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,11 +29,10 @@ from torchrl.collectors import MultiAsyncCollector
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from offtrace.modules import processes
-from offtrace.modules.actors import actor_seed
-from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector
+from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector, processes
+from offtrace.modules.collectors.actors import actor_seed
+from offtrace.modules.collectors.buffer_pool import BufferPool
 from offtrace.modules.envs import EnvironmentFailure
-from offtrace.modules.recycling import Recycler
 
 ENVS, STEPS = 4, 5
 _PREFIX = f"offtrace{os.getpid()}"
@@ -109,11 +109,35 @@ def push(collector: RolloutCollector, policy: WeightPolicy) -> None:
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    return "spawn_main" in " ".join(process.cmdline())
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it has ended meanwhile, or ended before and nobody has asked how
+        return False
 
 
 def children() -> set[int]:
     return {p.pid for p in psutil.Process().children(recursive=True) if _is_worker(p)}
+
+
+def ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def zombies() -> list[int]:
+    return [p.pid for p in psutil.Process().children() if ended(p.pid) and psutil.pid_exists(p.pid)]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
+    """Whether it came true. The limit is for what hangs: a loaded machine is slow, and no test measures that."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def shared_memory() -> set[str]:
@@ -131,10 +155,11 @@ def _own_names() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
-    processes, memory = children(), shared_memory()
+    processes, memory, dead = children(), shared_memory(), set(zombies())
     yield
-    assert children() == processes
+    assert wait_until(lambda: children() <= processes, 20.0)
     assert shared_memory() <= memory
+    assert set(zombies()) <= dead, "an actor process was not waited for"
 
 
 # In process
@@ -150,6 +175,7 @@ def test_layout_and_versions_in_process() -> None:
             assert (rollout["policy_version"] == version).all()
             assert (rollout["next", "policy_version"] == version).all()
             assert (rollout["weight"] == version).all()
+            assert torch.equal(rollout["worker"], torch.zeros(ENVS, STEPS, dtype=torch.int64))
             expected = torch.arange(version * STEPS, (version + 1) * STEPS).double().expand(ENVS, STEPS)
             torch.testing.assert_close(rollout["observation"][..., 1], expected)
             torch.testing.assert_close(rollout["next", "observation"][..., 1], expected + 1)
@@ -188,20 +214,20 @@ def test_rollouts_are_never_aliased() -> None:
         assert first["observation"].data_ptr() != second["observation"].data_ptr()
 
 
-def test_large_memory_is_recycled_only_when_nobody_holds_it() -> None:
+def test_large_memory_is_used_again_only_when_nobody_holds_it() -> None:
     source = torch.zeros(1 << 20, dtype=torch.uint8)
-    recycler = Recycler()
-    one = recycler.empty_like(source)
+    pool = BufferPool()
+    one = pool.empty_like(source)
     address = one.data_ptr()
     view = one[5:9].view(2, 2)
     del one
-    two = recycler.empty_like(source)
+    two = pool.empty_like(source)
     assert two.data_ptr() != address, "a view still uses it"
     array = view.numpy()
     del view
-    assert recycler.empty_like(source).data_ptr() != address, "an array still uses it"
+    assert pool.empty_like(source).data_ptr() != address, "an array still uses it"
     del array
-    assert recycler.empty_like(source).data_ptr() == address
+    assert pool.empty_like(source).data_ptr() == address
 
 
 def test_order_is_applied_to_every_entry() -> None:
@@ -259,9 +285,15 @@ WORKERS, UPDATES, ROLLOUTS = 2, 2, 8
 
 
 class SlowRun:
-    """What a learner saw that stands still for 3 seconds in two of its updates."""
+    """What a learner saw that stands still in two of its updates.
 
-    def __init__(self) -> None:
+    Args:
+        overwrites: until an actor has collected again over a rollout that nobody took; or else until all have done what
+            they may do, and longer than TorchRL's queue would let them wait.
+    """
+
+    def __init__(self, *, overwrites: bool = False) -> None:
+        self.overwrites = overwrites
         self.rollouts: list[TensorDictBase] = []
         self.lags: list[int] = []
         self.spawned: set[int] = set()
@@ -274,12 +306,21 @@ class SlowRun:
                 self.rollouts.append(rollout)
                 for update in range(UPDATES):
                     if update == 0 and number in (2, 5):
-                        time.sleep(3.0)
+                        self._stand_still(collector)
                     self.lags.append(collector.version - int(rollout["policy_version"].min()))
                     push(collector, policy)
-            started = time.monotonic()
-        self.shutdown_seconds = time.monotonic() - started
         self.left = (children() - before, shared_memory() - memory)
+
+    def _stand_still(self, collector: RolloutCollector) -> None:
+        shared = collector.backend._shared  # type: ignore[attr-defined]
+        seeds = [int(rollout["observation"][0, 0, 2]) for rollout in self.rollouts]
+        allowed = torch.tensor([seeds.count(actor_seed(3, 0, worker)) + 1 for worker in range(WORKERS)]) * STEPS
+        if self.overwrites:
+            assert wait_until(lambda: bool((shared.steps > allowed).any()))
+        else:
+            assert wait_until(lambda: bool((shared.steps == allowed).all()))
+            time.sleep(1.5)
+            assert (shared.steps == allowed).all()
 
     def steps(self) -> dict[tuple[int, int], list[int]]:
         """Steps in the order of arrival by (seed, environment)."""
@@ -304,7 +345,7 @@ def slow_run_on_torchrl_queue() -> SlowRun:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_queue_len", "iterator"):
             patch.setattr(processes.RoundRobinCollector, name, getattr(MultiAsyncCollector, name))
-        return SlowRun()
+        return SlowRun(overwrites=True)
 
 
 def test_every_step_arrives_once(slow_run: SlowRun) -> None:
@@ -331,6 +372,9 @@ def test_the_version_is_that_of_the_weights_that_acted(slow_run: SlowRun) -> Non
 def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun, slow_run_on_torchrl_queue: SlowRun) -> None:
     seeds = [int(rollout["observation"][0, 0, 2]) for rollout in slow_run.rollouts]
     assert seeds == [actor_seed(3, 0, 0), actor_seed(3, 0, 1)] * (ROLLOUTS // WORKERS)
+    for rollout, worker in zip(slow_run.rollouts, [0, 1] * (ROLLOUTS // WORKERS), strict=True):
+        assert rollout["worker"].dtype == torch.int64
+        assert torch.equal(rollout["worker"], torch.full((ENVS, STEPS), worker))
     first, second = slow_run.rollouts[:2]
     assert (first["action"] != second["action"]).any()
     again = {int(r["observation"][0, 0, 2]): r for r in reversed(slow_run_on_torchrl_queue.rollouts)}  # first of each
@@ -338,10 +382,9 @@ def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun, slow_run
         torch.testing.assert_close(rollout["action"], again[seed]["action"])
 
 
-def test_shutdown_is_quick_and_leaves_nothing(slow_run: SlowRun) -> None:
+def test_shutdown_leaves_nothing(slow_run: SlowRun) -> None:
     assert len(slow_run.spawned) == WORKERS
     assert slow_run.left == (set(), set())
-    assert slow_run.shutdown_seconds < 5.0
 
 
 # Failures of an actor process
@@ -365,23 +408,31 @@ def test_a_raising_environment_is_quoted(capfd: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_hanging_environment_is_found() -> None:
-    collector = make(1, env={"fail": "hang"}, step_timeout=3.0)
+    collector = make(1, env={"fail": "hang"}, step_timeout=5.0)
     next(collector)
-    started = time.monotonic()
-    with pytest.raises(EnvironmentFailure, match="step 7 hangs"):
+    with pytest.raises(EnvironmentFailure, match="step 7 hangs") as caught:
         next(collector)
-    assert 2.9 < time.monotonic() - started < 9.0
+    idle = re.search(r"made no step for (\d+\.\d) s", str(caught.value))
+    assert idle is not None
+    assert float(idle[1]) >= 5.0
 
 
 def test_a_killed_worker_is_found() -> None:
     collector = make(1, env={"delay": 0.2})
     next(collector)
-    os.kill(collector.collector.procs[0].pid, signal.SIGKILL)
-    started = time.monotonic()
+    os.kill(collector.backend.pids[0], signal.SIGKILL)
     with pytest.raises(EnvironmentFailure, match="signal 9"):  # noqa: PT012
         next(collector)  # may have been on its way already
         next(collector)
-    assert time.monotonic() - started < 5.0
+
+
+def test_an_actor_that_had_to_be_killed_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_SHUTDOWN_TIMEOUT", 0.0)
+    collector = make(1, env={"delay": 0.2})
+    next(collector)
+    (pid,) = collector.backend.pids
+    collector.shutdown()
+    assert not psutil.pid_exists(pid)
 
 
 # Ends of the learner's process: (how it ends, its exit code)
@@ -395,7 +446,7 @@ if __name__ == "__main__":
     print("starting", flush=True)
     collector = make(1, env=env)
     next(collector)
-    print("worker", collector.collector.procs[0].pid, flush=True)
+    print("worker", collector.backend.pids[0], flush=True)
     if sys.argv[1] == "raise":
         raise RuntimeError("the learner failed")
     while True:
@@ -407,31 +458,37 @@ if __name__ == "__main__":
 def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
     script = tmp_path / "learner.py"
     script.write_text(_SCRIPT.format(folder=str(Path(__file__).parent)))
-    learner = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script), end],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
+    ) as learner:  # waits for it, whatever fails here
+        try:
+            worker = _interrupt(learner, end)
+            _, errors = learner.communicate(timeout=120)
+        finally:
+            learner.kill()
+    assert learner.returncode not in (0, None)
+    assert wait_until(lambda: ended(worker))
+    if end != "kill":
+        assert errors.count("Traceback") == 1, errors
+
+
+def _interrupt(learner: subprocess.Popen[str], end: str) -> int:
+    """Ends a learner in a certain way and returns the process of its actor."""
     assert learner.stdout is not None
     assert learner.stdout.readline() == "starting\n"
     if end == "interrupt while starting":
-        while not (workers := [p for p in psutil.Process(learner.pid).children() if _is_worker(p)]):
-            time.sleep(0.01)
+        root, found = psutil.Process(learner.pid), list[int]()
+        assert wait_until(lambda: bool(found.extend(p.pid for p in root.children() if _is_worker(p)) or found))
         time.sleep(1.0)  # it imports
-        worker = workers[0].pid
+        worker = found[0]
     else:
         worker = int(learner.stdout.readline().split()[1])
     if end.startswith("interrupt"):
         os.killpg(learner.pid, signal.SIGINT)  # as a terminal does: to the workers as well
     elif end == "kill":
         learner.kill()
-    _, errors = learner.communicate(timeout=60)
-    assert learner.returncode not in (0, None)
-    gone = time.monotonic() + 5.0
-    while psutil.pid_exists(worker) and time.monotonic() < gone:
-        time.sleep(0.1)
-    assert not psutil.pid_exists(worker)
-    if end != "kill":
-        assert errors.count("Traceback") == 1, errors
+    return worker

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from gymnasium import spaces
 from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
-from offtrace.modules.envs import EnvironmentFailure, GymEnv, check_name, env_info, make_env
+from offtrace.modules.envs import EnvironmentFailure, GymEnv, env_info, make_env
 
 
 @pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1"])
@@ -60,6 +59,19 @@ def test_it_is_the_environment_stepped_by_hand(name: str) -> None:
                 assert float(state["last_reward"][index]) == 0
             current[index] = observation
     assert ends >= 6
+
+
+def test_bounds_are_rescaled_on_request() -> None:
+    env, raw = (make_env("Pendulum-v1", 1, seed=2, rescale_actions=value) for value in (True, False))
+    check_env_specs(env)
+    env, raw = (make_env("Pendulum-v1", 1, seed=2, rescale_actions=value) for value in (True, False))
+    first, second = env.reset(), raw.reset()
+    for action in (0.25, -0.75, 3.0):
+        first["action"], second["action"] = torch.tensor([[action]]), torch.tensor([[2 * action]])
+        one, first = env.step_and_maybe_reset(first)
+        two, second = raw.step_and_maybe_reset(second)
+        assert torch.equal(one["next", "observation"], two["next", "observation"])
+        assert torch.equal(one["next", "reward"], two["next", "reward"])
 
 
 class Broken(gymnasium.Env[Any, Any]):
@@ -108,14 +120,6 @@ def test_failures_name_environment_step_and_reason(how: str, words: str) -> None
     state["action"] = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(EnvironmentFailure, match=words):
         env.step_and_maybe_reset(state)
-
-
-def test_mujocos_word_on_gymnasiums_models_is_not_ours(tmp_path: Path) -> None:
-    """It would be printed for each environment, and left behind as a file."""
-    script = "from offtrace.modules.envs import make_env; make_env('HalfCheetah-v5', 2).rollout(3)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "deprecated" not in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 class Wild(gymnasium.Env[Any, Any]):
@@ -220,54 +224,15 @@ def test_own_environments_by_import_path(tmp_path: Path, monkeypatch: pytest.Mon
     sys.modules.pop("own_envs")
 
 
-class Spaces(Broken):
-    """With other spaces."""
-
-    def __init__(self, observation: Any, action: Any) -> None:
-        super().__init__("")
-        self.observation_space, self.action_space = observation, action
-
-
-@pytest.mark.parametrize(
-    ("observation", "action", "words"),
-    [
-        (spaces.Discrete(3), spaces.Discrete(2), "has observations of Discrete"),
-        (spaces.Box(-1, 1, (2,)), spaces.MultiDiscrete([2, 2]), "has actions of MultiDiscrete"),
-        (spaces.Box(-1, 1, (2,)), spaces.Dict({}), "has actions of Dict"),
-    ],
-)
-def test_spaces_nobody_can_act_in(observation: Any, action: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        GymEnv(lambda: Spaces(observation, action), 1, name="mine")
-
-
 def test_descriptions() -> None:
     cartpole, pendulum, pong = (env_info(name) for name in ("CartPole-v1", "Pendulum-v1", "pong"))
     assert (cartpole.observation_shape, cartpole.num_actions, cartpole.action_dim) == ((4,), 2, None)
     assert (pendulum.observation_shape, pendulum.num_actions, pendulum.action_dim) == ((3,), None, 1)
     assert (pong.observation_shape, pong.num_actions, pong.frame_skip) == ((4, 84, 84), 6, 4)
-
-
-def test_names_are_checked_without_making_anything() -> None:
-    for name in ("pong", "CartPole-v1", "package.module:function"):
-        check_name(name)
-    with pytest.raises(ValueError, match=r"did you mean 'CartPole-v1'"):
-        check_name("CartPol-v1")
-    with pytest.raises(ValueError, match=r"'package.module:function', got 'a.b:'"):
-        check_name("a.b:")
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("pong", "action_repeat is 4; 'pong' is an Atari game, which has no such option"),
-        ("own_envs:make", "action_repeat is 4; 'own_envs:make' is an own environment, which has no such option"),
-        ("Pendulum-v1", "the environment 'Pendulum-v1' cannot be made: .*'action_repeat'"),
-    ],
-)
-def test_options_that_an_environment_does_not_have(name: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        make_env(name, 1, action_repeat=4)
+    assert [info.kind for info in (cartpole, pendulum, pong)] == ["discrete", "continuous", "discrete"]
+    assert [info.frame_stack for info in (cartpole, pendulum, pong)] == [1, 1, 4]
+    assert [info.observation_size for info in (cartpole, pendulum, pong)] == [4, 3, 4 * 84 * 84]
+    assert not any(info.masked for info in (cartpole, pendulum, pong))
 
 
 def test_pictures_show_the_end_of_an_episode() -> None:

@@ -12,7 +12,9 @@ from torch import nn
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import A2CLoss, ClipPPOLoss
 
-from offtrace.modules import ImpalaLoss, LambdaReturn, SACLoss, VTrace, build_actor, build_critic, build_policy
+from offtrace.modules import GAE, NStepReturn, VTrace
+from offtrace.modules.estimators import Outcome, StateValueEstimator, WeightedGAE, bind, make_estimator
+from offtrace.modules.estimators.names import ESTIMATORS
 from offtrace.modules.returns import gae, vtrace
 
 B, T, A = 3, 7, 4
@@ -122,7 +124,7 @@ def test_inside_torchrls_losses(kind: Any, renamed: bool) -> None:
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in loss.actor_network_params.parameters())
 
 
-def test_the_lambda_return_takes_the_place_of_vtrace() -> None:
+def test_gae_takes_the_place_of_vtrace() -> None:
     actor, critic = networks()
     data = rollout()
     with torch.no_grad():
@@ -131,7 +133,7 @@ def test_the_lambda_return_takes_the_place_of_vtrace() -> None:
         )
     ends = {name: data["next", name].transpose(0, 1) for name in ("reward", "terminated", "done")}
     expected = gae(value=value, next_value=following, **ends, gamma=0.9, lmbda=0.8)
-    out = LambdaReturn(gamma=0.9, lmbda=0.8, value_network=critic, actor_network=actor)(
+    out = GAE(gamma=0.9, lmbda=0.8, value_network=critic, actor_network=actor)(
         data.clone().exclude("action_log_prob", "action")
     )
     torch.testing.assert_close(out["advantage"], expected.advantage.transpose(0, 1))
@@ -139,12 +141,12 @@ def test_the_lambda_return_takes_the_place_of_vtrace() -> None:
 
 
 @pytest.mark.parametrize("kind", [A2CLoss, ClipPPOLoss])
-def test_the_lambda_return_inside_torchrls_losses(kind: Any) -> None:
+def test_gae_inside_torchrls_losses(kind: Any) -> None:
     actor, critic = networks()
     data = rollout()
     loss = kind(actor, critic)
-    loss.make_value_estimator(LambdaReturn(gamma=0.9, lmbda=0.8, value_network=critic))
-    given = LambdaReturn(gamma=0.9, lmbda=0.8, value_network=critic)(data.clone())
+    loss.make_value_estimator(GAE(gamma=0.9, lmbda=0.8, value_network=critic))
+    given = GAE(gamma=0.9, lmbda=0.8, value_network=critic)(data.clone())
     ours, expected = loss(data.clone()), loss(given)
     for name in expected.keys():  # noqa: SIM118 - a TensorDict
         if name.startswith("loss_"):
@@ -183,6 +185,7 @@ def test_bad_input_is_named() -> None:
         ({"gamma": 0.9, "lmbda": -0.1}, "lmbda must be in"),
         ({"gamma": 0.9, "c_clip": 2.0}, "c_clip must be above 0 and at most rho_clip, 1.0, got 2.0"),
         ({"gamma": 0.9, "leak": 2.0}, "leak must be in"),
+        ({"lmbda": 1.5}, "lmbda must be in"),
         ({"gamma": 0.9, "pg_rho_clip": 0.0}, "pg_rho_clip must be above 0, got 0.0"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -199,12 +202,77 @@ def test_bad_input_is_named() -> None:
     data["target_log_prob"] = torch.ones(B, T)
     with pytest.raises(ValueError, match="target_log_prob is the log-probability of a discrete action and must not be"):
         VTrace(gamma=0.9, value_network=critic, validate=True)(data)
+    with pytest.raises(ValueError, match=r"VTrace has no gamma: make it VTrace\(gamma=...\), or give it to a loss"):
+        VTrace(value_network=critic, actor_network=actor)(rollout())
 
 
-def test_our_losses_say_that_they_take_their_correction_by_name() -> None:
-    actor = build_actor(kind="tanh", network="mlp", observation_shape=[3], action_dim=2, hidden=[4])
-    critic = build_critic(network="mlp", observation_shape=[3], action_dim=2, hidden=[4])
-    policy = build_policy(network="mlp", observation_shape=[3], num_actions=2, hidden=[4])
-    for loss in (SACLoss(actor, critic), ImpalaLoss(policy)):
-        with pytest.raises(NotImplementedError, match="takes its correction by name"):
-            loss.make_value_estimator(VTrace(gamma=0.9, value_network=None))
+def test_an_own_estimator_alone_meets_no_ratio_of_steps_that_are_no_data() -> None:
+    class Seen(StateValueEstimator):
+        def compute(self, **known: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            assert known["log_rho"].isfinite().all()
+            return known["value"], known["log_rho"] / known["valid"]
+
+    actor, critic = networks()
+    data = rollout()
+    data["valid"] = torch.rand(B, T, 1, generator=torch.Generator().manual_seed(0)) < 0.8
+    data["action_log_prob"][~data["valid"].squeeze(-1)] = torch.nan
+    out = Seen(gamma=0.9, value_network=critic, actor_network=actor)(data)
+    assert out["advantage"].isfinite().all()
+    assert not out["advantage"][~data["valid"]].any()
+
+
+STATE = [VTrace(lmbda=0.8, c_clip=0.9), GAE(lmbda=0.8), WeightedGAE(lmbda=0.8, pg_rho_clip=0.7), NStepReturn(n=3)]
+
+
+@pytest.mark.parametrize("estimator", STATE)
+@pytest.mark.parametrize("masked", [False, True])
+def test_alone_and_in_a_loss_it_is_one_computation(estimator: Any, masked: bool) -> None:
+    data = rollout()
+    data["state_value"], data["next", "state_value"] = torch.randn(2, B, T, 1)
+    data["target_log_prob"] = data["action_log_prob"] + 0.8 * torch.randn(B, T)
+    if masked:
+        data["valid"] = torch.rand(B, T, 1) < 0.8
+        data["action_log_prob"][~data["valid"].squeeze(-1)] = torch.nan
+    ours = bind(estimator, "state", gamma=0.9)
+    assert ours is not estimator
+    assert estimator.gamma is None
+    alone = ours(data.clone())
+    valid = data["valid"].squeeze(-1) if masked else None
+    log_rho = data["target_log_prob"] - data["action_log_prob"]
+    known = [data["next", key].squeeze(-1) for key in ("reward", "terminated", "done")]
+    found = ours.estimate(
+        Outcome(*known, valid),
+        value=data["state_value"].squeeze(-1),
+        next_value=data["next", "state_value"].squeeze(-1),
+        log_rho=log_rho,
+    )
+    assert torch.equal(found.target, alone["value_target"].squeeze(-1))
+    assert torch.equal(found.advantage, alone["advantage"].squeeze(-1))
+    assert set(found.diagnostics) == set(ours.diagnostic_keys)
+    weight = {VTrace: log_rho.exp().clamp(max=1), WeightedGAE: log_rho.exp().clamp(max=0.7)}
+    expected = weight.get(type(estimator), torch.ones(B, T))
+    torch.testing.assert_close(found.weight, expected if valid is None else torch.where(valid, expected, 0))
+
+
+def test_without_ratios_only_the_effective_sample_size_is_left_out() -> None:
+    for estimator in (GAE(), NStepReturn(n=3)):
+        ours = bind(estimator, "state", gamma=0.9)
+        done = torch.zeros(B, T, dtype=torch.bool)
+        value = torch.randn(B, T)
+        found = ours.estimate(Outcome(value, done, done, None), value=value, next_value=value, log_rho=None)
+        assert set(found.diagnostics) == {"trace_length", "contraction"}
+
+
+@pytest.mark.parametrize("kind", ["state", "action"])
+def test_the_names_have_the_options_of_their_classes(kind: str) -> None:
+    """And each of them is set by its name."""
+    values = {"n": 3, "root": 2, "lmbda": 0.7, "leak": 0.6, "rho_clip": 1.4, "c_clip": 0.8, "pg_rho_clip": 1.2}
+    for name, named in ESTIMATORS[kind].items():
+        given = {option: values[option] for option in named.options}
+        text = ", ".join(f"{option}={value}" for option, value in given.items())
+        found = make_estimator(f"{name}({text})", kind)
+        for option, value in (*given.items(), *named.fixed.items()):
+            assert getattr(found, option) == value
+        plain = make_estimator(name, kind)
+        assert getattr(plain, "lmbda", 1.0) == 1.0
+        assert found.kind == plain.kind == kind

@@ -11,7 +11,17 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 
-from offtrace.modules import ImportanceSampling, QLambda, Retrace, TreeBackup, build_actor, build_critic
+from offtrace.modules import (
+    ImportanceSampling,
+    NStep,
+    OneStep,
+    QLambda,
+    Retrace,
+    TreeBackup,
+    build_critic,
+    build_policy,
+)
+from offtrace.modules.estimators import Outcome, bind
 from offtrace.modules.returns import (
     importance_trace,
     q_return,
@@ -130,8 +140,9 @@ def test_the_entries_are_renamed_by_set_keys() -> None:
 
 def continuous() -> tuple[Any, Any]:
     torch.manual_seed(0)
-    actor = build_actor(kind="tanh", network="mlp", observation_shape=(5,), action_dim=2, hidden=(16,))
-    return actor, build_critic(network="mlp", observation_shape=(5,), action_dim=2, hidden=(16,), critics=2)
+    shapes: Any = {"network": "mlp", "observation_shape": (5,), "action_dim": 2, "hidden": (16,)}
+    actor = build_policy(head="tanh", critic=None, activation="relu", **shapes)
+    return actor, build_critic(critics=2, **shapes)
 
 
 @pytest.mark.parametrize("samples", [1, 6, "mean"])
@@ -327,9 +338,10 @@ def test_what_is_missing_or_no_index_is_named() -> None:
     data["action"] = nn.functional.one_hot(data["action"], A)
     with pytest.raises(ValueError, match=r"'action' must hold the indices .*, got torch.int64 \[3, 8, 4\]; of one-hot"):
         Retrace(gamma=GAMMA, qvalue_network=critic, actor_network=actor)(data)
-    for name in ("gamma", "lmbda"):
-        with pytest.raises(TypeError, match=f"{name} must be a number, got NoneType"):
-            Retrace(**{"gamma": 0.9, name: None})
+    with pytest.raises(TypeError, match="lmbda must be a number, got NoneType"):
+        Retrace(gamma=0.9, lmbda=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Retrace has no gamma: make it Retrace\(gamma=...\), or give it to a loss"):
+        Retrace(qvalue_network=critic, actor_network=actor)(rollout())
     data = rollout()
     data["valid"] = torch.ones(B, T, 1)
     with pytest.raises(TypeError, match=r"'valid' must be a bool tensor, got torch.float32"):
@@ -359,3 +371,40 @@ def test_the_advantage_of_a_step_that_is_no_data_is_zero(kind: Any) -> None:
     out = kind(gamma=GAMMA)(data)
     assert out["advantage"].isfinite().all()
     assert out["advantage"][1, 3] == 0
+
+
+@pytest.mark.parametrize("root", [1, 2, 3])
+def test_the_root_of_retrace_is_acers(root: int) -> None:
+    data = rollout()
+    data["chosen_action_value"], data["next", "state_value"] = torch.randn(2, B, T, 1)
+    data["target_log_prob"] = data["action_log_prob"] + 0.8 * torch.randn(B, T)
+    rho = (data["target_log_prob"] - data["action_log_prob"]).exp()
+    found = Retrace(gamma=GAMMA, lmbda=0.7, root=root)(data)["value_target"]
+    chosen, following = (data[key].transpose(0, 1) for key in ("chosen_action_value", ("next", "state_value")))
+    expected = q_return(
+        q_value=chosen, next_state_value=following,
+        trace=(0.7 * rho.pow(1 / root).clamp(max=1)).t().unsqueeze(-1), **ends(data),
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected.transpose(0, 1))
+    assert Retrace(root=root).contracts == (root == 1)
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_n_step_returns_alone_and_in_the_windows_of_a_loss_are_the_same(n: int) -> None:
+    """A loss takes the first step of each sequence; the sequences that start later are those of the other steps."""
+    data = rollout()
+    data["chosen_action_value"], data["next", "state_value"] = torch.randn(2, B, T, 1)
+    data["valid"] = torch.rand(B, T, 1) < 0.8
+    every = NStep(gamma=GAMMA, n=n)(data.clone())["value_target"].squeeze(-1)
+    estimator = bind(OneStep() if n == 1 else NStep(n=n), "action", gamma=GAMMA)
+    for start in range(T):
+        part = data[:, start:]
+        known = [part["next", key].squeeze(-1) for key in ("reward", "terminated", "done")]
+        selection = estimator.select(Outcome(*known, part["valid"].squeeze(-1)), gamma=GAMMA)
+        after = selection.successor(part["next", "state_value"].squeeze(-1))
+        found = estimator.estimate(selection, next_value=after).target
+        first = found.view(B, -1)[:, 0] if n == 1 else found
+        here = part["valid"].squeeze(-1)[:, 0]
+        torch.testing.assert_close(first[here], every[:, start][here])
+        assert estimator.steps_per_sequence(T) == (T if n == 1 else 1)
+        assert estimator.sequence_length(40) == n

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offtrace.modules.losses import ImpalaLoss
 from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.unroll import evaluate_rollout, state_values
 from offtrace.modules.networks import Policy, build_policy
 from offtrace.modules.returns import effective_sample_size, lambda_return, trace_reach, vtrace
 
@@ -25,7 +26,7 @@ def make(*, action_dim: int | None = None, seed: int = 0, gain: float = 1.0, **k
     policy = build_policy(
         network="mlp", observation_shape=[FEATURES], num_actions=actions, action_dim=action_dim, hidden=[16], **kwargs
     ).double()
-    for parameter in policy.module[0].policy_head.parameters():  # the shipped policy starts almost uniform
+    for parameter in policy.module[0].head.parameters():  # the shipped policy starts almost uniform
         parameter.data += gain * torch.randn_like(parameter)
     return policy
 
@@ -82,11 +83,18 @@ def gradients(loss: ImpalaLoss, batch: TensorDictBase) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in loss.parameters()]
 
 
+def estimated(loss: Any, td: TensorDictBase) -> Any:
+    """What the loss's estimator gives, [B, T]."""
+    policy = evaluate_rollout(loss, td)
+    value, next_value = state_values(loss, policy)
+    return loss.estimator.estimate(policy.outcome, value=value, next_value=next_value, log_rho=policy.log_rho)
+
+
 def network(policy: Policy, observation: Tensor) -> tuple[Any, Tensor]:
     """Distribution and value, straight from the modules."""
     net = policy.module[0]
     features = net.encoder(observation.reshape(-1, FEATURES)).view(*observation.shape[:-1], -1)
-    dist = net.policy_head.distribution(*net.policy_head(features))
+    dist = net.head.distribution(*net.head(features))
     return dist, net.value_head(features).squeeze(-1)
 
 
@@ -121,8 +129,8 @@ def test_loss_equals_the_sums_of_the_paper(dim: int | None, reduction: str) -> N
     taken = network(policy, td["observation"])[0].log_prob(td["action"]).detach()
     td["action_log_prob"] = taken + 0.7 * torch.randn(taken.shape, dtype=torch.float64)
     coefficients = {"value_coef": 0.7, "entropy_coef": 0.03}
-    clips = {"rho_clip": 1.3, "c_clip": 1.1, "pg_rho_clip": 0.8}
-    loss = ImpalaLoss(policy, gamma=0.9, reduction=reduction, **coefficients, **clips)
+    estimator = "vtrace(rho_clip=1.3, c_clip=1.1, pg_rho_clip=0.8)"
+    loss = ImpalaLoss(policy, estimator=estimator, gamma=0.9, reduction=reduction, **coefficients)
     out = loss(td)
     dist, value = network(policy, td["observation"])
     log_prob = dist.log_prob(td["action"])
@@ -150,7 +158,7 @@ def test_loss_equals_the_sums_of_the_paper(dim: int | None, reduction: str) -> N
 def test_gradient_of_the_logits_in_closed_form() -> None:
     """d/dlogits = -A (onehot - pi) + c_e pi (log pi + H)."""
     policy, td = make(), rollout()
-    head = policy.module[0].policy_head
+    head = policy.module[0].head
     seen: list[Tensor] = []
     hook = head.register_forward_hook(lambda module, args, out: (out[0].retain_grad(), seen.append(out[0]))[1])
     loss = ImpalaLoss(policy, gamma=0.9, entropy_coef=0.2)
@@ -188,7 +196,7 @@ def test_policy_term_alone_leaves_the_value_head_alone() -> None:
     (out["loss_policy"] + out["loss_entropy"]).backward()
     net = policy.module[0]
     assert all(p.grad is None or not p.grad.any() for p in net.value_head.parameters())
-    assert all(p.grad.any() for p in net.policy_head.parameters())
+    assert all(p.grad.any() for p in net.head.parameters())
 
 
 @pytest.mark.parametrize("recurrent", [None, 6])
@@ -233,7 +241,7 @@ def test_cutting_a_rollout_at_its_ends_equals_separate_rollouts(recurrent: int |
 def test_recurrent_unroll_equals_single_steps() -> None:
     """Values of steps and successors from one call equal those of the acting form, step after step."""
     policy, td = make(recurrent=6), rollout(ends=0.5)
-    loss = ImpalaLoss(policy, gamma=1.0, value_coef=2.0, lmbda=0.0)
+    loss = ImpalaLoss(policy, estimator="vtrace(lmbda=0)", gamma=1.0, value_coef=2.0)
     net = policy.module[0]
     h, c = td["recurrent_h"][:, 0], td["recurrent_c"][:, 0]
     values, after = [], []
@@ -262,26 +270,27 @@ def test_sum_is_count_times_mean_and_invalid_steps_have_no_weight() -> None:
     assert all(nothing[name] == 0 for name in LOSSES)
 
 
-WEIGHTS: list[tuple[dict[str, Any], Any]] = [
-    ({}, lambda rho: rho.clamp(max=1)),
-    ({"pg_rho_clip": 1.5}, lambda rho: rho.clamp(max=1.5)),
-    ({"leak": 0.7}, lambda rho: 0.7 * rho.clamp(max=1) + 0.3 * rho),
-    ({"estimator": "importance_sampling"}, lambda rho: rho),
-    ({"estimator": "one_step", "pg_rho_clip": 0.8}, lambda rho: rho.clamp(max=0.8)),
-    ({"estimator": "none"}, torch.ones_like),
+WEIGHTS: list[tuple[str, Any]] = [
+    ("vtrace", lambda rho: rho.clamp(max=1)),
+    ("vtrace(pg_rho_clip=1.5)", lambda rho: rho.clamp(max=1.5)),
+    ("vtrace(leak=0.7)", lambda rho: 0.7 * rho.clamp(max=1) + 0.3 * rho),
+    ("importance_sampling", lambda rho: rho),
+    ("one_step(pg_rho_clip=0.8)", lambda rho: rho.clamp(max=0.8)),
+    ("gae", torch.ones_like),
+    ("n_step(n=3)", torch.ones_like),
 ]
 
 
-@pytest.mark.parametrize(("options", "weight"), WEIGHTS)
-def test_normalised_advantage_is_the_formula(options: dict[str, Any], weight: Any) -> None:
+@pytest.mark.parametrize(("estimator", "weight"), WEIGHTS)
+def test_normalised_advantage_is_the_formula(estimator: str, weight: Any) -> None:
     policy, td = make(), rollout()
     td["valid"] = torch.rand(5, 7, 1, generator=torch.Generator().manual_seed(0)) < 0.6
-    normalised, dist = ImpalaLoss(policy, normalize_advantage=True, **options), network(policy, td["observation"])[0]
+    normalised = ImpalaLoss(policy, estimator=estimator, normalize_advantage=True)
+    dist = network(policy, td["observation"])[0]
     log_prob = dist.log_prob(td["action"]).detach()
     mask = td["valid"].squeeze(-1)
     w = weight((log_prob - td["action_log_prob"]).exp())[mask]
-    loss = ImpalaLoss(policy, **options)
-    advantage = loss._estimate(loss._read(td)).advantage[mask]
+    advantage = estimated(ImpalaLoss(policy, estimator=estimator), td).advantage[mask]
     # the weighted mean of what the ratios multiply, and their product with it taken away
     centred = w * (advantage / w - (w * (advantage / w)).sum() / w.sum())
     normal = centred / centred.std(correction=0)
@@ -310,7 +319,7 @@ def test_normalisation_on_policy_is_the_usual_one(uneven: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("estimator", ["vtrace", "importance_sampling", "one_step", "none"])
+@pytest.mark.parametrize("estimator", ["vtrace", "importance_sampling", "one_step", "gae"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_estimators_by_name_are_the_returns_of_that_name(estimator: str, masked: bool) -> None:
     policy, td = make(), rollout()
@@ -344,7 +353,8 @@ def test_estimators_by_name_are_the_returns_of_that_name(estimator: str, masked:
         if estimator == "one_step":
             advantage = torch.where(one.bool() if valid is None else valid, advantage * rho.clamp(max=0.7), 0)
         weights, trace, clipped = one, one, {"pg_rho_clipped"} if estimator == "one_step" else set()
-    loss = ImpalaLoss(policy, estimator=estimator, gamma=0.9, lmbda=0.8, **options)
+    text = ", ".join(f"{name}={value}" for name, value in {"lmbda": 0.8, **options}.items())
+    loss = ImpalaLoss(policy, estimator=f"{estimator}({text})", gamma=0.9)
     out = loss(td)
     torch.testing.assert_close(out["loss_policy"], -(advantage.t() * log_prob).sum())
     torch.testing.assert_close(out["loss_value"], 0.25 * (target.t() - value).square().sum())
@@ -359,9 +369,9 @@ def test_estimators_by_name_are_the_returns_of_that_name(estimator: str, masked:
 def test_on_policy_all_estimators_are_one() -> None:
     policy, td = make(), rollout()
     td["action_log_prob"] = network(policy, td["observation"])[0].log_prob(td["action"]).detach()
-    expected = ImpalaLoss(policy, lmbda=0.8)(td)
-    for estimator in ("importance_sampling", "one_step", "none"):
-        found = ImpalaLoss(policy, lmbda=0.8, estimator=estimator)(td)
+    expected = ImpalaLoss(policy, estimator="vtrace(lmbda=0.8)")(td)
+    for estimator in ("importance_sampling", "one_step", "gae"):
+        found = ImpalaLoss(policy, estimator=f"{estimator}(lmbda=0.8)")(td)
         for name in (*LOSSES, "ess", "trace_length", "contraction"):
             torch.testing.assert_close(found[name], expected[name])
     assert expected["kl"].abs() < 1e-12
@@ -387,7 +397,7 @@ def test_illegal_actions_give_finite_losses_and_no_gradient() -> None:
     mask = torch.rand(5, 7, ACTIONS, generator=torch.Generator().manual_seed(0)) < 0.5
     td["action_mask"] = mask.scatter(-1, td["action"].unsqueeze(-1), True)
     td["next", "action_mask"] = torch.zeros_like(mask)  # a final observation may have no legal action
-    bias = policy.module[0].policy_head.linear.bias
+    bias = policy.module[0].head.linear.bias
     loss = ImpalaLoss(policy)
     assert all(torch.isfinite(g).all() for g in gradients(loss, td))
     everywhere = td.clone()
@@ -431,13 +441,13 @@ def test_bf16_autocast_gives_float32_losses_close_to_exact(recurrent: int | None
     [
         ({"reduction": "none"}, "reduction"),
         ({"gamma": 1.5}, "gamma"),
-        ({"leak": -0.1}, "leak"),
+        ({"estimator": "vtrace(leak=-0.1)"}, "leak must be in"),
         ({"reward_clip": 0.0}, "reward_clip"),
-        ({"pg_rho_clip": 0.0}, "pg_rho_clip"),
-        ({"estimator": "v-trace"}, r"estimator must be one of \('vtrace', .*\), got 'v-trace'"),
-        ({"estimator": "one_step", "rho_clip": 2.0}, "estimator 'one_step' has no rho_clip: leave it at 1, got 2.0"),
-        ({"estimator": "none", "pg_rho_clip": 2.0}, "estimator 'none' has no pg_rho_clip"),
-        ({"estimator": "importance_sampling", "leak": 0.5}, "estimator 'importance_sampling' has no leak"),
+        ({"policy_clip": -1.0}, "policy_clip must be positive or None, got -1.0"),
+        ({"estimator": "vtrace(pg_rho_clip=0)"}, "pg_rho_clip must be above 0, got 0"),
+        ({"estimator": "one_step(rho_clip=2)"}, "'one_step' has no option 'rho_clip', the nearest is 'pg_rho_clip'"),
+        ({"estimator": "gae(pg_rho_clip=2)"}, "estimator 'gae' has no option 'pg_rho_clip'; it has 'lmbda'"),
+        ({"estimator": "importance_sampling(leak=0.5)"}, "estimator 'importance_sampling' has no option 'leak'"),
     ],
 )
 def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:

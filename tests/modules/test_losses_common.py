@@ -11,8 +11,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from offtrace.modules.losses import ImpalaLoss
-from offtrace.modules.losses.offpolicy import OffPolicyLoss
+from offtrace.modules.estimators import VTrace
+from offtrace.modules.losses import A2CLoss, ImpalaLoss, PPOLoss
+from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.vmpo import VMPOLoss
 from tests.modules import test_impala_loss as impala
 from tests.modules import test_mpo_loss as mpo
@@ -21,10 +22,14 @@ from tests.modules import test_sac_loss as sac
 from tests.modules import test_vmpo_loss as vmpo
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
-Case = tuple[OffPolicyLoss, TensorDict]
+Case = tuple[Loss, TensorDict]
 CASES: dict[str, Callable[[], Case]] = {
     "impala": lambda: (ImpalaLoss(impala.make()), impala.rollout()),
     "impala-continuous": lambda: (ImpalaLoss(impala.make(action_dim=2)), impala.rollout(dim=2)),
+    "a2c": lambda: (A2CLoss(impala.make()), impala.rollout()),
+    "a2c-vtrace": lambda: (A2CLoss(impala.make(action_dim=2), estimator="vtrace"), impala.rollout(dim=2)),
+    "ppo": lambda: (PPOLoss(impala.make()), impala.rollout()),
+    "ppo-value-clip": lambda: (PPOLoss(impala.make(action_dim=2), value_clip=0.2), impala.rollout(dim=2)),
     "q-actor-critic": lambda: (q_actor_critic.QActorCriticLoss(q_actor_critic.policy_of()), impala.rollout()),
     "vmpo": lambda: (VMPOLoss(vmpo.make()).double(), vmpo.rollout()),
     "vmpo-diagonal": lambda: (VMPOLoss(vmpo.make("diagonal")).double(), vmpo.rollout("diagonal")),
@@ -149,15 +154,16 @@ def test_an_action_with_one_dimension_too_many_is_named(name: str) -> None:
 
 
 def test_vtraces_clips_are_those_of_the_estimator() -> None:
-    for options, message in (
-        ({"c_clip": 2.0}, "c_clip must be above 0 and at most rho_clip, 1.0, got 2.0"),
-        ({"rho_clip": 0.5}, "c_clip must be above 0 and at most rho_clip, 0.5, got 1.0"),
-        ({"c_clip": -1.0}, "c_clip must be above 0"),
-        ({"pg_rho_clip": 0.0}, "pg_rho_clip must be above 0, got 0.0"),
-        ({"rho_clip": math.nan}, "rho_clip must be a number, got nan"),
+    for estimator, message in (
+        ("vtrace(c_clip=2.0)", "c_clip must be above 0 and at most rho_clip, 1.0, got 2.0"),
+        ("vtrace(rho_clip=0.5)", "c_clip must be above 0 and at most rho_clip, 0.5, got 1.0"),
+        ("vtrace(c_clip=-1.0)", "c_clip must be above 0"),
+        ("vtrace(pg_rho_clip=0.0)", "pg_rho_clip must be above 0, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            ImpalaLoss(impala.make(), **options)
+            ImpalaLoss(impala.make(), estimator=estimator)
+    with pytest.raises(ValueError, match="rho_clip must be a number, got nan"):
+        VTrace(rho_clip=math.nan)
 
 
 def log_ratio(name: str, loss: Any, td: TensorDict) -> Tensor:
@@ -185,7 +191,7 @@ def test_uncorrected_targets_tell_how_far_off_policy_they_are(name: str, target:
         td, gamma, n = finite(sac.replay(40, 5, kinds=None if name == "sac" else 3)), sac.GAMMA, 3
     else:
         kinds = ("discrete", "discrete") if name == "discrete-mpo" else ()
-        loss = mpo.make(*kinds, target=target, n_step=3)
+        loss = mpo.make(*kinds, target=target, n=3)
         td, gamma, n = mpo.data(40, discrete=name == "discrete-mpo"), mpo.GAMMA, 3
     td = mpo.with_valid(td)
     out, valid = loss(td), td["valid"].squeeze(-1)

@@ -195,7 +195,7 @@ def test_action_cost_is_minus_the_distance_to_the_bounds() -> None:
 
 
 def test_multiplier_is_softplus_of_a_parameter_that_stays_above_its_bound() -> None:
-    dual = m.Dual(10.0, 3).double()
+    dual = m.Multiplier(10.0, 3).double()
     torch.testing.assert_close(dual(), torch.full((3,), math.log1p(math.exp(10)) + 1e-8, dtype=torch.float64))
     dual.raw.data[0] = -400.0
     first = dual()
@@ -205,6 +205,6 @@ def test_multiplier_is_softplus_of_a_parameter_that_stays_above_its_bound() -> N
     assert dual.raw.grad is not None
     torch.testing.assert_close(dual.raw.grad, 2 * torch.sigmoid(dual.raw.detach()))
     for value in (1e-3, 1.0, 5.0, 40.0):
-        assert m.Dual.at(value)().item() == pytest.approx(value, rel=1e-4)
+        assert m.Multiplier.at(value)().item() == pytest.approx(value, rel=1e-4)
     with pytest.raises(ValueError, match="-18"):
-        m.Dual(-19.0)
+        m.Multiplier(-19.0)

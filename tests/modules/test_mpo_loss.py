@@ -13,21 +13,25 @@ from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDict
 from torch import Tensor, nn
 from torch import distributions as D
 
-from offtrace.modules.losses.mpo import MPOLoss
-from offtrace.modules.losses.mpo_base import MPOBase
-from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
-from offtrace.modules.losses.sites import Batch, first_window
-from offtrace.modules.losses.traces import TRACES
+from offtrace.modules.estimators.base import Outcome
+from offtrace.modules.estimators.selection import first_window
+from offtrace.modules.losses import DiscreteMPOLoss, MPOLoss
+from offtrace.modules.losses.critics import least_mean
 from offtrace.modules.losses.updates import FastHardUpdate
-from offtrace.modules.networks import DiagonalNormal, build_actor, build_critic
-from offtrace.modules.networks.control_heads import TanhNormal
+from offtrace.modules.networks import DiagonalNormal, FullNormal, TanhNormal, build_critic, build_policy
 from offtrace.modules.networks.distributions import Categorical
-from offtrace.modules.networks.gaussian_heads import FullNormal
 from offtrace.modules.returns import n_step_return, trace_reach
 
 FEATURES, DIM, ATOMS = 4, 2, 11
 LOSSES = ("loss_policy", "loss_dual", "loss_critic")
 GAMMA = 0.9
+TRACES = ("retrace", "importance_sampling", "tree_backup", "q_lambda")
+MPOBase = MPOLoss | DiscreteMPOLoss
+
+
+def spec(target: str, *, n: int = 5, lmbda: float = 0.95) -> str:
+    """The estimator that the formulas call ``target``."""
+    return {"one_step": "one_step", "n_step": f"n_step(n={n})"}.get(target, f"{target}(lmbda={lmbda})")
 
 
 class Net(nn.Module):
@@ -82,11 +86,20 @@ def make_critic(kind: str = "scalar", critics: int = 1) -> TensorDictModule:
 
 
 def make(
-    policy: str = "diagonal", critic: str = "scalar", *, critics: int = 1, seed: int = 0, **kwargs: Any
+    policy: str = "diagonal",
+    critic: str = "scalar",
+    *,
+    target: str = "n_step",
+    n: int = 5,
+    lmbda: float = 0.95,
+    critics: int = 1,
+    seed: int = 0,
+    **kwargs: Any,
 ) -> MPOBase:
     """A loss whose online networks have moved away from their targets."""
     torch.manual_seed(seed)
     networks = make_policy(policy), make_critic(critic, critics)
+    kwargs = {"estimator": spec(target, n=n, lmbda=lmbda), **kwargs}
     loss: MPOBase
     if policy == "discrete":
         loss = DiscreteMPOLoss(*networks, gamma=GAMMA, **kwargs).double()
@@ -202,7 +215,7 @@ def test_windows_end_at_dones_and_before_invalid_steps(n: int) -> None:
     td = with_valid(data(40, ends=0.3), share=0.85)
     flags = [td["next", key].squeeze(-1) for key in ("reward", "terminated", "done")]
     valid = td["valid"].squeeze(-1)
-    window = first_window(Batch(*flags, valid), gamma=GAMMA, n=n)
+    window = first_window(Outcome(*flags, valid), gamma=GAMMA, n=n)
     for row, (reward, discount, last) in enumerate(windows(td, n)):
         if valid[row, 0]:
             assert window.reward[row].item() == pytest.approx(reward)
@@ -308,7 +321,7 @@ def _mixed(online: Any, target: Any, action: Tensor) -> tuple[Tensor, Tensor, tu
 
 @pytest.mark.parametrize("critics", [1, 2])
 def test_n_step_critic(critics: int) -> None:
-    loss: Any = make(critics=critics, n_step=3)
+    loss: Any = make(critics=critics, n=3)
     td = with_valid(data(20))
     valid = td["valid"][:, 0, 0]
     torch.manual_seed(5)
@@ -394,8 +407,8 @@ def test_categorical_critic(target: str) -> None:
     td = data(10, 5, ends=0.2)
     td["next", "reward"] *= 0.1
     seen: list[Tensor] = []
-    original = loss._add_critic
-    loss._add_critic = lambda out, sites, value, stats: (seen.append(value), original(out, sites, value, stats))[1]
+    original = loss.estimator.estimate
+    loss.estimator.estimate = lambda *args, **values: (found := original(*args, **values), seen.append(found.target))[0]
     torch.manual_seed(5)
     out = loss(td)
     (dist,) = seen
@@ -427,7 +440,7 @@ def test_categorical_critic(target: str) -> None:
 def test_of_several_categorical_critics_the_one_with_the_least_mean_is_the_target() -> None:
     loss = make(critic="categorical", critics=3, target="one_step")
     logits = torch.randn(4, 3, ATOMS, dtype=torch.float64)
-    value, dist = loss._pessimist(logits)
+    value, dist = least_mean(logits, loss.support)
     probs = logits.softmax(-1)
     means = (probs * loss.support).sum(-1)
     torch.testing.assert_close(value, means.min(-1).values)
@@ -600,12 +613,12 @@ def test_set_keys_and_the_masks_of_torchrl() -> None:
         ({"per_dimension": True, "covariance": "full"}, "not a sum over dimensions"),
         ({"per_dimension": True, "action_dim": None}, "needs action_dim"),
         ({"covariance": "spherical"}, "covariance must be one of"),
-        ({"target": "td"}, "target must be one of"),
+        ({"estimator": "td"}, "there is no estimator 'td'"),
         ({"policy_states": "all"}, "policy_states must be 'next' or 'root'"),
         ({"reduction": "none"}, "reduction must be"),
         ({"epsilon_mean": 0.0}, "epsilon_mean must be positive"),
         ({"num_samples": 0}, "num_samples must be 1 or more"),
-        ({"n_step": 0}, "n_step must be 1 or more"),
+        ({"estimator": "n_step(n=0)"}, "n must be 1 or more"),
         ({"gamma": 1.1}, "gamma must be in"),
         ({"action_bounds": (1.0, -1.0)}, "low < high"),
     ],
@@ -636,10 +649,10 @@ def test_the_multiplier_of_the_covariance_starts_where_its_bound_holds_it() -> N
 
 def test_the_actions_dimensions_are_those_of_the_policy() -> None:
     shapes: Any = {"network": "mlp", "observation_shape": [3], "action_dim": DIM}
-    loss = MPOLoss(build_actor(kind="gaussian", **shapes), build_critic(**shapes))
+    loss = MPOLoss(build_policy(head="gaussian", critic=None, **shapes), build_critic(**shapes))
     assert loss.alpha_mean.raw.shape == (DIM,)
     with pytest.raises(ValueError, match=f"action_dim is 7, and the policy's actions have {DIM} dimensions"):
-        MPOLoss(build_actor(kind="gaussian", **shapes), build_critic(**shapes), action_dim=7)
+        MPOLoss(build_policy(head="gaussian", critic=None, **shapes), build_critic(**shapes), action_dim=7)
 
 
 def test_networks_and_batches_that_do_not_fit_are_refused() -> None:
@@ -657,8 +670,8 @@ def test_networks_and_batches_that_do_not_fit_are_refused() -> None:
         make(target="tree_backup")
     with pytest.raises(ValueError, match=r"needs sequences \[N, T\]"):
         make(target="retrace")(data(4, None))
-    with pytest.raises(ValueError, match="needs sequences of that many steps"):
-        make(n_step=7)(data())
+    with pytest.raises(ValueError, match="needs sequences of 7 steps, got 5"):
+        make(n=7)(data())
 
 
 @pytest.mark.parametrize(

@@ -16,24 +16,26 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules.utils import get_env_transforms_from_module
 
 from offtrace.modules.networks import (
-    ControlPolicy,
     LayerNormMLP,
     ObservationNormalizer,
+    Policy,
     TanhNormal,
-    build_actor,
     build_critic,
+    build_policy,
     build_value,
     share_normalizer,
 )
-from offtrace.modules.networks.torsos import _relu
+from offtrace.modules.networks.ensembles import _relu
 
 FEATURES, ACTIONS = 5, 3
 
 
-def actor(kind: str = "tanh", **kwargs: Any) -> ControlPolicy:
-    actions = {"num_actions": ACTIONS} if kind == "categorical" else {"action_dim": ACTIONS}
-    options = {"network": "mlp", "observation_shape": [FEATURES], "hidden": 8, **kwargs}
-    return build_actor(kind=kind, **actions, **options)
+def actor(head: str = "tanh", *, normalize: bool = False, smoothing: float = 0.0, **head_options: Any) -> Policy:
+    actions = {"num_actions": ACTIONS} if head == "categorical" else {"action_dim": ACTIONS}
+    return build_policy(
+        head=head, critic=None, observation_shape=[FEATURES], hidden=8, activation="relu", head_options=head_options,
+        normalize=normalize, smoothing=smoothing, **actions,
+    )  # fmt: skip
 
 
 def states(*batch: int) -> TensorDict:
@@ -131,10 +133,10 @@ def test_scales_start_and_stay_where_they_should() -> None:
     assert gaussian.get_dist_params(td)["scale"].sub(0.51).abs().max() < 0.03
     for policy, low, high in ((actor(), -20, 2), (actor(log_scale="tanh"), -5, 2)):
         for bias, wanted in ((1e3, high), (-1e3, low)):
-            nn.init.constant_(policy.actor.head.linear.bias, bias)  # type: ignore[union-attr, arg-type]
+            nn.init.constant_(policy.network.head.linear.bias, bias)  # type: ignore[union-attr, arg-type]
             scale = policy.get_dist_params(td)["scale"]
             torch.testing.assert_close(scale.log(), torch.full_like(scale, wanted))
-    nn.init.constant_(gaussian.actor.head.linear.bias, -1e3)  # type: ignore[union-attr, arg-type]
+    nn.init.constant_(gaussian.network.head.linear.bias, -1e3)  # type: ignore[union-attr, arg-type]
     torch.testing.assert_close(gaussian.get_dist_params(td)["scale"], torch.full((6, ACTIONS), 0.01))
 
 
@@ -219,8 +221,8 @@ def test_compiled_relu_is_relu_but_for_the_gradient_at_0() -> None:
 def test_pixels(batch: tuple[int, ...]) -> None:
     shape = (6, 48, 48)
     td = TensorDict({"observation": torch.randint(256, (*batch, *shape)).byte()}, batch)
-    options: dict[str, Any] = {"network": "shallow", "observation_shape": shape, "hidden": [16]}
-    policy = build_actor(kind="tanh", action_dim=2, **options)
+    options: dict[str, Any] = {"network": "shallow", "observation_shape": shape, "hidden": [32, 16]}
+    policy = build_policy(head="tanh", critic=None, action_dim=2, **options)
     assert policy(td)["action"].shape == (*batch, 2)
     assert build_critic(action_dim=2, **options)(td)["state_action_value"].shape == (*batch, 2)
     assert build_critic(num_actions=4, **options)(td)["action_value"].shape == (*batch, 2, 4)
@@ -264,15 +266,15 @@ def test_normaliser_leaves_out_what_is_not_valid_and_forward_changes_nothing() -
 def test_normaliser_is_saved_with_the_policy_and_shared_with_the_critic() -> None:
     policy = actor(normalize=True)
     critic = build_critic(network="mlp", observation_shape=[FEATURES], action_dim=ACTIONS, normalize=True)
-    share_normalizer(policy.actor, critic)
-    policy.actor.normalizer.update(5 + 3 * torch.randn(100, FEATURES))  # type: ignore[union-attr]
+    share_normalizer(policy.network, critic)
+    policy.network.normalizer.update(5 + 3 * torch.randn(100, FEATURES))  # type: ignore[union-attr]
     assert critic.normalizer.count == 100  # type: ignore[union-attr]
     other = actor(normalize=True)
     other.load_state_dict(policy.state_dict())
     td = states(4)
     torch.testing.assert_close(other.get_dist_params(td.clone())["loc"], policy.get_dist_params(td.clone())["loc"])
     with pytest.raises(ValueError, match="has no normalizer"):
-        share_normalizer(actor().actor, critic)
+        share_normalizer(actor().network, critic)
 
 
 @pytest.mark.parametrize("kind", ["tanh", "gaussian"])
@@ -331,26 +333,3 @@ def test_smoothing_carries_its_state_through_an_environment() -> None:
     assert samples[:, [0, 1, 3, 4, 6, 7]].abs().max() < 1
     with pytest.raises(KeyError, match="does not carry the last action"):
         policy(states(2))
-
-
-def test_descriptions_that_make_no_sense() -> None:
-    wrong: list[tuple[dict[str, Any], str]] = [
-        ({"kind": "tanhh"}, "did you mean 'tanh'"),
-        ({"kind": "categorical"}, "needs num_actions"),
-        ({"num_actions": 3, "action_dim": None}, "needs action_dim"),
-        ({"num_actions": 3}, "give action_dim or num_actions"),
-        ({"network": "layernorm-mlp"}, "did you mean 'layernorm_mlp'"),
-        ({"network": "shallow"}, "channels, height, width"),
-        ({"hidden": [0]}, "positive sizes"),
-        ({"log_scale": "none"}, "log_scale must be one of"),
-        ({"smoothing": 1.0}, "smoothing must be in"),
-        ({"normalize": True, "normalize_clip": 0.0}, "clip must be positive"),
-    ]
-    for change, message in wrong:
-        options = {"kind": "tanh", "network": "mlp", "observation_shape": [FEATURES], "action_dim": 2, **change}
-        with pytest.raises(ValueError, match=message):
-            build_actor(**options)
-    with pytest.raises(ValueError, match="needs continuous actions"):
-        actor("categorical", smoothing=0.5)
-    with pytest.raises(ValueError, match="critics must be"):
-        build_critic(network="mlp", observation_shape=[FEATURES], action_dim=2, critics=0)

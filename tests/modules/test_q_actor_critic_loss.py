@@ -11,12 +11,12 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from offtrace.modules.losses import QActorCriticLoss
-from offtrace.modules.losses.traces import TRACES
 from offtrace.modules.networks import ActionValueHead, Policy, build_policy
 from offtrace.modules.returns import trace_reach
 from tests.modules.test_impala_loss import ACTIONS, FEATURES, LOSSES, gradients, make, rollout, total
 
 GAMMA, LMBDA = 0.9, 0.8
+TRACES = ("retrace", "importance_sampling", "tree_backup", "q_lambda")
 
 
 def policy_of(**kwargs: Any) -> Policy:
@@ -32,7 +32,7 @@ def network(policy: Policy, observation: Tensor) -> tuple[Tensor, Tensor]:
     """log pi and Q of every action, straight from the modules."""
     net = policy.module[0]
     features = net.encoder(observation.reshape(-1, FEATURES)).view(*observation.shape[:-1], -1)
-    return net.policy_head(features)[0].log_softmax(-1), net.value_head(features).squeeze(-2)
+    return net.head(features)[0].log_softmax(-1), net.value_head(features).squeeze(-2)
 
 
 def chosen(x: Tensor, td: TensorDictBase) -> Tensor:
@@ -76,7 +76,7 @@ def test_loss_equals_the_direct_sums(trace: str, masked: bool, reduction: str) -
     td = with_valid(td) if masked else td
     valid = td["valid"].squeeze(-1) if masked else torch.ones(5, 7, dtype=torch.bool)
     loss = QActorCriticLoss(
-        policy, trace=trace, gamma=GAMMA, lmbda=LMBDA, value_coef=0.7, entropy_coef=0.03, pg_rho_clip=1.3,
+        policy, estimator=f"{trace}(lmbda={LMBDA})", gamma=GAMMA, value_coef=0.7, entropy_coef=0.03, pg_rho_clip=1.3,
         reduction=reduction,
     )  # fmt: skip
     out = loss(td)
@@ -128,8 +128,10 @@ def test_gradients_in_closed_form() -> None:
 
         return hook
 
-    hooks = [net.policy_head.register_forward_hook(keep("logits")), net.value_head.register_forward_hook(keep("q"))]
-    total(QActorCriticLoss(policy, gamma=GAMMA, lmbda=LMBDA, entropy_coef=0.2, value_coef=0.7)(td)).backward()
+    hooks = [net.head.register_forward_hook(keep("logits")), net.value_head.register_forward_hook(keep("q"))]
+    total(
+        QActorCriticLoss(policy, estimator="retrace(lmbda=0.8)", gamma=GAMMA, entropy_coef=0.2, value_coef=0.7)(td)
+    ).backward()
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
@@ -149,8 +151,8 @@ def test_each_term_reaches_its_own_head_and_all_of_them_the_encoder() -> None:
     policy = policy_of()
     net, out = policy.module[0], QActorCriticLoss(policy)(rollout())
     for names, own, other in (
-        (("loss_policy", "loss_entropy"), net.policy_head, net.value_head),
-        (("loss_value",), net.value_head, net.policy_head),
+        (("loss_policy", "loss_entropy"), net.head, net.value_head),
+        (("loss_value",), net.value_head, net.head),
     ):
         policy.zero_grad()
         sum(out[name] for name in names).backward(retain_graph=True)
@@ -203,7 +205,7 @@ def test_illegal_actions_have_no_value_and_get_no_gradient() -> None:
     td["next", "action_mask"] = mask.clone()
     loss, head = QActorCriticLoss(policy), policy.module[0].value_head
     expected, grads = loss(td), gradients(loss, td)
-    assert policy.module[0].policy_head.linear.bias.grad[2] == 0
+    assert policy.module[0].head.linear.bias.grad[2] == 0
     assert head.linear.bias.grad[2] == 0
     with torch.no_grad():
         head.linear.bias[2] += 100
@@ -220,7 +222,7 @@ def test_normalised_advantage_trust_region_and_reward_clip_are_those_of_impala()
     normal = centred / centred.std(correction=0)
     outside = torch.where(normal > 0, rho > 1.2, rho < 0.8)
     assert outside.any()
-    options: dict[str, Any] = {"trace": "q_lambda", "gamma": GAMMA, "lmbda": LMBDA}
+    options: dict[str, Any] = {"estimator": f"q_lambda(lmbda={LMBDA})", "gamma": GAMMA}
     out = QActorCriticLoss(policy, normalize_advantage=True, policy_clip=0.2, **options)(td)
     torch.testing.assert_close(out["loss_policy"].detach(), -(normal * log_prob)[~outside].sum())
     torch.testing.assert_close(out["policy_clipped"], outside.double().mean())
@@ -246,13 +248,15 @@ def test_compiled_equals_eager() -> None:
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
-    with pytest.raises(ValueError, match=r"trace must be one of \('retrace', .*\), got 'vtrace'"):
-        QActorCriticLoss(policy_of(), trace="vtrace")
+    with pytest.raises(ValueError, match=r"estimator 'vtrace' is of state values, and one of action values is needed"):
+        QActorCriticLoss(policy_of(), estimator="vtrace")
+    with pytest.raises(ValueError, match="learns from every step of a rollout, and its estimator NStep from the first"):
+        QActorCriticLoss(policy_of(), estimator="n_step")
     with pytest.raises(ValueError, match="needs a policy over discrete actions that writes 'action_value'"):
         QActorCriticLoss(make())
     with pytest.raises(ValueError, match="critic='q' needs discrete actions"):
         make(action_dim=2, critic="q")
-    with pytest.raises(ValueError, match="critic must be 'v' or 'q', got 'both'"):
+    with pytest.raises(ValueError, match="critic must be 'v', 'q' or None, got 'both'"):
         make(critic="both")
     with pytest.raises(ValueError, match="pg_rho_clip must be above 0, got 0"):
         QActorCriticLoss(policy_of(), pg_rho_clip=0)

@@ -79,54 +79,53 @@ class Stream:
 
 
 class ByHand:
-    """The lanes as lists of ("step", observation, flags) and ("final", observation)."""
+    """The rings as lists of ("step", observation, flags) and ("final", observation)."""
 
-    def __init__(self, lanes: int, size: int, length: int, pad: bool) -> None:
+    def __init__(self, rings: int, size: int, length: int, pad: bool) -> None:
         self.size, self.length, self.pad = size, length, pad
-        self.lanes: list[list[Any]] = [[] for _ in range(lanes)]
+        self.rings: list[list[Any]] = [[] for _ in range(rings)]
 
     def extend(self, rollout: TensorDict, first: int) -> None:
         steps = rollout.shape[1]
         valid = rollout.get("valid", torch.ones(*rollout.shape, 1, dtype=torch.bool))
         for env in range(rollout.shape[0]):
-            lane = self.lanes[first + env]
+            ring = self.rings[first + env]
             for t in range(steps):
                 here = tuple(rollout["observation"][env, t].tolist())
                 there = tuple(rollout["next", "observation"][env, t].tolist())
-                joins = lane and lane[-1][0] == "head"
-                if joins and valid[env, t] and lane[-1][1] == here:
-                    lane.pop()
+                joins = ring and ring[-1][0] == "head"
+                if joins and valid[env, t] and ring[-1][1] == here:
+                    ring.pop()
                 elif joins:
-                    lane[-1] = ("final", lane[-1][1])
+                    ring[-1] = ("final", ring[-1][1])
                 if not valid[env, t]:
                     continue
                 done = bool(rollout["next", "done"][env, t])
-                lane.append(("step", here))
-                lane.append(("final" if done else "head", there))
-            del lane[: -self.size]
+                ring.append(("step", here))
+                ring.append(("final" if done else "head", there))
+            del ring[: -self.size]
 
     def starts(self) -> dict[tuple[float, ...], list[tuple[float, ...]]]:
         """First observation to the observations of the window's states, the last one's successor included."""
         found = {}
-        for lane in self.lanes:
-            for index, (kind, observation) in enumerate(lane):
+        for ring in self.rings:
+            for index, (kind, observation) in enumerate(ring):
                 if kind != "step":
                     continue
                 window = [observation]
-                for kind, following in lane[index + 1 : index + 1 + self.length]:
+                for kind, following in ring[index + 1 : index + 1 + self.length]:
                     window.append(following)
                     if kind != "step":
                         break
-                last = lane[index + len(window) - 1][0]
+                last = ring[index + len(window) - 1][0]
                 if len(window) == self.length + 1 or (self.pad and last == "final"):
                     found[observation] = window
         return found
 
 
 def starts_of(replay: Replay) -> list[tuple[float, ...]]:
-    lanes = replay._lanes
-    stored = replay._leaves[("observation",)]
-    return [tuple(row) for row in stored[torch.from_numpy(lanes.starts[: lanes.count].astype(np.int64))].tolist()]
+    stored = replay._storage.leaves[("observation",)]
+    return [tuple(row) for row in stored[torch.from_numpy(replay._rings.starts)].tolist()]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,7 @@ def test_against_a_list_kept_by_hand(length: int, pad: bool, invalid: float, tol
         hand.extend(rollout, worker * envs)
         wanted = hand.starts()
         assert sorted(starts_of(replay)) == sorted(wanted)
-        assert len(replay) == sum(kind == "step" for lane in hand.lanes for kind, _ in lane)
+        assert len(replay) == sum(kind == "step" for ring in hand.rings for kind, _ in ring)
         assert replay.num_starts == len(wanted)
         if len(wanted) >= 16:
             check_batch(replay.sample(), wanted, length, pad)
@@ -226,7 +225,7 @@ def test_flags_and_final_observations_are_those_of_the_step() -> None:
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_an_episode_that_begins_as_the_last_one_stood_is_another_one(pad: bool) -> None:
-    """All observations alike: only is_init tells that a lane was restarted between two rollouts, or within one."""
+    """All observations alike: only is_init tells that a ring was restarted between two rollouts, or within one."""
     replay = Replay(100, num_envs=1, batch_size=1, length=2, pad=pad)
     rollout = Stream(1, longest=1000).rollout(6)
     for key in ("observation", ("next", "observation")):
@@ -375,11 +374,11 @@ def test_a_folder_of_other_numbers_is_refused(tmp_path: Path) -> None:
 
 def test_every_entry_of_the_state_is_stored_once() -> None:
     """Observations in parts, masks, recurrent states: all that has a successor."""
-    env = make_env("cartpole-swingup", 2, flat=False, last_step=True, time_limit=0.05)
+    env = make_env("cartpole-swingup", 2, flatten=False, last_step=True, time_limit=0.05)
     replay = Replay(64, num_envs=2, batch_size=8, length=2, pad=True)
     rollout = env.rollout(12, break_when_any_done=False, auto_cast_to_device=True)
     replay.extend(rollout)
-    keys = {(name,) if isinstance(name, str) else name for name in replay._leaves}
+    keys = {(name,) if isinstance(name, str) else name for name in replay._storage.leaves}
     wanted = {("observation", "position"), ("observation", "velocity"), ("last_action",), ("last_reward",)}
     assert keys == wanted | {("action",), ("next", "reward")}
     truth = {tuple(row["observation", "position"].tolist()): row for row in rollout.view(-1)}
@@ -390,6 +389,21 @@ def test_every_entry_of_the_state_is_stored_once() -> None:
             assert torch.equal(row[key], same[key])
         for key in [*wanted, ("reward",), ("truncated",)]:
             assert torch.equal(row[("next", *key)], same[("next", *key)])
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_parts_of_an_observation_that_come_with_the_step(length: int) -> None:
+    """One part is a state, stored once; another is only under "next", as what a simulator tells of a step."""
+    rollout = Stream(2).rollout(20)
+    for td in (rollout, rollout["next"]):
+        td["observation"] = TensorDict({"place": td["observation"]}, td.shape)
+    rollout["next", "observation", "force"] = rollout["action"].clone()
+    replay = Replay(100, num_envs=2, batch_size=16, length=length)
+    replay.extend(rollout)
+    batch = replay.sample()
+    assert torch.equal(batch["next", "observation", "force"], batch["action"])
+    assert torch.equal(batch["next", "observation", "place"][..., :2], batch["observation", "place"][..., :2])
+    assert torch.equal(batch["next", "observation", "place"][..., 2], batch["observation", "place"][..., 2] + 1)
 
 
 def test_rollouts_of_a_collector_join() -> None:
@@ -406,7 +420,7 @@ def test_rollouts_of_a_collector_join() -> None:
     assert batch["is_init"][:, :, 0].tolist() == [[True, *[False] * 19]] * 4
     with torch.no_grad():
         torch.testing.assert_close(batch["action"], policy.module(batch["observation"]))
-    assert set(batch.keys()) == {"observation", "action", "is_init", "policy_version", "next"}
+    assert set(batch.keys()) == {"observation", "action", "is_init", "policy_version", "index", "next"}
 
 
 def test_memory_of_a_step() -> None:
@@ -418,9 +432,9 @@ def test_memory_of_a_step() -> None:
 def test_batches_are_copies() -> None:
     replay = filled()
     batch = replay.sample()
-    stored = {key: leaf.clone() for key, leaf in replay._leaves.items()}
+    stored = {key: leaf.clone() for key, leaf in replay._storage.leaves.items()}
     batch.apply_(lambda tensor: tensor.zero_())
-    for key, leaf in replay._leaves.items():  # as bytes: what was never written may be NaN
+    for key, leaf in replay._storage.leaves.items():  # as bytes: what was never written may be NaN
         assert torch.equal(stored[key].view(torch.uint8), leaf.view(torch.uint8))
 
 
@@ -468,7 +482,7 @@ def test_other_mistakes() -> None:
             Replay(100, num_envs=2, batch_size=4).extend(rollout.exclude(missing))
     with pytest.raises(ValueError, match=r"lacks 'observation', at its root or under 'next'"):
         Replay(100, num_envs=2, batch_size=4).extend(rollout.exclude(("next", "observation")))
-    with pytest.raises(ValueError, match=r"worker is 1; the replay has lanes for actors 0 to 0"):
+    with pytest.raises(ValueError, match=r"worker is 1; the replay has rings for actors 0 to 0"):
         filled().extend(rollout, worker=1)
     with pytest.raises(ValueError, match=r"a rollout of 80 steps does not fit the 51 slots"):
         filled().extend(Stream(2).rollout(80))
@@ -479,6 +493,21 @@ def test_other_mistakes() -> None:
         ValueError, match=r"length is 20, and the longest of the episodes so far has 9 steps; .* 9 or less, or pad=True"
     ):
         filled(length=20).sample()
+
+
+def test_the_rollout_says_which_actor_made_it() -> None:
+    """By its entry "worker", whatever the order of arrival; the argument goes before it, and it is not stored."""
+    said, given = (Replay(100, num_envs=2, num_workers=2, batch_size=8, seed=3) for _ in range(2))
+    streams = [Stream(2, seed=worker, first=2 * worker) for worker in range(2)]
+    for worker in (1, 1, 0, 1, 0):
+        rollout = streams[worker].rollout(5)
+        given.extend(rollout, worker=worker)
+        said.extend(rollout.set("worker", torch.tensor(worker).expand(2, 5)))
+    assert said._rings.written.tolist() == given._rings.written.tolist()
+    assert (said.sample() == given.sample()).all()
+    assert "worker" not in said.sample().keys()  # noqa: SIM118 - a TensorDict
+    with pytest.raises(ValueError, match=r"worker is 2; the replay has rings for actors 0 to 1"):
+        said.extend(rollout.set("worker", torch.full((2, 5), 2)))
 
 
 @pytest.mark.parametrize(("ratio", "batch", "chunk"), [(1, 256, 8), (32, 256, 1), (0.1, 64, 250), (7.3, 100, 13)])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from offtrace.modules.envs import env_info, make_env
 from offtrace.modules.replay import Replay
-from offtrace.modules.replay_lanes import Lanes
+from offtrace.modules.replay.rings import Rings
 
 SIDE = (2, 2)
 
@@ -84,47 +82,47 @@ def number(observation: Tensor) -> int:
 
 
 class ByHand:
-    """The lanes as lists of ("older" | "step" | "final" | "head", number), and the rows by number."""
+    """The rings as lists of ("older" | "step" | "final" | "head", number), and the rows by number."""
 
-    def __init__(self, lanes: int, capacity: int, frames: int, length: int, pad: bool) -> None:
-        self.size, self.frames, self.length, self.pad = capacity // lanes + frames, frames, length, pad
-        self.lanes: list[list[tuple[str, int]]] = [[] for _ in range(lanes)]
+    def __init__(self, rings: int, capacity: int, frames: int, length: int, pad: bool) -> None:
+        self.size, self.frames, self.length, self.pad = capacity // rings + frames, frames, length, pad
+        self.rings: list[list[tuple[str, int]]] = [[] for _ in range(rings)]
         self.rows: dict[int, TensorDict] = {}
 
     def extend(self, rollout: TensorDict, first: int) -> None:
         for env in range(rollout.shape[0]):
-            lane = self.lanes[first + env]
+            ring = self.rings[first + env]
             for row in rollout[env].unbind(0):
                 valid, init = bool(row["next", "valid"]), bool(row["is_init"])
                 here, there = number(row["observation"]), number(row["next", "observation"])
-                joins = bool(lane) and lane[-1] == ("head", here) and valid and not init
+                joins = bool(ring) and ring[-1] == ("head", here) and valid and not init
                 if joins:
-                    lane.pop()
-                elif lane and lane[-1][0] == "head":
-                    lane[-1] = ("final", lane[-1][1])
+                    ring.pop()
+                elif ring and ring[-1][0] == "head":
+                    ring[-1] = ("final", ring[-1][1])
                 if valid:
                     self.rows[here] = row
-                    lane += [] if joins else [("older", 0)] * (self.frames - 1)
-                    lane += [("step", here), ("final" if row["next", "done"] else "head", there)]
-            del lane[: -self.size]
+                    ring += [] if joins else [("older", 0)] * (self.frames - 1)
+                    ring += [("step", here), ("final" if row["next", "done"] else "head", there)]
+            del ring[: -self.size]
 
     def steps(self) -> int:
-        return sum(kind == "step" for lane in self.lanes for kind, _ in lane[self.frames - 1 :])
+        return sum(kind == "step" for ring in self.rings for kind, _ in ring[self.frames - 1 :])
 
     def starts(self) -> dict[int, list[int]]:
         """Number of the first state to those of the window's states, the last one's successor included."""
         found = {}
-        for lane in self.lanes:
-            for index in range(self.frames - 1, len(lane)):
+        for ring in self.rings:
+            for index in range(self.frames - 1, len(ring)):
                 window = []
-                for kind, state in lane[index : index + self.length + 1]:
+                for kind, state in ring[index : index + self.length + 1]:
                     window.append(state)
                     if kind != "step":
                         break
-                if lane[index][0] == "step" and (
-                    len(window) == self.length + 1 or (self.pad and lane[index + len(window) - 1][0] == "final")
+                if ring[index][0] == "step" and (
+                    len(window) == self.length + 1 or (self.pad and ring[index + len(window) - 1][0] == "final")
                 ):
-                    found[lane[index][1]] = window
+                    found[ring[index][1]] = window
         return found
 
 
@@ -151,8 +149,8 @@ def check_batch(batch: TensorDict, hand: ByHand, wanted: dict[int, list[int]]) -
 
 def run(replay: Replay, padding: str, *, longest: int = 16, wild: bool = True) -> None:
     """Random rollouts of two actors, checked after each against lists kept by hand."""
-    lanes, frames = replay._lanes, replay.frame_stack
-    hand = ByHand(lanes.number, replay.capacity, frames, replay.length, replay.pad)
+    rings, frames = replay._rings, replay.frame_stack
+    hand = ByHand(rings.number, replay.capacity, frames, replay.length, replay.pad)
     options: dict[str, Any] = {"padding": padding, "longest": longest, "wild": wild}
     streams = [Stream(replay.num_envs, frames, seed=worker + 1, **options) for worker in range(2)]
     rng = random.Random(0)
@@ -166,11 +164,11 @@ def run(replay: Replay, padding: str, *, longest: int = 16, wild: bool = True) -
         hand.extend(rollout, worker * replay.num_envs)
         wanted = hand.starts()
         assert len(replay) == hand.steps()
-        starts = replay._take(("observation",), torch.from_numpy(lanes.starts[: lanes.count]).long())
+        starts = replay._take(("observation",), torch.from_numpy(rings.starts))
         assert sorted(map(number, starts)) == sorted(wanted)
         if wanted:
             check_batch(replay.sample(24), hand, wanted)
-    assert int(lanes.written.min()) > 5 * lanes.size
+    assert int(rings.written.min()) > 5 * rings.size
     assert (replay.dropped > 0) == wild
 
 
@@ -198,7 +196,7 @@ def test_windows_almost_as_long_as_a_lane(pad: bool) -> None:
 def test_the_check_sees_a_wrong_look_back(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Changes to the code after which the test above must fail."""
 
-    def stacks(self: Lanes, slots: Tensor) -> Tensor:
+    def stacks(self: Rings, slots: Tensor) -> Tensor:
         place = (slots % self.size)[:, None]
         back = torch.arange(self.older, -1, -1)
         if change == "one slot too few":
@@ -209,24 +207,24 @@ def test_the_check_sees_a_wrong_look_back(change: str, monkeypatch: pytest.Monke
         wrapped = shifted.clamp(min=0) if change == "not around the ring" else shifted % self.size
         return slots[:, None] - place + wrapped
 
-    overwrite = Lanes._overwrite
-    if change == "margin forgotten":  # the last ones of two lanes
-        monkeypatch.setattr(Lanes, "_overwrite", lambda self, x, other, flags: overwrite(self, x, other[:-4], flags))
+    overwrite = Rings._overwrite
+    if change == "margin forgotten":  # the last ones of two rings
+        monkeypatch.setattr(Rings, "_overwrite", lambda self, x, other, flags: overwrite(self, x, other[:-4], flags))
     else:
-        monkeypatch.setattr(Lanes, "stacks", stacks)
+        monkeypatch.setattr(Rings, "stacks", stacks)
     with pytest.raises(AssertionError):
         run(Replay(180, num_envs=2, num_workers=2, batch_size=8, frame_stack=3), "noise")
 
 
 def test_a_restart_shows_in_the_older_frames() -> None:
-    """The newest frame is that in which the lane stood, the older ones are not, and no flag tells of a new episode."""
+    """The newest frame is that in which the ring stood, the older ones are not, and no flag tells of a new episode."""
     stream = Stream(1, longest=1000, wild=False)
     replay = Replay(100, num_envs=1, batch_size=1, frame_stack=3)
     for _ in range(3):
         rollout = stream.rollout(6).exclude("is_init")
         replay.extend(rollout)
         stream.stack[0, :-1] = 255 - stream.stack[0, :-1]
-    assert replay._lanes.written.item() == 3 * (2 + 6) + 2  # two final states, and the provisional one is not counted
+    assert replay._rings.written.item() == 3 * (2 + 6) + 2  # two final states, and the provisional one is not counted
     truth = {number(rollout["observation"][0, t]): rollout[0, t] for t in range(6)}
     batch = replay.sample(200)
     checked = 0
@@ -259,21 +257,6 @@ def test_after_a_load_everything_goes_on(storage: Any, length: int, pad: bool, t
     whole = Replay(80, **{**numbers, "frame_stack": 1})
     with pytest.raises(ValueError, match=r"has frame_stack 3, this one has 1"):
         whole.load(tmp_path / "replay")
-
-
-def test_folders_that_do_not_say_it_hold_whole_observations(tmp_path: Path) -> None:
-    replay, other = (Replay(40, num_envs=2, batch_size=8) for _ in range(2))
-    replay.extend(Stream(2).rollout(9))
-    replay.dump(tmp_path)
-    file = tmp_path / "replay.json"
-    described = json.loads(file.read_text().split("\n")[1])
-    del described["facts"]["frame_stack"]
-    text = json.dumps(described)
-    file.write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
-    other.load(tmp_path)
-    assert (replay.sample() == other.sample()).all()
-    with pytest.raises(ValueError, match=r"has frame_stack 1, this one has 3"):
-        Replay(40, num_envs=2, batch_size=8, frame_stack=3).load(tmp_path)
 
 
 def _own(rollout: TensorDict, replay: Replay, chunk: int) -> None:
@@ -318,7 +301,7 @@ def test_memory_is_that_of_a_frame() -> None:
         replay.extend(Stream(2).rollout(20))
         sizes.append(replay.bytes_per_slot)
     assert sizes[0] - sizes[1] == 2 * 4
-    stored = replay._leaves["observation",]
+    stored = replay._storage.leaves["observation",]
     assert stored.shape[1:] == (1, *SIDE)
     assert stored.is_contiguous()
 

@@ -15,21 +15,28 @@ from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives.common import LossModule
 
 from offtrace.modules.losses import DiscreteSACLoss, FastSoftUpdate, SACLoss, SACv1Loss, compile_loss
-from offtrace.modules.losses.soft import SoftLoss
-from offtrace.modules.losses.traces import TARGETS, TRACES
-from offtrace.modules.networks import ControlPolicy, build_actor, build_critic, build_value, share_normalizer
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.networks import Policy, build_critic, build_policy, build_value, share_normalizer
 from offtrace.modules.returns import trace_reach
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
 FEATURES, ACTIONS = 4, 2
 GAMMA, LMBDA, ALPHA, KAPPA = 0.9, 0.8, 0.3, 1.7
+TRACES = ("retrace", "importance_sampling", "tree_backup", "q_lambda")
+TARGETS = ("one_step", "n_step", *TRACES)
+
+
+def spec(target: str, lmbda: float = LMBDA) -> str:
+    """The estimator that the formulas call ``target``, with windows of 3 steps."""
+    return {"one_step": "one_step", "n_step": "n_step(n=3)"}.get(target, f"{target}(lmbda={lmbda})")
 
 
 def networks(*, discrete: bool = False, critics: int = 2, kind: str = "tanh", normalize: bool = False) -> Any:
     torch.manual_seed(0)
     actions = {"num_actions": 3} if discrete else {"action_dim": ACTIONS}
     common: dict[str, Any] = {"observation_shape": [FEATURES], "hidden": [8], "normalize": normalize}
-    actor = build_actor(kind="categorical" if discrete else kind, network="mlp", **actions, **common)
+    head = "categorical" if discrete else kind
+    actor = build_policy(head=head, critic=None, activation="relu", network="mlp", **actions, **common)
     critic = build_critic(network="layernorm_mlp", critics=critics, **actions, **common)
     for parameter in (*actor.parameters(), *critic.parameters()):  # fresh ones give values near zero
         parameter.data += 0.5 * torch.randn_like(parameter)
@@ -37,25 +44,25 @@ def networks(*, discrete: bool = False, critics: int = 2, kind: str = "tanh", no
 
 
 def sac(target: str = "one_step", *, critics: int = 2, kind: str = "tanh", **kwargs: Any) -> SACLoss:
-    options = {"gamma": GAMMA, "n_step": 3, "lmbda": LMBDA, "alpha_init": ALPHA, "reward_scale": KAPPA, **kwargs}
-    return apart(SACLoss(*networks(critics=critics, kind=kind), target=target, **options))
+    options = {"estimator": spec(target), "gamma": GAMMA, "alpha_init": ALPHA, "reward_scale": KAPPA, **kwargs}
+    return apart(SACLoss(*networks(critics=critics, kind=kind), **options))
 
 
 def discrete(target: str = "one_step", **kwargs: Any) -> DiscreteSACLoss:
-    options = {"gamma": GAMMA, "n_step": 3, "lmbda": LMBDA, "alpha_init": ALPHA, "reward_scale": KAPPA, **kwargs}
-    return apart(DiscreteSACLoss(*networks(discrete=True), target=target, **options))
+    options = {"estimator": spec(target), "gamma": GAMMA, "alpha_init": ALPHA, "reward_scale": KAPPA, **kwargs}
+    return apart(DiscreteSACLoss(*networks(discrete=True), **options))
 
 
 def v1(target: str = "one_step", **kwargs: Any) -> SACv1Loss:
     actor, critic = networks()
     value = build_value(network="mlp", observation_shape=[FEATURES], hidden=[8]).double()
-    return apart(SACv1Loss(actor, critic, value, target=target, gamma=GAMMA, n_step=3, **kwargs))
+    return apart(SACv1Loss(actor, critic, value, estimator=spec(target), gamma=GAMMA, **kwargs))
 
 
 def apart(loss: Any) -> Any:
     """In float64, with targets that differ from what they follow."""
     loss.double()
-    if loss.learn_alpha:
+    if "log_alpha" in dict(loss.named_parameters()):
         loss.log_alpha.data.fill_(math.log(ALPHA))  # what came from float32 lacks digits
     torch.manual_seed(5)
     for name, buffer in loss.named_buffers():
@@ -109,9 +116,7 @@ def coefficient(kind: str, rho: float, pi: float) -> float:
     return LMBDA * {"retrace": min(1.0, rho), "importance_sampling": rho, "q_lambda": 1.0, "tree_backup": pi}[kind]
 
 
-def targets(
-    loss: SoftLoss, td: TensorDictBase, following: Tensor, values: Tensor, log_prob: Tensor, kind: str
-) -> Tensor:
+def targets(loss: Loss, td: TensorDictBase, following: Tensor, values: Tensor, log_prob: Tensor, kind: str) -> Tensor:
     """y of every step [N, T] by sums over steps, one by one; ``values`` and ``log_prob`` of the batch's actions."""
     reward, terminated, done = (td["next", key].squeeze(-1) for key in ("reward", "terminated", "done"))
     valid = td["valid"].squeeze(-1) if "valid" in td else torch.ones_like(done)
@@ -160,7 +165,7 @@ def q_of(critic: Any, observation: Tensor, action: Tensor) -> Tensor:
     return critic(TensorDict({"observation": observation, "action": action}, batch))["state_action_value"]
 
 
-def gaussian(actor: ControlPolicy, observation: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian(actor: Policy, observation: Tensor) -> tuple[Tensor, Tensor]:
     found = actor.get_dist_params(TensorDict({"observation": observation}, observation.shape[:-1]))
     return found["loc"], found["scale"]
 
@@ -343,7 +348,7 @@ def test_v1_terms_equal_the_formulas(target: str, which: str) -> None:
     assert {name: reached(loss, out[name]) for name in reach} == reach
 
 
-def reached(loss: SoftLoss, term: Tensor) -> set[str]:
+def reached(loss: Loss, term: Tensor) -> set[str]:
     """Groups in which some parameter gets a gradient other than zero from ``term``."""
     found = set()
     for name, parameters in loss.param_groups().items():
@@ -420,13 +425,14 @@ def test_nothing_comes_back_across_an_end(target: str) -> None:
         other = td.clone()
         for key in (("next", "reward"), "observation", "action", "pre_tanh", ("next", "observation")):
             other[key][:, 2:] += 0.5
-        found, inner = [], loss._targets
+        found, inner = [], loss.estimator.estimate
 
-        def watched(*args: Any, inner: Any = inner, found: list[Tensor] = found, **kwargs: Any) -> Tensor:
-            found.append(inner(*args, **kwargs))
-            return found[-1]
+        def watched(*args: Any, inner: Any = inner, found: list[Tensor] = found, **kwargs: Any) -> Any:
+            estimate = inner(*args, **kwargs)
+            found.append(estimate.target)
+            return estimate
 
-        loss._targets = watched  # type: ignore[method-assign]
+        loss.estimator.estimate = watched
         for batch in (td, other):
             torch.manual_seed(3)
             loss(batch)
@@ -452,7 +458,7 @@ def test_a_time_limit_bootstraps_and_a_termination_does_not() -> None:
 
 def test_retrace_without_traces_is_one_step() -> None:
     td, found = replay(6, 5), []
-    for loss in (sac("one_step"), sac("retrace", lmbda=0.0)):
+    for loss in (sac("one_step"), sac(estimator=spec("retrace", 0.0))):
         torch.manual_seed(3)
         found.append(loss(td)["loss_critic"])
     torch.testing.assert_close(*found)
@@ -493,14 +499,14 @@ def test_targets_follow_and_share_nothing_else(make: Any, updater_class: Any) ->
 
 def test_normaliser_is_one_for_policy_critic_and_target() -> None:
     actor, critic = networks(normalize=True)
-    share_normalizer(actor.actor, critic)
+    share_normalizer(actor.network, critic)
     loss = SACLoss(actor, critic)
     updater = SoftUpdate(loss, tau=0.1)
     loss = loss.double()
-    actor.actor.normalizer.update(3 + 2 * torch.randn(50, FEATURES))
+    actor.network.normalizer.update(3 + 2 * torch.randn(50, FEATURES))
     updater.step()
     for module in (loss.critic, loss.target("critic"), loss.frozen("critic")):
-        assert torch.equal(module.normalizer.shift, actor.actor.normalizer.shift)  # type: ignore[attr-defined]
+        assert torch.equal(module.normalizer.shift, actor.network.normalizer.shift)  # type: ignore[attr-defined]
         assert module.normalizer.count == 50  # type: ignore[attr-defined]
     state = {name: x.clone() for name, x in loss.state_dict().items()}
     other = SACLoss(*networks(normalize=True)).double()
@@ -609,20 +615,20 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
         (lambda: SACLoss(continuous[0], exact[1]), "writes 'state_action_value'"),
         (lambda: DiscreteSACLoss(*continuous), "needs discrete actions"),
         (lambda: DiscreteSACLoss(exact[0], continuous[1]), "writes 'action_value'"),
-        (lambda: SACv1Loss(*continuous, value, target="retrace"), "needs target critics"),
-        (lambda: SACv1Loss(*continuous, value, target="q_lambda"), "needs target critics"),
-        (lambda: SACLoss(*continuous, target="tree_backup"), "a density is no probability; use 'retrace'"),
+        (lambda: SACv1Loss(*continuous, value, estimator="retrace"), "needs target critics"),
+        (lambda: v1().make_value_estimator("q_lambda"), "needs target critics"),
+        (lambda: SACLoss(*continuous, estimator="tree_backup"), "a density is no probability; use 'retrace'"),
         (lambda: sac("q_lambda")(replay(4)), "needs sequences"),
-        (lambda: SACLoss(*continuous, target="td"), "target must be one of"),
+        (lambda: SACLoss(*continuous, estimator="td"), "there is no estimator 'td'"),
         (lambda: SACLoss(*continuous, alpha_loss="both"), "alpha_loss must be one of"),
         (lambda: SACLoss(*continuous, reduction="none"), "reduction must be"),
         (lambda: SACLoss(*continuous, gamma=1.2), "gamma must be in"),
-        (lambda: SACLoss(*continuous, n_step=0), "n_step must be"),
+        (lambda: SACLoss(*continuous, estimator="n_step(n=0)"), "n must be 1 or more"),
         (lambda: SACLoss(*continuous, alpha_init=0.0), "temperature must be positive"),
         (lambda: SACLoss(*continuous, num_samples=0), "num_samples must be"),
         (lambda: SACLoss(*continuous, target_entropy="low"), "target_entropy must be"),
         (lambda: sac("retrace")(replay(4)), "needs sequences"),
-        (lambda: sac("n_step")(replay(4, 2)), "n_step=3 needs sequences"),
+        (lambda: sac("n_step")(replay(4, 2)), "needs sequences of 3 steps, got 2"),
         (lambda: sac()(replay(2, 3, 4)), r"must be \[N\] or \[N, T\]"),
     ]
     for make, message in wrong:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from offtrace.modules import Replay, build_actor, make_collector
+from offtrace.modules import Replay, make_collector
 from offtrace.modules.envs import GymEnv
+from offtrace.modules.networks import build_policy
 
 BETA, STEPS = 0.6, 12
 
@@ -49,9 +50,9 @@ def density(kind: str, loc: Tensor, scale: Tensor, sample: Tensor) -> Tensor:
 def test_what_is_executed_is_what_is_stored(kind: str) -> None:
     torch.manual_seed(0)
     Recording.received.clear()
-    policy = build_actor(
-        kind=kind, network="mlp", observation_shape=[3], action_dim=2, hidden=[8], smoothing=BETA,
-        **({"init_scale": 0.2} if kind == "gaussian" else {}),
+    policy = build_policy(
+        head=kind, critic=None, activation="relu", observation_shape=[3], action_dim=2, hidden=[8], smoothing=BETA,
+        head_options={"init_scale": 0.2} if kind == "gaussian" else {},
     )  # fmt: skip
     replay = Replay(100, num_envs=1, batch_size=64)
     env_fn = lambda seed: GymEnv(Recording, 1, seed=seed, rescale_actions=True)  # noqa: E731

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch import distributions as D
 
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.vmpo import VMPOLoss
-from offtrace.modules.networks import MLP, ActorCritic, Policy, ValueHead, build_policy, make_policy
-from offtrace.modules.networks.gaussian_heads import CholeskyHead
+from offtrace.modules.losses.vmpo import VMPOLoss, select_top
+from offtrace.modules.networks import MLP, CholeskyHead, Policy, PolicyNetwork, ValueHead, build_policy
 from offtrace.modules.returns import trace_reach
 
 ACTIONS, FEATURES, DIM, GAMMA = 3, 4, 2, 0.9
@@ -26,12 +25,12 @@ KINDS = ["discrete", "diagonal", "full"]
 def make(kind: str = "discrete", *, seed: int = 0, **kwargs: Any) -> Policy:
     torch.manual_seed(seed)
     if kind == "full":
-        policy = make_policy(ActorCritic(MLP(FEATURES, [16]), CholeskyHead(16, DIM), ValueHead(16)))  # type: ignore[arg-type]
+        policy = Policy(PolicyNetwork(MLP(FEATURES, [16]), CholeskyHead(16, DIM), ValueHead(16)))
     else:
         action: dict[str, Any] = {"num_actions": ACTIONS} if kind == "discrete" else {"action_dim": DIM}
-        action |= {} if kind == "discrete" else {"state_dependent_scale": True}
+        action |= {} if kind == "discrete" else {"head_options": {"state_dependent": True}}
         policy = build_policy(network="mlp", observation_shape=[FEATURES], hidden=[16], **action, **kwargs)
-    for parameter in policy.module[0].policy_head.parameters():
+    for parameter in policy.module[0].head.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return policy.double()
 
@@ -40,7 +39,7 @@ def network(policy: Policy, observation: Tensor) -> tuple[Any, Tensor]:
     """One of torch's own distributions, and the value, straight from the modules."""
     net = policy.module[0]
     features = net.encoder(observation.reshape(-1, FEATURES)).view(*observation.shape[:-1], -1)
-    out = net.policy_head(features)
+    out = net.head(features)
     if len(out) == 1:
         dist: Any = D.Categorical(logits=out[0])
     elif out[1].shape == out[0].shape:
@@ -143,8 +142,9 @@ def test_loss_equals_the_sums_of_the_paper(kind: str, reduction: str, masked: bo
     td = with_valid(td) if masked else td
     bounds = {"epsilon": 0.05, "epsilon_kl": 0.02, "epsilon_mean": 0.03, "epsilon_cov": 0.004}
     loss = VMPOLoss(
-        policy, gamma=GAMMA, lmbda=0.8, value_coef=0.7, temperature=0.6, alpha=2.5, reduction=reduction, **bounds
-    ).double()
+        policy, estimator="gae(lmbda=0.8)", gamma=GAMMA, value_coef=0.7, temperature=0.6, alpha=2.5,
+        reduction=reduction, **bounds,
+    ).double()  # fmt: skip
     out = loss(td)
     valid = td["valid"].squeeze(-1) if masked else torch.ones(6, 7, dtype=torch.bool)
     dist, value = network(policy, td["observation"])
@@ -183,10 +183,12 @@ def test_loss_equals_the_sums_of_the_paper(kind: str, reduction: str, masked: bo
 
 @pytest.mark.parametrize("fraction", [0.3, 0.5, 1.0])
 def test_ties_do_not_make_the_half_larger(fraction: float) -> None:
-    loss = VMPOLoss(make(), top_fraction=fraction)
     advantage = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 2.0, 5.0]])
     valid = torch.tensor([[True, True, True, True], [True, True, True, False]])
-    weights, _, _ = loss._select(advantage.masked_fill(~valid, 0), valid, Stats(valid, advantage))
+    stats = Stats(valid, advantage)
+    weights, _, _ = select_top(
+        advantage.masked_fill(~valid, 0), torch.ones(1), 0.01, fraction, valid=valid, stats=stats
+    )
     assert (weights > 0).sum() == int(7 * fraction)
     assert weights[1, 3] == 0
     assert weights[1, 1] == weights[1, 2] > 0
@@ -196,7 +198,8 @@ def test_ties_do_not_make_the_half_larger(fraction: float) -> None:
 @pytest.mark.parametrize("target", ["n_step", "vtrace"])
 def test_other_targets(target: str) -> None:
     policy, td = make(), rollout()
-    loss = VMPOLoss(policy, gamma=GAMMA, target=target, n_step=2, lmbda=0.9).double()
+    estimator = {"n_step": "n_step(n=2)", "vtrace": "vtrace(lmbda=0.9)"}[target]
+    loss = VMPOLoss(policy, gamma=GAMMA, estimator=estimator).double()
     out = loss(td)
     with torch.no_grad():
         dist, value = network(policy, td["observation"])
@@ -232,10 +235,10 @@ def window(td: TensorDict, b: int, t: int, n: int) -> int:
     return n
 
 
-@pytest.mark.parametrize("target", ["lambda", "n_step", "vtrace"])
+@pytest.mark.parametrize("target", ["gae", "n_step", "vtrace"])
 def test_how_far_off_policy_the_rollout_is(target: str) -> None:
     policy, td = make(), with_valid(rollout())
-    loss = VMPOLoss(policy, gamma=GAMMA, target=target, lmbda=0.8).double()
+    loss = VMPOLoss(policy, gamma=GAMMA, estimator=target if target == "n_step" else f"{target}(lmbda=0.8)").double()
     out, valid = loss(td), td["valid"].squeeze(-1)
     with torch.no_grad():
         log_rho = network(policy, td["observation"])[0].log_prob(td["action"]) - td["action_log_prob"]
@@ -246,7 +249,7 @@ def test_how_far_off_policy_the_rollout_is(target: str) -> None:
     done = td["next", "done"].squeeze(-1)
     reach = trace_reach(trace=0.8 * weight.t(), done=done.t(), gamma=GAMMA, rho=weight.t(), valid=valid.t())
     if target == "n_step":
-        steps = torch.tensor([window(td, b, t, loss.n_step) for b, t in valid.nonzero().tolist()], dtype=torch.float64)
+        steps = torch.tensor([window(td, b, t, 5) for b, t in valid.nonzero().tolist()], dtype=torch.float64)
         assert len(steps.unique()) > 2
         torch.testing.assert_close(out["trace_length"], (steps - 1).mean())
         torch.testing.assert_close(out["contraction"], (GAMMA**steps).mean())
@@ -255,7 +258,7 @@ def test_how_far_off_policy_the_rollout_is(target: str) -> None:
         torch.testing.assert_close(out["contraction"], reach.contraction)
     assert ("c_clipped" in out) == (target == "vtrace")
     if target == "vtrace":
-        for name in ("rho_clipped", "c_clipped"):
+        for name in ("rho_clipped", "c_clipped", "pg_rho_clipped"):
             torch.testing.assert_close(out[name], (known > 1).float().mean())
     assert set(out.keys()) == set(loss.out_keys)
 
@@ -269,7 +272,7 @@ def test_each_term_reaches_its_own_parameters_only(kind: str) -> None:
     net, groups = policy.module[0], loss.param_groups()
     assert {id(p) for p in loss.parameters()} == {id(p) for group in groups.values() for p in group}
     everything = list(loss.named_parameters())
-    heads = {"loss_policy": net.value_head, "loss_value": net.policy_head}
+    heads = {"loss_policy": net.value_head, "loss_value": net.head}
     for name in LOSSES:
         grads = torch.autograd.grad(out[name], [p for _, p in everything], retain_graph=True, allow_unused=True)
         reached = {id(p) for (_, p), g in zip(everything, grads, strict=True) if g is not None and g.any()}
@@ -280,11 +283,11 @@ def test_each_term_reaches_its_own_parameters_only(kind: str) -> None:
             assert reached == {id(p) for p in groups["actor_critic"]} - {id(p) for p in unwanted}
 
 
-@pytest.mark.parametrize("target", ["lambda", "n_step", "vtrace"])
+@pytest.mark.parametrize("target", ["gae", "n_step", "vtrace"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_in_entries_that_must_not_be_read_reaches_nothing(kind: str, target: str) -> None:
     policy, td = make(kind), with_valid(rollout(kind))
-    loss = VMPOLoss(policy, target=target).double()
+    loss = VMPOLoss(policy, estimator=target).double()
     hidden = td.clone()
     valid, done, terminated = td["valid"], td["next", "done"], td["next", "terminated"]
     needed = done & ~terminated & valid
@@ -332,15 +335,15 @@ def test_state_dict_round_trip_and_compiled_equals_eager(kind: str) -> None:
 
 def test_popart_changes_no_value_and_normalises_the_error() -> None:
     """Against moments by numpy: values before and after an update are equal, the loss is in units of the deviation."""
-    policy, plain = make(popart=True), make()
+    policy, plain = make(critic_options={"popart": True}), make()
     plain.load_state_dict(policy.state_dict(), strict=False)
     td = rollout()
     loss, without = VMPOLoss(policy, gamma=GAMMA).double(), VMPOLoss(plain, gamma=GAMMA).double()
     head = policy[0].value_head
     assert torch.equal(loss(td)["loss_value"], without(td)["loss_value"])  # scale 1, mean 0 at first
     seen: list[Tensor] = []
-    inner = loss._targets
-    loss._targets = lambda *x: seen.append(inner(*x)[0]) or inner(*x)  # type: ignore[method-assign, func-returns-value]
+    inner = loss.estimator.estimate
+    loss.estimator.estimate = lambda *x, **y: seen.append(inner(*x, **y).target) or inner(*x, **y)
     for number in range(3):
         value = policy(td.clone())["state_value"]
         loss(td)
@@ -362,7 +365,7 @@ def test_popart_changes_no_value_and_normalises_the_error() -> None:
 
 
 def test_popart_learns_from_no_invalid_step() -> None:
-    loss, td = VMPOLoss(make(popart=True)).double(), rollout()
+    loss, td = VMPOLoss(make(critic_options={"popart": True})).double(), rollout()
     td["valid"] = torch.zeros_like(td["next", "done"])
     loss(td)
     loss.update_values()
@@ -386,11 +389,11 @@ def test_recurrent_policies_run() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": "retrace"}, "target must be one of"),
-        ({"top_fraction": 0.0}, "top_fraction in"),
+        ({"estimator": "retrace"}, "estimator 'retrace' is of action values, and one of state values is needed"),
+        ({"top_fraction": 0.0}, r"top_fraction must be in \(0, 1\], got 0.0"),
         ({"epsilon_kl": -1.0}, "epsilon_kl must be positive"),
         ({"temperature": 0.0}, "temperature must start positive"),
-        ({"lmbda": 2.0}, "lmbda must be in"),
+        ({"estimator": "gae(lmbda=2)"}, "lmbda must be in"),
         ({"reduction": "none"}, "reduction must be"),
     ],
 )

@@ -10,11 +10,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from dm_control import suite
 from torchrl.data import Bounded
 
-from offtrace.agents.training import EVALUATION_SEED
+from offtrace.agents.runs.training import EVALUATION_SEED
 from offtrace.modules.envs import ControlEnv
+from offtrace.modules.envs.suite import control_suite
 
 
 class Short(gymnasium.Env[Any, Any]):
@@ -49,7 +49,7 @@ def dead(num_envs: int, seed: int) -> ControlEnv:
 
 
 def hopeless(num_envs: int, seed: int) -> ControlEnv:
-    """As :func:`diverging`, in every twentieth step of evaluation too: no game comes to its end."""
+    """As :func:`diverging`, in every twentieth step of evaluation too: no episode comes to its end."""
     return diverging(num_envs, seed, evaluation=True)
 
 
@@ -57,7 +57,7 @@ def diverging(num_envs: int, seed: int, evaluation: bool = False, last: int = 10
     """Cartpoles with episodes of 25 steps; MuJoCo diverges in every twentieth step of training."""
 
     def load(seed: int) -> Any:
-        env = suite.load("cartpole", "swingup", task_kwargs={"random": seed, "time_limit": 0.25})
+        env = control_suite().load("cartpole", "swingup", task_kwargs={"random": seed, "time_limit": 0.25})
         steps, before = [0], env.task.before_step
 
         def before_step(action: Any, physics: Any) -> None:

@@ -5,50 +5,72 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from offtrace.agents.config import ConfigError, ImpalaConfig, default_config, paper_config
-from offtrace.agents.runs import RunError, new_run, read_config, write_config
-from offtrace.agents.sac_config import SACConfig
-from offtrace.recipes import cli, evaluate, impala_atari, impala_control
+from offtrace.agents.config import ConfigError
+from offtrace.agents.impala import ImpalaConfig, atari_config, paper_config
+from offtrace.agents.runs.folders import RunError, new_run, read_config, write_config
+from offtrace.agents.sac import SACConfig
+from offtrace.recipes import cli, evaluate
+from tests.recipes import recipes
+from tests.recipes.recipes import EVERY_PRESET, TRAINING, main_of
 
-PRESETS = {"default": default_config, "paper": paper_config}
+PRESETS = {"default": atari_config, "paper": paper_config}
 
 
 def parse(*argv: str) -> ImpalaConfig:
     config, _ = cli.parse(list(argv), presets=PRESETS, description="")
+    assert isinstance(config, ImpalaConfig)
     return config
 
 
 def test_defaults_presets_and_flags() -> None:
-    assert parse() == default_config()
+    assert parse() == atari_config()
     assert parse("--preset", "paper") == paper_config()
-    config = parse("--preset=paper", "--env.game", "breakout", "--train.total_frames", "1e6", "--optim.lr=1e-3")
-    assert (config.env.game, config.train.total_frames, config.optim.lr) == ("breakout", 1_000_000, 1e-3)
+    config = parse("--preset=paper", "--env.task", "breakout", "--train.total_frames", "1e6", "--optim.lr=1e-3")
+    assert (config.env.task, config.train.total_frames, config.optim.lr) == ("breakout", 1_000_000, 1e-3)
     assert config.optim.name == "rmsprop_tf"
-    config = parse("--loss.rho_clip", "inf", "--loss.policy_clip", "null", "--network.hidden", "[64, 32]")
-    assert config.loss.rho_clip == float("inf")
+    config = parse("--loss.estimator", "vtrace(rho_clip=inf)", "--loss.policy_clip", "null", "--network.hidden", "[64]")
+    assert config.loss.estimator == "vtrace(rho_clip=inf)"
     assert config.loss.policy_clip is None
-    assert config.network.hidden == [64, 32]
+    assert config.network.hidden == [64]
+    assert parse("--network.hidden", "null").network.hidden is None
 
 
-def test_printed_configuration_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "preset"), EVERY_PRESET)
+def test_every_preset_is_right_and_reads_back_as_printed(
+    name: str, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"--preset={preset}", "--train.name", "1e6", "--loss.gamma=0.5", "--network.v_max=300"]
+    argv = argv if "v_max" in vars(recipes.parse(name).network) else argv[:-1]
     with pytest.raises(SystemExit) as end:
-        parse("--preset", "paper", "--env.game", "boxing", "--print_config")
+        recipes.parse(name, *argv, "--print_config")
     assert not end.value.code
     path = tmp_path / "config.yaml"
     path.write_text(capsys.readouterr().out)
-    expected = paper_config()
-    expected.env.game = "boxing"
-    assert parse("--config", str(path)) == expected
+    config = recipes.parse(name, "--config", str(path))
+    assert config == recipes.parse(name, *argv)
+    assert (config.train.name, config.loss.gamma) == ("1e6", 0.5)
+    cli.check(config)
+    cli.check(recipes.parse(name, f"--preset={preset}"))
+
+
+def test_presets_differ() -> None:
+    for name in TRAINING:
+        found = [make() for make in recipes.presets_of(name).values()]
+        for index, config in enumerate(found):
+            assert config not in found[:index], f"{name} has a preset twice"
+            assert type(config) is type(found[0]), "a resumed run is of one class, whatever its preset was"
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--env.gam", "pong"], "there is no flag --env.gam; did you mean --env.game?"),
+        (["--env.taks", "pong"], "there is no flag --env.taks; did you mean --env.task?"),
+        (["--env.game", "pong"], "there is no flag --env.game; did you mean --env.task?"),
         (["--lr", "3"], "there is no flag --lr; did you mean --optim.lr?"),
         (["--preset", "papr"], "--preset is 'papr'; it must be one of default, paper; did you mean paper?"),
         (["--env.num_envs", "many"], "env.num_envs is many; it must be a whole number"),
@@ -67,7 +89,7 @@ def test_mistakes_on_the_command_line(argv: list[str], words: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("env: {gme: pong}", "has an unknown key env.gme; did you mean env.game?"),
+        ("env: {tsk: pong}", "has an unknown key env.tsk; did you mean env.task?"),
         ("optimm: {lr: 1}", "has an unknown key optimm; did you mean optim?"),
         ("env: pong", "env is 'pong'; it must hold keys and values"),
         ("- 1", "must hold keys and values, got list"),
@@ -89,7 +111,7 @@ def test_learners_with_a_replay_each_keep_their_number(tmp_path: Path) -> None:
         (SACConfig(), "--train.devices cannot change in a resumed run"),
         (ImpalaConfig(), "has no checkpoints/last.ckpt"),
     ):
-        folder = tmp_path / config.family
+        folder = tmp_path / config.algorithm
         folder.mkdir()
         write_config(config, folder)
         with pytest.raises((ConfigError, RunError), match=words):
@@ -104,17 +126,17 @@ def test_learners_with_a_replay_each_keep_their_number(tmp_path: Path) -> None:
         (["--env.num_envs", "0"], "env.num_envs is 0; it must be at least 1"),
         (["--collector.unroll", "-3"], "collector.unroll is -3; it must be at least 1"),
         (["--train.minibatches", "5"], "train.minibatches is 5; it must divide env.num_envs, 16"),
-        (["--loss.lmbda", "1.5"], "loss.lmbda is 1.5; it must be between 0 and 1"),
-        (["--loss.c_clip", "2"], "loss.c_clip is 2; it must not be above loss.rho_clip, 1"),
+        (["--loss.gamma", "1.5"], "loss.gamma is 1.5; it must be between 0 and 1"),
+        (["--loss.policy_clip", "0"], "loss.policy_clip is 0.0; it must be above 0, or null"),
         (
             ["--network.encoder", "resnt"],
-            "network.encoder is resnt; it must be one of shallow, resnet, mlp, or package",
+            "network.encoder is resnt; it must be one of auto, shallow, resnet, mlp, layernorm_mlp, or package",
         ),
         (["--collector.device", "gpu"], "collector.device is gpu; it must be cpu, cuda or cuda:<number>"),
         (["--loss.value_coef", "inf"], "loss.value_coef is inf; it must be finite, and at least 0"),
         (["--train.seed", "-1"], "train.seed is -1; it must be at least 0 and below 2**32"),
         (["--optim.lr", "nan"], "optim.lr is nan; it must be above 0"),
-        (["--env.game", "pnog"], "env.game: unknown environment 'pnog'; did you mean 'pong'?"),
+        (["--env.task", "pnog"], "env.task: unknown environment 'pnog'; did you mean 'pong'?"),
     ],
 )
 def test_values_that_cannot_be_run(argv: list[str], words: str) -> None:
@@ -123,9 +145,118 @@ def test_values_that_cannot_be_run(argv: list[str], words: str) -> None:
     assert words in str(error.value)
 
 
+STATE, ACTION = ("impala_atari", "a2c", "ppo", "vmpo_control"), ("q_actor_critic", "dqn", "sac_control", "mpo_control")
+
+
+@pytest.mark.parametrize(
+    ("names", "spec", "near"),
+    [
+        (STATE, "vtarce", "there is no estimator 'vtarce', the nearest is 'vtrace'"),
+        (STATE, "vtrace(lmda=0.9)", "has no option 'lmda', the nearest is 'lmbda'; it has"),
+        (STATE, "vtrace(lambda=0.9)", "(lmbda, not lambda)"),
+        (STATE, "vtrace(0.9)", "options of an estimator go by their names"),
+        (STATE, "vtrace(lmbda='high')", "option 'lmbda' of the estimator 'vtrace' is 'high'; it must be a number"),
+        (STATE, "retrace", "'retrace' is of action values, and one of state values is needed: 'vtrace'"),
+        (STATE, "v trace", "an estimator is a name, options in brackets behind it"),
+        (ACTION, "tree_bakup", "there is no estimator 'tree_bakup', the nearest is 'tree_backup'"),
+        (ACTION, "retrace(lmbd=0.9)", "has no option 'lmbd', the nearest is 'lmbda'; it has"),
+        (ACTION, "n_step(n=2.5)", "option 'n' of the estimator 'n_step' is 2.5; it must be a whole number"),
+        (ACTION, "n_step(n=inf)", "option 'n' of the estimator 'n_step' is inf; it must be a whole number"),
+        (ACTION, "vtrace", "'vtrace' is of state values, and one of action values is needed: 'one_step'"),
+        ((*STATE, *ACTION), "no_such_module:Trace", "the estimator 'no_such_module:Trace' cannot be imported"),
+    ],
+)
+def test_estimators_that_do_not_fit(names: tuple[str, ...], spec: str, near: str) -> None:
+    for name in names:
+        with pytest.raises(ConfigError) as error:
+            cli.check(recipes.parse(name, f"--loss.estimator={spec}"))
+        assert str(error.value).startswith("loss.estimator: ")
+        assert near in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_misspelt_flags_tasks_and_networks_name_the_nearest(name: str) -> None:
+    for argv, words in (
+        (["--loss.estimatr=vtrace"], "there is no flag --loss.estimatr; did you mean --loss.estimator?"),
+        (["--collector.unrol=3"], "there is no flag --collector.unrol; did you mean --collector.unroll?"),
+        (["--env.task=CartPoel-v1"], "unknown environment 'CartPoel-v1'; did you mean 'CartPole-v1'?"),
+        (["--env.task=wlaker-walk"], "unknown environment 'wlaker-walk'; did you mean 'walker-walk'?"),
+        (["--network.encoder=layernorm_mpl"], "package.module:function; did you mean layernorm_mlp?"),
+        (["--network.activation=rleu"], "network.activation is rleu; it must be one of tanh, relu"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            cli.check(recipes.parse(name, *argv))
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "words"),
+    [
+        ("dqn", ["--loss.doubel=true"], "there is no flag --loss.doubel; did you mean --loss.double?"),
+        ("dqn", ["--network.duelling=true"], "there is no flag --network.duelling; did you mean --network.dueling?"),
+        ("dqn", ["--replay.samplr=uniform"], "there is no flag --replay.samplr; did you mean --replay.sampler?"),
+        ("ppo", ["--loss.clip_epsilo=0.1"], "there is no flag --loss.clip_epsilo; did you mean --loss.clip_epsilon?"),
+        ("sac_control", ["--optim.lr_acto=1"], "there is no flag --optim.lr_acto; did you mean --optim.lr_actor?"),
+        ("mpo_control", ["--loss.epsilon_men=1"], "there is no flag --loss.epsilon_men; did you mean --loss.epsilon_m"),
+        ("vmpo_control", ["--network.popar=true"], "there is no flag --network.popar; did you mean --network.popart?"),
+        ("q_actor_critic", ["--loss.pg_rho_clp=1"], "no flag --loss.pg_rho_clp; did you mean --loss.pg_rho_clip?"),
+    ],
+)
+def test_misspelt_flags_of_one_algorithm(name: str, argv: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        recipes.parse(name, *argv)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["dqn", "sac_control", "mpo_control"])
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--network.recurrent=16"], "network.recurrent is 16; {} has no recurrent form: it must be 0"),
+        (["--replay.sampler=prioritised"], "replay.sampler is prioritised; it must be one of uniform, prioritized"),
+        (["--replay.alpha=-0.1"], "replay.alpha is -0.1; it must be at least 0"),
+        (["--replay.alpha=nan"], "replay.alpha is nan; it must be finite, and at least 0"),
+        (["--replay.beta=1.5"], "replay.beta is 1.5; it must be between 0 and 1"),
+        (["--replay.beta=-1"], "replay.beta is -1.0; it must be between 0 and 1"),
+        (
+            ["--loss.estimator=retrace", "--replay.length=5", "--replay.batch_size=32"],
+            "replay.batch_size is 32; loss.estimator retrace learns from sequences of replay.length, 5, steps: it must "
+            "be a multiple of that",
+        ),
+        (
+            ["--loss.estimator=q_lambda(lmbda=0.9)", "--replay.length=1"],
+            "replay.length is 1; loss.estimator q_lambda(lmbda=0.9) needs sequences of 2 steps or more, or must be one",
+        ),
+        (["--loss.estimator=n_step(n=0)"], "loss.estimator n_step(n=0) needs sequences of 2 steps or more, or must be"),
+        (["--replay.capacity=500"], "replay.capacity is 500; it must hold replay.batch_size,"),
+        (
+            ["--replay.min_size=64", "--replay.batch_size=64", "--loss.estimator=n_step(n=3)"],
+            "replay.min_size is 64; for batches of 64 sequences of 3 steps from",
+        ),
+    ],
+)
+def test_what_a_replay_cannot_give(name: str, argv: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        cli.check(recipes.parse(name, *argv))
+    assert words.format(recipes.parse(name).algorithm) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sequences_are_not_torn_apart() -> None:
+    with pytest.raises(ConfigError, match=r"train\.deal is steps, which would tear sequences apart: it must be env"):
+        cli.check(recipes.parse("ppo", "--network.recurrent=16"))
+    cli.check(recipes.parse("ppo", "--network.recurrent=16", "--train.deal=environments"))
+    with pytest.raises(ConfigError, match=r"train\.minibatches is 7; it must divide the 256 steps of a rollout"):
+        cli.check(recipes.parse("ppo", "--train.minibatches=7"))
+    with pytest.raises(ConfigError, match=r"train\.minibatches is 16; it must divide env\.num_envs, 8"):
+        cli.check(recipes.parse("ppo", "--train.minibatches=16", "--train.deal=environments"))
+
+
 def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = default_config()
+    config = atari_config()
     config.train.name = "one"
     folder = new_run(config)
     write_config(config, folder)
@@ -135,14 +266,14 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         new_run(config)
     write_config(SACConfig(), folder)
     with pytest.raises(
-        RunError, match=r"runs/one is the run of another recipe: its config.yaml has env\..*, which this one does not"
+        RunError, match=r"runs/one is the run of another recipe: its config.yaml has \w+\..*, which this one does not"
     ):
         read_config(folder, ImpalaConfig)
-    (folder / "config.yaml").write_text("env: {game: [")
+    (folder / "config.yaml").write_text("env: {task: [")
     with pytest.raises(RunError, match=r"config.yaml is damaged"):
         read_config(folder, ImpalaConfig)
     Path("file").touch()
-    monkeypatch.setattr("offtrace.agents.runs.RUNS", Path("file"))
+    monkeypatch.setattr("offtrace.agents.runs.folders.RUNS", Path("file"))
     config.train.name = "two"
     with pytest.raises(RunError, match=r"cannot be written: Not a directory"):
         new_run(config)
@@ -150,8 +281,8 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_resumed_run_keeps_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = default_config()
-    config.train.name, config.env.game = "one", "boxing"
+    config = atari_config()
+    config.train.name, config.env.task = "one", "boxing"
     write_config(config, new_run(config))
     with pytest.raises(RunError, match=r"runs/one has no checkpoints/last.ckpt to go on from"):
         parse("--resume", "runs/one")
@@ -164,17 +295,17 @@ def test_a_resumed_run_keeps_its_configuration(tmp_path: Path, monkeypatch: pyte
     resumed, checkpoint = cli.parse(
         ["--resume", "runs/one", "--train.total_frames", "5e6"], presets=PRESETS, description=""
     )
-    assert (resumed.env.game, resumed.train.total_frames) == ("boxing", 5_000_000)
+    assert (resumed.env.task, resumed.train.total_frames) == ("boxing", 5_000_000)
     assert checkpoint == Path("runs/one/checkpoints/last.ckpt")
     with pytest.raises(ConfigError, match=r"--optim.lr cannot change in a resumed run; only train.total_frames"):
         parse("--resume", "runs/one", "--optim.lr", "1")
 
 
-@pytest.mark.parametrize("main", [impala_atari.main, impala_control.main])
-def test_exit_codes(main: object, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--env.gam", "pong"]) == 2  # type: ignore[operator]
+@pytest.mark.parametrize("name", TRAINING)
+def test_exit_codes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_of(name)(["--env.taks", "pong"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: there is no flag --env.gam")
+    assert error.startswith("error: there is no flag --env.taks")
     assert error.count("\n") == 1
 
 
@@ -199,7 +330,8 @@ def test_threads_wait_briefly_unless_told_otherwise(
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    cli.run_recipe(["--preset", "none"], presets={"default": ImpalaConfig}, description="")
+    presets: Any = {"default": ImpalaConfig}
+    cli.run_recipe(["--preset", "none"], presets=presets, description="")
     assert os.environ.get("GOMP_SPINCOUNT") == wanted
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 
-from offtrace.agents.sac_config import SACConfig
-from offtrace.agents.training import Summary
+from offtrace.agents.runs.training import Summary
+from offtrace.agents.sac import SACConfig
 from offtrace.modules.envs.simulator import Simulator
-from offtrace.recipes import evaluate, mpo_control, running, sac_control, vmpo_control
+from offtrace.recipes import cli, evaluate, mpo_control, sac_control, vmpo_control
 
 TINY = [
     "--network.hidden=[8,8]", "--network.critic_hidden=[8,8]", "--replay.capacity=300", "--replay.batch_size=8",
@@ -64,23 +64,28 @@ def weights() -> dict[str, Any]:
     [
         (sac, ["--env.task=Pendulum-v1", "--env.action_repeat=4"], "env.action_repeat is 4, which only tasks of dm_c"),
         (sac, ["--env.task=Pendulum-v1", "--env.pixels=true"], "env.pixels is true, which only tasks of dm_control"),
-        (mpo, [f"--env.task={OWN}:Short", "--env.action_repeat=2"], f"for {OWN}:Short it must be 1"),
+        (mpo, [f"--env.task={OWN}:Short", "--env.action_repeat=2"], "is an own environment: it must be 1"),
         (sac, ["--env.task=walker-wlak"], "did you mean 'walker-walk'? (it has stand, walk, run)"),
         (mpo, ["--env.task=wlaker-walk", "--env.action_repeat=4"], "environment 'wlaker-walk'; did you mean 'walker-w"),
-        (sac, ["--preset=v1", "--env.task=CartPole-v1"], "no form for the discrete actions of CartPole-v1; use 2"),
+        (sac, ["--preset=v1", "--env.task=CartPole-v1"], "no form for the discrete actions of CartPole-v1: it must"),
         (sac, ["--env.task=CartPole-v1", "--loss.target_entropy=0.7"], "must be below log(2) = 0.693"),
         (sac, ["--preset=discrete", "--env.task=Pendulum-v1"], "those of Pendulum-v1 are continuous: it must be auto"),
         (sac, ["--collector.unroll=100"], "learners 100 frames; it must not be more than train.total_frames, 64"),
         (sac, ["--replay.samples_per_insert=1e9"], "125,000,000 updates for each collected step; with a replay.batch"),
         (sac, ["--env.task=CartPole-v1", "--network.smoothing=0.5"], "smoothing is 0.5; CartPole-v1 has discrete"),
         (mpo, ["--preset=dmpo", "--env.task=CartPole-v1"], "those of CartPole-v1 are discrete"),
-        (mpo, ["--preset=full", "--env.task=CartPole-v1"], "those of CartPole-v1 are discrete"),
+        (mpo, ["--preset=full", "--env.task=CartPole-v1"], "loss.covariance is full; DiscreteMPOLoss has no such"),
+        (mpo, ["--env.task=CartPole-v1", "--network.init_scale=1"], "network.init_scale is 1.0; the actions of Cart"),
+        (sac, ["--loss.estimator=tree_backup"], "TreeBackup needs probabilities of discrete actions, and those of SAC"),
+        (mpo, ["--loss.estimator=tree_backup"], "TreeBackup needs probabilities of discrete actions, and those of MPO"),
+        (sac, ["--network.encoder=shallow"], "shows observations of shape [5]; it must be auto, mlp or layernorm_mlp"),
+        (sac, ["--network.recurrent=8"], "network.recurrent is 8; sac has no recurrent form: it must be 0"),
         (sac, [f"--env.task={OWN}:wide"], "has actions from -2 to 2; the agents act in [-1, 1]"),
         (sac, ["--replay.capacity=5"], "replay.capacity is 5; it must hold replay.batch_size, 8, and replay.min_size"),
         (sac, ["--env.num_envs=30"], "for 30 environments and a collector.unroll of 8 it must be at least 510"),
         (
             mpo,
-            ["--loss.target=retrace", "--replay.length=20", "--replay.batch_size=40"],
+            ["--loss.estimator=retrace", "--replay.length=20", "--replay.batch_size=40"],
             "batches of 2 sequences of 20 steps from 1 environments it must be at least 21",
         ),
         (sac, ["--replay.samples_per_insert=0.001"], "more than the replay's 300; raise it to 0.0266667 at least"),
@@ -95,13 +100,15 @@ def test_what_cannot_work_is_one_sentence(
     assert not RUN.exists()
 
 
+@pytest.mark.slow
 def test_episodes_shorter_than_the_sequences_are_learned_from() -> None:
-    assert sac(f"--env.task={OWN}:Short", "--loss.target=retrace", "--replay.length=4", "--replay.min_size=24") == 0
+    assert sac(f"--env.task={OWN}:Short", "--loss.estimator=retrace", "--replay.length=4", "--replay.min_size=24") == 0
     assert column("train/updates")[-1] == (64 - 24) * 2 // 8
     assert all(map(math.isfinite, column("train/loss_critic")))
 
 
-@pytest.mark.parametrize("argv", [["--network.normalize=true"], ["--loss.target=retrace", "--replay.length=4"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [["--network.normalize=true"], ["--loss.estimator=retrace", "--replay.length=4"]])
 def test_a_simulator_that_diverges_costs_its_episode_only(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Every twentieth step of 64: said when it happens, in the log, in the summary and at the end."""
     with pytest.warns(RuntimeWarning, match=r"diverging: environment 0 failed at step 20 .* its episode was dropped"):
@@ -122,6 +129,7 @@ def test_a_simulator_that_diverges_costs_its_episode_only(argv: list[str], capsy
 
 
 @pytest.mark.filterwarnings("ignore:dead:RuntimeWarning")
+@pytest.mark.slow
 def test_a_simulator_that_does_not_come_back_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert sac(f"--env.task={OWN}:dead", "--replay.min_size=20", "--train.total_frames=1000") == 1
     _, err = capsys.readouterr()
@@ -130,14 +138,18 @@ def test_a_simulator_that_does_not_come_back_ends_the_run(capsys: pytest.Capture
 
 
 @pytest.mark.filterwarnings("ignore:hopeless:RuntimeWarning")
+@pytest.mark.slow
 def test_a_simulator_that_fails_in_every_evaluation_costs_the_score_only(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.warns(UserWarning, match="no score at 64 frames: the simulator failed in each of 2 evaluation games"):
+    with pytest.warns(
+        UserWarning, match="no score at 64 frames: the simulator failed in each of 2 episodes of the evaluation"
+    ):
         assert sac(f"--env.task={OWN}:hopeless", "--replay.min_size=20", "--train.eval_episodes=2") == 0
     out, _ = capsys.readouterr()
     assert "no evaluation yet after 64 frames, 3 episodes dropped" in out
     assert json.loads((RUN / "summary.json").read_text())["scores"] == []
 
 
+@pytest.mark.slow
 def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert sac(f"--env.task={OWN}:Short", "--train.final_eval=false") == 0
     folder = max((RUN / "replay/rank0").iterdir())
@@ -156,6 +168,7 @@ def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixtur
         assert sac_control.main(["--resume", "runs/a", "--train.total_frames=128"]) == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_replay(capsys: pytest.CaptureFixture[str]) -> None:
     """SIGTERM in the middle of a rollout; the resumed run ends with every step it ever collected."""
     argv = [f"--env.task={OWN}:Stopped", "--train.total_frames=128", "--replay.capacity=900"]
@@ -171,6 +184,7 @@ def test_a_stopped_run_goes_on_with_its_replay(capsys: pytest.CaptureFixture[str
     assert column("replay/samples_per_insert")[-1] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "repeat", "preset", "metric"),
     [
@@ -204,9 +218,10 @@ def test_replayed_recipes_from_end_to_end(
     for name in (metric, "train/updates_per_second", "train/frames_per_second", "train/lag", "train/grad_norm"):
         assert column(name), name
     assert evaluate.main(["runs/a/checkpoints/last.ckpt", "--episodes=2"]) == 0
-    assert f"{task}, greedy actions, 2 whole games" in capsys.readouterr().out
+    assert f"{task}, greedy actions, 2 whole episodes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_machine_that_cannot_render_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,12 +230,13 @@ def test_a_machine_that_cannot_render_says_so(
 
     monkeypatch.setattr(Simulator, "camera", fail)
     assert sac("--env.action_repeat=20", "--train.total_frames=1280", "--train.final_eval=false") == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "the recorded game was not made" in line]
+    told = [line for line in capsys.readouterr().err.splitlines() if "the recorded episode was not made" in line]
     assert len(told) == 1
     assert "this machine cannot render (RuntimeError: No OpenGL rendering backend could be loaded); images" in told[0]
     assert not (RUN / "game.gif").exists()
 
 
+@pytest.mark.slow
 def test_vmpo_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     argv = [
         "--env.num_envs=4", "--collector.unroll=8", "--collector.num_workers=0", "--network.hidden=[8,8]",
@@ -232,7 +248,7 @@ def test_vmpo_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert (summary["frames"], summary["updates"]) == (64, 2 * 4 * 4)
     capsys.readouterr()
     assert evaluate.main(["runs/a/checkpoints/last.ckpt", "--episodes=2"]) == 0
-    assert "CartPole-v1, sample actions, 2 whole games" in capsys.readouterr().out
+    assert "CartPole-v1, sample actions, 2 whole episodes" in capsys.readouterr().out
 
 
 def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
@@ -242,21 +258,22 @@ def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
         task="t", algorithm="sac", seed=0, frames=0, updates=0, episodes=0, dropped_episodes=0, frames_per_second=0.0,
         updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=15, first_update_at=0.0,
     )  # fmt: skip
-    monkeypatch.setattr(running, "train", lambda *_: summary)
+    monkeypatch.setattr("offtrace.agents.runs.run.train", lambda *_: summary)
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").touch()
-    assert running.run(SACConfig(), folder, None) == 128 + 15
+    assert cli._run(SACConfig(), folder, None) == 128 + 15
     assert not folder.exists()
     assert "stopped by SIGTERM before the first update; nothing is kept" in capsys.readouterr().out
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/last.ckpt").touch()
-    assert running.run(SACConfig(), folder, None) == 128 + 15
+    assert cli._run(SACConfig(), folder, None) == 128 + 15
     out = capsys.readouterr().out
     assert out.startswith("stopped by SIGTERM; no evaluation yet after 0 frames")
     assert out.endswith(f"; go on with --resume {folder}\n")
 
 
+@pytest.mark.slow
 def test_nothing_is_recorded_where_that_is_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
     assert sac("--train.record=false") == 0
     assert not (RUN / "game.gif").exists()

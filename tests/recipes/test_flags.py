@@ -2,98 +2,78 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
 
-from offtrace.agents.config import (
-    ConfigError,
-    ImpalaConfig,
-    control_config,
-    default_config,
-    paper_config,
-    pendulum_config,
-)
-from offtrace.agents.runs import RunError, write_config
+from offtrace.agents.config import ConfigError
+from offtrace.agents.config.names import nearest
+from offtrace.agents.impala import atari_config, paper_config
+from offtrace.agents.q_actor_critic import QActorCriticConfig
+from offtrace.agents.runs.folders import RunError, write_config
 from offtrace.recipes import cli, evaluate
-from offtrace.recipes.flags import nearest, numbers, types_of_keys
+from offtrace.recipes.flags import numbers, types_of_keys
+from tests.recipes import recipes
+from tests.recipes.recipes import TRAINING
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
-PRESETS = {"default": default_config, "paper": paper_config, "control": control_config, "pendulum": pendulum_config}
+TYPES = types_of_keys(QActorCriticConfig)
 
 
-def parse(*argv: str) -> ImpalaConfig:
-    return cli.parse(list(argv), presets=PRESETS, description="")[0]
+def parse(*argv: str) -> Any:
+    return recipes.parse("q_actor_critic", *argv)
 
 
-def mistake(*argv: str) -> str:
+def mistake(*argv: str, recipe: str = "impala_atari") -> str:
     with pytest.raises((ConfigError, RunError)) as error:
-        cli.check(parse(*argv))
+        cli.check(recipes.parse(recipe, *argv))
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_numbers_in_other_spellings() -> None:
-    assert numbers(["--train.total_frames", "2e8", "--train.seed=1_0"], types_of_keys(ImpalaConfig)) == [
-        "--train.total_frames",
-        "200000000",
-        "--train.seed=10",
-    ]
-    assert numbers(["--loss.rho_clip", "inf", "--loss.c_clip=inf"], types_of_keys(ImpalaConfig)) == [
-        "--loss.rho_clip",
-        ".inf",
-        "--loss.c_clip=.inf",
-    ]
-    assert numbers(["--train.name", "nan", "--train.name=inf"], types_of_keys(ImpalaConfig)) == [
-        "--train.name",
-        "nan",
-        "--train.name=inf",
-    ]
-    assert numbers(["--train.seed=1", "1e6"], types_of_keys(ImpalaConfig)) == ["--train.seed=1", "1e6"], (
-        "what follows a whole flag is not its value"
-    )
-    # text stays text, what is no whole number stays what was written, and values of no flag are left alone
-    assert numbers(["--train.name", "1e6", "--train.epochs", "1.5", "1e6"], types_of_keys(ImpalaConfig)) == [
-        "--train.name",
-        "1e6",
-        "--train.epochs",
-        "1.5",
-        "1e6",
-    ]
+@pytest.mark.parametrize(
+    ("argv", "read"),
+    [
+        (["--train.total_frames", "2e8", "--train.seed=1_0"], ["--train.total_frames", "200000000", "--train.seed=10"]),
+        (["--loss.pg_rho_clip", "inf"], ["--loss.pg_rho_clip", ".inf"]),
+        (["--loss.pg_rho_clip=inf"], ["--loss.pg_rho_clip=.inf"]),
+        # text stays text, what is no whole number stays what was written, and values of no flag are left alone
+        (["--train.name", "nan", "--train.name=inf"], ["--train.name", "nan", "--train.name=inf"]),
+        (["--train.name", "1e6", "--train.epochs", "1.5"], ["--train.name", "1e6", "--train.epochs", "1.5"]),
+        (["--loss.estimator", "vtrace(rho_clip=inf)"], ["--loss.estimator", "vtrace(rho_clip=inf)"]),
+        # what follows a whole flag is not its value
+        (["--train.seed=1", "1e6"], ["--train.seed=1", "1e6"]),
+        (["1e6"], ["1e6"]),
+    ],
+)
+def test_numbers_in_other_spellings(argv: list[str], read: list[str]) -> None:
+    assert numbers(argv, TYPES) == read
 
 
 def test_numbers_in_a_file(tmp_path: Path) -> None:
     """YAML 1.1 takes 1e6, 1e-3 and inf for text."""
     path = tmp_path / "c.yaml"
     path.write_text(
-        "train: {total_frames: 1e6}\noptim: {lr: 1e-3}\nloss: {rho_clip: inf, c_clip: .inf, policy_clip: null}\n"
+        "train: {total_frames: 1e6}\noptim: {lr: 1e-3}\n"
+        "loss: {pg_rho_clip: inf, policy_clip: null, estimator: retrace(lmbda=0.9)}\n"
     )
     config = parse("--config", str(path))
     assert config.train.total_frames == 1_000_000
     assert isinstance(config.train.total_frames, int)
     assert config.optim.lr == 1e-3
-    assert config.loss.rho_clip == config.loss.c_clip == math.inf
+    assert config.loss.pg_rho_clip == math.inf
     assert config.loss.policy_clip is None
+    assert config.loss.estimator == "retrace(lmbda=0.9)"
     assert parse("--config", str(path), "--optim.lr", "0.5").optim.lr == 0.5, "a flag is stronger than the file"
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_printed_presets_read_back(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--preset", preset, "--train.name", "1e6", "--loss.pg_rho_clip", "inf"]
-    with pytest.raises(SystemExit):
-        parse(*argv, "--print_config")
-    path = tmp_path / "c.yaml"
-    path.write_text(capsys.readouterr().out)
-    config = parse("--config", str(path))
-    assert config == parse(*argv)
-    assert config.train.name == "1e6"
 
 
 @pytest.mark.parametrize(
@@ -102,11 +82,11 @@ def test_printed_presets_read_back(preset: str, tmp_path: Path, capsys: pytest.C
         (["--train.total_frames", "1.5"], "train.total_frames is 1.5; it must be a whole number"),
         (["--train.total_frames=-5"], "train.total_frames is -5; it must be at least 1"),
         (["--env.protocol", "clasic"], "env.protocol is clasic; it must be one of classic, sticky"),
-        (["--network.hidden", "12"], "network.hidden is 12; it must be a list of whole numbers, such as [256]"),
+        (["--network.hidden", "12"], "network.hidden is 12; it must be a list of whole numbers such as [256] or null"),
         (["--loss.reward_clip", "a"], "loss.reward_clip is a; it must be a number or null"),
         (["--loss.normalize_advantage", "maybe"], "loss.normalize_advantage is maybe; it must be true or false"),
         (["--loss.gamma", "nan"], "loss.gamma is nan; it must be between 0 and 1"),
-        (["--env", "{game: 3}"], "env.game is 3; it must be text"),
+        (["--env", "{task: 3}"], "env.task is 3; it must be text"),
         (["--train", "3"], "--train is 3; it must be a YAML file, or keys and values such as {key: value}"),
         (["pong"], "pong stands behind no flag; flags are written --group.name value"),
     ],
@@ -122,7 +102,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
 
 
 def test_a_damaged_value_in_the_folder_of_a_run(tmp_path: Path) -> None:
-    content = asdict(default_config())
+    content = asdict(atari_config())
     content["train"]["seed"] = "abc"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     assert (
@@ -133,10 +113,10 @@ def test_a_damaged_value_in_the_folder_of_a_run(tmp_path: Path) -> None:
 def test_a_resumed_run_keeps_what_no_preset_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither defaults nor presets of today change a run that began with others."""
     config = paper_config()
-    config.loss.gamma, config.loss.rho_clip, config.train.name = 0.5, math.inf, "7"
+    config.loss.gamma, config.loss.estimator, config.train.name = 0.5, "vtrace(rho_clip=inf)", "7"
     write_config(config, tmp_path)
     with pytest.raises(SystemExit):
-        parse("--resume", str(tmp_path), "--train.total_frames", "5", "--print_config")
+        recipes.parse("impala_atari", "--resume", str(tmp_path), "--train.total_frames", "5", "--print_config")
     config.train.total_frames = 5
     assert yaml.safe_load(capsys.readouterr().out) == asdict(config)
 
@@ -185,7 +165,7 @@ def test_devices_that_are_not_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)), raising=False)
-    config = default_config()
+    config = atari_config()
     config.train.accelerator, config.train.devices = accelerator, devices
     config.collector.device = "cuda:1" if gpus == 8 else "cpu"
     if told is None:
@@ -196,34 +176,65 @@ def test_devices_that_are_not_there(
     assert str(error.value) == told
 
 
-@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--train.seed", "x"], 2), (["--gme", "pong"], 2)])
-@pytest.mark.parametrize("name", ["impala_atari", "impala_control", "sac_control", "mpo_control", "vmpo_control"])
-def test_answers_from_any_folder_without_anything_heavy(name: str, argv: list[str], code: int, tmp_path: Path) -> None:
-    """Help and mistakes are answered at once: neither torch nor Lightning nor TorchRL is loaded on the way."""
-    script = tmp_path / "work" / "run.py"
+ANSWERS = """
+import contextlib, io, json, runpy, sys
+found = []
+for argv in ARGVS:
+    sys.argv = [RECIPE, *argv]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(RECIPE, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    heavy = {"torch", "lightning", "torchrl", "tensordict"} & set(sys.modules)
+    found.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "heavy": sorted(heavy)})
+print(json.dumps(found))
+"""
+
+
+def answers(name: str, argvs: list[list[str]], folder: Path) -> list[dict[str, Any]]:
+    """What a recipe answers to each command line, in a fresh interpreter and an empty folder that stays empty."""
+    script = folder / "work" / "run.py"
     script.parent.mkdir()
-    script.write_text(
-        f"import runpy, sys\nsys.argv = {[str(RECIPES / f'{name}.py'), *argv]!r}\n"
-        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally:\n    heavy = {'torch', 'lightning', 'torchrl'} & set(sys.modules)\n"
-        "    assert not heavy, heavy\n"
-    )
-    folder = tmp_path / "empty"
-    folder.mkdir()
+    script.write_text(f"RECIPE, ARGVS = {str(RECIPES / f'{name}.py')!r}, {argvs!r}\n{ANSWERS}")
+    empty = folder / "empty"
+    empty.mkdir()
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=folder, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, str(script)], cwd=empty, capture_output=True, text=True, check=False, timeout=120
     )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("\n") == (1 if code else 0)
-    assert not list(folder.iterdir()), "nothing is left behind"
+    assert done.returncode == 0, done.stderr
+    assert not list(empty.iterdir()), "nothing is left behind"
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
 
 
-def test_the_help_explains_every_flag() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "offtrace.recipes.impala_atari", "--help"], capture_output=True, text=True, check=True
-    )
-    for group, values in asdict(default_config()).items():
-        for name in values:
-            assert f"--{group}.{name}" in done.stdout
-    assert "Environments per actor process." in done.stdout
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINING)
+def test_answers_from_any_folder_without_anything_heavy(name: str, tmp_path: Path) -> None:
+    """Help, configuration and mistakes are answered at once: no torch, Lightning or TorchRL is loaded on the way."""
+    wrong = [["--train.seed", "x"], ["--taks", "pong"], ["--loss.estimator", "retrce"], ["--collector.unroll", "0"]]
+    helped, printed, *refused = answers(name, [["--help"], ["--print_config"], *wrong], tmp_path)
+    for answer in (helped, printed):
+        assert (answer["code"], answer["err"], answer["heavy"]) == (0, "", [])
+    for answer in refused:
+        assert (answer["code"], answer["out"], answer["heavy"]) == (2, "", [])
+        assert answer["err"].startswith("error: ")
+        assert answer["err"].count("\n") == 1
+    config = asdict(recipes.parse(name))
+    assert yaml.safe_load(printed["out"]) == config
+    for group, values in config.items():
+        for key in values:
+            assert f"--{group}.{key} " in helped["out"], "the help explains every flag"
+    assert "Environments per actor" in helped["out"]
+    undocumented = re.findall(r"--(\w+\.\w+) \S+\s+\((?:type|default)", helped["out"])
+    assert not undocumented, "every field has a sentence of its own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "wrong"), [("evaluate", ["x", "--episods=3"]), ("offpolicy_study", ["--lag=3"])])
+def test_the_other_programs_answer_likewise(name: str, wrong: list[str], tmp_path: Path) -> None:
+    helped, refused = answers(name, [["--help"], wrong], tmp_path)
+    assert (helped["code"], helped["err"], helped["heavy"]) == (0, "", [])
+    assert (refused["code"], refused["out"], refused["heavy"]) == (2, "", [])
+    assert refused["err"].count("\n") == 1

@@ -1,4 +1,4 @@
-"""Curve, recorded game and reference scores."""
+"""Curve, recorded episode and reference scores."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from tensordict import TensorDict
 
-from offtrace.agents.atari_scores import RANDOM_HUMAN, human_normalised
-from offtrace.agents.evaluation import EvaluationResult
-from offtrace.agents.media import Recorder, plot_curve, save_gif
+from offtrace.agents.runs.atari_scores import RANDOM_HUMAN, human_normalised
+from offtrace.agents.runs.evaluation import EvaluationResult
+from offtrace.agents.runs.media import Recorder, plot_curve, save_gif
 from offtrace.modules.envs import make_env
 from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION
 from offtrace.recipes.evaluate import report
@@ -42,10 +42,11 @@ def test_a_curve_without_evaluations(tmp_path: Path, rows: str) -> None:
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_curve_needs_no_display(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("step,train/return,eval/return\n1000,5,6\n")
     code = (
-        "from pathlib import Path\nfrom offtrace.agents.media import plot_curve\n"
+        "from pathlib import Path\nfrom offtrace.agents.runs.media import plot_curve\n"
         "plot_curve({'a': Path('m.csv')}, Path('c.png'))"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")} | {"MPLBACKEND": "TkAgg"}
@@ -65,7 +66,7 @@ def test_a_gif_shows_the_frames(tmp_path: Path, shape: tuple[int, ...]) -> None:
             assert abs(int(np.asarray(gif.convert("L"))[3, 3]) - 40 * index) <= 2
 
 
-def test_a_long_game_is_thinned_evenly(tmp_path: Path) -> None:
+def test_a_long_episode_is_thinned_evenly(tmp_path: Path) -> None:
     frames = [np.full((8, 8), index % 251, np.uint8) for index in range(250)]
     save_gif(frames, tmp_path / "game.gif", limit=100)
     with Image.open(tmp_path / "game.gif") as gif:
@@ -87,7 +88,7 @@ def step(value: int, over: bool, shape: tuple[int, ...] = (4, 8, 8)) -> TensorDi
     return TensorDict({OBSERVATION: images, NEXT: TensorDict({EPISODE_END: end}, [2])}, [2])
 
 
-def test_the_recorder_keeps_the_first_game_of_the_first_environment() -> None:
+def test_the_recorder_keeps_the_first_episode_of_the_first_environment() -> None:
     recorder = Recorder(make_env("pong", 2))
     for value, over in ((1, False), (2, False), (3, True), (4, False), (5, True)):
         recorder(step(value, over))
@@ -102,7 +103,7 @@ def test_the_recorder_wants_pictures() -> None:
 
 @pytest.mark.parametrize("name", ["CartPole-v1", "cartpole-swingup"])
 def test_the_recorder_takes_every_fourth_picture_and_the_last(name: str, tmp_path: Path) -> None:
-    """The last one shows where the game ended, though the environment has begun another one by then."""
+    """The last one shows where the episode ended, though the environment has begun another one by then."""
     env = make_env(name, 2, pictures=True, **({} if name == "CartPole-v1" else {"time_limit": 0.1}))
     recorder = Recorder(env)
     state, steps = env.reset(), 0
@@ -116,7 +117,7 @@ def test_the_recorder_takes_every_fourth_picture_and_the_last(name: str, tmp_pat
     shown = len(recorder.frames)
     assert (recorder.frames[-1] != recorder.frames[0]).any()
     recorder(step)
-    assert len(recorder.frames) == shown, "one game only"
+    assert len(recorder.frames) == shown, "one episode only"
     recorder.save(tmp_path / "game.gif")
     with Image.open(tmp_path / "game.gif") as gif:
         assert gif.n_frames == shown
@@ -144,8 +145,8 @@ def test_human_normalised_score() -> None:
 
 def test_the_report_of_an_evaluation() -> None:
     lines = report(EvaluationResult([1.0, 2.0, 4.0, 9.0], [10, 10, 20, 20], "greedy"), "pong", "classic")
-    assert lines[0] == "pong, classic protocol, greedy actions, 4 whole games, raw scores"
-    assert lines[1] == "mean 4.00, standard error 1.78, std 3.56 between games"
+    assert lines[0] == "pong, classic protocol, greedy actions, 4 whole episodes, raw scores"
+    assert lines[1] == "mean 4.00, standard error 1.78, std 3.56 between episodes"
     assert lines[2] == "median 3, min 1, max 9"
     assert lines[3] == "mean length 15 agent steps"
     assert lines[4].startswith("human-normalised score 70.0 %")

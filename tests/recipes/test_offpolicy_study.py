@@ -71,6 +71,7 @@ def test_rollouts_hold_true_successors_and_cut_by_the_limit() -> None:
     assert 8 <= play(CartPole, policy, 16, seed=0) <= 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1, 3])
 @pytest.mark.parametrize("replay", [0.0, 0.5])
 def test_the_acting_weights_are_exactly_as_old_as_the_lag(lag: int, replay: float) -> None:
@@ -92,6 +93,7 @@ def test_the_acting_weights_are_exactly_as_old_as_the_lag(lag: int, replay: floa
     assert len(history) == 10
 
 
+@pytest.mark.slow
 def test_half_of_the_batch_is_replayed_and_everything_is_deterministic() -> None:
     cell = Cell("Catch", 0.5, "retrace", 2, 3, 10, "")
     first, second = (study.train(cell, TINY["Catch"]) for _ in range(2))
@@ -106,6 +108,7 @@ def arguments(folder: Path, *more: str) -> Any:
     return study.parse([*words, "--estimators", "vtrace", "none", "--seeds", "0", *more])
 
 
+@pytest.mark.slow
 def test_files_agree_and_what_has_finished_is_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +156,7 @@ def test_files_agree_and_what_has_finished_is_not_run_again(
         assert f"{np.mean(both):.3g} [{low:.3g}, {high:.3g}]" in text
 
 
+@pytest.mark.slow
 def test_processes_train_as_this_one_does(tmp_path: Path) -> None:
     cells = [Cell("CartPole", 0.0, "vtrace", lag, 0, 10, "") for lag in (0, 1)]
     found = {}
@@ -165,6 +169,7 @@ def test_processes_train_as_this_one_does(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_ends_its_processes_and_keeps_what_has_finished(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from offtrace.agents.config import control_config
-from offtrace.agents.media import read_curves
-from offtrace.agents.runs import RunError, commit_of, discard, keep_metrics, new_run, write_config
+from offtrace.agents.impala import control_config
+from offtrace.agents.runs.folders import RunError, commit_of, discard, keep_metrics, new_run, write_config
+from offtrace.agents.runs.media import read_curves
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_name_is_made_from_task_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = control_config()
-    config.env.game, config.train.seed = "ALE/Pong-v5", 7
+    config.env.task, config.train.seed = "ALE/Pong-v5", 7
     assert new_run(config).name.startswith("ALE-Pong-v5-s7-")
 
 

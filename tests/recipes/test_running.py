@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from offtrace.agents.config import control_config
-from offtrace.agents.media import read_curves
-from offtrace.agents.training import learner_threads
-from offtrace.recipes import evaluate, impala_atari, impala_control, running
+from offtrace.agents.impala import control_config
+from offtrace.agents.runs.media import read_curves
+from offtrace.agents.runs.training import learner_threads
+from offtrace.recipes import evaluate, impala_atari, impala_control
 
 TINY = [
     "--collector.num_workers=0", "--env.num_envs=4", "--collector.unroll=8", "--train.minibatches=2",
@@ -33,6 +33,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_curve_and_its_new_budget(capsys: pytest.CaptureFixture[str]) -> None:
     run = Path("runs/a")
     assert train("--train.total_frames=128") == 0
@@ -55,8 +56,9 @@ def test_a_resumed_run_keeps_its_curve_and_its_new_budget(capsys: pytest.Capture
     assert len(json.loads((run / "versions.json").read_text())["resumed"]) == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_refused_before_training(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("--train.total_frames=64") == 0
+    assert train("--train.total_frames=64", "--network.hidden=[64, 64]") == 0
     capsys.readouterr()
     last = Path("runs/a/checkpoints/last.ckpt")
     good = last.read_bytes()
@@ -77,9 +79,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_training(capsys: pytes
         (["--train.devices=4096", "--train.accelerator=cpu"], "train.devices is 4096"),
         (
             ["--network.encoder=shallow"],
-            "network.encoder is shallow, and CartPole-v1 shows observations of shape [4]; it must be mlp",
+            "network.encoder is shallow, and CartPole-v1 shows observations of shape [4]; it must be auto, mlp",
         ),
-        (["--env.game=no_such_module:make"], "no_such_module"),
+        (["--env.task=no_such_module:make"], "no_such_module"),
+        (["--network.encoder=no_such_module:net"], "network 'no_such_module:net' cannot be imported"),
+        (["--loss.estimator=vtrace(lmbda=1.5)"], "lmbda must be in [0, 1], got 1.5"),
+        (["--loss.estimator=vtrace(c_clip=2)"], "c_clip"),
+        (["--loss.estimator=gae(gamma=0.5)"], "gamma"),
+        (["--network.init_scale=0.5"], "network.init_scale is 0.5; the actions of CartPole-v1 are discrete"),
     ],
 )
 def test_a_refused_start_leaves_no_folder(argv: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,19 +104,20 @@ def test_a_failure_in_training_is_no_refusal(
         (folder / "metrics.csv").touch()
         raise ValueError("the sky fell\nand more")
 
-    monkeypatch.setattr(running, "train", fail)
+    monkeypatch.setattr("offtrace.agents.runs.run.train", fail)
     assert train() == 1
     assert "training stopped: the sky fell" in error_line(capsys)
     assert "and more" in Path("runs/a/error.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_picture_that_fails_does_not_lose_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(running, "plot_curve", fail)
+    monkeypatch.setattr("offtrace.agents.runs.run.plot_curve", fail)
     assert train("--train.total_frames=64") == 0
     out, err = capsys.readouterr()
     assert "the learning curve was not made: no space left" in err
@@ -119,21 +127,22 @@ def test_a_picture_that_fails_does_not_lose_the_run(
 def test_ctrl_c_before_training_is_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: Any) -> int:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "run", interrupt)
+    monkeypatch.setattr("offtrace.agents.runs.run.run", interrupt)
     assert train() == 130
     assert capsys.readouterr().err.endswith("\ninterrupted\n")
     assert not list(Path("runs").iterdir())
 
 
+@pytest.mark.slow
 def test_pendulum_trains_and_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
     assert impala_control.main(["--preset=pendulum", *TINY, "--train.name=a", "--train.total_frames=64"]) == 0
     capsys.readouterr()
     last = "runs/a/checkpoints/last.ckpt"
     assert evaluate.main([last, "--episodes=3", "--mode=greedy", "--seed=5"]) == 0
-    assert capsys.readouterr().out.startswith("Pendulum-v1, greedy actions, 3 whole games")
+    assert capsys.readouterr().out.startswith("Pendulum-v1, greedy actions, 3 whole episodes")
     outputs = []
     for _ in range(2):
         assert evaluate.main([last, "--episodes=3", "--mode=sample", "--seed=5"]) == 0
@@ -146,6 +155,7 @@ def test_pendulum_trains_and_is_evaluated(capsys: pytest.CaptureFixture[str]) ->
     assert "--device is cuda:77; this machine has cpu and" in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_the_actions_of_a_protocol_are_not_those_of_another(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--train.name=p", "--train.total_frames=128", "--train.final_eval=false", "--train.eval_every=1000000"]
     assert impala_atari.main([*TINY, *argv, "--env.num_envs=2", "--train.eval_episodes=1"]) == 0
@@ -153,18 +163,6 @@ def test_the_actions_of_a_protocol_are_not_those_of_another(capsys: pytest.Captu
     capsys.readouterr()
     assert evaluate.main(["runs/p/checkpoints/last.ckpt", "--protocol=sticky"]) == 2
     assert "the policy knows 6 actions of pong; it has 18 under the sticky protocol" in error_line(capsys)
-
-
-def test_an_own_network_and_action_values_resume(tmp_path: Path) -> None:
-    """The network of a checkpoint is compared with that of the run, whatever it is made of."""
-    (tmp_path / "own_net.py").write_text(
-        "import torch\n\n\ndef net(shape, hidden):\n    layer = torch.nn.Linear(shape[0], 7)\n"
-        "    layer.out_features = 7\n    return layer\n"
-    )
-    argv = [*TINY, "--train.name=n", "--loss.estimator=retrace", "--network.encoder=own_net:net"]
-    assert impala_control.main([*argv, "--train.total_frames=64"]) == 0
-    assert impala_control.main(["--resume", "runs/n", "--train.total_frames=128"]) == 0
-    assert json.loads((tmp_path / "runs/n/summary.json").read_text())["frames"] == 128
 
 
 @pytest.mark.parametrize(

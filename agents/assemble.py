@@ -1,0 +1,319 @@
+"""From a configuration, a loss and a policy to agent and data: what every algorithm's file calls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torchrl.objectives.common import LossModule
+
+from offtrace.agents.agent import Agent
+from offtrace.agents.config import Config, ConfigError, OffPolicyConfig, RolloutConfig, SeparateNetworksConfig
+from offtrace.agents.config.network import IMAGE_ENCODERS
+from offtrace.agents.config.resources import check_memory, check_rings
+from offtrace.agents.data import ReplayData, RolloutData
+from offtrace.agents.data.acting import rollout_collector
+from offtrace.agents.optim import OptimizerFactory, make_optimizer
+from offtrace.agents.runs.folders import RUNS
+from offtrace.modules.envs import EnvInfo, env_info
+from offtrace.modules.keys import OBSERVATION, VALID
+from offtrace.modules.networks import Critic, DiscreteCritic, StateValue, build_critic, build_value
+from offtrace.modules.replay import Prioritized, Replay, Uniform
+
+
+def read_task(config: Config, *, actions: str = "any") -> EnvInfo:
+    """What the task of ``config`` shows and takes.
+
+    Args:
+        config: validated.
+        actions: what the algorithm acts with: ``"any"``, ``"discrete"`` or ``"continuous"``.
+
+    Raises:
+        ConfigError: when the agent cannot act in the task, or the network cannot read it.
+        ValueError: when the task is unknown or cannot be made.
+    """
+    info = env_info(config.task, **config.env_options())
+    kind = "continuous" if info.num_actions is None else "discrete"
+    if actions not in ("any", kind):
+        raise ConfigError(
+            f"env.task is {config.task}, whose actions are {kind}; {config.algorithm} needs {actions} ones"
+        )
+    encoder = config.network.encoder
+    if isinstance(info.observation_shape, dict):
+        if ":" not in encoder:
+            raise ConfigError(
+                f"network.encoder is {encoder}, and env.flatten false leaves the observations of {config.task} a "
+                "dictionary; it must be package.module:function, an own network that reads them"
+            )
+    elif encoder in IMAGE_ENCODERS and len(info.observation_shape) != 3:
+        raise ConfigError(
+            f"network.encoder is {encoder}, and {config.task} shows observations of shape "
+            f"{list(info.observation_shape)}; it must be auto, mlp or layernorm_mlp"
+        )
+    return info
+
+
+def network_arguments(config: Config, info: EnvInfo) -> dict[str, Any]:
+    """What policy and critics are both built from, as plain values."""
+    shape = info.observation_shape
+    images = not isinstance(shape, dict) and len(shape) == 3
+    encoder = config.network.encoder
+    arguments = {
+        "network": ("shallow" if images else "mlp") if encoder == "auto" else encoder,
+        "observation_shape": {k: list(v) for k, v in shape.items()} if isinstance(shape, dict) else list(shape),
+        "num_actions": info.num_actions,
+        "action_dim": info.action_dim,
+        "masked": info.masked,
+        "activation": config.network.activation,
+        "normalize": config.network.normalize,
+        "channels_last": _channels_last(config),
+    }
+    return arguments
+
+
+def policy_spec(config: Config, info: EnvInfo, **more: Any) -> dict[str, Any]:
+    """Plain values from which :func:`offtrace.modules.networks.build_policy` builds the policy again.
+
+    Args:
+        config: its group ``network`` says the sizes.
+        info: of the task.
+        more: further arguments of the builder: head, critic and their options.
+    """
+    head_options = dict(more.pop("head_options", {}))
+    if config.network.init_scale is not None:
+        if info.action_dim is None:
+            raise ConfigError(
+                f"network.init_scale is {config.network.init_scale}; the actions of {config.task} are discrete: it "
+                "must be null"
+            )
+        head_options["init_scale"] = config.network.init_scale
+    arguments = {
+        **network_arguments(config, info),
+        "hidden": config.network.hidden,
+        "recurrent": config.network.recurrent or None,
+        "head_options": head_options,
+        **more,
+    }
+    if isinstance(config.network, SeparateNetworksConfig):
+        if info.num_actions is not None and config.network.smoothing:
+            raise ConfigError(f"network.smoothing is {config.network.smoothing}; {config.task} has discrete actions")
+        arguments["smoothing"] = config.network.smoothing
+    return {"builder": "build_policy", "arguments": arguments}
+
+
+def critics_of(config: Config, info: EnvInfo, **more: Any) -> Critic | DiscreteCritic:
+    """The critics that the group ``network`` of ``config`` describes.
+
+    Raises:
+        ConfigError: on distributions over the values of discrete actions.
+    """
+    network = config.network
+    assert isinstance(network, SeparateNetworksConfig)
+    if more.get("atoms") and info.num_actions is not None:
+        raise ConfigError(
+            f"network.atoms is {more['atoms']}, which needs continuous actions; those of {config.task} are discrete: "
+            "it must be 0"
+        )
+    arguments = network_arguments(config, info)
+    del arguments["masked"]
+    return build_critic(**arguments, hidden=network.critic_hidden, critics=network.critics, **more)
+
+
+def value_of(config: Config, info: EnvInfo) -> StateValue:
+    """A state value with a network of its own, of the critics' sizes."""
+    network = config.network
+    assert isinstance(network, SeparateNetworksConfig)
+    arguments = network_arguments(config, info)
+    for name in ("num_actions", "action_dim", "masked"):
+        del arguments[name]
+    return build_value(**arguments, hidden=network.critic_hidden)
+
+
+def loss_options(loss: type[LossModule], group: Any, *ignored: str) -> dict[str, Any]:
+    """The fields of ``group`` that are arguments of ``loss``.
+
+    Args:
+        loss: the class.
+        group: a configuration's ``loss``.
+        ignored: fields that are no arguments.
+
+    Raises:
+        ConfigError: when a field that the loss has not got was changed.
+    """
+    known = inspect.signature(loss).parameters
+    found = {}
+    for field in fields(group):
+        value = getattr(group, field.name)
+        if field.name in known:
+            found[field.name] = value
+        elif field.name not in ignored and value != field.default:
+            raise ConfigError(
+                f"loss.{field.name} is {value}; {loss.__name__} has no such argument: it must be {field.default}"
+            )
+    return found
+
+
+def rollout_agent(
+    config: RolloutConfig,
+    info: EnvInfo,
+    loss: LossModule,
+    policy: nn.Module,
+    spec: dict[str, Any],
+    *,
+    after_update: Callable[[int], None] | None = None,
+    on_rollout: Callable[[TensorDictBase], Any] | None = None,
+    optimizer: OptimizerFactory | None = None,
+) -> tuple[Agent, RolloutData]:
+    """Agent and data of an algorithm on rollouts.
+
+    Args:
+        config: validated.
+        info: of the task.
+        loss, policy: the loss, and the policy inside it.
+        spec: of the policy.
+        after_update: called with the number of updates after each.
+        on_rollout: sees each whole rollout once, before it is dealt.
+        optimizer: in place of the one that the group ``optim`` says.
+    """
+    optim = config.optim
+    agent = Agent(
+        loss,
+        policy,
+        optimizer=optimizer or make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
+        total_frames=config.train.total_frames,
+        schedule=optim.schedule,
+        clip_grad_norm=optim.clip_grad_norm,
+        after_update=after_update,
+        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
+    )
+    hooks = [hook for hook in (_normalizer_update(config, policy), on_rollout) if hook is not None]
+    data = RolloutData(
+        partial(rollout_collector, config, policy),
+        total_frames=config.train.total_frames,
+        frame_skip=info.frame_skip,
+        minibatches=config.train.minibatches,
+        epochs=config.train.epochs,
+        seed=config.train.seed,
+        deal="steps" if config.deals_steps else "environments",
+        on_rollout=_in_turn(hooks),
+    )
+    return agent, data
+
+
+def replay_agent(
+    config: OffPolicyConfig,
+    info: EnvInfo,
+    loss: LossModule,
+    policy: nn.Module,
+    spec: dict[str, Any],
+    *,
+    optimizer: OptimizerFactory,
+    clip_grad_norm: float | None,
+    after_update: Callable[[int], None],
+    schedule: Any = "constant",
+) -> tuple[Agent, ReplayData]:
+    """Agent and data of an algorithm on replayed data; arguments as of :func:`rollout_agent`.
+
+    Raises:
+        ConfigError: when the replay does not fit the machine, or the task.
+    """
+    check_memory(config, info, RUNS)
+    check_rings(config, info)
+    agent = Agent(
+        loss,
+        policy,
+        optimizer=optimizer,
+        total_frames=config.train.total_frames,
+        schedule=schedule,
+        clip_grad_norm=clip_grad_norm,
+        after_update=after_update,
+        compile=config.train.compile,
+        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
+    )
+    data = ReplayData(
+        partial(rollout_collector, config, policy),
+        partial(_replay, config, info),
+        total_frames=config.train.total_frames,
+        batch_size=config.replay.batch_size,
+        samples_per_insert=config.replay.samples_per_insert,
+        min_size=config.replay.min_size,
+        frame_skip=info.frame_skip,
+        updates_per_step=config.train.updates_per_step,
+        on_rollout=_normalizer_update(config, policy),
+    )
+    return agent, data
+
+
+def group_optimizer(loss: LossModule, rates: dict[str, float], **options: Any) -> OptimizerFactory:
+    """Adam with a learning rate for each of the loss's parameter groups; ``options`` go to all."""
+
+    def make(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        groups = loss.param_groups()
+        wanted = [{"params": group, "lr": rates[name]} for name, group in groups.items()]
+        return torch.optim.Adam(wanted, **options)
+
+    return make
+
+
+def _normalizer_update(config: Config, policy: Any) -> Callable[[TensorDictBase], None] | None:
+    """Feeds the observations of a rollout to the policy's normaliser; those of all ranks, so that it stays the same."""
+    if not config.network.normalize:
+        return None
+    normalizer = policy.network.normalizer
+
+    def update(rollout: TensorDictBase) -> None:
+        observations = rollout[OBSERVATION].flatten(0, 1).to(normalizer.mean.device)
+        valid = rollout.get(VALID, None)
+        valid = torch.ones(len(observations), 1, dtype=torch.bool) if valid is None else valid.flatten(0, 1)
+        valid = valid.to(observations.device)
+        if torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size()
+            everybody = [torch.empty_like(observations) for _ in range(ranks)]
+            known = [torch.empty_like(valid) for _ in range(ranks)]
+            torch.distributed.all_gather(everybody, observations.contiguous())
+            torch.distributed.all_gather(known, valid.contiguous())
+            observations, valid = torch.cat(everybody), torch.cat(known)
+        normalizer.update(observations, valid)
+
+    return update
+
+
+def _in_turn(hooks: list[Callable[[TensorDictBase], Any]]) -> Callable[[TensorDictBase], None] | None:
+    if not hooks:
+        return None
+
+    def call(rollout: TensorDictBase) -> None:
+        for hook in hooks:
+            hook(rollout)
+
+    return call
+
+
+def _channels_last(config: Config) -> bool:
+    if config.network.channels_last is not None:
+        return config.network.channels_last
+    return config.train.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def _replay(config: OffPolicyConfig, info: EnvInfo, rank: int, path: Path | None) -> Replay:
+    replay, length = config.replay, config.samples.length
+    return Replay(
+        replay.capacity,
+        num_envs=config.env.num_envs,
+        num_workers=max(1, config.collector.num_workers),
+        batch_size=config.sequences_per_batch,
+        length=length,
+        pad=length > 1,
+        storage=replay.storage,
+        path=path if replay.storage == "memmap" else None,
+        seed=config.train.seed + 7919 * rank,
+        frame_stack=info.frame_stack,
+        sampler=Uniform() if replay.sampler == "uniform" else Prioritized(replay.alpha, replay.beta),
+    )

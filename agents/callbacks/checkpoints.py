@@ -1,0 +1,97 @@
+"""Checkpoints: whole files or none, of finite weights, and beside them what the data module has to save."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from offtrace.agents.agent import Agent
+from offtrace.agents.data.acting import ActingData, PlainData
+from offtrace.modules.replay import DamagedReplay
+
+
+class Checkpoints(pl.Callback):
+    """``last.ckpt`` every so many frames, at the end and when anything stops the run; ``best.ckpt`` after a best score.
+
+    Files appear whole or not at all, and never hold weights that are not finite. Rank 0 writes. Where each rank has a
+    replay to save they agree on whether all could; else nobody waits for anybody, so that a failure on one rank cannot
+    hang the others.
+
+    Args:
+        folder: where the files go.
+        every: environment frames between two writings of ``last.ckpt``.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder = folder
+        self.every = every
+        self._next = every
+        self._began = False
+
+    def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Sets the next checkpoint behind the frames already trained."""
+        self._began = True
+        self._next = (agent.frames // self.every + 1) * self.every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Writes ``last.ckpt`` when it is time."""
+        if agent.frames >= self._next:
+            self._next += self.every
+            self.save(trainer, agent, "last.ckpt")
+
+    def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Writes the final ``last.ckpt``."""
+        self.save(trainer, agent, "last.ckpt")
+
+    def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
+        """Keeps what was learned, whatever ended the run.
+
+        Of several ranks with a replay each, one alone cannot: a checkpoint names the replays that all of them wrote.
+        """
+        alone = trainer.world_size > 1 and agent.data.saves
+        if agent.updates and self._began and not alone:  # before that, what was read is not all in place
+            self.save(trainer, agent, "last.ckpt")
+
+    def on_score(self, trainer: pl.Trainer, agent: Agent, score: float, *, best: float) -> None:
+        """Writes ``best.ckpt`` when ``score`` is the best."""
+        if score >= best:
+            self.save(trainer, agent, "best.ckpt")
+
+    def save(self, trainer: pl.Trainer, agent: Agent, name: str) -> None:
+        """Writes one file, through a temporary one beside it; with ``last.ckpt``, what the data module has to save."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in agent.parameters()):
+            return
+        saved = name == "last.ckpt" and agent.data.saves and self._save_data(trainer, agent.data)
+        if trainer.is_global_zero:
+            self._write(trainer, name)
+        if saved:
+            agent.data.prune(trainer.global_rank)
+
+    def _save_data(self, trainer: pl.Trainer, data: ActingData | PlainData) -> bool:
+        """Whether it was written; of several ranks, by all of them."""
+        name = None
+        try:
+            name = data.save(trainer.global_rank)
+        except (OSError, DamagedReplay) as error:
+            warnings.warn(f"the replay was not saved: {error}", RuntimeWarning, stacklevel=2)
+        if not trainer.strategy.reduce_boolean_decision(name is not None, all=True):
+            return False
+        data.saved = name
+        return True
+
+    def _write(self, trainer: pl.Trainer, name: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        # Trainer.save_checkpoint would wait for all ranks, which a failing rank never reaches.
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        try:
+            torch.save(checkpoint, temporary)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        temporary.replace(self.folder / name)

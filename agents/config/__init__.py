@@ -1,0 +1,35 @@
+"""The groups that configurations are made of. Imports neither torch nor Lightning."""
+
+from offtrace.agents.config.base import Checks, Config, ConfigError, Group, available_cores, may_have_gpu
+from offtrace.agents.config.collector import CollectorConfig
+from offtrace.agents.config.env import EnvConfig
+from offtrace.agents.config.estimator import check_estimator, samples_of
+from offtrace.agents.config.network import NetworkConfig, SeparateNetworksConfig
+from offtrace.agents.config.off_policy import OffPolicyConfig
+from offtrace.agents.config.optim import OptimConfig, SeparateOptimConfig
+from offtrace.agents.config.replay import ReplayConfig
+from offtrace.agents.config.rollouts import RolloutConfig
+from offtrace.agents.config.train import ReplayTrainConfig, RolloutTrainConfig, TrainConfig
+
+__all__ = [
+    "Checks",
+    "CollectorConfig",
+    "Config",
+    "ConfigError",
+    "EnvConfig",
+    "Group",
+    "NetworkConfig",
+    "OffPolicyConfig",
+    "OptimConfig",
+    "ReplayConfig",
+    "ReplayTrainConfig",
+    "RolloutConfig",
+    "RolloutTrainConfig",
+    "SeparateNetworksConfig",
+    "SeparateOptimConfig",
+    "TrainConfig",
+    "available_cores",
+    "check_estimator",
+    "may_have_gpu",
+    "samples_of",
+]

@@ -1,0 +1,210 @@
+"""What every configuration is made of. Plain dataclasses; imports neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from offtrace.agents.agent import Agent
+    from offtrace.agents.config.collector import CollectorConfig
+    from offtrace.agents.config.env import EnvConfig
+    from offtrace.agents.config.network import NetworkConfig
+    from offtrace.agents.config.train import TrainConfig
+    from offtrace.agents.data import ActingData
+    from offtrace.modules.envs import EnvInfo
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one sentence."""
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def may_have_gpu() -> bool:
+    """Whether a GPU driver that torch could use shows itself; only torch can tell how many GPUs there are."""
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, WSL
+    return not sys.platform.startswith("linux") or any(os.path.exists(path) for path in drivers)
+
+
+class Checks:
+    """Checks of one group's values; a failure is a :class:`ConfigError` that names flag, value and what would be right.
+
+    Args:
+        group: the values.
+        at: name of the group, what stands before the dot in a flag.
+    """
+
+    def __init__(self, group: Any, at: str) -> None:
+        self._group, self._at = group, at
+
+    def at_least(self, least: float, *names: str) -> None:
+        """Every number must be finite and at least ``least``."""
+        for name in names:
+            finite = math.isfinite(getattr(self._group, name))
+            right = f"at least {least:g}" if finite else f"finite, and at least {least:g}"
+            self.require(name, lambda value: value >= least and math.isfinite(value), right)
+
+    def positive(self, *names: str) -> None:
+        """Every number must be finite and above 0."""
+        for name in names:
+            self.require(name, lambda value: value > 0 and math.isfinite(value), "above 0 and finite")
+
+    def positive_or_null(self, *names: str) -> None:
+        """Every number must be above 0, or null."""
+        for name in names:
+            self.require(name, lambda value: value is None or value > 0, "above 0, or null")
+
+    def fraction(self, *names: str) -> None:
+        """Every number must be in [0, 1]."""
+        for name in names:
+            self.require(name, lambda value: 0 <= value <= 1, "between 0 and 1")
+
+    def sizes(self, *names: str) -> None:
+        """Every list must hold sizes."""
+        for name in names:
+            self.require(name, lambda value: value and min(value) >= 1, "a list of sizes of at least 1")
+
+    def categorical(self) -> None:
+        """``atoms`` must be that of a categorical critic, or 0, and ``v_max`` positive."""
+        self.positive("v_max")
+        self.require("atoms", lambda value: value == 0 or value >= 2, "0, or at least 2")
+
+    def require(self, name: str, holds: Callable[[Any], Any], right: str) -> None:
+        """``holds`` must be true of the value; ``right`` says what would be."""
+        value = getattr(self._group, name)
+        if not holds(value):
+            raise ConfigError(f"{self._at}.{name} is {value}; it must be {right}")
+
+
+class Group:
+    """Fields of one topic. A subclass is a dataclass; its fields are flags, and it checks itself."""
+
+    def check(self, at: str) -> None:
+        """Refuse values that cannot be, whatever the other groups say.
+
+        Args:
+            at: name of the group in the configuration.
+
+        Raises:
+            ConfigError: one sentence that names the flag, its value and what would be right.
+        """
+
+
+@dataclass
+class Config:
+    """A configuration: groups of fields that check themselves, and checks across them. Subclasses are dataclasses.
+
+    An algorithm's configuration says which network acts (:meth:`policy_spec`) and builds agent and data
+    (:meth:`build`); all else that a run needs is here.
+    """
+
+    algorithm: ClassVar[str]
+    """Name of the algorithm."""
+    devices_may_change: ClassVar[bool] = True
+    """Whether a resumed run may have another number of learners."""
+    rescale_actions: ClassVar[bool] = False
+    """Whether the policy's continuous actions are in [-1, 1], to be mapped to a Gymnasium task's bounds."""
+    recurrent: ClassVar[bool] = True
+    """Whether the algorithm has a recurrent form."""
+
+    if TYPE_CHECKING:  # fields of every subclass, in its own order
+
+        @property
+        def env(self) -> EnvConfig:
+            """The task."""
+
+        @property
+        def network(self) -> NetworkConfig:
+            """The networks."""
+
+        @property
+        def collector(self) -> CollectorConfig:
+            """The actors."""
+
+        @property
+        def loss(self) -> Any:
+            """The loss; its fields are the loss's arguments."""
+
+        @property
+        def train(self) -> TrainConfig:
+            """The run."""
+
+    @property
+    def task(self) -> str:
+        """Name of the environment, for :func:`offtrace.modules.envs.make_env`."""
+        return self.env.task
+
+    def build(self) -> tuple[Agent, ActingData]:
+        """Agent and data module; nothing is started yet. Networks draw from torch's generator: seed it first.
+
+        Raises:
+            ValueError: when the task is unknown, or the agent cannot act in it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define build")
+
+    def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
+        """Plain values from which a checkpoint's policy is built again: ``builder`` and its ``arguments``."""
+        raise NotImplementedError(f"{type(self).__name__} must define policy_spec")
+
+    def env_options(self) -> dict[str, Any]:
+        """What :func:`offtrace.modules.envs.make_env` gets besides name, number and seed."""
+        options = self.env.options()
+        if self.rescale_actions:
+            options["rescale_actions"] = True
+        if self.network.recurrent:
+            options["last_step"] = True
+        return options
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the task, so that its policy can be evaluated."""
+        return {"env": {"name": self.task, "options": self.env_options()}, "eval_mode": self.train.eval_mode}
+
+    def updates_per_push(self) -> int:
+        """Learner updates between two pushes of weights to the actors."""
+        return self.collector.sync_every or 1
+
+    def forced_lag(self) -> int:
+        """Least age, in updates, of the weights that the actors get."""
+        return self.collector.lag
+
+    def validate(self) -> None:
+        """Check every value that can be checked without starting anything; subclasses add checks across groups.
+
+        Raises:
+            ConfigError: one sentence that names the flag, its value and what would be right.
+        """
+        for field in fields(self):
+            getattr(self, field.name).check(field.name)
+        if self.network.recurrent and not self.recurrent:
+            raise ConfigError(
+                f"network.recurrent is {self.network.recurrent}; {self.algorithm} has no recurrent form: it must be 0"
+            )
+
+    def check_devices(self, gpus: int) -> None:
+        """Check that this machine, with ``gpus`` GPUs, has what the run asks for.
+
+        Raises:
+            ConfigError: one sentence.
+        """
+        wanted, accelerator = self.train.devices, self.train.accelerator
+        cores = available_cores()
+        if accelerator == "gpu" and not gpus:
+            raise ConfigError("train.accelerator is gpu; this machine has none that torch can use")
+        if accelerator != "cpu" and gpus:
+            if wanted > gpus:
+                raise ConfigError(f"train.devices is {wanted}; this machine has {gpus} GPUs")
+        elif wanted > cores:
+            raise ConfigError(f"train.devices is {wanted}; this machine has {cores} cores for learners on the CPU")
+        kind, _, number = self.collector.device.partition(":")
+        if kind == "cuda" and int(number or 0) >= gpus:
+            raise ConfigError(f"collector.device is {self.collector.device}; this machine has {gpus} GPUs")

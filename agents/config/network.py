@@ -1,0 +1,74 @@
+"""The networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from offtrace.agents.config.base import Checks, ConfigError, Group
+from offtrace.agents.config.names import nearest
+
+ENCODERS = ("auto", "shallow", "resnet", "mlp", "layernorm_mlp")
+IMAGE_ENCODERS = ("shallow", "resnet")
+
+
+@dataclass
+class NetworkConfig(Group):
+    """The policy's network, which the critic shares."""
+
+    encoder: str = "auto"
+    """shallow and resnet (IMPALA's two) read images, mlp and layernorm_mlp (Acme's) vectors; or an own one's import
+    path package.module:function. auto: shallow or mlp, as the task shows images or vectors."""
+    hidden: list[int] | None = None
+    """Widths of the fully connected layers; behind the first one of an image encoder they are a LayerNorm MLP. null:
+    256 of an image encoder, 64 and 64 of the others."""
+    activation: Literal["tanh", "relu", "elu", "silu", "gelu"] = "tanh"
+    """Of mlp."""
+    recurrent: int = 0
+    """Width of an LSTM behind the encoder, which also reads the last action and reward; 0 for none."""
+    init_scale: float | None = None
+    """Standard deviation of a continuous action at the start; null: the policy's own."""
+    normalize: bool = False
+    """Running normalisation of observations, saved with the policy."""
+    channels_last: bool | None = None
+    """Memory format of image encoders; null: channels last where the learner is on a GPU, where it is faster."""
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        checks = Checks(self, at)
+        checks.require(
+            "hidden",
+            lambda value: value is None or (value and min(value) >= 1),
+            "a list of sizes of at least 1, or null",
+        )
+        checks.at_least(0, "recurrent")
+        checks.positive_or_null("init_scale")
+        if self.encoder not in ENCODERS and ":" not in self.encoder:
+            raise ConfigError(
+                f"{at}.encoder is {self.encoder}; it must be one of {', '.join(ENCODERS)}, or "
+                f"package.module:function{nearest(self.encoder, ENCODERS)}"
+            )
+
+
+@dataclass
+class SeparateNetworksConfig(NetworkConfig):
+    """Policy and critics, which share nothing."""
+
+    hidden: list[int] | None = field(default_factory=lambda: [256, 256])
+    """Widths of the policy's layers; behind the first one of an image encoder they are a LayerNorm MLP."""
+    activation: Literal["tanh", "relu", "elu", "silu", "gelu"] = "relu"
+    """Of mlp."""
+    critic_hidden: list[int] = field(default_factory=lambda: [256, 256])
+    """Widths of a critic's layers."""
+    critics: int = 2
+    """Critics, of which the smallest value counts."""
+    smoothing: float = 0.0
+    """Low pass over executed actions, 0 for none: a = smoothing * last action + (1 - smoothing) * sample."""
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        super().check(at)
+        checks = Checks(self, at)
+        checks.sizes("critic_hidden")
+        checks.at_least(1, "critics")
+        checks.require("smoothing", lambda value: 0 <= value < 1, "at least 0 and below 1")

@@ -1,0 +1,128 @@
+"""What the configurations of algorithms on replayed data share, and their checks across groups."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from offtrace.agents.config.base import Config, ConfigError
+from offtrace.agents.config.estimator import Samples, samples_of
+from offtrace.modules.estimators.names import parse_spec
+from offtrace.modules.replay.limiter import SamplesPerInsert
+
+if TYPE_CHECKING:
+    from offtrace.agents.config.replay import ReplayConfig
+    from offtrace.agents.config.train import ReplayTrainConfig
+    from offtrace.modules.envs import EnvInfo
+
+MOST_UPDATES = 100
+"""For a collected step. What needs more would learn by heart what it has."""
+
+
+@dataclass
+class OffPolicyConfig(Config):
+    """An algorithm that learns from a replay of all it has seen."""
+
+    devices_may_change = False  # each has a replay of its own
+    recurrent = False
+    rescale_actions = True
+
+    if TYPE_CHECKING:
+
+        @property
+        def replay(self) -> ReplayConfig:
+            """The replay."""
+
+        @property
+        def train(self) -> ReplayTrainConfig:
+            """The run."""
+
+    def floats_per_step(self, info: EnvInfo) -> int:
+        """Numbers of four bytes that the policy writes at a step, beside the action's log-probability."""
+        if info.num_actions is not None:
+            return 2 + info.num_actions  # an index of 8 bytes, and logits
+        return 3 * (info.action_dim or 0)
+
+    @property
+    def samples(self) -> Samples:
+        """What the loss's estimator is given."""
+        return samples_of(self.loss.estimator, self.replay.length)
+
+    @property
+    def sequences_per_batch(self) -> int:
+        """A sequence is learnt from at every step, an n-step window at its first."""
+        return self.replay.batch_size // (self.samples.length if self.samples.every_step else 1)
+
+    def validate(self) -> None:
+        """As :meth:`Config.validate`; replay, collector and budget fit each other."""
+        super().validate()
+        _check_sequences(self)
+        _check_sizes(self)
+        _check_budget(self)
+
+
+def _check_sequences(config: OffPolicyConfig) -> None:
+    replay, estimator, (length, every_step) = config.replay, config.loss.estimator, config.samples
+    name, _ = parse_spec(estimator)
+    if name == "one_step" or (":" in name and samples_of(estimator, 2).length == 1):  # of transitions, by its nature
+        return
+    if length < 2:
+        flag = f"replay.length is {length}; loss." if every_step else "loss."
+        raise ConfigError(f"{flag}estimator {estimator} needs sequences of 2 steps or more, or must be one_step")
+    if every_step and replay.batch_size % length:
+        raise ConfigError(
+            f"replay.batch_size is {replay.batch_size}; loss.estimator {estimator} learns from sequences of "
+            f"replay.length, {length}, steps: it must be a multiple of that"
+        )
+
+
+def _check_sizes(config: OffPolicyConfig) -> None:
+    replay, unroll, length = config.replay, config.collector.unroll, config.samples.length
+    rings = config.env.num_envs * max(1, config.collector.num_workers)
+    # the last steps of every environment begin no sequence yet
+    number = config.sequences_per_batch
+    least = number + rings * (length - 1)
+    if replay.min_size < least:
+        sequences = f" sequences of {length} steps" if length > 1 else ""
+        raise ConfigError(
+            f"replay.min_size is {replay.min_size}; for batches of {number}{sequences} from {rings} environments it "
+            f"must be at least {least}"
+        )
+    # an ended episode takes one slot more than its steps, and every step of a rollout may end one
+    least = rings * (2 * unroll + length)
+    if replay.capacity < least:
+        raise ConfigError(
+            f"replay.capacity is {replay.capacity}; for {rings} environments and a collector.unroll of {unroll} it "
+            f"must be at least {least}"
+        )
+
+
+def _check_budget(config: OffPolicyConfig) -> None:
+    replay, unroll, frames = config.replay, config.collector.unroll, config.train.total_frames
+    try:
+        limiter = SamplesPerInsert(replay.samples_per_insert, replay.min_size)
+        limiter.check(capacity=replay.capacity, batch=replay.batch_size)
+    except ValueError as error:
+        raise ConfigError(f"replay.samples_per_insert: {error}") from error
+    rollout = config.env.num_envs * unroll
+    updates = float(limiter.ratio / replay.batch_size)
+    if updates > MOST_UPDATES:
+        raise ConfigError(
+            f"replay.samples_per_insert is {replay.samples_per_insert:g}, {updates:,.0f} updates for each collected "
+            f"step; with a replay.batch_size of {replay.batch_size} it must be at most "
+            f"{MOST_UPDATES * replay.batch_size}"
+        )
+    frames_per_rollout = rollout * config.env.action_repeat * config.train.devices
+    if frames_per_rollout > frames:
+        raise ConfigError(
+            f"collector.unroll is {unroll}, and a rollout of all environments and learners {frames_per_rollout} "
+            f"frames; it must not be more than train.total_frames, {frames}"
+        )
+    steps = rollout * math.ceil(frames / frames_per_rollout)
+    needed = math.ceil(replay.min_size + replay.batch_size / limiter.ratio)
+    if steps < needed:
+        raise ConfigError(
+            f"train.total_frames is {frames}, {steps} steps of each learner's actors; the first update comes after "
+            f"{needed}, by replay.min_size, replay.batch_size and replay.samples_per_insert"
+        )

@@ -1,0 +1,46 @@
+"""The replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from offtrace.agents.config.base import Checks, ConfigError, Group
+
+
+@dataclass
+class ReplayConfig(Group):
+    """The replay."""
+
+    capacity: int = 1_000_000
+    """Steps it holds."""
+    batch_size: int = 256
+    """Steps learnt from in one update: transitions, n-step windows, or batch_size / length sequences for a trace
+    (padding behind the end of an episode included)."""
+    length: int = 8
+    """Steps of a sequence for estimators with a trace; n_step takes sequences of its own n."""
+    samples_per_insert: float = 256.0
+    """Steps learnt from per collected step: divided by batch_size, the updates per step."""
+    min_size: int = 1_000
+    """Steps collected before the first update. (SAC's authors take 1,000 to 10,000, with random actions.)"""
+    storage: Literal["tensor", "memmap"] = "tensor"
+    """In memory, or in files."""
+    sampler: Literal["uniform", "prioritized"] = "uniform"
+    """Every step alike, or in proportion to its temporal difference error (Schaul et al. 2016)."""
+    alpha: float = 0.6
+    """Of prioritized: power of the priorities."""
+    beta: float = 0.4
+    """Of prioritized: power of the importance weights at the start; it grows to 1 over the training."""
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        checks = Checks(self, at)
+        checks.at_least(1, "capacity", "batch_size", "length")
+        checks.at_least(0, "min_size", "alpha")
+        checks.positive("samples_per_insert")
+        checks.fraction("beta")
+        if self.capacity < max(self.batch_size, self.min_size):
+            raise ConfigError(
+                f"{at}.capacity is {self.capacity}; it must hold {at}.batch_size, {self.batch_size}, and "
+                f"{at}.min_size, {self.min_size}"
+            )

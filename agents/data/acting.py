@@ -1,0 +1,249 @@
+"""What a learner needs of its data, and the data modules' common ground: the actors, and the episodes that ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from offtrace.modules.collectors import make_collector
+from offtrace.modules.envs import make_env
+from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT, VALID
+
+if TYPE_CHECKING:
+    from offtrace.agents.config import Config
+    from offtrace.modules.collectors import Collector
+
+
+class EpisodeMeter:
+    """Whole episodes that ended in the rollouts.
+
+    Attributes:
+        count: how many.
+        returns: raw returns of the last 100.
+        dropped: episodes that a failing simulator ended; they are not among the others.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.returns: deque[float] = deque(maxlen=100)
+        self.dropped = 0
+
+    def note(self, rollout: TensorDictBase) -> None:
+        """Adds the episodes that ended in a rollout, where the environment tells of episodes."""
+        valid = rollout.get(VALID, None)
+        if valid is not None:  # each step that is no data ends an episode
+            self.dropped += int((~valid).sum())
+        ends = rollout.get((NEXT, EPISODE_END), None)
+        if ends is None:
+            return
+        returns = rollout[NEXT, EPISODE_REWARD][ends].tolist()
+        self.count += len(returns)
+        self.returns.extend(returns)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"count": self.count, "returns": list(self.returns), "dropped": self.dropped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the counters."""
+        self.count, self.dropped = int(state_dict["count"]), int(state_dict["dropped"])
+        self.returns.extend(state_dict["returns"])
+
+
+def rank_and_device(data: LightningDataModule) -> tuple[int, int, torch.device]:
+    """Rank, number of ranks and device of the learner that ``data`` belongs to."""
+    if data.trainer is None:
+        return 0, 1, torch.device("cpu")
+    return data.trainer.global_rank, data.trainer.world_size, data.trainer.strategy.root_device
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuses sizes below 1.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+
+
+class ActingData(LightningDataModule):
+    """A data module that owns a collector while training runs: what agent and callbacks know of any of them.
+
+    Args:
+        collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
+        total_frames: environment frames, over all ranks, after which the data ends.
+        frame_skip: environment frames per agent step.
+
+    Raises:
+        ValueError: a size is below 1.
+
+    Attributes:
+        frames: environment frames taken so far, over all ranks.
+        collector: the collector while training runs, else None.
+        episodes: those that ended in this rank's rollouts, since training began.
+        saves: whether there is more to save than a checkpoint holds.
+        folder: where :meth:`save` writes, one folder a rank; None: nothing is saved.
+        saved: the name under which lies there what a checkpoint may count on; None before the first.
+    """
+
+    saves: ClassVar[bool] = False
+    folder: Path | None = None
+    saved: str | None = None
+
+    def __init__(
+        self, collector_fn: Callable[[int, int], Collector], *, total_frames: int, frame_skip: int = 1
+    ) -> None:
+        super().__init__()
+        check_sizes(total_frames=total_frames, frame_skip=frame_skip)
+        self.collector_fn = collector_fn
+        self.total_frames = total_frames
+        self.frame_skip = frame_skip
+        self.collector: Collector | None = None
+        self.frames = 0
+        self.episodes = EpisodeMeter()
+        self._version = 0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """More for the log."""
+        return {}
+
+    def behaviour_versions(self, batch: Any) -> Tensor:
+        """Versions of the weights that acted in what is newest in ``batch``, int64."""
+        raise NotImplementedError(f"{type(self).__name__} must define behaviour_versions")
+
+    def updates(self, batch: Any) -> Iterable[TensorDictBase]:
+        """The batches of one ``training_step``, each of which is one update."""
+        return (batch,)
+
+    def feedback(self, batch: TensorDictBase) -> None:
+        """Called after the update on ``batch``, into which the loss may have written."""
+
+    def save(self, rank: int) -> str | None:
+        """Write what the checkpoint that is about to be written cannot hold.
+
+        Returns:
+            The name that :attr:`saved` becomes when every rank has written its own; None where there is nothing.
+
+        Raises:
+            OSError, DamagedReplay: it cannot be written. The checkpoint then names the one before, and is still worth
+                having.
+        """
+        return None
+
+    def prune(self, rank: int) -> None:
+        """Delete what no checkpoint needs, once the one that names the newest is written."""
+
+    def resume(self, checkpoint: dict[str, Any], frames: int) -> None:
+        """Called with a checkpoint that was written at so many frames, before it is restored."""
+        # Progress is the count of frames. Lightning's own would make it skip batches of a stream that already continues
+        # where it stopped.
+        checkpoint.pop("loops", None)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The streams move batches themselves, without waiting."""
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, equal on all ranks, and the episodes of the rank that writes."""
+        version = self._version if self.collector is None else self.collector.version
+        return {"frames": self.frames, "version": version, "episodes": self.episodes.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the counters."""
+        self.frames, self._version = int(state_dict["frames"]), int(state_dict["version"])
+        self.episodes.load_state_dict(state_dict["episodes"])
+        if self.collector is not None:
+            self.collector.version = self._version
+
+    def teardown(self, stage: str) -> None:
+        """End the actors."""
+        self.shutdown()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the actors; else the interpreter would wait for them at its exit."""
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """End the actors, if any run."""
+        if self.collector is not None:
+            collector, self.collector = self.collector, None
+            self._version = collector.version
+            collector.shutdown()
+
+
+class PlainData:
+    """Data that is none of these modules, such as a dataloader, as agent and callbacks see it.
+
+    Args:
+        module: the trainer's data module, or None.
+        ranks: number of learners.
+
+    Attributes:
+        episodes, saves: as of :class:`ActingData`; there are none, and nothing is saved.
+    """
+
+    saves: ClassVar[bool] = False
+    saved: str | None = None
+
+    def __init__(self, module: Any, ranks: int) -> None:
+        self.episodes = EpisodeMeter()
+        self._counted = module if hasattr(module, "frames") else None
+        self._ranks = ranks
+        self._learnt = 0
+
+    @property
+    def frames(self) -> int:
+        """The data module's count of frames, or else the elements of the batches so far, over all ranks."""
+        return self._learnt if self._counted is None else int(self._counted.frames)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def updates(self, batch: Any) -> Iterable[TensorDictBase]:
+        """A TensorDict is one update, any other iterable one for each of what it holds."""
+        return (batch,) if isinstance(batch, TensorDictBase) else batch
+
+    def feedback(self, batch: TensorDictBase) -> None:
+        """Counts."""
+        self._learnt += batch.numel() * self._ranks
+
+    def save(self, rank: int) -> str | None:
+        """Nothing."""
+        return None
+
+    def prune(self, rank: int) -> None:
+        """Nothing."""
+
+    def resume(self, checkpoint: dict[str, Any], frames: int) -> None:
+        """Continues the count; where to go on in the data is Lightning's to know."""
+        self._learnt = frames
+
+
+def rollout_collector(config: Config, policy: nn.Module, rank: int, frames: int) -> Collector:
+    """The collector of ``rank`` for a run of ``config`` that begins or goes on at ``frames``."""
+    env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
+    return make_collector(
+        env_fn,
+        policy,
+        frames_per_batch=config.env.num_envs * config.collector.unroll,
+        num_workers=config.collector.num_workers,
+        seed=config.train.seed,
+        start=frames,
+        rank=rank,
+        step_timeout=config.collector.step_timeout,
+        threads_per_worker=config.collector.threads,
+        device=config.collector.device,
+    )

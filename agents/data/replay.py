@@ -1,0 +1,188 @@
+"""Samples of a replay that a collector fills, at a fixed ratio between the two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDictBase
+
+from offtrace.agents.data.acting import check_sizes, rank_and_device
+from offtrace.agents.data.store import ReplayFactory, StoringData
+from offtrace.modules.keys import NEXT, POLICY_VERSION
+from offtrace.modules.replay import Replay, SamplesPerInsert
+
+if TYPE_CHECKING:
+    from offtrace.modules.collectors import Collector
+
+ENDLESS = 10**12
+"""Length of a stream of which nobody knows the end."""
+
+
+class ReplayData(StoringData):
+    """Batches from a replay that a collector fills, several for the work of one ``training_step``.
+
+    A rollout is taken and inserted whenever the learner has used up what the samples-per-insert ratio entitles it to;
+    with actor processes the next ones are under way meanwhile, and wait when the learner is behind. The ratio therefore
+    holds exactly in both modes. The first ``min_size`` steps only fill the replay: they are acted by the untrained
+    policy, whose log-probabilities are exact, so that corrections hold for them too.
+
+    Steps that an environment marks as not valid count as collected and are never sampled. Where the replay samples by
+    priority, the loss's errors become the priorities, and the exponent of the importance weights grows to 1 over the
+    training.
+
+    Args:
+        collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
+        replay_fn: gives the empty replay of a rank, and takes the folder for its files, or None where it may choose.
+        total_frames: environment frames, over all ranks, after which the data ends.
+        batch_size: steps learnt from in a batch of the replay, padding included: its samples times their length where
+            all steps of a sequence are, otherwise (transitions, n-step windows) its samples.
+        samples_per_insert: steps learnt from per collected step.
+        min_size: steps per rank collected before the first batch.
+        frame_skip: environment frames per agent step.
+        updates_per_step: most batches for one ``training_step``.
+        on_rollout: called with every rollout ``[N, T]`` before it is inserted.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Attributes:
+        limiter: counts steps and samples of this rank.
+        store, frames, collector, episodes: as of :class:`StoringData`.
+    """
+
+    def __init__(
+        self,
+        collector_fn: Callable[[int, int], Collector],
+        replay_fn: ReplayFactory,
+        *,
+        total_frames: int,
+        batch_size: int,
+        samples_per_insert: float,
+        min_size: int,
+        frame_skip: int = 1,
+        updates_per_step: int = 8,
+        on_rollout: Callable[[TensorDictBase], object] | None = None,
+    ) -> None:
+        super().__init__(collector_fn, replay_fn, total_frames=total_frames, frame_skip=frame_skip)
+        check_sizes(updates_per_step=updates_per_step, batch_size=batch_size)
+        self.batch_size = batch_size
+        self.updates_per_step = updates_per_step
+        self.on_rollout = on_rollout
+        self.limiter = SamplesPerInsert(samples_per_insert, min_size)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """For the log: steps in the replay, and steps learnt from per insert, counted since the replay was filled."""
+        ratio = self.limiter.sampled / max(1, self.limiter.inserted - self.limiter.min_size)
+        return {"replay/steps": float(len(self.store)), "replay/samples_per_insert": ratio}
+
+    def updates(self, batch: Any) -> Iterable[TensorDictBase]:
+        """Those of a :class:`Batches`."""
+        batches: Batches = batch
+        return batches
+
+    def train_dataloader(self) -> ReplayStream:
+        """Start the collector, fill the replay from disk in a resumed run, and give the stream of batches.
+
+        Raises:
+            ValueError: when the ratio, the capacity and the batch do not fit each other.
+            DamagedReplay: when the replay of a resumed run cannot be read.
+        """
+        self.shutdown()
+        rank, world_size, device = rank_and_device(self)
+        self.collector = self.collector_fn(rank, self.frames)
+        try:
+            replay = self.store.open(rank)
+            self.limiter.check(capacity=replay.capacity, batch=self.batch_size)
+            self._check_batch(replay)
+            self.fill(rank)
+        except BaseException:
+            self.shutdown()
+            raise
+        self.collector.version = self._version
+        return ReplayStream(self, self.collector, world_size=world_size, device=device)
+
+    def fill(self, rank: int) -> None:
+        """As :meth:`StoringData.fill`: an empty replay is filled before the next batch."""
+        if not self.store.restore(rank):
+            self.limiter.restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :class:`StoringData`, and the limiter's counters."""
+        return {**super().state_dict(), "limiter": self.limiter.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the counters."""
+        self.limiter.load_state_dict(state_dict["limiter"])
+        super().load_state_dict(state_dict)
+
+    def _check_batch(self, replay: Replay) -> None:
+        samples, steps = replay.batch_size, replay.batch_size * replay.length
+        if self.batch_size not in (samples, steps):
+            raise ValueError(
+                f"batch_size is {self.batch_size}; the replay gives {samples} samples of {replay.length} steps, so it "
+                f"must be {steps}, or {samples} where only the first step of each is learnt from"
+            )
+
+
+class Batches:
+    """The batches of one ``training_step``, each sampled and counted when its turn comes.
+
+    Where a run is broken off between two of them, the rest was neither.
+    """
+
+    def __init__(self, sample: Callable[[], TensorDictBase], number: int) -> None:
+        self._sample = sample
+        self._number = number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        return (self._sample() for _ in range(self._number))
+
+
+class ReplayStream:
+    """The batches of one run, in order.
+
+    It has a length, larger than what comes: Lightning fetches one list ahead from what has none.
+    """
+
+    def __init__(self, data: ReplayData, collector: Collector, *, world_size: int, device: torch.device) -> None:
+        self._data = data
+        self._collector = collector
+        self._device = device
+        self._frames_per_rollout = collector.frames_per_batch * data.frame_skip * world_size
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __iter__(self) -> Iterator[Batches]:
+        data = self._data
+        while True:
+            while data.limiter.may_sample(data.batch_size):
+                count = math.floor(data.limiter.owed / data.batch_size)
+                yield Batches(self._sample, min(data.updates_per_step, count))
+            if data.frames >= data.total_frames:
+                return
+            self._collect()
+
+    def _sample(self) -> TensorDictBase:
+        data = self._data
+        data.limiter.sample(data.batch_size)
+        assert data.replay is not None
+        return data.store.sample(data.replay.batch_size, progress=data.progress).to(self._device, non_blocking=True)
+
+    def _collect(self) -> None:
+        data = self._data
+        rollout = next(self._collector)
+        data._versions = rollout[NEXT, POLICY_VERSION]
+        data.episodes.note(rollout)
+        if data.on_rollout is not None:
+            data.on_rollout(rollout)
+        data.store.insert(rollout)
+        data.limiter.insert(rollout.numel())
+        data.frames += self._frames_per_rollout

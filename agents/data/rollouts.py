@@ -1,0 +1,212 @@
+"""Fresh rollouts: each is dealt to minibatches, learnt from in one or several passes, and let go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from offtrace.agents.data.acting import ActingData, check_sizes, rank_and_device
+from offtrace.modules.keys import NEXT, POLICY_VERSION
+
+if TYPE_CHECKING:
+    from offtrace.modules.collectors import Collector
+
+Deal = Literal["environments", "steps"]
+
+
+class Dealer:
+    """Deals the rows of a rollout to minibatches, anew in every pass.
+
+    The order is a function of (seed, rank, rollout, epoch) alone: a resumed run deals as the uninterrupted one would,
+    and no rank has state of its own to save.
+
+    Args:
+        minibatches: parts of a rollout; must divide its rows.
+        epochs: passes over a rollout.
+        seed: of the order.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+
+    def __init__(self, minibatches: int, epochs: int, seed: int) -> None:
+        check_sizes(minibatches=minibatches, epochs=epochs)
+        self.minibatches, self.epochs, self.seed = minibatches, epochs, seed
+
+    def __len__(self) -> int:
+        """Batches of a rollout."""
+        return self.minibatches * self.epochs
+
+    def order(self, size: int, rank: int, rollout: int, epoch: int = 0) -> Tensor:
+        """A permutation of ``size`` rows, int64."""
+        word = np.random.SeedSequence([self.seed, rank, rollout, epoch]).generate_state(1)[0]
+        return torch.randperm(size, generator=torch.Generator().manual_seed(int(word)))
+
+    def deal(
+        self, rollout: TensorDictBase, rank: int, number: int, *, dealt: bool
+    ) -> Iterator[tuple[TensorDictBase, bool]]:
+        """The batches of a rollout, and with each whether it is the last.
+
+        Args:
+            rollout: ``[R, ...]``; its rows are dealt.
+            rank: of the learner.
+            number: of the rollout.
+            dealt: whether it comes in the order of its first epoch.
+        """
+        size = rollout.shape[0]
+        for epoch in range(self.epochs):
+            if epoch or not dealt:
+                rollout = _take(rollout, self.order(size, rank, number, epoch).to(rollout.device))
+            parts = rollout.split(size // self.minibatches)
+            for place, part in enumerate(parts, start=epoch * self.minibatches + 1):
+                yield part, place == len(self)
+
+    def check(self, rows: int, what: str) -> None:
+        """Refuses minibatches that do not divide ``rows``; ``what`` says what they are."""
+        if rows % self.minibatches:
+            raise ValueError(f"minibatches is {self.minibatches}; it must divide the {rows} {what} of a rollout.")
+
+
+class RolloutData(ActingData):
+    """Batches from rollouts ``[N, T]``, each rollout used ``epochs`` times and then let go.
+
+    Every rank owns a collector, built by ``collector_fn(rank, frames)`` when training begins, so that it starts from
+    the weights a checkpoint brought back. In every epoch a rollout is dealt to the minibatches anew, see
+    :class:`Dealer`: whole environments, ``[N / minibatches, T]``, or single steps, ``[N T / minibatches]``.
+
+    On a GPU a rollout is copied once, into pinned memory, and crosses once, without waiting.
+
+    Args:
+        collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
+        total_frames: environment frames, over all ranks, after which the data ends. The last rollout is whole.
+        frame_skip: environment frames per agent step.
+        minibatches: parts of a rollout; must divide what is dealt.
+        epochs: passes over a rollout.
+        seed: of the order.
+        deal: what is dealt, ``"environments"`` or ``"steps"``.
+        on_rollout: called once with every rollout ``[N, T]`` on the learner's device before it is dealt, its
+            environments in any order. What must not change between passes it writes into it; what it returns is
+            ignored.
+
+    Raises:
+        ValueError: a size is below 1, or ``deal`` is neither of the two.
+
+    Attributes:
+        frames, collector, episodes: as of :class:`ActingData`.
+        rollouts: rollouts taken so far on this rank.
+    """
+
+    def __init__(
+        self,
+        collector_fn: Callable[[int, int], Collector],
+        *,
+        total_frames: int,
+        frame_skip: int = 1,
+        minibatches: int = 1,
+        epochs: int = 1,
+        seed: int = 0,
+        deal: Deal = "environments",
+        on_rollout: Callable[[TensorDictBase], object] | None = None,
+    ) -> None:
+        super().__init__(collector_fn, total_frames=total_frames, frame_skip=frame_skip)
+        if deal not in ("environments", "steps"):
+            raise ValueError(f"deal is {deal!r}; it must be 'environments' or 'steps'")
+        self.dealer = Dealer(minibatches, epochs, seed)
+        self.deals_steps = deal == "steps"
+        self.on_rollout = on_rollout
+        self.rollouts = 0
+
+    def behaviour_versions(self, batch: TensorDictBase) -> Tensor:
+        """Versions of the weights that acted in ``batch``, int64."""
+        return batch[NEXT, POLICY_VERSION]
+
+    def train_dataloader(self) -> RolloutStream:
+        """Start the collector and give the stream of batches.
+
+        Raises:
+            ValueError: the minibatches do not divide what is dealt.
+        """
+        self.shutdown()
+        rank, world_size, device = rank_and_device(self)
+        collector = self.collector_fn(rank, self.frames)
+        self.collector = collector
+        try:
+            if self.deals_steps:
+                self.dealer.check(collector.frames_per_batch, "steps")
+            else:
+                self.dealer.check(collector.num_envs, "environments")
+        except ValueError:
+            self.shutdown()
+            raise
+        collector.version = self._version
+        collector.pin_memory = device.type == "cuda"
+        return RolloutStream(self, collector, rank=rank, world_size=world_size, device=device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :class:`ActingData`, and the rollouts taken."""
+        return {**super().state_dict(), "rollouts": self.rollouts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the counters."""
+        super().load_state_dict(state_dict)
+        self.rollouts = int(state_dict["rollouts"])
+
+
+class RolloutStream:
+    """The batches of one run, in order. Its length is the number of batches of the whole run, resumed or not.
+
+    The length matters: Lightning fetches one batch ahead, one more batch of policy lag, from what has none.
+    """
+
+    def __init__(
+        self,
+        data: RolloutData,
+        collector: Collector,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self._data = data
+        self._collector = collector
+        self._rank = rank
+        self._device = device
+        self._frames_per_rollout = collector.frames_per_batch * data.frame_skip * world_size
+
+    def __len__(self) -> int:
+        return math.ceil(self._data.total_frames / self._frames_per_rollout) * len(self._data.dealer)
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        data = self._data
+        while data.frames < data.total_frames:
+            for part, last in data.dealer.deal(self._next(), self._rank, data.rollouts, dealt=not data.deals_steps):
+                if last:
+                    # Counted when its last part is handed out: after that update a checkpoint holds whole rollouts,
+                    # and in the middle of one it does not claim what was not learned yet.
+                    data.frames += self._frames_per_rollout
+                    data.rollouts += 1
+                yield part
+
+    def _next(self) -> TensorDictBase:
+        """A rollout as it is dealt: its environments in their first order, or its steps one behind the other."""
+        data = self._data
+        if not data.deals_steps:
+            # The first order is applied by the copy that takes the rollout out of the actors' memory.
+            self._collector.order = lambda size: data.dealer.order(size, self._rank, data.rollouts)
+        rollout = next(self._collector)
+        data.episodes.note(rollout)
+        rollout = rollout.to(self._device, non_blocking=True)
+        if data.on_rollout is not None:
+            data.on_rollout(rollout)
+        return rollout.flatten(0, 1) if data.deals_steps else rollout
+
+
+def _take(rollout: TensorDictBase, order: Tensor) -> TensorDictBase:
+    # index_select moves whole rows; indexing a TensorDict moves elements, four times slower for images
+    return rollout.apply(lambda tensor: tensor.index_select(0, order))

@@ -1,0 +1,126 @@
+"""Reading checkpoints without Lightning."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict.nn import ProbabilisticTensorDictSequential
+
+from offtrace.modules.networks import build_policy
+
+CHECKPOINT_KEY = "offtrace"
+
+Builder = Callable[..., ProbabilisticTensorDictSequential]
+
+_BUILDERS: dict[str, Builder] = {"build_policy": build_policy}
+
+
+# all that torch.load lets out for files that are no checkpoint
+_NOT_A_CHECKPOINT = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used as a checkpoint; the message is one sentence that names the file and the reason."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint at ``path``, on the CPU, read with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: if there is no such file, it is truncated, holds anything but plain values and tensors, or was
+            not written by this package.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint file at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (bad := archive.testzip()) is not None:  # torch.load does not look at the checksums
+                raise RuntimeError(f"{bad} does not have its checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except _NOT_A_CHECKPOINT as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is truncated or not a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is not a checkpoint written by offtrace")
+    return checkpoint
+
+
+def builder_of(name: str) -> Builder:
+    """The function that a policy's spec names.
+
+    Args:
+        name: ``build_policy``, or the import path ``package.module:function`` of an own one.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    if name in _BUILDERS:
+        return _BUILDERS[name]
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ValueError(f"the builder {name!r} is unknown; it must be build_policy, or package.module:function")
+    try:
+        builder: Builder = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the builder {name!r} cannot be imported: {error}") from error
+    home = getattr(builder, "__module__", None) or "builtins"
+    if not callable(builder) or home.split(".")[0] in sys.stdlib_module_names:  # such as a shell
+        raise ValueError(f"the builder {name!r} builds no policy; it must be a function that does")
+    return builder
+
+
+def load_policy(path: str | Path, *, device: str | torch.device = "cpu") -> ProbabilisticTensorDictSequential:
+    """The trained policy of a checkpoint: a TensorDict module that reads observations and writes actions.
+
+    It acts by sampling, or by its mode under ``set_exploration_type(ExplorationType.DETERMINISTIC)``; Lightning is not
+    needed.
+
+    A checkpoint may name own code, by the import path of the function that builds the policy or its network. That code
+    is imported and run: load such a checkpoint only from somebody whose code you would run. :func:`read_checkpoint`
+    alone runs nothing.
+
+    Args:
+        path: a checkpoint written by a recipe, such as ``runs/<name>/checkpoints/best.ckpt``.
+        device: where its parameters go.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`, or if what builds the policy cannot be imported, or the weights do
+            not fit the network that it builds.
+    """
+    checkpoint = read_checkpoint(path)
+    spec = checkpoint[CHECKPOINT_KEY].get("policy")
+    if spec is None:
+        raise CheckpointError(f"{path} does not describe its policy's network")
+    try:
+        policy = builder_of(spec["builder"])(**spec["arguments"])
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"the policy of {path} cannot be built: {reason}") from error
+    prefix = "policy."
+    weights = {
+        name[len(prefix) :]: value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)
+    }
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} holds the weights of another network: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    return policy.to(device).eval()

@@ -1,0 +1,173 @@
+"""Folders of runs: configuration, versions, and what a resumed run reads back. Imports neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+
+from offtrace.agents.config import Config
+
+RUNS = Path("runs")
+
+
+class RunError(ValueError):
+    """A run's folder that cannot be made or used; the message is one sentence."""
+
+
+def new_run(config: Config) -> Path:
+    """Makes ``runs/<name>``; the name is ``config.train.name``, or made from task, seed and time.
+
+    Raises:
+        RunError: if the folder exists with something in it, or cannot be written.
+    """
+    task = config.task.replace("/", "-").replace(":", "-")
+    name = config.train.name or f"{task}-s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise RunError(f"train.name is {name}; it must be the name of a folder inside {RUNS}")
+    folder = RUNS / name
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise RunError(_occupied(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"the run folder {folder.absolute()} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def _occupied(folder: Path) -> str:
+    if (folder / "checkpoints" / "last.ckpt").is_file():
+        return f"{folder} holds a run already; go on with it by --resume {folder}, or give another --train.name"
+    return f"{folder} is not empty and has no checkpoint to --resume; remove it, or give another --train.name"
+
+
+def write_config(config: Config, folder: Path, *, resumed: bool = False) -> None:
+    """Writes ``config.yaml`` and ``versions.json``; a resumed run keeps the first versions and adds the new ones."""
+    found = versions()
+    if resumed:
+        found = _with_resumption(folder / "versions.json", found)
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    (folder / "versions.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _with_resumption(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    try:
+        first = json.loads(path.read_text())
+        return {**first, "resumed": [*first.get("resumed", []), found]}
+    except (OSError, ValueError, AttributeError, TypeError):  # lost or edited: the new versions are still worth keeping
+        return {"resumed": [found]}
+
+
+def discard(folder: Path) -> bool:
+    """Removes the folder of a run that was refused before it began, so that its name is free; ``False`` if it began."""
+    if not {path.name for path in folder.iterdir()} <= {"config.yaml", "versions.json"}:
+        return False
+    shutil.rmtree(folder)
+    return True
+
+
+def keep_metrics(folder: Path) -> None:
+    """Puts ``metrics.csv`` aside as ``metrics.part<n>.csv``: Lightning's CSV logger removes what a resumed run had."""
+    metrics = folder / "metrics.csv"
+    if metrics.exists():
+        metrics.rename(folder / f"metrics.part{len(metric_parts(metrics))}.csv")
+
+
+def metric_parts(metrics: Path) -> list[Path]:
+    """The files :func:`keep_metrics` put aside beside ``metrics.csv``, the oldest first."""
+    parts: list[Path] = []
+    while (part := metrics.with_name(f"metrics.part{len(parts)}.csv")).exists():
+        parts.append(part)
+    return parts
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def read_config(folder: Path, kind: type[ConfigT]) -> ConfigT:
+    """The configuration, of type ``kind``, that a run was started with.
+
+    Raises:
+        RunError: if the folder or its ``config.yaml`` is missing or damaged, or of another recipe.
+    """
+    path = folder / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text())
+        groups = get_type_hints(kind)
+        for field in fields(kind):
+            for key in sorted(set(content[field.name]) - {own.name for own in fields(groups[field.name])}):
+                raise RunError(
+                    f"{folder} is the run of another recipe: its {path.name} has {field.name}.{key}, which this one "
+                    "does not know; resume it with the recipe that it was started with"
+                )
+        return kind(**{f.name: groups[f.name](**content[f.name]) for f in fields(kind)})
+    except OSError as error:
+        raise RunError(f"{folder} is not the folder of a run: {path.name} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def versions() -> dict[str, Any]:
+    """What a result depends on: packages, commit, command, machine."""
+    packages = ("offtrace", "torch", "torchrl", "tensordict", "lightning", "gymnasium", "ale-py", "numpy")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return {
+        "packages": found,
+        "commit": commit_of(Path(__file__).resolve().parent),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "gpus": _gpus(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def commit_of(folder: Path) -> str | None:
+    """The git commit of a folder, ``+`` behind it where files differ from it; ``None`` if git does not track it.
+
+    An installed copy inside somebody's repository is not tracked there, and that repository's commit says nothing.
+    """
+    if not _output(["git", "ls-files", "."], folder):
+        return None
+    commit = _output(["git", "rev-parse", "HEAD"], folder)
+    return commit and commit + ("+" if _output(["git", "status", "--porcelain"], folder) else "")
+
+
+def _output(command: list[str], folder: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _gpus() -> list[str]:
+    found = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
+    return found.splitlines() if found else []
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,69 @@
+"""One actor in the learner's own process, which acts when it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from offtrace.modules.collectors.actors import ActorCollector
+from offtrace.modules.collectors.weights import SharedWeights
+from offtrace.modules.envs import EnvironmentFailure
+
+
+class LocalBackend:
+    """Meets :class:`~offtrace.modules.collectors.protocol.Backend`: a rollout begins when it is asked for.
+
+    Nothing runs beside the learner. Actions are drawn from the generators of this process.
+
+    Args:
+        env_fn: gives the environment.
+        shared: the weights.
+        options: of :class:`ActorCollector`.
+    """
+
+    def __init__(self, env_fn: Callable[..., Any], shared: SharedWeights, options: dict[str, Any]) -> None:
+        self._shared = shared
+        self._collector = ActorCollector(env_fn, return_same_td=True, shared=shared, **options)
+        self._iterator: Iterator[TensorDictBase] | None = None
+
+    @property
+    def version(self) -> int:
+        """As of the protocol."""
+        return self._shared.version
+
+    @version.setter
+    def version(self, value: int) -> None:
+        self._shared.version = value
+
+    @property
+    def num_envs(self) -> int:
+        """As of the protocol."""
+        return self._shared.num_envs
+
+    def publish(self, tensors: Mapping[str, Tensor]) -> int:
+        """As of the protocol."""
+        return self._shared.publish(tensors)
+
+    def take(self, copied: Callable[[TensorDictBase], TensorDictBase]) -> tuple[TensorDictBase, int]:
+        """As of the protocol; the actor is number 0.
+
+        Raises:
+            EnvironmentFailure: the environment or the policy raised.
+        """
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._collector)
+            return copied(next(self._iterator)), 0
+        except EnvironmentFailure:
+            raise
+        except Exception as error:
+            raise self._shared.failure(error) from error
+
+    def shutdown(self) -> None:
+        """As of the protocol."""
+        self._shared.stop()
+        self._collector.shutdown()
+        self._iterator = None

@@ -1,0 +1,97 @@
+"""From an environment and a policy to a collector."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import cloudpickle
+import torch
+from torchrl.envs import EnvBase
+
+from offtrace.modules.collectors.actors import actor_seed
+from offtrace.modules.collectors.local import LocalBackend
+from offtrace.modules.collectors.processes import ProcessBackend
+from offtrace.modules.collectors.protocol import Backend, Collector
+from offtrace.modules.collectors.rollouts import RolloutCollector
+from offtrace.modules.collectors.weights import SharedWeights
+
+
+def lag_bound(num_workers: int, updates_per_rollout: int, push_interval: int = 1) -> int:
+    """Largest policy lag, in learner updates, that a sample can have when it is used.
+
+    Let the learner make U updates on each rollout and push its weights every P updates. Rollouts are taken from the W
+    workers in turn, and a worker begins its next rollout when its last one is taken. From then until that next rollout
+    is taken the learner works on one rollout of every worker, W U updates; the last update on it sees U - 1 more. The
+    weights pushed last were at most P - 1 updates old when the rollout began. So
+
+        lag <= W U + (U - 1) + (P - 1).
+
+    In process (W = 0) the rollout begins when it is asked for, and the formula holds with W = 0.
+    """
+    return num_workers * updates_per_rollout + (updates_per_rollout - 1) + (push_interval - 1)
+
+
+def make_collector(
+    env_fn: Callable[..., EnvBase],
+    policy: Any,
+    *,
+    frames_per_batch: int,
+    num_workers: int = 1,
+    seed: int = 0,
+    start: int = 0,
+    rank: int = 0,
+    step_timeout: float = 60.0,
+    threads_per_worker: int = 1,
+    device: str | torch.device = "cpu",
+) -> Collector:
+    """Collector of rollouts ``[N, T]``, in process or in N processes.
+
+    Args:
+        env_fn: called as ``env_fn(seed=...)`` where it acts; gives an environment of batch size ``[N]``. Must pickle.
+        policy: a TensorDict policy; the actors get a copy.
+        frames_per_batch: N T agent steps, the size of one rollout of one actor.
+        num_workers: actor processes. 0: collect in this process, when asked; nothing runs beside the learner then, and
+            actions are drawn from the generators of this process, which are left as they are.
+        seed, rank, start: the seed of worker w is ``actor_seed(seed, rank, w, start)``. A resumed run gives its frames
+            as ``start``, so that it does not meet the start states and the noise of its beginning again.
+        step_timeout: seconds that one step (a reset included) may take in an actor process. Not applied in process.
+        threads_per_worker: torch threads of an actor process. Two processes of one thread do more than one of two.
+        device: where the actors run their copy of the policy; rollouts are always on the CPU.
+
+    Raises:
+        ValueError: a size is not positive or frames_per_batch does not divide by N.
+        EnvironmentFailure: an actor process did not come up; its own message is in the text.
+    """
+    for name, value, least in (
+        ("frames_per_batch", frames_per_batch, 1),
+        ("num_workers", num_workers, 0),
+        ("threads_per_worker", threads_per_worker, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}.")
+    if step_timeout <= 0:
+        raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds.")
+    actor = copy.deepcopy(policy).to("cpu")
+    shared = SharedWeights(actor, num_workers, torch.multiprocessing.get_context("spawn"))
+    seeds = [actor_seed(seed, rank, worker, start) for worker in range(max(num_workers, 1))]
+    env_fns = [partial(env_fn, seed=s) for s in seeds]
+    options: dict[str, Any] = {
+        "policy_bytes": cloudpickle.dumps(actor),
+        "seeds": seeds,
+        "device": device,
+        "frames_per_batch": frames_per_batch,
+        "total_frames": -1,
+        "trust_policy": True,
+        "no_cuda_sync": torch.device(device).type == "cpu",
+        "use_buffers": True,
+        "auto_register_policy_transforms": True,
+    }
+    backend: Backend
+    if num_workers == 0:
+        backend = LocalBackend(env_fns[0], shared, options)
+    else:
+        backend = ProcessBackend(env_fns, shared, options, step_timeout=step_timeout, threads=threads_per_worker)
+    return RolloutCollector(backend, frames_per_batch=frames_per_batch)

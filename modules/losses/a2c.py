@@ -1,0 +1,124 @@
+"""The loss of advantage actor-critic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
+
+from offtrace.modules.estimators.state_values import StateValueEstimator
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.policy_gradient import check_positive, explained_variance, ratio_diagnostics
+from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.steps import check_arguments
+from offtrace.modules.losses.unroll import evaluate_rollout, state_values
+
+_LOSSES = ("loss_policy", "loss_value", "loss_entropy")
+_DIAGNOSTICS = ("entropy", "explained_variance", "advantage_std", "valid_count")
+_OF_RATIOS = ("ess", "kl", "ratio_mean")
+
+
+class A2CLoss(Loss):
+    """Policy gradient, value and entropy terms over one shared actor-critic, called once per batch.
+
+    Over the valid steps of a rollout [B, T], with the return R and the advantage A held constant::
+
+        loss_policy  = mean of  -A log pi(a|x)
+        loss_value   = mean of  value_coef * 1/2 (R - V(x))^2
+        loss_entropy = mean of  -entropy_coef * H(pi(.|x))
+
+    Mnih et al. 2016, arXiv 1602.01783: there R is the n-step return up to the end of the rollout, which is ``"gae"``
+    with a lmbda of 1, and A = R - V(x). The total loss is the sum of the three. The network runs once over the rollout,
+    as in :class:`ImpalaLoss`, of which this is the member without ratios.
+
+    Args:
+        policy: as of :class:`ImpalaLoss`.
+        estimator: of state values, gives R and A: ``"gae(lmbda=0.95)"``, ``"n_step(n=5)"``, ``"vtrace"`` ..., an import
+            path, or an object; see :mod:`offtrace.modules.estimators`.
+        gamma: discount per step.
+        value_coef, entropy_coef: weights of the two terms.
+        reduction: ``"mean"`` or ``"sum"`` over valid steps.
+        reward_clip: clip rewards to [-reward_clip, reward_clip]; None leaves them.
+        normalize_advantage: as of :class:`ImpalaLoss`.
+
+    Reads what :class:`ImpalaLoss` reads; ``"action_log_prob"`` is needed by an estimator with ratios alone, and read
+    where it is there.
+
+    Returns the three losses and, detached scalars over the valid steps, those of the estimator; ``entropy`` in nats;
+    ``explained_variance`` of the targets by the value; ``advantage_std``, before normalisation; ``valid_count``; and,
+    where the behaviour policy's log-probabilities are there, ``ess``, ``kl`` and ``ratio_mean``, as
+    :class:`ImpalaLoss`: of data from this very policy 1, 0 and 1. ``out_keys`` lists what is always there.
+
+    Raises:
+        ValueError: on an argument out of range, an estimator that does not fit, or a batch that is not [B, T].
+        KeyError: when an entry is missing, by its name.
+    """
+
+    def __init__(
+        self,
+        policy: ProbabilisticTensorDictSequential,
+        *,
+        estimator: str | StateValueEstimator = "gae",
+        gamma: float = 0.99,
+        value_coef: float = 0.5,
+        entropy_coef: float = 0.01,
+        reduction: str = "mean",
+        reward_clip: float | None = None,
+        normalize_advantage: bool = False,
+    ) -> None:
+        check_arguments(reduction=reduction, gamma=gamma)
+        check_positive(reward_clip=reward_clip)
+        super().__init__()
+        self.bind_estimator(estimator, "state", gamma=gamma)
+        self.policy = policy
+        self.state_keys = list(policy.in_keys)
+        self.bind_networks()
+        self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
+        self.reward_clip, self.normalize_advantage = reward_clip, normalize_advantage
+        self.out_keys = self._outputs()
+
+    def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> Loss:
+        """As of :class:`~.base.Loss`."""
+        super().make_value_estimator(value_type, **hyperparams)
+        self.out_keys = self._outputs()
+        return self
+
+    def _outputs(self) -> list[str]:
+        keys = [*_LOSSES, *_DIAGNOSTICS, *_OF_RATIOS, *self.estimator.diagnostic_keys]
+        known = self.estimator.uses_behaviour
+        return [key for key in dict.fromkeys(keys) if known or key not in _OF_RATIOS]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of a rollout [B, T]."""
+        # one call of the network over the steps and their successors
+        policy = evaluate_rollout(
+            self, tensordict, reward_clip=self.reward_clip, needs_behaviour=self.estimator.uses_behaviour
+        )
+        value, next_value = state_values(self, policy)
+        stats = Stats(policy.outcome.valid, policy.outcome.reward)
+        reduce = stats.sum if self.reduction == "sum" else stats.mean
+
+        # return and advantage, constant
+        estimate = self.estimator.estimate(policy.outcome, value=value, next_value=next_value, log_rho=policy.log_rho)
+        advantage = estimate.advantage
+        if self.normalize_advantage:
+            advantage = stats.standardised(advantage, estimate.weight)
+
+        # the three terms
+        entropy, error = policy.dist.entropy(), estimate.target - value
+        out = {
+            "loss_policy": -reduce(advantage * policy.log_pi),
+            "loss_value": (0.5 * self.value_coef) * reduce(error.square()),
+            "loss_entropy": -self.entropy_coef * reduce(entropy),
+        }
+
+        # diagnostics
+        with torch.no_grad():
+            out["entropy"] = stats.mean(entropy)
+            out["advantage_std"] = stats.std(estimate.advantage)
+            out["explained_variance"] = explained_variance(estimate.target, error, stats)
+            out["valid_count"] = stats.count
+        return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])

@@ -1,0 +1,61 @@
+"""What the losses do with the values of K critics: the least, those of an action, distributions over atoms."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def least(values: Tensor) -> Tensor:
+    """The least of K values [*, K], [*]."""
+    return values.squeeze(-1) if values.shape[-1] == 1 else values.min(-1).values
+
+
+def least_mean(logits: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+    """Of K distributions over atoms the one of the least mean: that mean [*], and its probabilities [*, atoms].
+
+    Args:
+        logits: [*, K, atoms].
+        support: the atoms, [atoms].
+    """
+    probs = logits.softmax(-1)
+    means = probs @ support
+    if logits.shape[-2] == 1:
+        return means.squeeze(-1), probs.squeeze(-2)
+    value, which = means.min(-1)
+    index = which[..., None, None].expand(*which.shape, 1, probs.shape[-1])
+    return value, probs.gather(-2, index).squeeze(-2)
+
+
+def of_action(values: Tensor, action: Tensor) -> Tensor:
+    """Of ``values`` [M, K, A] those of ``action`` int64 [M]: [M, K]; of [M, K, A, atoms]: [M, K, atoms]."""
+    index = action.view(-1, 1, 1, *(1,) * (values.ndim - 3)).expand(-1, values.shape[1], 1, *values.shape[3:])
+    return values.gather(2, index).squeeze(2)
+
+
+class CategoricalTerms(NamedTuple):
+    """``cross_entropy`` to the target [M], summed over critics; constant means ``q_value`` [M, K], ``target`` [M]."""
+
+    cross_entropy: Tensor
+    q_value: Tensor
+    target: Tensor
+
+
+def categorical_terms(logits: Tensor, target: Tensor, support: Tensor) -> CategoricalTerms:
+    """What categorical critics learn from, of ``logits`` [M, K, atoms] and a distribution ``target`` [M, atoms].
+
+    Source: Bellemare et al. 2017, arXiv 1707.06887 (C51).
+    """
+    cross_entropy = -(target.unsqueeze(-2) * logits.log_softmax(-1)).sum((-2, -1))
+    return CategoricalTerms(cross_entropy, logits.detach().softmax(-1) @ support, target @ support)
+
+
+def divergence(cross_entropy: Tensor, target: Tensor, critics: int) -> Tensor:
+    """Mean over critics of KL(target || critic), [M], constant, of what :func:`categorical_terms` takes and gives.
+
+    A target of traces may have negative entries, which are taken as 0 in its entropy; the result is never below 0.
+    """
+    mass = target.clamp(min=0)
+    return (cross_entropy.detach() / critics + torch.xlogy(mass, mass).sum(-1)).clamp(min=0)

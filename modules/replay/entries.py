@@ -1,0 +1,111 @@
+"""Which entries of a rollout a replay stores, and the words for what is wrong with one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from offtrace.modules.keys import (
+    ACTION,
+    DONE,
+    EPISODE_END,
+    EPISODE_LENGTH,
+    EPISODE_REWARD,
+    INDEX,
+    IS_INIT,
+    NEXT,
+    OBSERVATION,
+    POLICY_VERSION,
+    REWARD,
+    TERMINATED,
+    TRUNCATED,
+    VALID,
+    WEIGHT,
+    WORKER,
+)
+
+Key = tuple[str, ...]
+
+# Bookkeeping of episodes and collectors, and flags, of which one byte a step is kept.
+_LEFT_OUT = {
+    DONE, TERMINATED, TRUNCATED, IS_INIT, VALID, EPISODE_REWARD, EPISODE_LENGTH, EPISODE_END, WORKER, "collector",
+    "_reset",
+}  # fmt: skip
+
+
+def entries_of(data: TensorDictBase) -> dict[Key, Tensor]:
+    """All tensors by their whole key."""
+    return {(key,) if isinstance(key, str) else tuple(key): tensor for key, tensor in data.items(True, True)}
+
+
+def nested(flat: Mapping[Key, Any]) -> dict[str, Any]:
+    """Dicts in dicts, from values by their whole key."""
+    out: dict[str, Any] = {}
+    for key, value in flat.items():
+        level = out
+        for name in key[:-1]:
+            level = level.setdefault(name, {})
+        level[key[-1]] = value
+    return out
+
+
+def choose(entries: Mapping[Key, Tensor]) -> tuple[list[Key], dict[Key, tuple[tuple[int, ...], torch.dtype]]]:
+    """What is stored of rollouts ``[N, T]`` like this one.
+
+    Returns:
+        The entries of the state, which are there under ``"next"`` as well and stored once; and shape and type of one
+        step of each stored entry.
+
+    Raises:
+        ValueError: an entry is missing that no replay can do without, or has a name that a replay gives its samples.
+    """
+    for name in (INDEX, WEIGHT):
+        if (name,) in entries:
+            raise ValueError(f"the rollout has {name!r}, a name that the replay gives its samples; call it otherwise")
+    for key in ((ACTION,), (NEXT, REWARD), (NEXT, TERMINATED)):
+        if key not in entries:
+            raise ValueError(f"the rollout lacks {_say(key)}, which a replay needs")
+    state = [key for key in entries if _stored(key) and (NEXT, *key) in entries and _stored((NEXT, *key))]
+    if not any(key[0] == OBSERVATION for key in state):
+        raise ValueError(f"the rollout lacks {OBSERVATION!r}, at its root or under {NEXT!r}; a replay needs both")
+    kept = {key: x for key, x in entries.items() if _kept(key, state)}
+    return state, {key: (tuple(x.shape[2:]), x.dtype) for key, x in kept.items()}
+
+
+def check(entries: Mapping[Key, Tensor], state: list[Key], leaves: Mapping[Key, Tensor]) -> None:
+    """Refuses a rollout whose entries are not those of the first one.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    if (NEXT, TERMINATED) not in entries:
+        raise ValueError(f"the rollout lacks {_say((NEXT, TERMINATED))}, which a replay needs")
+    for key, leaf in leaves.items():
+        for one in (key, (NEXT, *key)) if key in state else (key,):
+            if one not in entries:
+                raise ValueError(f"the rollout lacks {_say(one)}, which the replay stores")
+            found = entries[one]
+            if found.shape[2:] != leaf.shape[1:] or found.dtype != leaf.dtype:
+                raise ValueError(
+                    f"{_say(one)} is {found.dtype} {list(found.shape[2:])} in the rollout, but {leaf.dtype} "
+                    f"{list(leaf.shape[1:])} in the replay"
+                )
+    for key in entries:
+        if key not in leaves and _kept(key, state):
+            raise ValueError(f"the rollout has {_say(key)}, which the first one did not have")
+
+
+def _stored(key: Key) -> bool:
+    return key[0] not in _LEFT_OUT and not (key[0] == NEXT and (key[1] in _LEFT_OUT or key[1] == POLICY_VERSION))
+
+
+def _kept(key: Key, state: list[Key]) -> bool:
+    return _stored(key) and not (key[0] == NEXT and key[1:] in state)
+
+
+def _say(key: Key) -> str:
+    return repr(key[0] if len(key) == 1 else key)

@@ -1,0 +1,206 @@
+"""How a replay draws: uniformly, or by priority."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from offtrace.modules.replay.sum_tree import SumTree
+
+
+class Sampler(Protocol):
+    """Draws the slots with which samples begin. A replay tells it which slots may be drawn, and owns it.
+
+    Attributes:
+        bytes_per_slot: memory.
+    """
+
+    bytes_per_slot: int
+
+    def bind(self, slots: int) -> None:
+        """Called once, by the replay that has ``slots`` slots, before all else."""
+
+    def __len__(self) -> int:
+        """Slots that may be drawn."""
+
+    def __str__(self) -> str:
+        """Name and settings. A replay that was saved with others is refused."""
+
+    def add(self, slots: np.ndarray) -> None:
+        """From now on ``slots`` ``[M]`` may be drawn; they could not be before."""
+
+    def remove(self, slots: np.ndarray) -> None:
+        """``slots`` ``[M]``, which could be drawn, no longer may."""
+
+    def draw(self, number: int, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+        """Slots int64 ``[number]``, with replacement, and their importance weights float32, None where all are 1."""
+
+    def update(self, slots: np.ndarray, priority: np.ndarray) -> None:
+        """New priorities float64 ``[M]``, finite and not negative, of slots that may be drawn."""
+
+    def save(self, starts: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Arrays and numbers to be saved; ``starts`` are the slots that may be drawn, in ascending order."""
+
+    def restore(self, starts: np.ndarray, arrays: dict[str, np.ndarray], numbers: dict[str, float]) -> None:
+        """Takes over what :meth:`save` gave. The next draws are those that would have come then."""
+
+
+class Uniform:
+    """Every slot alike. They are kept in a list, in which one that goes is replaced by the last: a draw is a lookup."""
+
+    bytes_per_slot = 8
+
+    def __init__(self) -> None:
+        self._slots = self._place = np.zeros(0, np.int32)
+        self._count = 0
+
+    def bind(self, slots: int) -> None:
+        """As :meth:`Sampler.bind`."""
+        _check_free(self._slots.size)
+        self._slots = np.zeros(slots, np.int32)
+        self._place = np.full(slots, -1, np.int32)  # in the list; -1 of a slot that is not in it
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __str__(self) -> str:
+        return "uniform"
+
+    def add(self, slots: np.ndarray) -> None:
+        """As :meth:`Sampler.add`."""
+        places = np.arange(self._count, self._count + len(slots))
+        self._slots[places] = slots
+        self._place[slots] = places
+        self._count += len(slots)
+
+    def remove(self, slots: np.ndarray) -> None:
+        """As :meth:`Sampler.remove`."""
+        left = self._count - len(slots)
+        places = self._place[slots]
+        self._place[slots] = -1
+        last = self._slots[left : self._count]
+        stay = last[self._place[last] >= 0]
+        holes = places[places < left]
+        self._slots[holes] = stay
+        self._place[stay] = holes
+        self._count = left
+
+    def draw(self, number: int, generator: torch.Generator) -> tuple[np.ndarray, None]:
+        """As :meth:`Sampler.draw`."""
+        draw = torch.randint(self._count, (number,), generator=generator).numpy()
+        return self._slots.take(draw).astype(np.int64), None
+
+    def update(self, slots: np.ndarray, priority: np.ndarray) -> None:
+        """Refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("the replay samples uniformly and has no priorities; give it sampler=Prioritized()")
+
+    def save(self, starts: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """The list, whose order decides what a draw gives."""
+        return {"slots": self._slots[: self._count]}, {}
+
+    def restore(self, starts: np.ndarray, arrays: dict[str, np.ndarray], numbers: dict[str, float]) -> None:
+        """As :meth:`Sampler.restore`."""
+        slots = arrays["slots"]
+        self._count = len(slots)
+        self._slots[: self._count] = slots
+        self._place[:] = -1
+        self._place[slots] = np.arange(self._count, dtype=np.int32)
+
+
+class Prioritized:
+    """In proportion to priorities (Schaul et al. 2016, arXiv 1511.05952, section 3.3).
+
+    Item i has priority ``p_i``, the largest of all so far when it is new, 1 at first, and ``priority + epsilon`` after
+    an update. It is drawn with probability ``P(i) = p_i^alpha / sum_k p_k^alpha``, where k runs over all N items, and
+    has the importance weight ``(N P(i))^-beta``. Weights are not normalised: a loss divides them by the largest of its
+    batch.
+
+    Args:
+        alpha: at least 0; 0 draws uniformly.
+        beta: at least 0; 1 corrects fully, 0 not at all.
+        epsilon: at least 0; lets an item without error be drawn again.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Attributes:
+        beta: may be changed between samples; the caller anneals it. It is saved with the replay.
+    """
+
+    bytes_per_slot = 9  # a sixteenth of the sums, rounded up
+
+    def __init__(self, alpha: float = 0.6, beta: float = 0.4, epsilon: float = 1e-6) -> None:
+        for name, value in {"alpha": alpha, "beta": beta, "epsilon": epsilon}.items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be at least 0 and finite")
+        self.alpha, self.beta, self.epsilon = alpha, beta, epsilon
+        self._largest = 1.0
+        self._tree = SumTree(0)
+        self._count = 0
+
+    def bind(self, slots: int) -> None:
+        """As :meth:`Sampler.bind`."""
+        _check_free(self._tree.leaves.size)
+        self._tree = SumTree(slots)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __str__(self) -> str:
+        return f"prioritized(alpha={self.alpha}, epsilon={self.epsilon})"
+
+    def add(self, slots: np.ndarray) -> None:
+        """As :meth:`Sampler.add`."""
+        self._tree.set(slots, self._largest**self.alpha)
+        self._count += len(slots)
+
+    def remove(self, slots: np.ndarray) -> None:
+        """As :meth:`Sampler.remove`."""
+        self._tree.set(slots, 0.0)
+        self._count -= len(slots)
+
+    def draw(self, number: int, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`Sampler.draw`.
+
+        Raises:
+            ValueError: there is nothing in proportion to which to draw.
+        """
+        total = self._tree.total
+        if not 0 < total < float("inf"):
+            raise ValueError(
+                f"the priorities, to the power alpha {self.alpha}, add up to {total}; it must be above 0 and finite"
+            )
+        mass = torch.rand(number, dtype=torch.float64, generator=generator).numpy() * total
+        slots, value = self._tree.find(mass)
+        return slots, ((self._count * value / total) ** -self.beta).astype(np.float32)
+
+    def update(self, slots: np.ndarray, priority: np.ndarray) -> None:
+        """As :meth:`Sampler.update`; of a slot that is there twice the last priority counts."""
+        if not len(slots):
+            return
+        priority = priority + self.epsilon
+        self._largest = max(self._largest, float(priority.max()))
+        self._tree.set(slots, priority**self.alpha)
+
+    def save(self, starts: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """As :meth:`Sampler.save`."""
+        return {"powers": self._tree.leaves[starts]}, {"beta": self.beta, "largest": self._largest}
+
+    def restore(self, starts: np.ndarray, arrays: dict[str, np.ndarray], numbers: dict[str, float]) -> None:
+        """As :meth:`Sampler.restore`."""
+        leaves = np.zeros(len(self._tree.leaves))
+        leaves[starts] = arrays["powers"]
+        self._tree.fill(leaves)
+        self._count = len(starts)
+        self.beta, self._largest = numbers["beta"], numbers["largest"]
+
+
+def _check_free(slots: int) -> None:
+    if slots:
+        raise ValueError("the sampler belongs to a replay already; give each replay a sampler of its own")
