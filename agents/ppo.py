@@ -54,7 +54,7 @@ class LossConfig(Group):
         check_estimator(at, self.estimator, "state")
         checks = Checks(self, at)
         checks.fraction("gamma")
-        checks.positive("clip_epsilon")
+        checks.require("clip_epsilon", lambda value: 0 < value < 1, "above 0 and below 1")
         checks.at_least(0, "value_coef", "entropy_coef")
         checks.positive_or_null("reward_clip", "value_clip")
 

@@ -110,6 +110,7 @@ def test_an_lstm_trains_where_the_algorithm_has_one(algorithm: str, task: str, t
 def test_a_network_of_the_users_reads_dictionaries(algorithm: str, tmp_path: Path) -> None:
     config = small(config_class(algorithm)(), "Dictionary")
     config.env.flatten, config.network.encoder = False, f"{HERE}:own_encoder"
+    config.network.normalize = True
     runs(config, tmp_path)
 
 

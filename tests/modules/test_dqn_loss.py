@@ -464,3 +464,22 @@ def test_rewards_are_clipped_before_they_are_scaled() -> None:
         torch.testing.assert_close(found[name], value, equal_nan=True)
     with pytest.raises(ValueError, match=r"reward_clip must be positive or None, got 0"):
         dqn(reward_clip=0)
+
+
+def test_a_module_that_keeps_its_network_by_that_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = QNetwork()
+            self.values = nn.ModuleList()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x)
+
+    torch.manual_seed(0)
+    module = TensorDictModule(Named(), ["observation"], ["action_value"])
+    for policy in (module, TensorDictSequential(module)):
+        policy.network = module.module.network  # type: ignore[assignment]
+        losses = DQNLoss(policy.double(), gamma=GAMMA)(batch(5))
+        plain = TensorDictModule(module.module.network, ["observation"], ["action_value"])
+        torch.testing.assert_close(losses["loss_q"], DQNLoss(plain, gamma=GAMMA)(batch(5))["loss_q"])
