@@ -156,7 +156,8 @@ def control_config() -> DQNConfig:
 
 
 def atari_config() -> DQNConfig:
-    """Pong at the settings of RL Baselines3 Zoo, 40 million frames."""
+    """Pong, near the settings of RL Baselines3 Zoo, 40 million frames."""
+    # the defaults are double, with min_size 20,000 and eps 1e-5; the zoo has plain DQN, a start at 100,000 and eps 1e-8
     config = DQNConfig()
     config.loss.reward_clip, config.loss.epsilon_end = 1.0, 0.01
     config.train = ReplayTrainConfig(total_frames=40_000_000, eval_every=1_000_000, checkpoint_every=1_000_000)

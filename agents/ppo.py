@@ -28,8 +28,8 @@ class LossConfig(Group):
     """The loss; the paper's values for control."""
 
     estimator: str = "gae(lmbda=0.95)"
-    """Of the advantages, which are fixed over the passes: gae, vtrace ..., with options in brackets; or
-    package.module:Class of an own one."""
+    """Of the advantages, which are fixed over the passes: gae, n_step, with options in brackets; or
+    package.module:Class of an own one, whose advantages are not weighted by the ratio."""
     gamma: float = 0.99
     """Discount per agent step."""
     clip_epsilon: float = 0.2
@@ -117,8 +117,9 @@ def make_ppo(config: PPOConfig) -> tuple[Agent, RolloutData]:
 
 
 def control_config() -> PPOConfig:
-    """CartPole at the settings of RL Baselines3 Zoo."""
+    """CartPole, near the settings of RL Baselines3 Zoo."""
     config = PPOConfig(env=EnvConfig(task="CartPole-v1", num_envs=8), collector=CollectorConfig(0, unroll=32))
+    # value_coef: before half the square; the zoo has 0.5 before the whole square
     config.loss = LossConfig("gae(lmbda=0.8)", gamma=0.98, anneal_clip=True, entropy_coef=0.0, value_coef=0.01)
     config.optim.lr = 1e-3
     config.train = TrainConfig(

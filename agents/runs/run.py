@@ -75,7 +75,7 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
         print("recording one episode; --train.record false leaves it out", file=sys.stderr)
         best = _last(folder).with_name("best.ckpt")
         checkpoint = best if best.exists() else _last(folder)
-        _safely("the recorded episode", lambda: record_episode(config, checkpoint, folder / "game.gif"))
+        _safely("the recorded episode", lambda: record_episode(config, checkpoint, folder / "episode.gif"))
     return summary
 
 

@@ -140,8 +140,11 @@ def runs(config: Any, folder: Path) -> None:
     options = {name: value for name, value in config.env_options().items() if name != "last_step"}
     env = make_env(config.task, 2, seed=5, evaluation=True, last_step=config.network.recurrent > 0, **options)
     step = policy(env.reset())
-    assert env.action_spec.is_in(step["action"]) or step["action"].is_floating_point()
-    assert torch.isfinite(step["action"].float()).all()
+    action = step["action"]
+    assert action.shape == env.action_spec.shape
+    assert env.action_spec.is_in(action)  # and inside [-1, 1], where the task's bounds are mapped to that
+    assert torch.isfinite(action.float()).all()
+    env.step(step)  # the task checks that what is executed is legal and inside its bounds
     env.close()
 
 
