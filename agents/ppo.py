@@ -28,8 +28,8 @@ class LossConfig(Group):
     """The loss; the paper's values for control."""
 
     estimator: str = "gae(lmbda=0.95)"
-    """Of the advantages, which are fixed over the passes: gae, n_step, with options in brackets; or
-    package.module:Class of an own one, whose advantages are not weighted by the ratio."""
+    """Of the advantages, which are fixed over the passes: gae, vtrace ..., with options in brackets; or
+    package.module:Class of an own one."""
     gamma: float = 0.99
     """Discount per agent step."""
     clip_epsilon: float = 0.2
