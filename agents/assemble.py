@@ -269,20 +269,28 @@ def _normalizer_update(config: Config, policy: Any) -> Callable[[TensorDictBase]
     normalizer = policy.network.normalizer
 
     def update(rollout: TensorDictBase) -> None:
-        observations = rollout[OBSERVATION].flatten(0, 1).to(normalizer.mean.device)
+        device = next(normalizer.buffers()).device  # Lightning moves it after this
+        found = rollout[OBSERVATION]
         valid = rollout.get(VALID, None)
-        valid = torch.ones(len(observations), 1, dtype=torch.bool) if valid is None else valid.flatten(0, 1)
-        valid = valid.to(observations.device)
-        if torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size()
-            everybody = [torch.empty_like(observations) for _ in range(ranks)]
-            known = [torch.empty_like(valid) for _ in range(ranks)]
-            torch.distributed.all_gather(everybody, observations.contiguous())
-            torch.distributed.all_gather(known, valid.contiguous())
-            observations, valid = torch.cat(everybody), torch.cat(known)
-        normalizer.update(observations, valid)
+        if valid is None:
+            valid = torch.ones(*rollout.batch_size, 1, dtype=torch.bool)
+        valid = _of_all_ranks(valid.flatten(0, 1).to(device))
+        if isinstance(found, TensorDictBase):  # images are not normalised: they need not cross
+            vectors = {name: found[name].flatten(0, 1).to(device) for name in normalizer.names}
+            normalizer.update({name: _of_all_ranks(vector) for name, vector in vectors.items()}, valid)
+        else:
+            normalizer.update(_of_all_ranks(found.flatten(0, 1).to(device)), valid)
 
     return update
+
+
+def _of_all_ranks(tensor: Tensor) -> Tensor:
+    """``tensor`` of every rank, one behind the other."""
+    if not torch.distributed.is_initialized():
+        return tensor
+    everybody = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everybody, tensor.contiguous())
+    return torch.cat(everybody)
 
 
 def _in_turn(hooks: list[Callable[[TensorDictBase], Any]]) -> Callable[[TensorDictBase], None] | None:

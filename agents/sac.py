@@ -19,6 +19,7 @@ from offtrace.agents.config import (
     SeparateOptimConfig,
     check_estimator,
 )
+from offtrace.modules.estimators.names import parse_spec
 
 if TYPE_CHECKING:
     from offtrace.agents.agent import Agent
@@ -57,7 +58,8 @@ class LossConfig(Group):
         checks.fraction("gamma", "entropy_fraction")
         checks.positive("alpha_init", "reward_scale")
         checks.require("fixed_alpha", lambda value: value is None or value >= 0, "at least 0, or null")
-        if self.version == 1 and not self.estimator.startswith(("one_step", "n_step")):
+        name, _ = parse_spec(self.estimator)
+        if self.version == 1 and ":" not in name and name not in ("one_step", "n_step"):  # of an own one the loss knows
             raise ConfigError(
                 f"{at}.estimator is {self.estimator}; version 1 has no target critics: it must be one_step or n_step"
             )

@@ -31,7 +31,7 @@ class TrainConfig(Group):
     final_eval: bool = True
     """Evaluate at the end as well."""
     record: bool = True
-    """Record an episode of the best checkpoint at the end, as game.gif, where the task has pictures."""
+    """Record an episode of the best checkpoint at the end, as episode.gif, where the task has pictures."""
     eval_mode: Literal["sample", "greedy"] = "sample"
     """Actions in evaluations: drawn from the policy, or its mode."""
     checkpoint_every: int = 1_000_000

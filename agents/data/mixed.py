@@ -52,8 +52,8 @@ class MixedData(StoringData):
         minibatches: fresh batches of a rollout in one pass; must divide the environments of a collector.
         epochs: passes over a rollout.
         seed: of the order, and of the number of replayed batches.
-        on_rollout: called once with every fresh rollout ``[N, T]``, on the CPU, before it is dealt. What it writes into
-            it is dealt and stored.
+        on_rollout: called once with every fresh rollout ``[N, T]`` on the learner's device, before it is dealt. The
+            entries that it sets are dealt and stored.
 
     Raises:
         ValueError: a number is out of range, or not exactly one of ``share`` and ``ratio`` is given.
@@ -209,9 +209,13 @@ class MixedStream:
         while data.frames < data.total_frames:
             rollout = next(self._collector)
             data.episodes.note(rollout)
-            if data.on_rollout is not None:
-                data.on_rollout(rollout)
             fresh = rollout.to(self._device, non_blocking=True)
+            if data.on_rollout is not None:
+                before = dict(fresh.items(True, True))
+                data.on_rollout(fresh)
+                for key, entry in fresh.items(True, True):
+                    if before.get(key) is not entry:
+                        rollout.set(key, entry.to("cpu"))
             parts = data.dealer.deal(fresh, self._rank, data.rollouts, dealt=False)
             for number, (part, last) in enumerate(parts):
                 batch = self._joined(part) if data.share is not None and data.replays else part

@@ -44,8 +44,6 @@ class ReplayStore:
         self.folder: Path | None = None
         self.saved: str | None = None
         self._replay_fn = replay_fn
-        self._sampler: Any = None
-        self._beta: float | None = None  # what a sampler with priorities was given; of others None
         self._failed = 0
 
     def __len__(self) -> int:
@@ -60,8 +58,6 @@ class ReplayStore:
     def open(self, rank: int) -> Replay:
         """Makes the empty replay of ``rank``."""
         self.replay = self._replay_fn(rank, self._files(rank))
-        self._sampler = self.replay.sampler
-        self._beta = getattr(self._sampler, "beta", None)
         return self.replay
 
     def restore(self, rank: int) -> bool:
@@ -108,11 +104,9 @@ class ReplayStore:
 
         Args:
             number: of samples.
-            progress: part of the training that is done, in [0, 1]. The exponent ``beta`` of a prioritised sampler grows
-                with it, from what it was given to 1 (Schaul et al. 2016, arXiv 1511.05952, section 3.4).
+            progress: part of the training that is done, in [0, 1], for the sampler to anneal by.
         """
-        if self._beta is not None:
-            self._sampler.beta = self._beta + (1 - self._beta) * min(1.0, progress)
+        self._open.sampler.anneal(progress)
         return self._open.sample(number)
 
     def feedback(self, batch: TensorDictBase) -> None:
@@ -122,13 +116,13 @@ class ReplayStore:
             ValueError: the loss wrote none.
         """
         index = batch.get(INDEX, None)
-        if self._beta is None or index is None:
+        if index is None or not self._open.sampler.prioritized:
             return
         priority = batch.get(PRIORITY, None)
         if priority is None:
             raise ValueError(
                 f"the replay samples by priority, and the loss wrote no {PRIORITY!r} into the batch; make the loss "
-                "with priorities=True"
+                "with priorities=True, or sample uniformly where it has no priorities"
             )
         index = index.cpu()
         sampled = index.reshape(len(index), -1)[:, 0] >= 0  # of fresh rows it is -1

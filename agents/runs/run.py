@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from offtrace.agents.config import Config, ConfigError
-from offtrace.agents.data import MixedData, ReplayData
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
 from offtrace.agents.runs.evaluation import EvaluationResult, evaluate
 from offtrace.agents.runs.folders import discard, write_config
@@ -76,7 +75,7 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
         print("recording one episode; --train.record false leaves it out", file=sys.stderr)
         best = _last(folder).with_name("best.ckpt")
         checkpoint = best if best.exists() else _last(folder)
-        _safely("the recorded episode", lambda: record_episode(config, checkpoint, folder / "game.gif"))
+        _safely("the recorded episode", lambda: record_episode(config, checkpoint, folder / "episode.gif"))
     return summary
 
 
@@ -129,11 +128,13 @@ def check_saved(checkpoint: dict[str, Any], folder: Path) -> None:
     Raises:
         DamagedReplay: one of them cannot be read.
     """
-    for kind in (ReplayData, MixedData):  # Lightning keeps a data module's state by the name of its class
-        saved = checkpoint.get(kind.__qualname__, {}).get("replay")
-        if saved is not None and folder.exists():
-            for rank in sorted(folder.iterdir()):
-                read_folder(rank / saved)
+    if not folder.exists():
+        return
+    # Lightning keeps a data module's state by the name of its class, which may be one of the user's
+    names = {x["replay"] for x in checkpoint.values() if isinstance(x, dict) and isinstance(x.get("replay"), str)}
+    for saved in sorted(names):
+        for rank in sorted(folder.iterdir()):
+            read_folder(rank / saved)
 
 
 def record_episode(config: Config, checkpoint: Path, out: Path) -> None:

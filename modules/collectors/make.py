@@ -71,9 +71,9 @@ def make_collector(
         ("threads_per_worker", threads_per_worker, 1),
     ):
         if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}.")
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
     if step_timeout <= 0:
-        raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds.")
+        raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds")
     actor = copy.deepcopy(policy).to("cpu")
     shared = SharedWeights(actor, num_workers, torch.multiprocessing.get_context("spawn"))
     seeds = [actor_seed(seed, rank, worker, start) for worker in range(max(num_workers, 1))]

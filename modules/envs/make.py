@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,12 +50,6 @@ class EnvInfo:
     def kind(self) -> Literal["discrete", "continuous"]:
         """What the actions are."""
         return "continuous" if self.num_actions is None else "discrete"
-
-    @property
-    def observation_size(self) -> int:
-        """Numbers in one observation."""
-        shape = self.observation_shape
-        return sum(math.prod(entry) for entry in (shape.values() if isinstance(shape, Mapping) else [shape]))
 
 
 def make_env(

@@ -48,8 +48,7 @@ class DQNLoss(Loss):
     the mean over valid steps. Mnih et al. 2015, doi 10.1038/nature14236; double: van Hasselt et al. 2016, arXiv
     1509.06461. The target y, by ``estimator``: ``"one_step"``, as above; ``"n_step(n=3)"``, of the first step of each
     sequence; or a trace, of every step, whose target policy takes the online network's best action: by ``"retrace"``
-    c = lmbda min(1, pi/mu), which is Watkins' Q(lambda) weighted by 1 / mu up to 1: it is cut where the batch's action
-    was not the best.
+    c = lmbda where the batch's action is the best, else 0: Watkins' Q(lambda).
 
     What the network writes says what is learnt: ``"action_value"`` [*B, K, A] or [*B, A], dueling or not; or
     ``"value_logits"`` [*B, K, A, atoms] beside a buffer ``support`` [atoms]: a distribution over returns (C51), whose

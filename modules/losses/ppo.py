@@ -92,7 +92,9 @@ class PPOLoss(Loss):
         self.bind_estimator(estimator, "state", gamma=gamma)
         self.policy = policy
         self.state_keys = list(policy.in_keys)
-        self.is_recurrent = any(isinstance(key, tuple) and key[0] == NEXT for key in policy.out_keys)
+        # a state goes in and comes out again for the next step; a smoothed policy only writes into "next"
+        states = [key[1] for key in policy.out_keys if isinstance(key, tuple) and key[0] == NEXT]
+        self.is_recurrent = any(state in policy.in_keys for state in states)
         self.bind_networks()
         self.clip_epsilon, self.value_clip, self.anneal_clip = clip_epsilon, value_clip, anneal_clip
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
@@ -157,7 +159,7 @@ class PPOLoss(Loss):
 
         # policy: the worse of the surrogate and the clipped one
         epsilon = self.clip_epsilon * self.clip_scale
-        log_ratio = policy.log_pi - (policy.log_pi.detach() - log_rho)
+        log_ratio = log_rho + (policy.log_pi - policy.log_pi.detach())  # the gradient is that of log pi
         rho = ratio(zero_invalid(log_ratio, valid))
         surrogate, clipped = rho * advantage, rho.clamp(1 - epsilon, 1 + epsilon) * advantage
         out = {"loss_policy": -reduce(torch.minimum(surrogate, clipped))}
@@ -202,7 +204,10 @@ class PPOLoss(Loss):
     def _estimate(self, policy: EvaluatedPolicy) -> tuple[StateEstimate, Tensor]:
         value, next_value = state_values(self, policy)
         estimate = self.estimator.estimate(policy.outcome, value=value, next_value=next_value, log_rho=policy.log_rho)
-        return estimate, value
+        # the surrogate has the ratio itself: an estimator's weight would count it twice; where it is 0, so is the ratio
+        weighted = estimate.weight != 0
+        advantage = torch.where(weighted, estimate.advantage / estimate.weight, estimate.advantage)
+        return estimate._replace(advantage=advantage), value
 
     def _computed(self, policy: EvaluatedPolicy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Advantage, target, value and old value of a rollout that was not prepared."""

@@ -227,11 +227,14 @@ def _valid(loss: Loss, tensordict: TensorDictBase) -> Tensor | None:
 
 
 def _weight(loss: Loss, tensordict: TensorDictBase, selection: Selection, shape: tuple[int, ...]) -> Tensor | None:
-    """Importance weights of the batch divided by the largest."""
+    """Importance weights divided by the largest of the batch, of all ranks; every rank must call it alike."""
     key = loss.tensor_keys.weight
     if tensordict.get(key, None) is None:
         return None
     weight = entry(loss, tensordict, key, shape)
     if not weight.is_floating_point():
         raise TypeError(f"{key!r} must be a floating-point tensor, got {weight.dtype}")
-    return selection.at(weight.detach().to(loss.dtype)) / weight.max()
+    largest = weight.detach().max()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return selection.at(weight.detach().to(loss.dtype)) / largest

@@ -24,6 +24,7 @@ from offtrace.modules import keys as k
 from offtrace.modules.networks.critics import ActionCritic, DiscreteCritic, StateValue
 from offtrace.modules.networks.distributions import TanhNormal
 from offtrace.modules.networks.policy import Policy
+from offtrace.modules.networks.policy_network import PolicyNetwork
 
 States = Mapping[Any, Tensor]
 
@@ -96,7 +97,7 @@ def values_of(network: nn.Module, key: Any) -> Callable[..., Tensor]:
 
 def value_network_of(policy: Any, key: Any) -> Any:
     """The part of a policy that computes the action values ``key``, without what samples or explores behind it."""
-    if hasattr(policy, "network"):
+    if isinstance(policy, Policy):
         return policy.network
     if not isinstance(policy, TensorDictSequential):
         return policy
@@ -109,7 +110,7 @@ def value_network_of(policy: Any, key: Any) -> Any:
 def action_values_of(policy: Any, key: Any) -> Callable[[States], Tensor]:
     """What a Q-network writes under ``key`` at states [M]: values [M, K, A], or logits [M, K, A, atoms]."""
     network = value_network_of(policy, key)
-    return network.values if hasattr(network, "values") else _WrappedValues(network, key)
+    return network.values if isinstance(network, (PolicyNetwork, DiscreteCritic)) else _WrappedValues(network, key)
 
 
 def support_of(network: nn.Module) -> Tensor:

@@ -128,20 +128,12 @@ class PolicyNetwork(ObservationNetwork):
         for name, value in zip((RECURRENT_H, RECURRENT_C), state, strict=False):
             tensordict.set((NEXT, name), value)
 
-    def outputs_at(self, states: States) -> dict[str, Tensor]:
-        """Parameters and values by their names, each [M, ...], at ``states`` whose entries are [M, ...].
+    def parameters_at(self, states: States) -> Tensors:
+        """The parameters of the distribution, each [M, ...], at ``states`` whose entries are [M, ...].
 
         For feed-forward networks, as all methods that end in ``_at``: without a TensorDict, which costs as much as a
         small layer.
         """
-        features, mask, exact = self._states(states)
-        with exact:
-            params, values = self._heads(features, mask)
-        out = dict(zip(self.head.out_keys, params, strict=True))
-        return out if self.value_head is None else out | dict(zip(self.value_head.out_keys, values, strict=True))
-
-    def parameters_at(self, states: States) -> Tensors:
-        """The parameters of the distribution, each [M, ...], at ``states`` whose entries are [M, ...]."""
         features, mask, exact = self._states(states)
         head = self.head
         with exact:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offtrace.modules.keys import (
     ACTION,
+    ACTION_VALUE,
     DONE,
     EPISODE_END,
     EPISODE_LENGTH,
@@ -24,16 +25,17 @@ from offtrace.modules.keys import (
     TERMINATED,
     TRUNCATED,
     VALID,
+    VALUE_LOGITS,
     WEIGHT,
     WORKER,
 )
 
 Key = tuple[str, ...]
 
-# Bookkeeping of episodes and collectors, and flags, of which one byte a step is kept.
+# Bookkeeping of episodes and collectors, flags, of which one byte a step is kept, and what a critic said while acting.
 _LEFT_OUT = {
     DONE, TERMINATED, TRUNCATED, IS_INIT, VALID, EPISODE_REWARD, EPISODE_LENGTH, EPISODE_END, WORKER, "collector",
-    "_reset",
+    "_reset", ACTION_VALUE, VALUE_LOGITS,
 }  # fmt: skip
 
 

@@ -15,9 +15,11 @@ class Sampler(Protocol):
 
     Attributes:
         bytes_per_slot: memory.
+        prioritized: whether it draws by priorities, which a loss must then give back for every sample.
     """
 
     bytes_per_slot: int
+    prioritized: bool
 
     def bind(self, slots: int) -> None:
         """Called once, by the replay that has ``slots`` slots, before all else."""
@@ -37,6 +39,9 @@ class Sampler(Protocol):
     def draw(self, number: int, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         """Slots int64 ``[number]``, with replacement, and their importance weights float32, None where all are 1."""
 
+    def anneal(self, progress: float) -> None:
+        """The part of the training that is done, in [0, 1], before every draw."""
+
     def update(self, slots: np.ndarray, priority: np.ndarray) -> None:
         """New priorities float64 ``[M]``, finite and not negative, of slots that may be drawn."""
 
@@ -51,6 +56,7 @@ class Uniform:
     """Every slot alike. They are kept in a list, in which one that goes is replaced by the last: a draw is a lookup."""
 
     bytes_per_slot = 8
+    prioritized = False
 
     def __init__(self) -> None:
         self._slots = self._place = np.zeros(0, np.int32)
@@ -92,6 +98,9 @@ class Uniform:
         draw = torch.randint(self._count, (number,), generator=generator).numpy()
         return self._slots.take(draw).astype(np.int64), None
 
+    def anneal(self, progress: float) -> None:
+        """As :meth:`Sampler.anneal`: nothing changes."""
+
     def update(self, slots: np.ndarray, priority: np.ndarray) -> None:
         """Refused.
 
@@ -130,16 +139,18 @@ class Prioritized:
         ValueError: a number is out of range.
 
     Attributes:
-        beta: may be changed between samples; the caller anneals it. It is saved with the replay.
+        beta: the exponent as it is now, which :meth:`anneal` raises. It is saved with the replay.
     """
 
     bytes_per_slot = 9  # a sixteenth of the sums, rounded up
+    prioritized = True
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.4, epsilon: float = 1e-6) -> None:
         for name, value in {"alpha": alpha, "beta": beta, "epsilon": epsilon}.items():
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} is {value}; it must be at least 0 and finite")
         self.alpha, self.beta, self.epsilon = alpha, beta, epsilon
+        self._first_beta = beta
         self._largest = 1.0
         self._tree = SumTree(0)
         self._count = 0
@@ -179,6 +190,10 @@ class Prioritized:
         mass = torch.rand(number, dtype=torch.float64, generator=generator).numpy() * total
         slots, value = self._tree.find(mass)
         return slots, ((self._count * value / total) ** -self.beta).astype(np.float32)
+
+    def anneal(self, progress: float) -> None:
+        """``beta`` grows from what was given to 1 with the training (Schaul et al. 2016, section 3.4)."""
+        self.beta = self._first_beta + (1 - self._first_beta) * min(1.0, progress)
 
     def update(self, slots: np.ndarray, priority: np.ndarray) -> None:
         """As :meth:`Sampler.update`; of a slot that is there twice the last priority counts."""

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from tensordict import TensorDict
 
 from offtrace.agents.assemble import read_task
 from offtrace.agents.callbacks import Checkpoints, WeightSync
@@ -19,6 +20,7 @@ from offtrace.agents.config import ConfigError, OffPolicyConfig
 from offtrace.agents.config.resources import bytes_per_step
 from offtrace.agents.data import ReplayData
 from offtrace.agents.data.store import ReplayStore
+from offtrace.agents.dqn import DQNConfig
 from offtrace.agents.mpo import MPOConfig, dmpo_config, full_covariance_config
 from offtrace.agents.mpo import discrete_config as discrete_mpo_config
 from offtrace.agents.runs.checkpoint import load_policy
@@ -28,7 +30,7 @@ from offtrace.agents.sac import pixel_config as pixel_sac_config
 from offtrace.agents.sac import v1_config as sac_v1_config
 from offtrace.agents.targets import hard_update
 from offtrace.agents.vmpo import VMPOConfig
-from offtrace.modules.replay import DamagedReplay
+from offtrace.modules.replay import DamagedReplay, Replay, Uniform
 from tests.agents.renewal import NewEnvironments
 
 ROLLOUT = 8
@@ -105,7 +107,8 @@ def configs() -> dict[str, Any]:
     smooth = small(SACConfig())
     smooth.network.smoothing = 0.5
     return {
-        "sac": small(SACConfig()), "sac n-step": n_step, "sac retrace": retrace, "sac v1": small(sac_v1_config()),
+        "sac": small(SACConfig()), "sac n-step": n_step,
+        "sac retrace": retrace, "sac v1": small(sac_v1_config()),
         "sac normalized": normalized, "sac smooth": smooth, "sac discrete": small(discrete_sac_config(), None),
         "sac tree backup": backup, "sac prioritized": prioritized, "sac retrace prioritized": by_priority,
         "mpo": small(MPOConfig()), "mpo retrace": mpo_retrace, "dmpo": small(dmpo_config()),
@@ -482,7 +485,7 @@ def test_a_compiled_loss_is_the_loss() -> None:
         ),
         (
             {"loss.estimator": "n_step(n=1)"},
-            r"loss.estimator n_step\(n=1\) needs sequences of 2 steps or more",
+            r"loss.estimator n_step\(n=1\) needs sequences of 2 steps or more, or must be one_step",
         ),
         ({"replay.capacity": 5}, "replay.capacity is 5; it must hold replay.batch_size, 8"),
         ({"replay.min_size": 3}, "replay.min_size is 3; .* from 1 environments it must be at least 8"),
@@ -552,3 +555,49 @@ def test_two_ranks_stay_bit_identical(tmp_path: Path) -> None:
             assert torch.equal(value, second["weights"][key]), key
         assert not torch.equal(first["observation"], second["observation"]), "each rank collects for itself"
         assert not torch.equal(first["noise"], second["noise"]), "and draws for itself"
+
+
+@pytest.mark.parametrize("atoms", [0, 51])
+def test_what_a_critic_said_while_acting_is_not_stored(atoms: int) -> None:
+    config = small(DQNConfig(), "CartPole-v1", rollouts=4)
+    config.network.atoms = atoms
+    config.validate()
+    _, data, _ = fit(config)
+    assert data.replay.bytes_per_slot == bytes_per_step(config, read_task(config))
+
+
+class _ByHand(Uniform):
+    """A sampler of the user's that wants the errors back, and has no exponent to anneal."""
+
+    prioritized = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given, self.progress = 0, 0.0
+
+    def anneal(self, progress: float) -> None:
+        self.progress = progress
+
+    def update(self, slots: Any, priority: Any) -> None:
+        self.given += len(slots)
+
+
+def test_a_sampler_of_the_users_gets_its_priorities_back() -> None:
+    sampler = _ByHand()
+    replay = Replay(100, num_envs=2, batch_size=4, sampler=sampler)
+    store = ReplayStore(lambda rank, folder: replay)
+    store.open(0)
+    steps = (2, 10)
+    flags = {name: torch.zeros(*steps, 1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
+    seen = {"observation": torch.randn(*steps, 3), "reward": torch.randn(*steps, 1), **flags}
+    rollout = TensorDict(
+        {"observation": torch.randn(*steps, 3), "action": torch.zeros(steps, dtype=torch.long), "next": seen}, steps
+    )
+    store.insert(rollout)
+    batch = store.sample(4, progress=0.25)
+    assert sampler.progress == 0.25
+    with pytest.raises(ValueError, match="priorities=True"):
+        store.feedback(batch)
+    batch["td_error"] = torch.ones(4)
+    store.feedback(batch)
+    assert sampler.given == 4

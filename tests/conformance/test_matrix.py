@@ -110,6 +110,7 @@ def test_an_lstm_trains_where_the_algorithm_has_one(algorithm: str, task: str, t
 def test_a_network_of_the_users_reads_dictionaries(algorithm: str, tmp_path: Path) -> None:
     config = small(config_class(algorithm)(), "Dictionary")
     config.env.flatten, config.network.encoder = False, f"{HERE}:own_encoder"
+    config.network.normalize = True
     runs(config, tmp_path)
 
 
@@ -139,8 +140,11 @@ def runs(config: Any, folder: Path) -> None:
     options = {name: value for name, value in config.env_options().items() if name != "last_step"}
     env = make_env(config.task, 2, seed=5, evaluation=True, last_step=config.network.recurrent > 0, **options)
     step = policy(env.reset())
-    assert env.action_spec.is_in(step["action"]) or step["action"].is_floating_point()
-    assert torch.isfinite(step["action"].float()).all()
+    action = step["action"]
+    assert action.shape == env.action_spec.shape
+    assert env.action_spec.is_in(action)  # and inside [-1, 1], where the task's bounds are mapped to that
+    assert torch.isfinite(action.float()).all()
+    env.step(step)  # the task checks that what is executed is legal and inside its bounds
     env.close()
 
 

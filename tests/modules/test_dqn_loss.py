@@ -207,7 +207,7 @@ def test_n_steps_by_sums_of_the_first_window(masked: bool) -> None:
 
 @pytest.mark.parametrize("estimator", ["retrace(lmbda=0.8)", "q_lambda(lmbda=0.8)", "tree_backup(lmbda=0.8)"])
 def test_traces_are_those_of_the_greedy_policy(estimator: str) -> None:
-    """With greedy pi Retrace is Watkins' Q(lambda): cut where the batch's action is not the best."""
+    """With greedy pi Retrace and tree backup are Watkins' Q(lambda): cut where the batch's action is not the best."""
     loss, td = dqn(estimator=estimator, loss_function="l2", masked=True), batch(8, 6, masked=True, ends=0.2)
     out, (value, _) = loss(td), next_values(loss, td)
     with torch.no_grad():
@@ -224,8 +224,7 @@ def test_traces_are_those_of_the_greedy_policy(estimator: str) -> None:
             weight = 1.0
             for t in range(s, 6):
                 if t > s:
-                    over_mu = min(1.0, math.exp(-td["action_log_prob"][n, t]))
-                    c = {"q": 1.0, "r": over_mu * float(greedy[n, t]), "t": float(greedy[n, t])}[estimator[0]]
+                    c = 1.0 if estimator.startswith("q_lambda") else float(greedy[n, t])
                     weight *= GAMMA * 0.8 * c
                 bootstrap = 0.0 if terminated[n, t] else GAMMA * float(value[n, t])
                 y[n, s] += weight * (KAPPA * float(reward[n, t]) + bootstrap - float(taken[n, t]))
@@ -464,3 +463,22 @@ def test_rewards_are_clipped_before_they_are_scaled() -> None:
         torch.testing.assert_close(found[name], value, equal_nan=True)
     with pytest.raises(ValueError, match=r"reward_clip must be positive or None, got 0"):
         dqn(reward_clip=0)
+
+
+def test_a_module_that_keeps_its_network_by_that_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = QNetwork()
+            self.values = nn.ModuleList()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x)
+
+    torch.manual_seed(0)
+    module = TensorDictModule(Named(), ["observation"], ["action_value"])
+    for policy in (module, TensorDictSequential(module)):
+        policy.network = module.module.network  # type: ignore[assignment]
+        losses = DQNLoss(policy.double(), gamma=GAMMA)(batch(5))
+        plain = TensorDictModule(module.module.network, ["observation"], ["action_value"])
+        torch.testing.assert_close(losses["loss_q"], DQNLoss(plain, gamma=GAMMA)(batch(5))["loss_q"])

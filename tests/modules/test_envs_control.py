@@ -328,9 +328,8 @@ def test_names_and_descriptions() -> None:
         check_name(name)
     info = env_info("walker-walk")
     assert (info.observation_shape, info.num_actions, info.action_dim, info.frame_skip) == ((24,), None, 6, 1)
-    assert (info.kind, info.masked, info.frame_stack, info.observation_size) == ("continuous", False, 1, 24)
+    assert (info.kind, info.masked, info.frame_stack) == ("continuous", False, 1)
     parts = env_info("walker-walk", flatten=False)
     assert parts.observation_shape == {"orientations": (14,), "height": (), "velocity": (9,)}
-    assert parts.observation_size == 24
     with pytest.raises(ValueError, match=r"'walker-walk' cannot be made: .*speed"):
         make_env("walker-walk", 1, speed=3)

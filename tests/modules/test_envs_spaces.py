@@ -194,7 +194,6 @@ def test_descriptions_of_own_environments() -> None:
     name = f"{__name__}:own_dictionary"
     whole, parts = env_info(name), env_info(name, flatten=False)
     assert (whole.observation_shape, parts.observation_shape) == ((spaces.flatdim(NESTED),), SHAPES)
-    assert whole.observation_size == parts.observation_size == spaces.flatdim(NESTED)
     assert (parts.kind, parts.num_actions, parts.action_dim, parts.masked) == ("discrete", 6, None, False)
 
 

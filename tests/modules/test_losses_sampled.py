@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +78,24 @@ def test_weights_scale_the_losses_of_the_items(name: str) -> None:
             assert not torch.isclose(out[key], value)
         else:
             torch.testing.assert_close(out[key], value, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_the_mean_of_two_ranks_is_the_joined_batch(tmp_path: Path) -> None:
+    """Two ranks, each with half of the batch, whose largest weights differ: the losses' mean is that of one rank.
+
+    Of DQN, which draws nothing; every loss reads weights by the same function.
+    """
+    loss, td = CASES["dqn"]()
+    td["weight"] = torch.tensor([0.5, 2.0, 1.0, 0.1, 4.0, 3.0])
+    joined = loss(td.clone())["loss_q"]
+    torch.save((loss, td), tmp_path / "case.pt")
+    command = [sys.executable, "-m", "tests.modules.weights_script", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    ranks = [subprocess.Popen([*command, str(rank)], cwd=root) for rank in (0, 1)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    halves = [torch.load(tmp_path / f"loss{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(sum(halves) / 2, joined.detach())
 
 
 def test_weights_of_another_shape_or_kind_are_named(name: str) -> None:

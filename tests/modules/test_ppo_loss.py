@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from offtrace.modules.losses import A2CLoss, PPOLoss
+from offtrace.modules.networks import build_policy
 from tests.modules.test_a2c_loss import torchrl_networks
 from tests.modules.test_impala_loss import ACTIONS, LOSSES, gradients, make, network, rollout, total
 from tests.modules.test_vmpo_loss import td_lambda
@@ -291,3 +292,27 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             PPOLoss(make(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "estimator", ["vtrace", "vtrace(pg_rho_clip=inf)", "one_step(lmbda=0.8)", "importance_sampling"]
+)
+def test_an_estimators_weight_does_not_multiply_the_ratio_again(estimator: str) -> None:
+    """Of steps that all end an episode, every estimator has the advantage r - V: the gradient is that of GAE."""
+    policy = make()
+    td = near(policy, rollout())
+    for name in ("done", "terminated"):
+        td["next", name] = torch.ones_like(td["next", name])
+    wanted = gradients(PPOLoss(policy, value_coef=0, **OPTIONS), td.clone())
+    loss = PPOLoss(policy, value_coef=0, **{**OPTIONS, "estimator": estimator})
+    prepared = td.clone()
+    loss.prepare(prepared)
+    for batch in (td, prepared):
+        for one, other in zip(gradients(loss, batch.clone()), wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_smoothed_policy_is_not_a_recurrent_one() -> None:
+    smooth = build_policy(network="mlp", observation_shape=[4], num_actions=None, action_dim=2, smoothing=0.5)
+    assert not PPOLoss(smooth).is_recurrent
+    assert PPOLoss(make(recurrent=3)).is_recurrent

@@ -205,7 +205,7 @@ def test_replayed_recipes_from_end_to_end(
     continuous = preset != "discrete"
     assert ("action change" in out) == bool(column("eval/action_change")) == continuous
     assert "updates/s" in err
-    for name in ("config.yaml", "versions.json", "metrics.csv", "curve.png", "game.gif"):
+    for name in ("config.yaml", "versions.json", "metrics.csv", "curve.png", "episode.gif"):
         assert (RUN / name).stat().st_size > 0, name
     summary = json.loads((RUN / "summary.json").read_text())
     task = yaml.safe_load((RUN / "config.yaml").read_text())["env"]["task"]
@@ -233,7 +233,7 @@ def test_a_machine_that_cannot_render_says_so(
     told = [line for line in capsys.readouterr().err.splitlines() if "the recorded episode was not made" in line]
     assert len(told) == 1
     assert "this machine cannot render (RuntimeError: No OpenGL rendering backend could be loaded); images" in told[0]
-    assert not (RUN / "game.gif").exists()
+    assert not (RUN / "episode.gif").exists()
 
 
 @pytest.mark.slow
@@ -276,5 +276,5 @@ def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
 @pytest.mark.slow
 def test_nothing_is_recorded_where_that_is_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
     assert sac("--train.record=false") == 0
-    assert not (RUN / "game.gif").exists()
+    assert not (RUN / "episode.gif").exists()
     assert "recording" not in capsys.readouterr().err

@@ -56,8 +56,8 @@ def test_the_curve_needs_no_display(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(84, 84), (50, 30, 3)])
 def test_a_gif_shows_the_frames(tmp_path: Path, shape: tuple[int, ...]) -> None:
     frames = [np.full(shape, 40 * index, np.uint8) for index in range(5)]
-    save_gif(frames, tmp_path / "game.gif", fps=10, scale=2)
-    with Image.open(tmp_path / "game.gif") as gif:
+    save_gif(frames, tmp_path / "episode.gif", fps=10, scale=2)
+    with Image.open(tmp_path / "episode.gif") as gif:
         assert gif.n_frames == 5
         assert gif.size == (2 * shape[1], 2 * shape[0])
         assert gif.info["duration"] == 100
@@ -68,8 +68,8 @@ def test_a_gif_shows_the_frames(tmp_path: Path, shape: tuple[int, ...]) -> None:
 
 def test_a_long_episode_is_thinned_evenly(tmp_path: Path) -> None:
     frames = [np.full((8, 8), index % 251, np.uint8) for index in range(250)]
-    save_gif(frames, tmp_path / "game.gif", limit=100)
-    with Image.open(tmp_path / "game.gif") as gif:
+    save_gif(frames, tmp_path / "episode.gif", limit=100)
+    with Image.open(tmp_path / "episode.gif") as gif:
         assert 80 <= gif.n_frames <= 100
         gif.seek(1)
         assert abs(int(np.asarray(gif.convert("L"))[0, 0]) - 3) <= 1
@@ -77,7 +77,7 @@ def test_a_long_episode_is_thinned_evenly(tmp_path: Path) -> None:
 
 def test_a_gif_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one frame, got none"):
-        save_gif([], tmp_path / "game.gif")
+        save_gif([], tmp_path / "episode.gif")
 
 
 def step(value: int, over: bool, shape: tuple[int, ...] = (4, 8, 8)) -> TensorDict:
@@ -118,8 +118,8 @@ def test_the_recorder_takes_every_fourth_picture_and_the_last(name: str, tmp_pat
     assert (recorder.frames[-1] != recorder.frames[0]).any()
     recorder(step)
     assert len(recorder.frames) == shown, "one episode only"
-    recorder.save(tmp_path / "game.gif")
-    with Image.open(tmp_path / "game.gif") as gif:
+    recorder.save(tmp_path / "episode.gif")
+    with Image.open(tmp_path / "episode.gif") as gif:
         assert gif.n_frames == shown
         assert gif.info["duration"] == 40
 

@@ -148,9 +148,9 @@ def test_pendulum_trains_and_is_evaluated(capsys: pytest.CaptureFixture[str]) ->
         assert evaluate.main([last, "--episodes=3", "--mode=sample", "--seed=5"]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1], "the seed decides everything, the drawn actions too"
-    assert evaluate.main([last, "--episodes=1", "--gif=game.gif"]) == 0
+    assert evaluate.main([last, "--episodes=1", "--gif=episode.gif"]) == 0
     assert "action change 0." in capsys.readouterr().out
-    assert Path("game.gif").read_bytes().startswith(b"GIF")
+    assert Path("episode.gif").read_bytes().startswith(b"GIF")
     assert evaluate.main([last, "--device=cuda:77"]) == 2
     assert "--device is cuda:77; this machine has cpu and" in error_line(capsys)
 
@@ -159,7 +159,7 @@ def test_pendulum_trains_and_is_evaluated(capsys: pytest.CaptureFixture[str]) ->
 def test_the_actions_of_a_protocol_are_not_those_of_another(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--train.name=p", "--train.total_frames=128", "--train.final_eval=false", "--train.eval_every=1000000"]
     assert impala_atari.main([*TINY, *argv, "--env.num_envs=2", "--train.eval_episodes=1"]) == 0
-    assert Path("runs/p/game.gif").read_bytes().startswith(b"GIF")
+    assert Path("runs/p/episode.gif").read_bytes().startswith(b"GIF")
     capsys.readouterr()
     assert evaluate.main(["runs/p/checkpoints/last.ckpt", "--protocol=sticky"]) == 2
     assert "the policy knows 6 actions of pong; it has 18 under the sticky protocol" in error_line(capsys)

@@ -123,7 +123,7 @@ def test_atari_with_a_video(tmp_path: Path) -> None:
         "--train.final_eval", "false", "--network.recurrent", "16", "--train.precision", "bf16-mixed",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/p/game.gif").read_bytes()[:3] == b"GIF"
+    assert (tmp_path / "runs/p/episode.gif").read_bytes()[:3] == b"GIF"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
