@@ -17,6 +17,7 @@ from torchrl.objectives.common import LossModule
 from offtrace.agents.agent import Agent
 from offtrace.agents.config import Config, ConfigError, OffPolicyConfig, RolloutConfig, SeparateNetworksConfig
 from offtrace.agents.config.network import IMAGE_ENCODERS
+from offtrace.agents.config.off_policy import check_budget
 from offtrace.agents.config.resources import check_memory, check_rings
 from offtrace.agents.data import ReplayData, RolloutData
 from offtrace.agents.data.acting import rollout_collector
@@ -226,6 +227,7 @@ def replay_agent(
     """
     check_memory(config, info, RUNS)
     check_rings(config, info)
+    check_budget(config, info.frame_skip)
     agent = Agent(
         loss,
         policy,

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from offtrace.agents.config import Config, ConfigError, may_have_gpu
 from offtrace.agents.config.names import nearest
-from offtrace.agents.runs.folders import RunError, discard, new_run, read_config, write_config
+from offtrace.agents.runs.folders import RunError, config_text, discard, new_run, read_config
 from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_file, sentence, types_of_keys
 
 MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every")
@@ -122,7 +122,6 @@ def _folder(config: Config) -> Path:
     if "LOCAL_RANK" in os.environ and _FOLDER in os.environ:
         return Path(os.environ[_FOLDER])
     folder = new_run(config)
-    write_config(config, folder)
     os.environ[_FOLDER] = str(folder)
     return folder
 
@@ -155,11 +154,11 @@ def parse(argv: list[str], *, presets: Presets, description: str) -> tuple[Confi
         read_config(Path(resume), kind)
         source = str(Path(resume) / "config.yaml")
     types_of = types_of_keys(kind)
-    content = read_file(Path(source), types_of) if source is not None else {}
+    content = read_file(Path(source), types_of, base.algorithm) if source is not None else {}
     values = _parsed(parser, numbers(argv, types_of), content, source, types_of)
     config: Config = _build(kind, values)
     if any(word.startswith("--print_config") for word in argv):
-        print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
+        print(config_text(config), end="")
         raise SystemExit(0)
     if not resume:
         return config, None

@@ -47,15 +47,16 @@ def types_of_keys(kind: type[Config]) -> dict[str, Any]:
     return {f"{group}.{name}": wanted for group in groups for name, wanted in get_type_hints(groups[group]).items()}
 
 
-def read_file(path: Path, types_of: dict[str, Any]) -> dict[str, Any]:
+def read_file(path: Path, types_of: dict[str, Any], algorithm: str) -> dict[str, Any]:
     """The groups of a configuration file, its keys known, its numbers as the parser reads them.
 
     Args:
         path: a YAML file.
         types_of: what :func:`types_of_keys` gives.
+        algorithm: what the file's ``algorithm`` must be, where it has one.
 
     Raises:
-        ConfigError: if the file cannot be read, is no YAML, or has an unknown key.
+        ConfigError: if the file cannot be read, is no YAML, is of another algorithm, or has an unknown key.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -65,6 +66,9 @@ def read_file(path: Path, types_of: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
+    own = content.pop("algorithm", algorithm)
+    if own != algorithm:
+        raise ConfigError(f"{path} configures {own}, and this recipe trains {algorithm}; give it to a recipe of {own}")
     groups = {key.split(".")[0] for key in types_of}
     for group, values in content.items():
         if group not in groups:

@@ -171,6 +171,7 @@ def run_cells(
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
+            pool.shutdown(wait=True)  # its semaphores are given back
             if isinstance(error, Exception):
                 raise RuntimeError(f"a training failed: {type(error).__name__}: {error}") from error
             raise
@@ -285,7 +286,8 @@ def study(args: argparse.Namespace, tasks: dict[str, Task] | None = None) -> int
         )
     )
     missing = [cell for cell in wanted if cell not in rows]
-    print(f"{len(wanted)} trainings, {len(wanted) - len(missing)} of them finished before", flush=True)
+    soon = "; the first takes about half a minute" if missing else ""
+    print(f"{len(wanted)} trainings, {len(wanted) - len(missing)} of them finished before{soon}", flush=True)
     start = time.perf_counter()
 
     def done(cell: Cell, result: Result) -> None:

@@ -24,11 +24,13 @@ class _Mark(NamedTuple):
 
 
 class Meters(pl.Callback):
-    """Logs every so many seconds, and shows one line: frames, frames/s, updates/s, return, score, lag.
+    """Logs every so many seconds, and shows one line.
 
-    On a terminal the line is a progress bar; elsewhere it is printed as it is logged. Only rank 0 shows and logs.
-    Frames and updates per second leave out the time spent in evaluations. Episodes that a failing simulator ended are
-    counted in both (``train/dropped_episodes``), once there are any.
+    It tells frames, frames/s, updates/s; ``return``, the mean of the last hundred episodes of training; ``score``, that
+    of the last evaluation; ``lag``, the mean age in updates of the weights that acted in what is learnt from. On a
+    terminal the line is a progress bar; elsewhere it is printed as it is logged. Only rank 0 shows and logs. Frames and
+    updates per second leave out the time spent in evaluations. Episodes that a failing simulator ended are counted in
+    both (``train/dropped_episodes``), once there are any.
 
     Args:
         total_frames: the end of the bar.
@@ -49,17 +51,23 @@ class Meters(pl.Callback):
         self._lag_count = 0
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
-        """Starts the clock."""
+        """Starts the clock; says what comes before the first update."""
         self._evaluation = _find(trainer, Evaluation)
         self._sync = _find(trainer, WeightSync)
         self._start = self._last = self._mark(agent)
-        if trainer.is_global_zero and self.console.is_terminal:
+        if not trainer.is_global_zero:
+            return
+        waiting = agent.data.steps_to_first_update
+        filling = f"collecting {waiting:,} steps before the first update" if waiting else ""
+        if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(),
                 console=self.console, refresh_per_second=1, transient=True,
             )  # fmt: skip
-            self._task = self._bar.add_task("starting", total=self.total_frames, completed=agent.frames)
+            self._task = self._bar.add_task(filling or "starting", total=self.total_frames, completed=agent.frames)
             self._bar.start()
+        elif filling:
+            self.console.print(filling, soft_wrap=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Notes the lag; logs when it is time."""

@@ -15,6 +15,10 @@ from offtrace.agents.agent import Agent
 class GracefulStop(pl.Callback):
     """Ends a run at the next update after Ctrl-C or SIGTERM; at once while it starts, and if the update does not come.
 
+    A signal that comes when the last update is done waits for what is left to do: the last evaluation, the end of the
+    actors. ``with stop:`` around ``trainer.fit`` and what has to follow it keeps the signals until the block ends;
+    without, the callback holds them for as long as the fit takes.
+
     Attributes:
         signal: the signal's number, 0 while none came.
     """
@@ -24,7 +28,15 @@ class GracefulStop(pl.Callback):
     def __init__(self) -> None:
         self.signal = 0
         self._training = False
+        self._kept = False
         self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> GracefulStop:
+        self._kept = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
 
     def setup(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
         """Takes the signals over before the actors start."""
@@ -44,17 +56,15 @@ class GracefulStop(pl.Callback):
         if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
-        """Gives the signals back."""
-        self._restore()
-
     def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
         """Gives the signals back."""
-        self._restore()
+        if not self._kept:
+            self._restore()
 
     def teardown(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
-        """Gives the signals back, where training never began."""
-        self._restore()
+        """Gives the signals back, after the data module has ended its actors."""
+        if not self._kept:
+            self._restore()
 
     def _restore(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)

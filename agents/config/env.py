@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from offtrace.agents.config.base import Checks, ConfigError, Group
-from offtrace.modules.envs.names import check_name, check_task_options
+from offtrace.modules.envs.names import ATARI_FRAME_SKIP, atari_name, check_name, check_task_options
 
 
 @dataclass
@@ -31,6 +31,11 @@ class EnvConfig(Group):
         usual = EnvConfig()
         names = ("protocol", "action_repeat", "pixels", "flatten")
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(usual, name)}
+
+    @property
+    def frame_skip(self) -> int:
+        """Environment frames per agent step, as far as the name tells: an own task may have others."""
+        return ATARI_FRAME_SKIP if atari_name(self.task) is not None else self.action_repeat
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`; the task is known, and has the options that are given."""

@@ -59,7 +59,8 @@ class OffPolicyConfig(Config):
         super().validate()
         _check_sequences(self)
         _check_sizes(self)
-        _check_budget(self)
+        _check_updates(self)
+        check_budget(self, self.env.frame_skip)
 
 
 def _check_sequences(config: OffPolicyConfig) -> None:
@@ -98,14 +99,13 @@ def _check_sizes(config: OffPolicyConfig) -> None:
         )
 
 
-def _check_budget(config: OffPolicyConfig) -> None:
-    replay, unroll, frames = config.replay, config.collector.unroll, config.train.total_frames
+def _check_updates(config: OffPolicyConfig) -> None:
+    replay = config.replay
     try:
         limiter = SamplesPerInsert(replay.samples_per_insert, replay.min_size)
         limiter.check(capacity=replay.capacity, batch=replay.batch_size)
     except ValueError as error:
         raise ConfigError(f"replay.samples_per_insert: {error}") from error
-    rollout = config.env.num_envs * unroll
     updates = float(limiter.ratio / replay.batch_size)
     if updates > MOST_UPDATES:
         raise ConfigError(
@@ -113,13 +113,28 @@ def _check_budget(config: OffPolicyConfig) -> None:
             f"step; with a replay.batch_size of {replay.batch_size} it must be at most "
             f"{MOST_UPDATES * replay.batch_size}"
         )
-    frames_per_rollout = rollout * config.env.action_repeat * config.train.devices
+
+
+def check_budget(config: OffPolicyConfig, frame_skip: int) -> None:
+    """Refuse a run that would end before its first update.
+
+    Args:
+        config: with a replay.
+        frame_skip: environment frames per agent step.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    replay, unroll, frames = config.replay, config.collector.unroll, config.train.total_frames
+    rollout = config.env.num_envs * unroll
+    frames_per_rollout = rollout * frame_skip * config.train.devices
     if frames_per_rollout > frames:
         raise ConfigError(
             f"collector.unroll is {unroll}, and a rollout of all environments and learners {frames_per_rollout} "
             f"frames; it must not be more than train.total_frames, {frames}"
         )
     steps = rollout * math.ceil(frames / frames_per_rollout)
+    limiter = SamplesPerInsert(replay.samples_per_insert, replay.min_size)
     needed = math.ceil(replay.min_size + replay.batch_size / limiter.ratio)
     if steps < needed:
         raise ConfigError(

@@ -118,6 +118,11 @@ class ActingData(LightningDataModule):
         """More for the log."""
         return {}
 
+    @property
+    def steps_to_first_update(self) -> int:
+        """Agent steps of this learner's actors that are collected, but not learnt from, before the first update."""
+        return 0
+
     def behaviour_versions(self, batch: Any) -> Tensor:
         """Versions of the weights that acted in what is newest in ``batch``, int64."""
         raise NotImplementedError(f"{type(self).__name__} must define behaviour_versions")
@@ -211,6 +216,11 @@ class PlainData:
     def metrics(self) -> dict[str, float]:
         """None."""
         return {}
+
+    @property
+    def steps_to_first_update(self) -> int:
+        """Not known."""
+        return 0
 
     def updates(self, batch: Any) -> Iterable[TensorDictBase]:
         """A TensorDict is one update, any other iterable one for each of what it holds."""

@@ -79,6 +79,11 @@ class ReplayData(StoringData):
         ratio = self.limiter.sampled / max(1, self.limiter.inserted - self.limiter.min_size)
         return {"replay/steps": float(len(self.store)), "replay/samples_per_insert": ratio}
 
+    @property
+    def steps_to_first_update(self) -> int:
+        """As :attr:`ActingData.steps_to_first_update`: what is missing in the replay."""
+        return max(0, self.limiter.min_size - self.limiter.inserted)
+
     def updates(self, batch: Any) -> Iterable[TensorDictBase]:
         """Those of a :class:`Batches`."""
         batches: Batches = batch

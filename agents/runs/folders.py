@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -26,41 +27,67 @@ class RunError(ValueError):
 
 
 def new_run(config: Config) -> Path:
-    """Makes ``runs/<name>``; the name is ``config.train.name``, or made from task, seed and time.
+    """Makes ``runs/<name>`` with its ``config.yaml``.
+
+    The name is ``config.train.name``, or made from task, algorithm, seed and time, counted up where two runs begin in
+    one second.
 
     Raises:
         RunError: if the folder exists with something in it, or cannot be written.
     """
-    task = config.task.replace("/", "-").replace(":", "-")
-    name = config.train.name or f"{task}-s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    name = config.train.name
+    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
         raise RunError(f"train.name is {name}; it must be the name of a folder inside {RUNS}")
-    folder = RUNS / name
     try:
+        folder = _fresh_folder(config) if name is None else RUNS / name
         if folder.exists() and any(folder.iterdir()):
             raise RunError(_occupied(folder))
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
+        try:
+            write_config(config, folder)
+        except BaseException:  # Ctrl-C as well
+            discard(folder)
+            raise
     except OSError as error:
-        raise RunError(f"the run folder {folder.absolute()} cannot be written: {error.strerror}") from error
+        raise RunError(f"the run folder {error.filename} cannot be written: {error.strerror}") from error
     return folder
+
+
+def _fresh_folder(config: Config) -> Path:
+    task = config.task.replace("/", "-").replace(":", "-")
+    name = f"{task}-{config.algorithm}-s{config.train.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    RUNS.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()  # of two processes only one can make it
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("never reached")
 
 
 def _occupied(folder: Path) -> str:
     if (folder / "checkpoints" / "last.ckpt").is_file():
         return f"{folder} holds a run already; go on with it by --resume {folder}, or give another --train.name"
-    return f"{folder} is not empty and has no checkpoint to --resume; remove it, or give another --train.name"
+    return (
+        f"{folder} is not empty: a run may be going on there, or ended before its first checkpoint; "
+        "give another --train.name, or remove it"
+    )
 
 
 def write_config(config: Config, folder: Path, *, resumed: bool = False) -> None:
     """Writes ``config.yaml`` and ``versions.json``; a resumed run keeps the first versions and adds the new ones."""
+    (folder / "config.yaml").write_text(config_text(config))
     found = versions()
     if resumed:
         found = _with_resumption(folder / "versions.json", found)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     (folder / "versions.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def config_text(config: Config) -> str:
+    """The YAML of a configuration, its algorithm first."""
+    return yaml.safe_dump({"algorithm": config.algorithm, **asdict(config)}, sort_keys=False)
 
 
 def _with_resumption(path: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -101,22 +128,26 @@ def read_config(folder: Path, kind: type[ConfigT]) -> ConfigT:
     """The configuration, of type ``kind``, that a run was started with.
 
     Raises:
-        RunError: if the folder or its ``config.yaml`` is missing or damaged, or of another recipe.
+        RunError: if the folder or its ``config.yaml`` is missing or damaged, or of another algorithm.
     """
     path = folder / "config.yaml"
     try:
         content = yaml.safe_load(path.read_text())
+        if content["algorithm"] != kind.algorithm:
+            raise RunError(
+                f"{folder} is a run of {content['algorithm']}, and this recipe trains {kind.algorithm}; resume it with "
+                "the recipe that it was started with"
+            )
         groups = get_type_hints(kind)
         for field in fields(kind):
             for key in sorted(set(content[field.name]) - {own.name for own in fields(groups[field.name])}):
-                raise RunError(
-                    f"{folder} is the run of another recipe: its {path.name} has {field.name}.{key}, which this one "
-                    "does not know; resume it with the recipe that it was started with"
-                )
+                raise RunError(f"{path} has {field.name}.{key}, which {kind.algorithm} does not know")
         return kind(**{f.name: groups[f.name](**content[f.name]) for f in fields(kind)})
     except OSError as error:
         raise RunError(f"{folder} is not the folder of a run: {path.name} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except KeyError as error:
+        raise RunError(f"{path} is damaged: {error.args[0]} is missing") from error
+    except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,23 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
     if summary.signal and resume is None and not _last(folder).exists():
         shutil.rmtree(folder)
         return summary
-    label = f"seed {config.train.seed}"
-    curve = folder / "curve.png"
+    try:
+        _draw(config, summary, folder)
+    except KeyboardInterrupt:
+        print("interrupted; the curve and the recorded episode may be missing", file=sys.stderr)
+        return replace(summary, signal=signal.SIGINT)
+    return summary
+
+
+def _draw(config: Config, summary: Summary, folder: Path) -> None:
     if summary.updates:
-        _safely("the learning curve", lambda: plot_curve({label: folder / "metrics.csv"}, curve, title=config.task))
+        curves = {f"seed {config.train.seed}": folder / "metrics.csv"}
+        _safely("the learning curve", lambda: plot_curve(curves, folder / "curve.png", title=config.task))
     if not summary.signal and config.train.record:
         print("recording one episode; --train.record false leaves it out", file=sys.stderr)
         best = _last(folder).with_name("best.ckpt")
         checkpoint = best if best.exists() else _last(folder)
         _safely("the recorded episode", lambda: record_episode(config, checkpoint, folder / "episode.gif"))
-    return summary
 
 
 def prepare(config: Config, folder: Path, resume: Path | None) -> None:
@@ -100,6 +108,7 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
             "give more by --train.total_frames to go on"
         )
     if not int(os.environ.get("LOCAL_RANK", 0)):
+        print(f"going on from {frames:,} frames", file=sys.stderr)
         check_saved(checkpoint, folder / REPLAY)
         for files in folder.glob(f"{REPLAY}.live*"):  # of a process that was killed
             shutil.rmtree(files, ignore_errors=True)
@@ -159,19 +168,22 @@ def lines(config: Config, summary: Summary, folder: Path) -> list[str]:
     if summary.signal and not folder.exists():
         return [f"stopped by {_name(summary.signal)} before the first update; nothing is kept"]
     found = [] if summary.evaluation is None else [_evaluation_line(config.task, summary.evaluation)]
-    return [*found, _line(summary, folder)]
+    return [*found, _line(config, summary, folder)]
 
 
-def _line(summary: Summary, folder: Path) -> str:
+def _line(config: Config, summary: Summary, folder: Path) -> str:
     scores = "no evaluation yet"
     if summary.last_score is not None:
         scores = f"score {summary.last_score:.1f} (best {summary.best_score:.1f})"
     dropped = f"{summary.dropped_episodes} episodes dropped, " if summary.dropped_episodes else ""
     speed = f"{summary.frames_per_second:,.0f} frames/s and {summary.updates_per_second:,.0f} updates/s"
     done = f"{scores} after {summary.frames:,} frames, {dropped}{speed}"
-    if summary.signal:
-        return f"stopped by {_name(summary.signal)}; {done}; go on with --resume {folder}"
-    return f"{done}: {folder}"
+    if not summary.signal:
+        return f"{done}: {folder}"
+    left = summary.frames < config.train.total_frames
+    return f"stopped by {_name(summary.signal)}; {done}" + (
+        f"; go on with --resume {folder}" if left else f": {folder}"
+    )
 
 
 def _evaluation_line(task: str, result: EvaluationResult) -> str:
@@ -203,7 +215,7 @@ def _safely(what: str, action: Callable[[], None]) -> None:
     # a picture that fails must not make a finished run look failed
     try:
         action()
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         print(f"{what} was not made: {one_line(error)}", file=sys.stderr)
 
 

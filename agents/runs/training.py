@@ -109,29 +109,30 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     # the order is that of the work after an update
     callbacks = [sync, meters, evaluation, Checkpoints(run_dir / "checkpoints", config.train.checkpoint_every), stop]
     trainer = make_trainer(config, run_dir, callbacks)
-    try:
-        trainer.fit(agent, data, ckpt_path=str(resume) if resume else None, weights_only=True if resume else None)
-    except SystemExit:  # Lightning's end of a run that a signal broke off
-        if not stop.signal:
-            raise
-    summary = Summary(
-        task=config.task,
-        algorithm=config.algorithm,
-        seed=config.train.seed,
-        frames=data.frames,
-        updates=agent.updates,
-        episodes=data.episodes.count,
-        dropped_episodes=data.episodes.dropped,
-        frames_per_second=meters.frames_per_second,
-        updates_per_second=meters.updates_per_second,
-        seconds=time.perf_counter() - start,
-        scores=evaluation.scores,
-        evaluation=evaluation.last,
-        signal=stop.signal,
-        first_update_at=meters.first_update_at,
-    )
-    if trainer.is_global_zero:
-        (run_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    with stop:
+        try:
+            trainer.fit(agent, data, ckpt_path=str(resume) if resume else None, weights_only=True if resume else None)
+        except SystemExit:  # Lightning's end of a run that a signal broke off
+            if not stop.signal:
+                raise
+        summary = Summary(
+            task=config.task,
+            algorithm=config.algorithm,
+            seed=config.train.seed,
+            frames=data.frames,
+            updates=agent.updates,
+            episodes=data.episodes.count,
+            dropped_episodes=data.episodes.dropped,
+            frames_per_second=meters.frames_per_second,
+            updates_per_second=meters.updates_per_second,
+            seconds=time.perf_counter() - start,
+            scores=evaluation.scores,
+            evaluation=evaluation.last,
+            signal=stop.signal,
+            first_update_at=meters.first_update_at,
+        )
+        if trainer.is_global_zero:
+            (run_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical
 
 from offtrace.modules.envs.base import StepResult, VectorEnv
-from offtrace.modules.envs.names import PROTOCOLS, Protocol, atari_name, unknown
+from offtrace.modules.envs.names import ATARI_FRAME_SKIP, PROTOCOLS, Protocol, atari_name, unknown
 
 
 class AtariEnv(VectorEnv):
@@ -83,7 +83,7 @@ class AtariEnv(VectorEnv):
             num_envs,
             observation=Bounded(0, 255, shape=(4, 84, 84), dtype=torch.uint8),
             action=Categorical(actions, dtype=torch.int64),
-            frame_skip=4,
+            frame_skip=ATARI_FRAME_SKIP,
             last_step=last_step,
             frame_stack=4,
         )

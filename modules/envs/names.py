@@ -12,6 +12,7 @@ from offtrace.modules.envs.suite import check_installed, control_name, control_t
 
 Kind = Literal["atari", "dm_control", "gymnasium", "own"]
 Protocol = Literal["classic", "sticky"]
+ATARI_FRAME_SKIP: Final = 4
 PROTOCOLS: tuple[Protocol, ...] = ("classic", "sticky")
 
 _WHAT: Final[dict[Kind, str]] = {

@@ -540,8 +540,8 @@ def test_tasks_that_do_not_fit_are_refused() -> None:
         config.validate()
     config = small(SACConfig())
     config.replay.samples_per_insert = 0.001
-    with pytest.raises(ValueError, match=r"samples-per-insert ratio of 0\.001"):
-        fit(config)
+    with pytest.raises(ConfigError, match=r"total_frames is 64, .* the first update comes after 8016, by replay\.min_"):
+        config.build()
 
 
 def test_two_ranks_stay_bit_identical(tmp_path: Path) -> None:

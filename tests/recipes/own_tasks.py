@@ -78,3 +78,8 @@ def wide(num_envs: int, seed: int) -> ControlEnv:
     env = ControlEnv("cartpole-swingup", num_envs, seed=seed)
     env.action_spec = Bounded(-2.0, 2.0, shape=(num_envs, 1), dtype=torch.float32)
     return env
+
+
+def repeated(num_envs: int, seed: int) -> ControlEnv:
+    """Four frames for an action."""
+    return ControlEnv("cartpole-swingup", num_envs, seed=seed, action_repeat=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -259,15 +260,12 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = atari_config()
     config.train.name = "one"
     folder = new_run(config)
-    write_config(config, folder)
     assert read_config(folder, ImpalaConfig) == config
     assert yaml.safe_load((folder / "versions.json").read_text())["packages"]["torch"]
-    with pytest.raises(RunError, match=r"runs/one is not empty and has no checkpoint to --resume; remove it, or give"):
+    with pytest.raises(RunError, match=r"runs/one is not empty: a run may be going on there, .* give another --train"):
         new_run(config)
     write_config(SACConfig(), folder)
-    with pytest.raises(
-        RunError, match=r"runs/one is the run of another recipe: its config.yaml has \w+\..*, which this one does not"
-    ):
+    with pytest.raises(RunError, match=r"runs/one is a run of sac, and this recipe trains impala"):
         read_config(folder, ImpalaConfig)
     (folder / "config.yaml").write_text("env: {task: [")
     with pytest.raises(RunError, match=r"config.yaml is damaged"):
@@ -279,11 +277,45 @@ def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         new_run(config)
 
 
+@pytest.mark.parametrize(
+    ("trained", "by"), [("a2c", "ppo"), ("ppo", "sac_control"), ("sac_control", "dqn"), ("impala_control", "a2c")]
+)
+def test_a_run_goes_on_only_with_its_own_algorithm(
+    trained: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A2C's keys are some of PPO's, and PPO has no replay: neither may decide."""
+    monkeypatch.chdir(tmp_path)
+    folder = new_run(recipes.parse(trained, "--train.name=one"))
+    own, other = recipes.parse(trained).algorithm, recipes.parse(by).algorithm
+    with pytest.raises(RunError, match=f"runs/one is a run of {own}, and this recipe trains {other}"):
+        recipes.parse(by, "--resume", str(folder))
+    with pytest.raises(ConfigError, match=f"config.yaml configures {own}, and this recipe trains {other}"):
+        recipes.parse(by, "--config", str(folder / "config.yaml"))
+    assert recipes.parse(trained, "--config", str(folder / "config.yaml")) == recipes.parse(trained, "--train.name=one")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda content: content.pop("algorithm"), "is damaged: algorithm is missing"),
+        (lambda content: content.pop("loss"), "is damaged: loss is missing"),
+        (lambda content: content["loss"].update(other=1), "has loss.other, which impala does not know"),
+    ],
+)
+def test_an_edited_configuration_of_a_run(tmp_path: Path, edit: Callable[[Any], Any], words: str) -> None:
+    write_config(atari_config(), tmp_path)
+    content = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    edit(content)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(RunError, match=words):
+        read_config(tmp_path, ImpalaConfig)
+
+
 def test_a_resumed_run_keeps_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = atari_config()
     config.train.name, config.env.task = "one", "boxing"
-    write_config(config, new_run(config))
+    new_run(config)
     with pytest.raises(RunError, match=r"runs/one has no checkpoints/last.ckpt to go on from"):
         parse("--resume", "runs/one")
     (tmp_path / "runs/one/checkpoints").mkdir()

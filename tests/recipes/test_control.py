@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,6 +16,9 @@ import pytest
 import torch
 import yaml
 
+from offtrace.agents.callbacks import Meters
+from offtrace.agents.data import ActingData
+from offtrace.agents.runs import run as runs
 from offtrace.agents.runs.training import Summary
 from offtrace.agents.sac import SACConfig
 from offtrace.modules.envs.simulator import Simulator
@@ -90,6 +94,8 @@ def weights() -> dict[str, Any]:
         ),
         (sac, ["--replay.samples_per_insert=0.001"], "more than the replay's 300; raise it to 0.0266667 at least"),
         (mpo, ["--replay.samples_per_insert=0.1"], "64 steps of each learner's actors; the first update comes after 9"),
+        (mpo, ["--env.task=pong"], "total_frames is 64, 16 steps of each learner's actors; the first update comes af"),
+        (mpo, [f"--env.task={OWN}:repeated"], "total_frames is 64, 16 steps of each learner's actors; the first upda"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_sentence(
@@ -182,6 +188,29 @@ def test_a_stopped_run_goes_on_with_its_replay(capsys: pytest.CaptureFixture[str
     assert (after["frames"], after["updates"], after["signal"]) == (128, (128 - 16) * 2 // 8, 0)
     assert column("replay/steps")[-1] == 128
     assert column("replay/samples_per_insert")[-1] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Meters, "on_train_end"), (ActingData, "teardown"), (runs, "plot_curve"), (runs, "record_episode")],
+)
+def test_an_interrupt_behind_the_last_update_loses_nothing(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = getattr(owner, name)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    assert sac(f"--env.task={OWN}:Short") == 128 + signal.SIGINT
+    assert json.loads((RUN / "summary.json").read_text())["frames"] == 64
+    assert "--resume" not in capsys.readouterr().out, "nothing is left to train"
+    assert len(rows()) > 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert evaluate.main([str(RUN / "checkpoints/last.ckpt"), "--episodes=1"]) == 0
 
 
 @pytest.mark.slow

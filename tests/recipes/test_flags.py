@@ -19,7 +19,7 @@ from offtrace.agents.config import ConfigError
 from offtrace.agents.config.names import nearest
 from offtrace.agents.impala import atari_config, paper_config
 from offtrace.agents.q_actor_critic import QActorCriticConfig
-from offtrace.agents.runs.folders import RunError, write_config
+from offtrace.agents.runs.folders import RunError, config_text, write_config
 from offtrace.recipes import cli, evaluate
 from offtrace.recipes.flags import numbers, types_of_keys
 from tests.recipes import recipes
@@ -102,7 +102,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
 
 
 def test_a_damaged_value_in_the_folder_of_a_run(tmp_path: Path) -> None:
-    content = asdict(atari_config())
+    content = yaml.safe_load(config_text(atari_config()))
     content["train"]["seed"] = "abc"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     assert (
@@ -118,7 +118,7 @@ def test_a_resumed_run_keeps_what_no_preset_says(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         recipes.parse("impala_atari", "--resume", str(tmp_path), "--train.total_frames", "5", "--print_config")
     config.train.total_frames = 5
-    assert yaml.safe_load(capsys.readouterr().out) == asdict(config)
+    assert yaml.safe_load(capsys.readouterr().out) == {"algorithm": "impala", **asdict(config)}
 
 
 def test_nearest() -> None:
@@ -221,8 +221,9 @@ def test_answers_from_any_folder_without_anything_heavy(name: str, tmp_path: Pat
         assert (answer["code"], answer["out"], answer["heavy"]) == (2, "", [])
         assert answer["err"].startswith("error: ")
         assert answer["err"].count("\n") == 1
-    config = asdict(recipes.parse(name))
-    assert yaml.safe_load(printed["out"]) == config
+    started = recipes.parse(name)
+    config = asdict(started)
+    assert yaml.safe_load(printed["out"]) == {"algorithm": started.algorithm, **config}
     for group, values in config.items():
         for key in values:
             assert f"--{group}.{key} " in helped["out"], "the help explains every flag"

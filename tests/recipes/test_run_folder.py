@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from offtrace.agents.impala import control_config
+from offtrace.agents.runs import folders
 from offtrace.agents.runs.folders import RunError, commit_of, discard, keep_metrics, new_run, write_config
 from offtrace.agents.runs.media import read_curves
 
@@ -18,16 +20,33 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     config = control_config()
     config.train.name = "one"
-    folder = new_run(config)
-    write_config(config, folder)
-    return folder
+    return new_run(config)
 
 
-def test_a_name_is_made_from_task_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_made_from_task_algorithm_and_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = control_config()
     config.env.task, config.train.seed = "ALE/Pong-v5", 7
-    assert new_run(config).name.startswith("ALE-Pong-v5-s7-")
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
+    assert [new_run(config).name for _ in range(3)] == [
+        f"ALE-Pong-v5-impala-s7-20260101-000000{end}" for end in ("", "-2", "-3")
+    ], "runs that begin in one second have folders of their own"
+
+
+@pytest.mark.parametrize("name", [None, "one"])
+def test_a_start_that_is_interrupted_leaves_no_folder(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folders, "versions", interrupt)
+    config = control_config()
+    config.train.name = name
+    with pytest.raises(KeyboardInterrupt):
+        new_run(config)
+    assert not list((tmp_path / "runs").iterdir())
 
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../out"])
@@ -58,7 +77,7 @@ def test_a_run_that_began_is_never_removed(folder: Path, file: str) -> None:
 def test_resume_is_offered_only_where_there_is_a_checkpoint(folder: Path) -> None:
     config = control_config()
     config.train.name = "one"
-    with pytest.raises(RunError, match=r"has no checkpoint to --resume; remove it, or give another --train\.name"):
+    with pytest.raises(RunError, match=r"ended before its first checkpoint; give another --train\.name"):
         new_run(config)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "last.ckpt").touch()
