@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from offtrace.agents.a2c import A2CConfig as A2CConfig
     from offtrace.agents.a2c import make_a2c as make_a2c
+    from offtrace.agents.acer import ACERConfig as ACERConfig
+    from offtrace.agents.acer import make_acer as make_acer
     from offtrace.agents.agent import Agent as Agent
     from offtrace.agents.agent import TrainingDivergedError as TrainingDivergedError
     from offtrace.agents.callbacks import Checkpoints as Checkpoints
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "a2c": ("A2CConfig", "make_a2c"),
+    "acer": ("ACERConfig", "make_acer"),
     "agent": ("Agent", "TrainingDivergedError"),
     "callbacks": ("Checkpoints", "Evaluation", "GracefulStop", "Meters", "WeightSync"),
     "config": ("Config", "ConfigError"),

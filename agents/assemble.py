@@ -15,18 +15,26 @@ from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
 from offtrace.agents.agent import Agent
-from offtrace.agents.config import Config, ConfigError, OffPolicyConfig, RolloutConfig, SeparateNetworksConfig
+from offtrace.agents.config import (
+    Config,
+    ConfigError,
+    MixedConfig,
+    OffPolicyConfig,
+    ReplayConfig,
+    RolloutConfig,
+    SeparateNetworksConfig,
+)
 from offtrace.agents.config.network import IMAGE_ENCODERS
 from offtrace.agents.config.off_policy import check_budget
 from offtrace.agents.config.resources import check_memory, check_rings
-from offtrace.agents.data import ReplayData, RolloutData
+from offtrace.agents.data import MixedData, ReplayData, RolloutData
 from offtrace.agents.data.acting import rollout_collector
 from offtrace.agents.optim import OptimizerFactory, make_optimizer
 from offtrace.agents.runs.folders import RUNS
 from offtrace.modules.envs import EnvInfo, env_info
 from offtrace.modules.keys import OBSERVATION, VALID
 from offtrace.modules.networks import Critic, DiscreteCritic, StateValue, build_critic, build_value
-from offtrace.modules.replay import Prioritized, Replay, Uniform
+from offtrace.modules.replay import Prioritized, Replay, Sampler, Uniform
 
 
 def read_task(config: Config, *, actions: str = "any") -> EnvInfo:
@@ -183,8 +191,64 @@ def rollout_agent(
         on_rollout: sees each whole rollout once, before it is dealt.
         optimizer: in place of the one that the group ``optim`` says.
     """
+    agent = _rollout_learner(config, loss, policy, spec, after_update, optimizer)
+    data = RolloutData(
+        partial(rollout_collector, config, policy),
+        total_frames=config.train.total_frames,
+        frame_skip=info.frame_skip,
+        minibatches=config.train.minibatches,
+        epochs=config.train.epochs,
+        seed=config.train.seed,
+        deal="steps" if config.deals_steps else "environments",
+        on_rollout=_rollout_hook(config, policy, on_rollout),
+    )
+    return agent, data
+
+
+def mixed_agent(
+    config: MixedConfig,
+    info: EnvInfo,
+    loss: LossModule,
+    policy: nn.Module,
+    spec: dict[str, Any],
+    *,
+    after_update: Callable[[int], None] | None = None,
+) -> tuple[Agent, MixedData | RolloutData]:
+    """Agent and data of an algorithm on fresh rollouts and replayed ones; arguments as of :func:`rollout_agent`.
+
+    Raises:
+        ConfigError: when the replay does not fit the machine, or the task.
+    """
+    if not config.replay.ratio:
+        return rollout_agent(config, info, loss, policy, spec, after_update=after_update)
+    check_memory(config, info, RUNS)
+    check_rings(config, info)
+    agent = _rollout_learner(config, loss, policy, spec, after_update, None)
+    data = MixedData(
+        partial(rollout_collector, config, policy),
+        partial(_replay, config, info),
+        total_frames=config.train.total_frames,
+        min_size=config.replay.min_size,
+        ratio=config.replay.ratio,
+        frame_skip=info.frame_skip,
+        minibatches=config.train.minibatches,
+        epochs=config.train.epochs,
+        seed=config.train.seed,
+        on_rollout=_rollout_hook(config, policy, None),
+    )
+    return agent, data
+
+
+def _rollout_learner(
+    config: RolloutConfig,
+    loss: LossModule,
+    policy: nn.Module,
+    spec: dict[str, Any],
+    after_update: Callable[[int], None] | None,
+    optimizer: OptimizerFactory | None,
+) -> Agent:
     optim = config.optim
-    agent = Agent(
+    return Agent(
         loss,
         policy,
         optimizer=optimizer or make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
@@ -194,18 +258,6 @@ def rollout_agent(
         after_update=after_update,
         checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
     )
-    hooks = [hook for hook in (_normalizer_update(config, policy), on_rollout) if hook is not None]
-    data = RolloutData(
-        partial(rollout_collector, config, policy),
-        total_frames=config.train.total_frames,
-        frame_skip=info.frame_skip,
-        minibatches=config.train.minibatches,
-        epochs=config.train.epochs,
-        seed=config.train.seed,
-        deal="steps" if config.deals_steps else "environments",
-        on_rollout=_in_turn(hooks),
-    )
-    return agent, data
 
 
 def replay_agent(
@@ -295,7 +347,11 @@ def _of_all_ranks(tensor: Tensor) -> Tensor:
     return torch.cat(everybody)
 
 
-def _in_turn(hooks: list[Callable[[TensorDictBase], Any]]) -> Callable[[TensorDictBase], None] | None:
+def _rollout_hook(
+    config: Config, policy: Any, own: Callable[[TensorDictBase], Any] | None
+) -> Callable[[TensorDictBase], None] | None:
+    """The normaliser's update, and then ``own``."""
+    hooks = [hook for hook in (_normalizer_update(config, policy), own) if hook is not None]
     if not hooks:
         return None
 
@@ -312,8 +368,11 @@ def _channels_last(config: Config) -> bool:
     return config.train.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def _replay(config: OffPolicyConfig, info: EnvInfo, rank: int, path: Path | None) -> Replay:
+def _replay(config: OffPolicyConfig | MixedConfig, info: EnvInfo, rank: int, path: Path | None) -> Replay:
     replay, length = config.replay, config.samples.length
+    sampler: Sampler = Uniform()
+    if isinstance(replay, ReplayConfig) and replay.prioritized:
+        sampler = Prioritized(replay.alpha, replay.beta)
     return Replay(
         replay.capacity,
         num_envs=config.env.num_envs,
@@ -325,5 +384,5 @@ def _replay(config: OffPolicyConfig, info: EnvInfo, rank: int, path: Path | None
         path=path if replay.storage == "memmap" else None,
         seed=config.train.seed + 7919 * rank,
         frame_stack=info.frame_stack,
-        sampler=Uniform() if replay.sampler == "uniform" else Prioritized(replay.alpha, replay.beta),
+        sampler=sampler,
     )

@@ -131,8 +131,7 @@ def make_dqn(config: DQNConfig) -> tuple[Agent, ReplayData]:
 
     info = read_task(config, actions="discrete")
     spec = config.policy_spec(info)
-    prioritized = config.replay.sampler == "prioritized"
-    loss = DQNLoss(build_policy(**spec["arguments"]), priorities=prioritized, **asdict(config.loss))
+    loss = DQNLoss(build_policy(**spec["arguments"]), priorities=config.replay.prioritized, **asdict(config.loss))
     optim = config.optim
     return replay_agent(
         config, info, loss, loss.policy, spec,

@@ -161,7 +161,7 @@ def make_mpo(config: MPOConfig) -> tuple[Agent, ReplayData]:
     critic = critics_of(config, info, atoms=config.network.atoms, v_max=config.network.v_max)
     if config.network.normalize:
         share_normalizer(policy.network, critic)
-    priorities = config.replay.sampler == "prioritized"
+    priorities = config.replay.prioritized
     kind: Any = MPOLoss if info.num_actions is None else DiscreteMPOLoss
     loss = kind(policy, critic, **loss_options(kind, config.loss, "epsilon_policy"), priorities=priorities)
     optim = config.optim

@@ -8,6 +8,7 @@ from offtrace.agents.config import Config
 
 AGENTS = {
     "a2c": "offtrace.agents.a2c:A2CConfig",
+    "acer": "offtrace.agents.acer:ACERConfig",
     "dqn": "offtrace.agents.dqn:DQNConfig",
     "impala": "offtrace.agents.impala:ImpalaConfig",
     "mpo": "offtrace.agents.mpo:MPOConfig",

@@ -133,7 +133,7 @@ def make_sac(config: SACConfig) -> tuple[Agent, ReplayData]:
         share_normalizer(networks[0].network, *networks[1:])
     kind: Any = SACv1Loss if old else DiscreteSACLoss if info.num_actions is not None else SACLoss
     options = loss_options(kind, config.loss, "version", "entropy_fraction")
-    loss = kind(*networks, priorities=config.replay.sampler == "prioritized", **options)
+    loss = kind(*networks, priorities=config.replay.prioritized, **options)
     optim = config.optim
     rates = {"actor": optim.lr_actor, "critic": optim.lr_critic, "value": optim.lr_critic, "alpha": optim.lr_alpha}
     return replay_agent(

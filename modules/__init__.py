@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from offtrace.modules.estimators import TreeBackup as TreeBackup
     from offtrace.modules.estimators import VTrace as VTrace
     from offtrace.modules.losses import A2CLoss as A2CLoss
+    from offtrace.modules.losses import ACERLoss as ACERLoss
     from offtrace.modules.losses import DiscreteMPOLoss as DiscreteMPOLoss
     from offtrace.modules.losses import DiscreteSACLoss as DiscreteSACLoss
     from offtrace.modules.losses import DQNLoss as DQNLoss
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _MODULE = {
     "A2CLoss": "losses",
+    "ACERLoss": "losses",
     "DQNLoss": "losses",
     "DiscreteMPOLoss": "losses",
     "DiscreteSACLoss": "losses",

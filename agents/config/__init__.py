@@ -4,6 +4,7 @@ from offtrace.agents.config.base import Checks, Config, ConfigError, Group, avai
 from offtrace.agents.config.collector import CollectorConfig
 from offtrace.agents.config.env import EnvConfig
 from offtrace.agents.config.estimator import check_estimator, samples_of
+from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig
 from offtrace.agents.config.network import NetworkConfig, SeparateNetworksConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
 from offtrace.agents.config.optim import OptimConfig, SeparateOptimConfig
@@ -18,6 +19,8 @@ __all__ = [
     "ConfigError",
     "EnvConfig",
     "Group",
+    "MixedConfig",
+    "MixedReplayConfig",
     "NetworkConfig",
     "OffPolicyConfig",
     "OptimConfig",

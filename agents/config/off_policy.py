@@ -12,6 +12,7 @@ from offtrace.modules.estimators.names import parse_spec
 from offtrace.modules.replay.limiter import SamplesPerInsert
 
 if TYPE_CHECKING:
+    from offtrace.agents.config.mixed import MixedConfig
     from offtrace.agents.config.replay import ReplayConfig
     from offtrace.agents.config.train import ReplayTrainConfig
     from offtrace.modules.envs import EnvInfo
@@ -58,7 +59,7 @@ class OffPolicyConfig(Config):
         """As :meth:`Config.validate`; replay, collector and budget fit each other."""
         super().validate()
         _check_sequences(self)
-        _check_sizes(self)
+        check_sizes(self)
         _check_updates(self)
         check_budget(self, self.env.frame_skip)
 
@@ -78,7 +79,12 @@ def _check_sequences(config: OffPolicyConfig) -> None:
         )
 
 
-def _check_sizes(config: OffPolicyConfig) -> None:
+def check_sizes(config: OffPolicyConfig | MixedConfig) -> None:
+    """Refuse a replay that holds less than a batch when it is first sampled, or less than the rollouts under way.
+
+    Raises:
+        ConfigError: one sentence.
+    """
     replay, unroll, length = config.replay, config.collector.unroll, config.samples.length
     rings = config.env.num_envs * max(1, config.collector.num_workers)
     # the last steps of every environment begin no sequence yet

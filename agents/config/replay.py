@@ -32,6 +32,11 @@ class ReplayConfig(Group):
     beta: float = 0.4
     """Of prioritized: power of the importance weights at the start; it grows to 1 over the training."""
 
+    @property
+    def prioritized(self) -> bool:
+        """Whether sampling follows priorities."""
+        return self.sampler == "prioritized"
+
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         checks = Checks(self, at)

@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offtrace.agents.config.base import ConfigError
+from offtrace.agents.config.mixed import MixedConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
 
 if TYPE_CHECKING:
     from offtrace.modules.envs import EnvInfo
 
 
-def bytes_per_step(config: OffPolicyConfig, info: EnvInfo) -> int:
+def bytes_per_step(config: OffPolicyConfig | MixedConfig, info: EnvInfo) -> int:
     """What a step takes in the replay: what environment and policy write, 8 bytes of version and the bookkeeping."""
     shapes = info.observation_shape
     several = list(shapes.values()) if isinstance(shapes, dict) else [shapes]
     observation = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in several) // info.frame_stack
     mask = info.num_actions or 0 if info.masked else 0
-    books = 18 if config.replay.sampler == "prioritized" else 17
+    books = 18 if config.replay.prioritized else 17
     return observation + mask + 4 * (config.floats_per_step(info) + 2) + books  # two: log-probability and reward
 
 
-def check_memory(config: OffPolicyConfig, info: EnvInfo, runs: Path) -> None:
+def check_memory(config: OffPolicyConfig | MixedConfig, info: EnvInfo, runs: Path) -> None:
     """Refuse what memory or disk cannot hold before it is asked for: an hour later it would end the run.
 
     Args:
@@ -57,7 +58,7 @@ def check_memory(config: OffPolicyConfig, info: EnvInfo, runs: Path) -> None:
         )
 
 
-def check_rings(config: OffPolicyConfig, info: EnvInfo) -> None:
+def check_rings(config: OffPolicyConfig | MixedConfig, info: EnvInfo) -> None:
     """Refuse a replay too small for frames that are stored once: an episode takes slots for its first older frames.
 
     Raises:

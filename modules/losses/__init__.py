@@ -1,6 +1,7 @@
 """Losses, one to a file; and what a loss of your own is made of."""
 
 from offtrace.modules.losses.a2c import A2CLoss
+from offtrace.modules.losses.acer import ACERLoss
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.dqn import DQNLoss
 from offtrace.modules.losses.impala import ImpalaLoss
@@ -19,6 +20,7 @@ from offtrace.modules.losses.vmpo import VMPOLoss
 
 __all__ = [
     "A2CLoss",
+    "ACERLoss",
     "DQNLoss",
     "DiscreteMPOLoss",
     "DiscreteSACLoss",

@@ -173,8 +173,10 @@ class PolicyNetwork(ObservationNetwork):
         if not torch.is_autocast_enabled(device):
             return _Encoded(features, mask, _AS_IT_IS)
         # cores and heads are small and their output feeds exponentials: they keep the precision of the weights
-        weights = [*self.head.parameters(), *(() if self.value_head is None else self.value_head.parameters())]
-        return _Encoded(features.to(weights[0].dtype), mask, torch.autocast(device, enabled=False))
+        heads = [head for head in (self.head, self.value_head) if head is not None]
+        # the weights of a target network are buffers
+        weights = (x for head in heads for x in (*head.parameters(), *head.buffers()) if x.is_floating_point())
+        return _Encoded(features.to(next(weights).dtype), mask, torch.autocast(device, enabled=False))
 
     def _heads(self, features: Tensor, mask: Tensor | None) -> tuple[Tensors, Tensors]:
         """Parameters and values of features [*B, F]."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from offtrace.agents.config import Config, ConfigError, OffPolicyConfig
+from offtrace.agents.config import Config, ConfigError, MixedConfig, OffPolicyConfig
 from offtrace.agents.registry import AGENTS, config_class
 from offtrace.agents.runs.checkpoint import load_policy
 from offtrace.agents.runs.training import train
@@ -40,6 +40,8 @@ def small(config: Config, task: str) -> Any:
         found.replay.samples_per_insert, found.replay.length = 2.0, 4
         if hasattr(found.network, "critic_hidden"):
             found.network.critic_hidden = [8, 8]
+    elif isinstance(config, MixedConfig):
+        found.train.minibatches, found.replay.capacity, found.replay.min_size, found.replay.ratio = 1, 400, 32, 1.0
     else:
         found.train.minibatches, found.train.epochs = 2, 1
     return found
@@ -69,7 +71,7 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "dmpo": kinds("mpo", network__atoms=11),
     "vmpo-popart": kinds("vmpo", network__popart=True),
 }
-ONLY_DISCRETE = {"dqn", "q_actor_critic", "dqn-rainbow"}
+ONLY_DISCRETE = {"acer", "dqn", "q_actor_critic", "dqn-rainbow"}
 ONLY_CONTINUOUS = {"sac-v1", "dmpo"}
 
 

@@ -10,10 +10,11 @@ from offtrace.agents.config import Config
 from offtrace.recipes import cli
 
 TRAINING = (
-    "impala_atari", "impala_control", "a2c", "ppo", "q_actor_critic", "vmpo_control", "dqn", "sac_control",
-    "mpo_control",
+    "impala_atari", "impala_control", "a2c", "ppo", "q_actor_critic", "vmpo_control", "acer_atari", "acer_control",
+    "dqn", "sac_control", "mpo_control",
 )  # fmt: skip
 ON_ROLLOUTS = ("impala_atari", "impala_control", "a2c", "ppo", "q_actor_critic", "vmpo_control")
+MIXING = ("acer_atari", "acer_control")
 
 
 def main_of(name: str) -> Callable[[list[str]], int]:

@@ -11,13 +11,14 @@ import pytest
 import yaml
 
 from offtrace.recipes import evaluate
-from tests.recipes.recipes import ON_ROLLOUTS, main_of
+from tests.recipes.recipes import MIXING, ON_ROLLOUTS, main_of
 
 COMMON = ["--collector.num_workers=0", "--train.total_frames=64", "--train.eval_episodes=1", "--train.log_every=0",
           "--train.record=false", "--train.name=a"]  # fmt: skip
 ROLLOUTS = [*COMMON, "--env.num_envs=4", "--collector.unroll=8", "--train.minibatches=2"]
 REPLAY = [*COMMON, "--env.num_envs=2", "--collector.unroll=8", "--replay.capacity=400", "--replay.batch_size=8",
           "--replay.min_size=24", "--replay.samples_per_insert=2"]  # fmt: skip
+MIXED = [*COMMON, "--env.num_envs=2", "--collector.unroll=8", "--replay.capacity=400", "--replay.min_size=16"]
 SMALL = ["--network.hidden=[8,8]"]
 SEPARATE = [*SMALL, "--network.critic_hidden=[8,8]"]
 CONTINUOUS, DISCRETE = "--env.task=Pendulum-v1", "--env.task=CartPole-v1"
@@ -42,6 +43,8 @@ def finite() -> None:
 
 def arguments(name: str) -> list[str]:
     separate = name in ("sac_control", "mpo_control")
+    if name in MIXING:
+        return [*MIXED, *SMALL]
     return [*ROLLOUTS] if name in ON_ROLLOUTS else [*REPLAY, *(SEPARATE if separate else SMALL)]
 
 
@@ -60,6 +63,10 @@ def arguments(name: str) -> list[str]:
         ("q_actor_critic", SMALL),
         ("q_actor_critic", [*SMALL, "--loss.estimator=tree_backup(lmbda=0.9)"]),
         ("q_actor_critic", [DISCRETE, "--preset=atari"]),
+        ("acer_control", []),
+        ("acer_control", ["--replay.ratio=0", "--loss.delta=null"]),
+        ("acer_control", ["--replay.storage=memmap", "--network.normalize=true", "--loss.entropy_coef=0.01"]),
+        ("acer_atari", [DISCRETE]),
         ("vmpo_control", SMALL),
         ("vmpo_control", [*SMALL, CONTINUOUS, "--network.popart=true"]),
         ("dqn", []),
@@ -95,14 +102,15 @@ def test_a_recipe_trains_and_goes_on(name: str, argv: list[str], capsys: pytest.
     assert "greedy actions, 2 whole episodes, raw scores" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["impala_atari", "dqn"])
+@pytest.mark.parametrize("name", ["impala_atari", "dqn", "acer_atari"])
 def test_images_from_end_to_end(name: str) -> None:
     """Every kind of data once on what an Atari game shows."""
     argv = ["--env.task=pong", "--train.total_frames=256", "--train.final_eval=false", "--train.eval_every=1000000"]
     network = ["--network.hidden=[16]", "--network.encoder=shallow"]
     if name == "dqn":
         argv += ["--preset=rainbow", "--replay.min_size=32", "--env.num_envs=2", "--replay.capacity=500"]
-    assert main_of(name)([*(ROLLOUTS if name in ON_ROLLOUTS else REPLAY), *network, *argv]) == 0
+    data = ROLLOUTS if name in ON_ROLLOUTS else MIXED if name in MIXING else REPLAY
+    assert main_of(name)([*data, *network, *argv]) == 0
     assert json.loads((RUN / "summary.json").read_text())["frames"] == 256
     finite()
 

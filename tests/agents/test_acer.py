@@ -1,0 +1,129 @@
+"""ACER as an agent: what its settings mean, what they refuse, and a run that is stopped and goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from offtrace.agents.acer import ACERConfig, control_config, make_acer
+from offtrace.agents.callbacks import Checkpoints, WeightSync
+from offtrace.agents.config import ConfigError
+from offtrace.agents.data import MixedData, RolloutData
+from tests.agents.renewal import NewEnvironments
+
+ENVS, UNROLL = 4, 6
+ROLLOUT = ENVS * UNROLL
+
+
+def small(rollouts: int) -> ACERConfig:
+    config = control_config()
+    config.env.num_envs, config.collector.unroll, config.collector.num_workers = ENVS, UNROLL, 0
+    config.network.hidden = [16]
+    config.replay.capacity, config.replay.min_size, config.replay.ratio = 500, 2 * ROLLOUT, 1.5
+    config.train.total_frames, config.train.accelerator = rollouts * ROLLOUT, "cpu"
+    return config
+
+
+class StopAt(pl.Callback):
+    """Ends the run when so many frames are done and nothing is owed, as a machine that goes down would."""
+
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.datamodule.frames >= self.frames and not trainer.datamodule.owed:
+            trainer.should_stop = True
+
+
+def fit(config: ACERConfig, folder: Path, *, stop: int, resume: Path | None = None, renew: int = 0) -> Any:
+    pl.seed_everything(3 if resume is None else 99, verbose=False)  # a resumed run takes nothing from its own seed
+    agent, data = make_acer(config)
+    assert isinstance(data, MixedData)
+    data.folder = folder.parent / "replay"
+    callbacks = [WeightSync(1), Checkpoints(folder, every=10**9), StopAt(stop * ROLLOUT)]
+    if renew:
+        callbacks.append(NewEnvironments(data, renew * ROLLOUT))
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+    )  # fmt: skip
+    trainer.fit(agent, data, ckpt_path=str(resume) if resume else None, weights_only=True if resume else None)
+    return agent, data
+
+
+def test_k_and_k_updates_are_2k(tmp_path: Path) -> None:
+    """Bit for bit: weights, the average policy, replay and counters."""
+    k, config = 6, small(12)
+    half, _ = fit(config, tmp_path / "one" / "a", stop=k)
+    resumed, resumed_data = fit(config, tmp_path / "one" / "b", stop=2 * k, resume=tmp_path / "one" / "a" / "last.ckpt")
+    whole, data = fit(config, tmp_path / "other" / "c", stop=2 * k, renew=k)
+    assert data.frames == resumed_data.frames == 2 * k * ROLLOUT
+    assert data.replayed_frames == resumed_data.replayed_frames > 0
+    assert resumed.updates == whole.updates > half.updates
+    names = [name for name in whole.state_dict() if "target" in name]
+    assert names
+    assert any(not torch.equal(half.state_dict()[name], whole.state_dict()[name]) for name in names)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_the_average_policy_moves_by_its_share_after_every_update() -> None:
+    config = small(4)
+    config.optim.average_decay = 0.75
+    agent, _ = make_acer(config)
+    before = [x.clone() for x in agent.loss.target_policy_params.values(True, True)]
+    with torch.no_grad():
+        for parameter in agent.loss.policy_params.parameters():
+            parameter.add_(1.0)
+    agent._after_update(1)
+    for old, average in zip(before, agent.loss.target_policy_params.values(True, True), strict=True):
+        torch.testing.assert_close(average, old + 0.25)
+
+
+def test_without_replay_the_data_are_rollouts() -> None:
+    config = small(4)
+    config.replay.ratio = 0.0
+    config.replay.min_size = 10**6
+    config.replay.capacity = 10**6
+    config.validate()
+    assert isinstance(make_acer(config)[1], RolloutData)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value", "words"),
+    [
+        ("replay", "ratio", -1.0, r"replay\.ratio is -1\.0; it must be at least 0"),
+        ("replay", "ratio", float("inf"), r"replay\.ratio is inf; it must be finite"),
+        ("replay", "capacity", 10, r"replay\.capacity is 10; it must hold replay\.min_size, 48"),
+        (
+            "replay",
+            "min_size",
+            10,
+            r"replay\.min_size is 10; for batches of 4 sequences of 6 steps from 4 environments",
+        ),
+        ("replay", "capacity", 50, r"replay\.capacity is 50; for 4 environments and a collector\.unroll of 6"),
+        ("train", "total_frames", 48, r"replay\.min_size is 48; train\.total_frames, 48, .* nothing would be replayed"),
+        ("collector", "unroll", 1, r"collector\.unroll is 1; a replay holds sequences as long: it must be at least 2"),
+        ("loss", "clip", 0.0, r"loss\.clip is 0\.0; it must be above 0"),
+        ("loss", "delta", -1.0, r"loss\.delta is -1\.0; it must be above 0, or null"),
+        ("loss", "estimator", "gae", r"loss\.estimator: estimator 'gae' is of state values"),
+        ("optim", "average_decay", 1.0, r"optim\.average_decay is 1\.0; it must be at least 0 and below 1"),
+        ("network", "recurrent", 8, r"network\.recurrent is 8; acer has no recurrent form"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(group: str, name: str, value: Any, words: str) -> None:
+    config = small(12)
+    setattr(getattr(config, group), name, value)
+    with pytest.raises(ConfigError, match=words):
+        config.validate()
+
+
+def test_a_replay_beyond_memory_is_refused() -> None:
+    config = small(12)
+    config.replay.capacity = 10**12
+    with pytest.raises(ConfigError, match=r"replay\.capacity is 10{12}; steps of \d+ bytes take"):
+        config.build()
