@@ -17,9 +17,11 @@ from torchrl.objectives.common import LossModule
 from offtrace.agents.agent import Agent
 from offtrace.agents.config import Config, ConfigError, OffPolicyConfig, RolloutConfig, SeparateNetworksConfig
 from offtrace.agents.config.network import IMAGE_ENCODERS
+from offtrace.agents.config.optim import OptimConfig
 from offtrace.agents.config.resources import check_memory, check_rings
 from offtrace.agents.data import ReplayData, RolloutData
 from offtrace.agents.data.acting import rollout_collector
+from offtrace.agents.data.rollouts import RolloutHook
 from offtrace.agents.optim import OptimizerFactory, make_optimizer
 from offtrace.agents.runs.folders import RUNS
 from offtrace.modules.envs import EnvInfo, env_info
@@ -167,9 +169,9 @@ def rollout_agent(
     policy: nn.Module,
     spec: dict[str, Any],
     *,
-    after_update: Callable[[int], None] | None = None,
-    on_rollout: Callable[[TensorDictBase], Any] | None = None,
     optimizer: OptimizerFactory | None = None,
+    after_update: Callable[[int], None] | None = None,
+    on_rollout: RolloutHook | None = None,
 ) -> tuple[Agent, RolloutData]:
     """Agent and data of an algorithm on rollouts.
 
@@ -178,21 +180,11 @@ def rollout_agent(
         info: of the task.
         loss, policy: the loss, and the policy inside it.
         spec: of the policy.
-        after_update: called with the number of updates after each.
-        on_rollout: sees each whole rollout once, before it is dealt.
         optimizer: in place of the one that the group ``optim`` says.
+        after_update: called with the number of updates after each.
+        on_rollout: sees each whole rollout once, before it is dealt; the scalars that it returns are logged.
     """
-    optim = config.optim
-    agent = Agent(
-        loss,
-        policy,
-        optimizer=optimizer or make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
-        total_frames=config.train.total_frames,
-        schedule=optim.schedule,
-        clip_grad_norm=optim.clip_grad_norm,
-        after_update=after_update,
-        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
-    )
+    agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     hooks = [hook for hook in (_normalizer_update(config, policy), on_rollout) if hook is not None]
     data = RolloutData(
         partial(rollout_collector, config, policy),
@@ -214,10 +206,8 @@ def replay_agent(
     policy: nn.Module,
     spec: dict[str, Any],
     *,
-    optimizer: OptimizerFactory,
-    clip_grad_norm: float | None,
-    after_update: Callable[[int], None],
-    schedule: Any = "constant",
+    optimizer: OptimizerFactory | None = None,
+    after_update: Callable[[int], None] | None = None,
 ) -> tuple[Agent, ReplayData]:
     """Agent and data of an algorithm on replayed data; arguments as of :func:`rollout_agent`.
 
@@ -226,16 +216,8 @@ def replay_agent(
     """
     check_memory(config, info, RUNS)
     check_rings(config, info)
-    agent = Agent(
-        loss,
-        policy,
-        optimizer=optimizer,
-        total_frames=config.train.total_frames,
-        schedule=schedule,
-        clip_grad_norm=clip_grad_norm,
-        after_update=after_update,
-        compile=config.train.compile,
-        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
+    agent = _agent(
+        config, loss, policy, spec, optimizer=optimizer, after_update=after_update, compile=config.train.compile
     )
     data = ReplayData(
         partial(rollout_collector, config, policy),
@@ -249,6 +231,31 @@ def replay_agent(
         on_rollout=_normalizer_update(config, policy),
     )
     return agent, data
+
+
+def _agent(
+    config: Any,
+    loss: LossModule,
+    policy: nn.Module,
+    spec: dict[str, Any],
+    *,
+    optimizer: OptimizerFactory | None,
+    after_update: Callable[[int], None] | None,
+    compile: bool = False,
+) -> Agent:
+    """The agent of a configuration whose group ``optim`` says optimiser, schedule and clip."""
+    optim = config.optim
+    return Agent(
+        loss,
+        policy,
+        optimizer=optimizer or make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
+        total_frames=config.train.total_frames,
+        schedule=optim.schedule if isinstance(optim, OptimConfig) else "constant",
+        clip_grad_norm=optim.clip_grad_norm,
+        after_update=after_update,
+        compile=compile,
+        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
+    )
 
 
 def group_optimizer(loss: LossModule, rates: dict[str, float], **options: Any) -> OptimizerFactory:
@@ -293,13 +300,14 @@ def _of_all_ranks(tensor: Tensor) -> Tensor:
     return torch.cat(everybody)
 
 
-def _in_turn(hooks: list[Callable[[TensorDictBase], Any]]) -> Callable[[TensorDictBase], None] | None:
-    if not hooks:
-        return None
+def _in_turn(hooks: list[RolloutHook]) -> RolloutHook:
+    """Calls one after the other, and returns what all of them do."""
 
-    def call(rollout: TensorDictBase) -> None:
+    def call(rollout: TensorDictBase) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for hook in hooks:
-            hook(rollout)
+            found |= hook(rollout) or {}
+        return found
 
     return call
 
