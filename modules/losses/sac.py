@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.critics import least
+from offtrace.modules.losses.critics import min_q
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     Steps,
@@ -23,7 +23,6 @@ from offtrace.modules.losses.steps import (
     read_log_prob,
     read_pre_tanh,
     read_steps,
-    reducer,
     weighted,
     write_priority,
 )
@@ -135,7 +134,7 @@ class SACLoss(Loss):
         self.learn_alpha = add_temperature(self, alpha_init, fixed_alpha)
         self.alpha_loss, self.target_entropy = alpha_loss, wanted_entropy(target_entropy)
         self.num_samples = num_samples
-        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.reduction = reduction
         self.reward_scale = reward_scale
         self.priorities = priorities
         terms = ["loss_critic", "loss_actor", *(["loss_alpha"] if self.learn_alpha else [])]
@@ -156,18 +155,18 @@ class SACLoss(Loss):
         """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
         steps = read_steps(self, tensordict, discrete=False, reward_scale=self.reward_scale)
         x, action, next_x = steps.observation, steps.action, steps.next_observation
-        stats, alpha = Stats(steps.valid, steps.selection.reward), self.alpha
+        stats, alpha = Stats(steps.valid, steps.selection.reward, self.reduction), self.alpha
         policy = self._policy(x)
 
         # target
         with torch.no_grad():
             next_action, next_log_prob = self._sample(self._policy(next_x), self.num_samples)
-            next_value = least(self._target_q(next_x, next_action)) - alpha * next_log_prob
+            next_value = min_q(self._target_q(next_x, next_action)) - alpha * next_log_prob
             log_pi, log_rho = behaviour_ratio(self, tensordict, policy, steps)
             estimate = self.estimator.estimate(
                 steps.selection,
                 next_value=next_value if self.num_samples == 1 else next_value.mean(0),
-                q_value=least(self._target_q(x, action)) if self.estimator.uses_q_value else None,
+                q_value=min_q(self._target_q(x, action)) if self.estimator.uses_q_value else None,
                 log_pi=log_pi,
                 log_rho=log_rho,
             )
@@ -175,12 +174,12 @@ class SACLoss(Loss):
         # critics
         q_value = self._q(x, action)
         error = q_value - estimate.target.unsqueeze(-1)
-        loss_critic = 0.5 * self._reduce(stats, weighted(error.square().sum(-1), steps.weight))
+        loss_critic = 0.5 * stats.reduce(weighted(error.square().sum(-1), steps.weight))
 
         # actor
         fresh, log_prob = self._sample(policy, 1)
-        best = least(self._frozen_q(x, fresh))
-        loss_actor = self._reduce(stats, weighted(alpha * log_prob - best, steps.weight))
+        fresh_q = min_q(self._frozen_q(x, fresh))
+        loss_actor = stats.reduce(weighted(alpha * log_prob - fresh_q, steps.weight))
 
         # temperature
         out = {"loss_critic": loss_critic, "loss_actor": loss_actor, "valid_count": stats.count, "alpha": alpha}
