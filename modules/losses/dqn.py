@@ -18,6 +18,7 @@ from offtrace.modules.losses.steps import (
     Steps,
     check_arguments,
     check_positive,
+    log_ratio,
     read_log_prob,
     read_steps,
     weighted,
@@ -208,12 +209,12 @@ class DQNLoss(Loss):
         self, tensordict: TensorDictBase, outputs: Tensor, steps: Steps
     ) -> tuple[Tensor | None, Tensor | None]:
         """log pi of the batch's actions, 0 of the best and -inf of others, and log pi - log mu, [M]."""
-        log_mu = read_log_prob(self, tensordict, steps, needed=self.estimator.uses_behaviour)
+        log_mu = read_log_prob(self, tensordict, steps)
         if log_mu is None and not self.estimator.uses_log_pi:
             return None, None
         best = self._greedy(outputs, steps.observation) == steps.action
         log_pi = torch.zeros_like(steps.selection.reward).masked_fill(~best, -torch.inf)
-        return log_pi, None if log_mu is None else log_pi - log_mu.to(log_pi.dtype)
+        return log_pi, log_ratio(log_pi, log_mu)
 
 
 def _half_square(value: Tensor, target: Tensor, *, reduction: str) -> Tensor:

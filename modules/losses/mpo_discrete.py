@@ -21,6 +21,7 @@ from offtrace.modules.losses.steps import (
     States,
     Steps,
     check_arguments,
+    log_ratio,
     read_log_prob,
     read_steps,
     weighted,
@@ -129,7 +130,7 @@ class DiscreteMPOLoss(Loss):
 
         with torch.no_grad():
             # the target policy where the critic bootstraps, and at the steps where something needs it
-            log_mu = read_log_prob(self, tensordict, steps, needed=self.estimator.uses_behaviour)
+            log_mu = read_log_prob(self, tensordict, steps)
             needs_steps = at_steps or log_mu is not None or self.estimator.uses_log_pi
             both = {key: torch.cat([next_x[key], x[key]]) for key in x} if needs_steps else next_x
             target_both = self._log_probs(self._target_policy, both)
@@ -144,7 +145,7 @@ class DiscreteMPOLoss(Loss):
                 next_value=bootstrap[:size],
                 q_value=of_action(self._target_q(x), action).amin(-1) if self.estimator.uses_q_value else None,
                 log_pi=log_pi,
-                log_rho=None if log_mu is None or log_pi is None else log_pi - log_mu.to(log_pi.dtype),
+                log_rho=log_ratio(log_pi, log_mu),
             )
 
         # critics

@@ -20,6 +20,7 @@ from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     Steps,
     check_arguments,
+    log_ratio,
     read_log_prob,
     read_pre_tanh,
     read_steps,
@@ -201,18 +202,18 @@ def behaviour_ratio(
     loss: Any, tensordict: TensorDictBase, policy: Distribution, steps: Steps
 ) -> tuple[Tensor | None, Tensor | None]:
     """log pi and log pi - log mu of the batch's actions, [M]; None where the batch lacks what only diagnostics need."""
-    uses_mu, uses_pi = loss.estimator.uses_behaviour, loss.estimator.uses_log_pi
-    log_mu = read_log_prob(loss, tensordict, steps, needed=uses_mu)
-    if log_mu is None and not uses_pi:
+    needs_pi = loss.estimator.uses_behaviour or loss.estimator.uses_log_pi
+    log_mu = read_log_prob(loss, tensordict, steps)
+    if log_mu is None and not needs_pi:
         return None, None
     if loss.keeps_pre_tanh:  # not to be recovered from an action at the bounds
-        pre_tanh = read_pre_tanh(loss, tensordict, steps, needed=uses_mu or uses_pi)
+        pre_tanh = read_pre_tanh(loss, tensordict, steps, needed=needs_pi)
         if pre_tanh is None:
             return None, None
         log_pi = policy.log_prob_pre_tanh(pre_tanh)  # type: ignore[attr-defined]
     else:
         log_pi = policy.log_prob(steps.action)
-    return log_pi, None if log_mu is None else log_pi - log_mu.to(log_pi.dtype)
+    return log_pi, log_ratio(log_pi, log_mu)
 
 
 def sampler_of(actor: ProbabilisticTensorDictSequential) -> Sampler:

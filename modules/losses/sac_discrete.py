@@ -18,6 +18,7 @@ from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     States,
     check_arguments,
+    log_ratio,
     read_log_prob,
     read_steps,
     weighted,
@@ -132,14 +133,14 @@ class DiscreteSACLoss(Loss):
         # target
         with torch.no_grad():
             next_value = self._soft_value(next_x, alpha)
-            log_mu = read_log_prob(self, tensordict, steps, needed=self.estimator.uses_behaviour)
+            log_mu = read_log_prob(self, tensordict, steps)
             log_pi = policy.log_prob(action)
             estimate = self.estimator.estimate(
                 steps.selection,
                 next_value=next_value,
                 q_value=min_q(of_action(self._target_q(x), action)) if self.estimator.uses_q_value else None,
                 log_pi=log_pi,
-                log_rho=None if log_mu is None else log_pi - log_mu.to(log_pi.dtype),
+                log_rho=log_ratio(log_pi, log_mu),
             )
 
         # critics

@@ -105,12 +105,20 @@ def read_outcome(loss: Loss, tensordict: TensorDictBase) -> Outcome:
     return Outcome(reward.to(loss.dtype), terminated, done | terminated, _valid(loss, tensordict))
 
 
-def read_log_prob(loss: Loss, tensordict: TensorDictBase, steps: Steps, *, needed: bool) -> Tensor | None:
-    """log mu [M], the behaviour policy's log-probability of the actions; None where it is missing and not needed."""
+def read_log_prob(loss: Loss, tensordict: TensorDictBase, steps: Steps) -> Tensor | None:
+    """log mu [M], the behaviour policy's log-probability of the actions.
+
+    None where it is missing and the estimator does not need it.
+    """
     key, shape = loss.tensor_keys.sample_log_prob, tuple(tensordict.batch_size)
-    if not needed and tensordict.get(key, None) is None:
+    if not loss.estimator.uses_behaviour and tensordict.get(key, None) is None:
         return None
     return steps.selection.at(entry(loss, tensordict, key, shape))
+
+
+def log_ratio(log_pi: Tensor | None, log_mu: Tensor | None) -> Tensor | None:
+    """log pi - log mu, [M]; None where one of the two is not known."""
+    return None if log_pi is None or log_mu is None else log_pi - log_mu.to(log_pi.dtype)
 
 
 def read_pre_tanh(loss: Loss, tensordict: TensorDictBase, steps: Steps, *, needed: bool) -> Tensor | None:
