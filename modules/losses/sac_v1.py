@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictParams, dispatch
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
-from offtrace.modules.estimators.base import ReturnEstimator, make_estimator
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import min_q
 from offtrace.modules.losses.sac import behaviour_ratio, check_continuous, sampler_of
@@ -56,6 +53,7 @@ class SACv1Loss(Loss):
     value: TensorDictModule
     value_params: TensorDictParams
     target_value_params: TensorDictParams
+    has_target_critics = False
 
     def __init__(
         self,
@@ -102,27 +100,6 @@ class SACv1Loss(Loss):
             *self.estimator.diagnostic_keys,
             "valid_count",
         ]
-
-    def bind_estimator(
-        self,
-        spec: str | ReturnEstimator,
-        kind: str,
-        *,
-        gamma: float,
-        discrete: bool = True,
-        every_step: bool = False,
-        **options: Any,
-    ) -> None:
-        """Take an estimator that does not need the target critics' value of the batch's action.
-
-        Raises:
-            ValueError: on another; and as the base class.
-        """
-        found: Any = make_estimator(spec, kind, **options)
-        if found.uses_q_value:
-            name = type(found).__name__
-            raise ValueError(f"estimator {name} needs target critics, which SACv1Loss has not: use SACLoss")
-        super().bind_estimator(found, kind, gamma=gamma, discrete=discrete, every_step=every_step)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

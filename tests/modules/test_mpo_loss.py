@@ -437,7 +437,7 @@ def test_categorical_critic(target: str) -> None:
     torch.testing.assert_close(dist @ loss.support, y)
 
 
-def test_of_several_categorical_critics_the_one_with_the_least_mean_is_the_target() -> None:
+def test_of_several_categorical_critics_the_one_with_the_smallest_mean_is_the_target() -> None:
     loss = make(critic="categorical", critics=3, target="one_step")
     logits = torch.randn(4, 3, ATOMS, dtype=torch.float64)
     value, dist = min_critic(logits, loss.support)
