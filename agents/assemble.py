@@ -18,9 +18,11 @@ from offtrace.agents.agent import Agent
 from offtrace.agents.config import Config, ConfigError, OffPolicyConfig, RolloutConfig, SeparateNetworksConfig
 from offtrace.agents.config.network import IMAGE_ENCODERS
 from offtrace.agents.config.off_policy import check_budget
+from offtrace.agents.config.optim import OptimConfig
 from offtrace.agents.config.resources import check_memory, check_rings
 from offtrace.agents.data import ReplayData, RolloutData
 from offtrace.agents.data.acting import rollout_collector
+from offtrace.agents.data.rollouts import RolloutHook
 from offtrace.agents.optim import OptimizerFactory, make_optimizer
 from offtrace.agents.runs.folders import RUNS
 from offtrace.modules.envs import EnvInfo, env_info
@@ -168,9 +170,9 @@ def rollout_agent(
     policy: nn.Module,
     spec: dict[str, Any],
     *,
-    after_update: Callable[[int], None] | None = None,
-    on_rollout: Callable[[TensorDictBase], Any] | None = None,
     optimizer: OptimizerFactory | None = None,
+    after_update: Callable[[int], None] | None = None,
+    on_rollout: RolloutHook | None = None,
 ) -> tuple[Agent, RolloutData]:
     """Agent and data of an algorithm on rollouts.
 
@@ -179,21 +181,11 @@ def rollout_agent(
         info: of the task.
         loss, policy: the loss, and the policy inside it.
         spec: of the policy.
-        after_update: called with the number of updates after each.
-        on_rollout: sees each whole rollout once, before it is dealt.
         optimizer: in place of the one that the group ``optim`` says.
+        after_update: called with the number of updates after each.
+        on_rollout: sees each whole rollout once, before it is dealt; the scalars that it returns are logged.
     """
-    optim = config.optim
-    agent = Agent(
-        loss,
-        policy,
-        optimizer=optimizer or make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
-        total_frames=config.train.total_frames,
-        schedule=optim.schedule,
-        clip_grad_norm=optim.clip_grad_norm,
-        after_update=after_update,
-        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
-    )
+    agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     hooks = [hook for hook in (_normalizer_update(config, policy), on_rollout) if hook is not None]
     data = RolloutData(
         partial(rollout_collector, config, policy),
@@ -215,10 +207,8 @@ def replay_agent(
     policy: nn.Module,
     spec: dict[str, Any],
     *,
-    optimizer: OptimizerFactory,
-    clip_grad_norm: float | None,
-    after_update: Callable[[int], None],
-    schedule: Any = "constant",
+    optimizer: OptimizerFactory | None = None,
+    after_update: Callable[[int], None] | None = None,
 ) -> tuple[Agent, ReplayData]:
     """Agent and data of an algorithm on replayed data; arguments as of :func:`rollout_agent`.
 
@@ -228,16 +218,8 @@ def replay_agent(
     check_memory(config, info, RUNS)
     check_rings(config, info)
     check_budget(config, info.frame_skip)
-    agent = Agent(
-        loss,
-        policy,
-        optimizer=optimizer,
-        total_frames=config.train.total_frames,
-        schedule=schedule,
-        clip_grad_norm=clip_grad_norm,
-        after_update=after_update,
-        compile=config.train.compile,
-        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
+    agent = _agent(
+        config, loss, policy, spec, optimizer=optimizer, after_update=after_update, compile=config.train.compile
     )
     data = ReplayData(
         partial(rollout_collector, config, policy),
@@ -251,6 +233,31 @@ def replay_agent(
         on_rollout=_normalizer_update(config, policy),
     )
     return agent, data
+
+
+def _agent(
+    config: Any,
+    loss: LossModule,
+    policy: nn.Module,
+    spec: dict[str, Any],
+    *,
+    optimizer: OptimizerFactory | None,
+    after_update: Callable[[int], None] | None,
+    compile: bool = False,
+) -> Agent:
+    """The agent of a configuration whose group ``optim`` says optimiser, schedule and clip."""
+    optim = config.optim
+    return Agent(
+        loss,
+        policy,
+        optimizer=optimizer or make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
+        total_frames=config.train.total_frames,
+        schedule=optim.schedule if isinstance(optim, OptimConfig) else "constant",
+        clip_grad_norm=optim.clip_grad_norm,
+        after_update=after_update,
+        compile=compile,
+        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
+    )
 
 
 def group_optimizer(loss: LossModule, rates: dict[str, float], **options: Any) -> OptimizerFactory:
@@ -295,13 +302,14 @@ def _of_all_ranks(tensor: Tensor) -> Tensor:
     return torch.cat(everybody)
 
 
-def _in_turn(hooks: list[Callable[[TensorDictBase], Any]]) -> Callable[[TensorDictBase], None] | None:
-    if not hooks:
-        return None
+def _in_turn(hooks: list[RolloutHook]) -> RolloutHook:
+    """Calls one after the other, and returns what all of them do."""
 
-    def call(rollout: TensorDictBase) -> None:
+    def call(rollout: TensorDictBase) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for hook in hooks:
-            hook(rollout)
+            found |= hook(rollout) or {}
+        return found
 
     return call
 

@@ -124,7 +124,7 @@ class DQNConfig(OffPolicyConfig):
 
 def make_dqn(config: DQNConfig) -> tuple[Agent, ReplayData]:
     """The agent and the data module of ``config``, as :meth:`Config.build`."""
-    from offtrace.agents.assemble import make_optimizer, read_task, replay_agent
+    from offtrace.agents.assemble import read_task, replay_agent
     from offtrace.agents.targets import hard_update
     from offtrace.modules.losses import DQNLoss
     from offtrace.modules.networks import build_policy
@@ -133,14 +133,8 @@ def make_dqn(config: DQNConfig) -> tuple[Agent, ReplayData]:
     spec = config.policy_spec(info)
     prioritized = config.replay.sampler == "prioritized"
     loss = DQNLoss(build_policy(**spec["arguments"]), priorities=prioritized, **asdict(config.loss))
-    optim = config.optim
-    return replay_agent(
-        config, info, loss, loss.policy, spec,
-        optimizer=make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
-        schedule=optim.schedule,
-        clip_grad_norm=optim.clip_grad_norm,
-        after_update=hard_update(loss, optim.target_every),
-    )  # fmt: skip
+    after_update = hard_update(loss, config.optim.target_every)
+    return replay_agent(config, info, loss, loss.policy, spec, after_update=after_update)
 
 
 def control_config() -> DQNConfig:

@@ -168,7 +168,7 @@ def make_mpo(config: MPOConfig) -> tuple[Agent, ReplayData]:
     rates = {"actor": optim.lr_actor, "critic": optim.lr_critic, "duals": optim.lr_dual}
     return replay_agent(
         config, info, loss, loss.policy, spec,
-        optimizer=group_optimizer(loss, rates, fused=True), clip_grad_norm=optim.clip_grad_norm,
+        optimizer=group_optimizer(loss, rates, fused=True),
         after_update=hard_update(loss, optim.target_every),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.names import check_options, find_named, parse_spec
+from offtrace.modules.returns import effective_sample_size
 from offtrace.modules.returns.checks import check_numbers
 
 
@@ -37,6 +38,27 @@ class Outcome(NamedTuple):
         """The same as [T, N], as the returns want it."""
         valid = None if self.valid is None else self.valid.t()
         return Outcome(self.reward.t(), self.terminated.t(), self.done.t(), valid)
+
+
+def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
+    """``x`` [*B, ...] with zeros where ``valid`` [*B] is False: a NaN would pass through the weight of 0."""
+    if valid is None:
+        return x
+    return torch.where(valid.view(*valid.shape, *(1,) * (x.ndim - valid.ndim)), x, x.new_zeros(()))
+
+
+def valid_mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Of ``x`` [*B] over the valid steps; 0 where there is none."""
+    if valid is None:
+        return x.mean()
+    return torch.where(valid, x, 0).sum() / valid.sum().float().clamp(min=1)
+
+
+def sample_size(log_rho: Tensor | None, *, like: Tensor, valid: Tensor | None) -> Tensor:
+    """The effective sample size of pi/mu, on the device of ``like``; NaN where the ratios are not known."""
+    if log_rho is None:
+        return torch.full((), math.nan, device=like.device)
+    return effective_sample_size(log_rho, valid=valid)
 
 
 class ReturnEstimator(ValueEstimatorBase):
@@ -114,7 +136,7 @@ class ReturnEstimator(ValueEstimatorBase):
             raise ValueError(f"{name} has no gamma: make it {name}(gamma=...), or give it to a loss, which has one")
         return self.gamma
 
-    def _ends(self, tensordict: TensorDictBase, dim: int, value: Tensor, following: Tensor) -> dict[str, Any]:
+    def _ends(self, tensordict: TensorDictBase, dim: int, value: Tensor, next_value: Tensor) -> dict[str, Any]:
         """Reward, masks and discount as the functions take them, time first; checked against the values."""
         names = self.tensor_keys
         valid = self._valid(tensordict, value)
@@ -127,7 +149,7 @@ class ReturnEstimator(ValueEstimatorBase):
         if self.validate:
             self._check_finite(valid, reward=found[names.reward], value=value)
             bootstraps = ~found[names.terminated] if valid is None else valid & ~found[names.terminated]
-            self._check_finite(bootstraps, next_value=following)
+            self._check_finite(bootstraps, next_value=next_value)
         return {
             "reward": found[names.reward].transpose(0, dim),
             "terminated": found[names.terminated].transpose(0, dim),
@@ -233,7 +255,7 @@ def make_estimator(spec: str | ReturnEstimator, kind: str, **options: Any) -> Re
         options: further ones of what is named.
 
     Raises:
-        ValueError: on a name or an option that is not known, the nearest told, a number out of range, or another kind.
+        ValueError: on a name or an option that is not known, with the nearest, a number out of range, or another kind.
         TypeError: on what is no estimator.
         ImportError: on an import path that leads nowhere.
     """
@@ -309,6 +331,17 @@ def check_unit_interval(**numbers: float) -> None:
     for name, number in numbers.items():
         if not 0 <= number <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {number}")
+
+
+def check_whole(**numbers: int) -> None:
+    """Refuse what is no whole number of 1 or more.
+
+    Raises:
+        ValueError: by the argument's name.
+    """
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be 1 or more, and whole, got {number!r}")
 
 
 def _imported(path: str) -> Any:

@@ -19,7 +19,7 @@ from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.config import ConfigError, OffPolicyConfig
 from offtrace.agents.config.resources import bytes_per_step
 from offtrace.agents.data import ReplayData
-from offtrace.agents.data.store import ReplayStore
+from offtrace.agents.data.store import StoringData
 from offtrace.agents.dqn import DQNConfig
 from offtrace.agents.mpo import MPOConfig, dmpo_config, full_covariance_config
 from offtrace.agents.mpo import discrete_config as discrete_mpo_config
@@ -365,7 +365,6 @@ class FullOnOneRank(ReplayData):
     room = True
 
     def __init__(self) -> None:
-        self.store = ReplayStore(None)  # type: ignore[arg-type]
         self.saved = "before"
 
     def save(self, rank: int) -> str | None:
@@ -585,19 +584,20 @@ class _ByHand(Uniform):
 def test_a_sampler_of_the_users_gets_its_priorities_back() -> None:
     sampler = _ByHand()
     replay = Replay(100, num_envs=2, batch_size=4, sampler=sampler)
-    store = ReplayStore(lambda rank, folder: replay)
-    store.open(0)
+    data = StoringData(None, lambda rank, folder: replay, total_frames=4, frame_skip=1)  # type: ignore[arg-type]
+    data.open_replay(0)
+    data.frames = 1
     steps = (2, 10)
     flags = {name: torch.zeros(*steps, 1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
     seen = {"observation": torch.randn(*steps, 3), "reward": torch.randn(*steps, 1), **flags}
     rollout = TensorDict(
         {"observation": torch.randn(*steps, 3), "action": torch.zeros(steps, dtype=torch.long), "next": seen}, steps
     )
-    store.insert(rollout)
-    batch = store.sample(4, progress=0.25)
+    data.insert(rollout)
+    batch = data.sample()
     assert sampler.progress == 0.25
     with pytest.raises(ValueError, match="priorities=True"):
-        store.feedback(batch)
+        data.feedback(batch)
     batch["td_error"] = torch.ones(4)
-    store.feedback(batch)
+    data.feedback(batch)
     assert sampler.given == 4

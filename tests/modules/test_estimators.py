@@ -254,13 +254,14 @@ def test_alone_and_in_a_loss_it_is_one_computation(estimator: Any, masked: bool)
     torch.testing.assert_close(found.weight, expected if valid is None else torch.where(valid, expected, 0))
 
 
-def test_without_ratios_only_the_effective_sample_size_is_left_out() -> None:
+def test_without_ratios_only_the_effective_sample_size_is_unknown() -> None:
     for estimator in (GAE(), NStepReturn(n=3)):
         ours = bind(estimator, "state", gamma=0.9)
         done = torch.zeros(B, T, dtype=torch.bool)
         value = torch.randn(B, T)
         found = ours.estimate(Outcome(value, done, done, None), value=value, next_value=value, log_rho=None)
-        assert set(found.diagnostics) == {"trace_length", "contraction"}
+        assert set(found.diagnostics) == set(ours.diagnostic_keys)
+        assert {name for name, value in found.diagnostics.items() if value.isnan()} == {"ess"}
 
 
 @pytest.mark.parametrize("kind", ["state", "action"])

@@ -95,6 +95,14 @@ def test_a_recipe_trains_and_goes_on(name: str, argv: list[str], capsys: pytest.
     assert "greedy actions, 2 whole episodes, raw scores" in capsys.readouterr().out
 
 
+def test_ppo_logs_the_diagnostics_of_its_rollouts() -> None:
+    """Beside the other hook that sees them, which moves the normaliser, and so the policy, a little."""
+    assert main_of("ppo")([*ROLLOUTS, *SMALL, "--network.normalize=true", "--loss.estimator=gae(lmbda=0.0)"]) == 0
+    assert set(column("rollout/trace_length")) == {0.0}
+    assert all(0.99 < ess <= 1 for ess in column("rollout/ess"))
+    finite()
+
+
 @pytest.mark.parametrize("name", ["impala_atari", "dqn"])
 def test_images_from_end_to_end(name: str) -> None:
     """Every kind of data once on what an Atari game shows."""
