@@ -28,23 +28,15 @@ from offtrace.modules.networks import Critic, DiscreteCritic, StateValue, build_
 from offtrace.modules.replay import Prioritized, Replay, Uniform
 
 
-def read_task(config: Config, *, actions: str = "any") -> EnvInfo:
-    """What the task of ``config`` shows and takes.
-
-    Args:
-        config: validated.
-        actions: what the algorithm acts with: ``"any"``, ``"discrete"`` or ``"continuous"``.
+def read_task(config: Config) -> EnvInfo:
+    """What the task of ``config``, which is validated, shows and takes.
 
     Raises:
         ConfigError: when the agent cannot act in the task, or the network cannot read it.
         ValueError: when the task is unknown or cannot be made.
     """
     info = env_info(config.task, **config.env_options())
-    kind = "continuous" if info.num_actions is None else "discrete"
-    if actions not in ("any", kind):
-        raise ConfigError(
-            f"env.task is {config.task}, whose actions are {kind}; {config.algorithm} needs {actions} ones"
-        )
+    config.check_actions(info.kind)
     encoder = config.network.encoder
     if isinstance(info.observation_shape, dict):
         if ":" not in encoder:

@@ -20,8 +20,8 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from offtrace.agents.config import Config, ConfigError, may_have_gpu
-from offtrace.agents.config.names import nearest
 from offtrace.agents.runs.folders import RunError, discard, new_run, read_config, write_config
+from offtrace.modules.naming import nearest
 from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_file, sentence, types_of_keys
 
 MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every")

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 
 from offtrace.agents.config import Config, ConfigError
-from offtrace.agents.config.names import nearest
+from offtrace.modules.naming import nearest
 
 
 class SentenceParser(argparse.ArgumentParser):
@@ -33,12 +33,16 @@ def import_from_here() -> None:
 
 
 def check_flags(argv: Sequence[str], known: Iterable[str]) -> None:
-    """Raises ``ConfigError`` for a flag that is not ``known``, with the nearest one that is."""
+    """Raises ``ConfigError`` for a flag that is not ``known``, with the nearest one that is, or those of its group."""
     known = list(known)
     for word in argv:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in known and not flag.startswith("--print_config"):
-            raise ConfigError(f"there is no flag {flag}{nearest(flag, known)}")
+            known = [name for name in known if not name.endswith("+")]  # jsonargparse's way to add to a list
+            group = flag.rpartition(".")[0]
+            own = [name.rpartition(".")[2] for name in known if group and name.rpartition(".")[0] == group]
+            has = f"; {group.lstrip('-')} has {', '.join(own)}" if own else ""
+            raise ConfigError(f"there is no flag {flag}{nearest(flag, known) or has}")
 
 
 def types_of_keys(kind: type[Config]) -> dict[str, Any]:
@@ -157,8 +161,3 @@ def _in_words(wanted: Any) -> str:
         return " or ".join(map(_in_words, get_args(wanted)))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words[wanted]
-
-
-def count(number: int, noun: str) -> str:
-    """``1 episode``, ``2 episodes``."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")

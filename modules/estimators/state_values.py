@@ -11,7 +11,8 @@ from tensordict.nn import dispatch
 from torch import Tensor
 
 from offtrace.modules import keys as k
-from offtrace.modules.estimators.base import Outcome, ReturnEstimator, _with, check_unit_interval
+from offtrace.modules.estimators.base import Outcome, ReturnEstimator, _with
+from offtrace.modules.estimators.names import check_ranges
 from offtrace.modules.returns import (
     clipped_fraction,
     effective_sample_size,
@@ -21,7 +22,6 @@ from offtrace.modules.returns import (
     trace_reach,
     vtrace,
 )
-from offtrace.modules.returns.checks import check_clips
 
 
 class StateEstimate(NamedTuple):
@@ -232,8 +232,7 @@ class VTrace(StateValueEstimator):
         leak: float = 1.0,
         **options: Any,
     ) -> None:
-        check_unit_interval(lmbda=lmbda, leak=leak)
-        check_clips(rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
+        check_ranges(lmbda=lmbda, leak=leak, rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
         super().__init__(**options)
         self.lmbda, self.leak = lmbda, leak
         self.rho_clip, self.c_clip, self.pg_rho_clip = rho_clip, c_clip, pg_rho_clip
@@ -299,7 +298,7 @@ class GAE(StateValueEstimator):
     uses_behaviour = False
 
     def __init__(self, *, lmbda: float = 1.0, **options: Any) -> None:
-        check_unit_interval(lmbda=lmbda)
+        check_ranges(lmbda=lmbda)
         super().__init__(**options)
         self.lmbda = lmbda
 
@@ -338,7 +337,7 @@ class WeightedGAE(GAE):
     uses_behaviour = True
 
     def __init__(self, *, lmbda: float = 1.0, pg_rho_clip: float = 1.0, **options: Any) -> None:
-        check_clips(rho_clip=math.inf, c_clip=1.0, pg_rho_clip=pg_rho_clip)
+        check_ranges(pg_rho_clip=pg_rho_clip)
         super().__init__(lmbda=lmbda, **options)
         self.pg_rho_clip = pg_rho_clip
 
@@ -378,8 +377,7 @@ class NStepReturn(StateValueEstimator):
     uses_behaviour = False
 
     def __init__(self, *, n: int = 5, **options: Any) -> None:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be 1 or more, and whole, got {n!r}")
+        check_ranges(n=n)
         super().__init__(**options)
         self.n = n
 

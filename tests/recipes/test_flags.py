@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from offtrace.agents.config import ConfigError
-from offtrace.agents.config.names import nearest
 from offtrace.agents.impala import atari_config, paper_config
 from offtrace.agents.q_actor_critic import QActorCriticConfig
 from offtrace.agents.runs.folders import RunError, write_config
@@ -121,11 +120,6 @@ def test_a_resumed_run_keeps_what_no_preset_says(tmp_path: Path, capsys: pytest.
     assert yaml.safe_load(capsys.readouterr().out) == asdict(config)
 
 
-def test_nearest() -> None:
-    assert nearest("--lr", ["--optim.lr", "--loss.gamma"]) == "; did you mean --optim.lr?"
-    assert nearest("--zzzzzzzz", ["--optim.lr"]) == ""
-
-
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
@@ -213,7 +207,9 @@ def answers(name: str, argvs: list[list[str]], folder: Path) -> list[dict[str, A
 @pytest.mark.parametrize("name", TRAINING)
 def test_answers_from_any_folder_without_anything_heavy(name: str, tmp_path: Path) -> None:
     """Help, configuration and mistakes are answered at once: no torch, Lightning or TorchRL is loaded on the way."""
-    wrong = [["--train.seed", "x"], ["--taks", "pong"], ["--loss.estimator", "retrce"], ["--collector.unroll", "0"]]
+    wrong = [["--train.seed", "x"], ["--taks", "pong"], ["--loss.estimator", "retrce"], ["--collector.unroll", "0"],
+             ["--loss.estimator", "n_step(n=0)"], ["--loss.estimator", "n_step(gamma=0.9)"],
+             ["--network.encoder", "no_such_module:make"], ["--env.task", "no_such_module:make"]]  # fmt: skip
     helped, printed, *refused = answers(name, [["--help"], ["--print_config"], *wrong], tmp_path)
     for answer in (helped, printed):
         assert (answer["code"], answer["err"], answer["heavy"]) == (0, "", [])
@@ -229,6 +225,23 @@ def test_answers_from_any_folder_without_anything_heavy(name: str, tmp_path: Pat
     assert "Environments per actor" in helped["out"]
     undocumented = re.findall(r"--(\w+\.\w+) \S+\s+\((?:type|default)", helped["out"])
     assert not undocumented, "every field has a sentence of its own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "argv", "told"),
+    [
+        ("sac_control", ["--loss.estimator=tree_backup"], "loss.estimator is tree_backup"),
+        ("dqn", [], "env.task is {}, whose actions are continuous; dqn needs discrete ones"),
+    ],
+)
+def test_actions_that_do_not_fit_are_known_at_once(name: str, argv: list[str], told: str, tmp_path: Path) -> None:
+    tasks = ("walker-walk", "Pendulum-v1")
+    found = answers(name, [[*argv, f"--env.task={task}"] for task in tasks], tmp_path)
+    for task, answer in zip(tasks, found, strict=True):
+        assert (answer["code"], answer["heavy"]) == (2, [])
+        assert answer["err"].startswith(f"error: {told.format(task)}")
+        assert answer["err"].count("\n") == 1
 
 
 @pytest.mark.slow
