@@ -16,7 +16,7 @@ from torchrl.objectives.common import LossModule
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.config import Config, ConfigError, OffPolicyConfig, RolloutConfig, SeparateNetworksConfig
-from offtrace.agents.config.network import IMAGE_ENCODERS
+from offtrace.agents.config.network import IMAGE_ENCODERS, VECTOR_ENCODERS
 from offtrace.agents.config.resources import check_memory, check_rings
 from offtrace.agents.data import ReplayData, RolloutData
 from offtrace.agents.data.acting import rollout_collector
@@ -48,6 +48,11 @@ def read_task(config: Config) -> EnvInfo:
         raise ConfigError(
             f"network.encoder is {encoder}, and {config.task} shows observations of shape "
             f"{list(info.observation_shape)}; it must be auto, mlp or layernorm_mlp"
+        )
+    elif encoder in VECTOR_ENCODERS and len(info.observation_shape) == 3:
+        raise ConfigError(
+            f"network.encoder is {encoder}, and {config.task} shows images of shape {list(info.observation_shape)}; it "
+            "must be auto, shallow or resnet"
         )
     return info
 

@@ -89,6 +89,11 @@ def _check(network: str, shape: Shape) -> None:
         raise ValueError(
             f"network {network!r} needs observations [channels, height, width], got {tuple(shape)}; use 'mlp'"
         )
+    elif network not in _IMAGE and len(shape) == 3:  # it would read bytes from 0 to 255 as they are
+        raise ValueError(
+            f"network {network!r} reads vectors, and the observation is an image, {tuple(shape)}; use 'shallow' or "
+            "'resnet'"
+        )
 
 
 def _widths(network: str, hidden: Widths) -> tuple[int, ...]:

@@ -263,6 +263,8 @@ def test_a_name_with_a_dot_is_a_name() -> None:
         ({"network": f"{__name__}:absent"}, "cannot be imported"),
         ({"network": f"{__name__}:narrow"}, "must take (observation_shape, hidden), and takes (shape)"),
         ({"network": f"{__name__}:without_width"}, "must give a module with an int 'out_features', got Flatten"),
+        ({"observation_shape": [4, 84, 84]}, "is an image, (4, 84, 84); use 'shallow' or 'resnet'"),
+        ({"observation_shape": [4, 84, 84], "network": "layernorm_mlp"}, "'layernorm_mlp' reads vectors, and the obs"),
         ({"observation_shape": MIXED}, "give a network of your own"),
         ({"observation_shape": {"speed": [2]}, "network": "shallow"}, "give a network of your own"),
         ({"observation_shape": [0]}, "sizes of an observation must be positive"),
