@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         RunError: if the checkpoint is missing or damaged.
     """
     parser = SentenceParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="such as runs/NAME/checkpoints/best.ckpt, or last.ckpt beside it")
     parser.add_argument("--episodes", type=int, default=10, help="whole episodes (default 10)")
     parser.add_argument(
         "--mode", choices=["sample", "greedy"], help="draw actions, or take the mode (default: as in training)"

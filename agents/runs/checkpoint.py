@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tensordict.nn import ProbabilisticTensorDictSequential
 
+from offtrace.agents.runs.missing import no_checkpoint
 from offtrace.modules.naming import imported
 from offtrace.modules.networks import build_policy
 
@@ -48,7 +49,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint file at {path}")
+        raise CheckpointError(no_checkpoint(path))
     try:
         with zipfile.ZipFile(path) as archive:
             if (bad := archive.testzip()) is not None:  # torch.load does not look at the checksums

@@ -13,6 +13,7 @@ import yaml
 
 from offtrace.agents.config import ConfigError
 from offtrace.agents.impala import ImpalaConfig, atari_config, paper_config
+from offtrace.agents.runs.checkpoint import CheckpointError, load_policy
 from offtrace.agents.runs.folders import RunError, new_run, read_config, write_config
 from offtrace.agents.sac import SACConfig
 from offtrace.recipes import cli, evaluate
@@ -362,6 +363,24 @@ def test_evaluate_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
         error = capsys.readouterr().err
         assert f"{name} is truncated or not a checkpoint" in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("names", [(), ("last.ckpt",), ("best.ckpt", "last.ckpt")])
+def test_the_folder_of_a_run_leads_to_its_checkpoints(
+    names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever reads a checkpoint says which there are."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    for path in (folder.parent, folder, folder / "bst.ckpt", folder.parent / "best.ckpt"):
+        assert evaluate.main([str(path)]) == 2
+        with pytest.raises(CheckpointError) as raised:
+            load_policy(path)
+        for told in (capsys.readouterr().err, str(raised.value)):
+            assert str(path) in told
+            assert all((str(folder / name) in told) == (name in names) for name in ("best.ckpt", "last.ckpt"))
 
 
 @pytest.mark.parametrize(
