@@ -28,6 +28,9 @@ RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 TYPES = types_of_keys(QActorCriticConfig)
 
 
+LIST = "a list of whole numbers in one word such as [64,64] or null"
+
+
 def parse(*argv: str) -> Any:
     return recipes.parse("q_actor_critic", *argv)
 
@@ -81,11 +84,19 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         (["--train.total_frames", "1.5"], "train.total_frames is 1.5; it must be a whole number"),
         (["--train.total_frames=-5"], "train.total_frames is -5; it must be at least 1"),
         (["--env.protocol", "clasic"], "env.protocol is clasic; it must be one of classic, sticky"),
-        (["--network.hidden", "12"], "network.hidden is 12; it must be a list of whole numbers such as [256] or null"),
+        (["--network.hidden", "12"], f"network.hidden is 12; it must be {LIST}"),
+        (["--network.hidden", "64", "64", "--train.seed=1"], f"network.hidden is 64 64; it must be {LIST}"),
+        (["--network.hidden", "[64,", "64]"], f"network.hidden is [64, 64]; it must be {LIST}"),
         (["--loss.reward_clip", "a"], "loss.reward_clip is a; it must be a number or null"),
         (["--loss.normalize_advantage", "maybe"], "loss.normalize_advantage is maybe; it must be true or false"),
         (["--loss.gamma", "nan"], "loss.gamma is nan; it must be between 0 and 1"),
         (["--env", "{task: 3}"], "env.task is 3; it must be text"),
+        (["--env", "{tsk: pong}"], "--env is {tsk: pong}, which has an unknown key env.tsk; did you mean env.task?"),
+        (
+            ["--env", "{env: {task: pong}}"],
+            "--env is {env: {task: pong}}, which has the group env inside; it must have keys of env alone, or be given "
+            "as --config",
+        ),
         (["--train", "3"], "--train is 3; it must be a YAML file, or keys and values such as {key: value}"),
         (["pong"], "pong stands behind no flag; flags are written --group.name value"),
     ],
@@ -223,6 +234,8 @@ def test_answers_from_any_folder_without_anything_heavy(name: str, tmp_path: Pat
         for key in values:
             assert f"--{group}.{key} " in helped["out"], "the help explains every flag"
     assert "Environments per actor" in helped["out"]
+    for preset in recipes.presets_of(name):
+        assert re.search(rf"^ +{preset}: \w+", helped["out"], re.MULTILINE), f"what the preset {preset} is"
     undocumented = re.findall(r"--(\w+\.\w+) \S+\s+\((?:type|default)", helped["out"])
     assert not undocumented, "every field has a sentence of its own"
 
