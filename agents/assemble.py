@@ -16,7 +16,7 @@ from torchrl.objectives.common import LossModule
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.config import Config, ConfigError, OffPolicyConfig, RolloutConfig, SeparateNetworksConfig
-from offtrace.agents.config.network import IMAGE_ENCODERS
+from offtrace.agents.config.network import IMAGE_ENCODERS, VECTOR_ENCODERS
 from offtrace.agents.config.off_policy import check_budget
 from offtrace.agents.config.optim import OptimConfig
 from offtrace.agents.config.resources import check_memory, check_rings
@@ -31,23 +31,15 @@ from offtrace.modules.networks import Critic, DiscreteCritic, StateValue, build_
 from offtrace.modules.replay import Prioritized, Replay, Uniform
 
 
-def read_task(config: Config, *, actions: str = "any") -> EnvInfo:
-    """What the task of ``config`` shows and takes.
-
-    Args:
-        config: validated.
-        actions: what the algorithm acts with: ``"any"``, ``"discrete"`` or ``"continuous"``.
+def read_task(config: Config) -> EnvInfo:
+    """What the task of ``config``, which is validated, shows and takes.
 
     Raises:
         ConfigError: when the agent cannot act in the task, or the network cannot read it.
         ValueError: when the task is unknown or cannot be made.
     """
     info = env_info(config.task, **config.env_options())
-    kind = "continuous" if info.num_actions is None else "discrete"
-    if actions not in ("any", kind):
-        raise ConfigError(
-            f"env.task is {config.task}, whose actions are {kind}; {config.algorithm} needs {actions} ones"
-        )
+    config.check_actions(info.kind)
     encoder = config.network.encoder
     if isinstance(info.observation_shape, dict):
         if ":" not in encoder:
@@ -59,6 +51,11 @@ def read_task(config: Config, *, actions: str = "any") -> EnvInfo:
         raise ConfigError(
             f"network.encoder is {encoder}, and {config.task} shows observations of shape "
             f"{list(info.observation_shape)}; it must be auto, mlp or layernorm_mlp"
+        )
+    elif encoder in VECTOR_ENCODERS and len(info.observation_shape) == 3:
+        raise ConfigError(
+            f"network.encoder is {encoder}, and {config.task} shows images of shape {list(info.observation_shape)}; it "
+            "must be auto, shallow or resnet"
         )
     return info
 

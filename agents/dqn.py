@@ -9,8 +9,8 @@ from offtrace.agents.config import (
     Checks,
     CollectorConfig,
     EnvConfig,
+    FeedForwardConfig,
     Group,
-    NetworkConfig,
     OffPolicyConfig,
     OptimConfig,
     ReplayConfig,
@@ -55,7 +55,7 @@ class LossConfig(Group):
 
 
 @dataclass
-class DQNNetworkConfig(NetworkConfig):
+class DQNNetworkConfig(FeedForwardConfig):
     """The network of action values."""
 
     dueling: bool = False
@@ -107,6 +107,7 @@ class DQNConfig(OffPolicyConfig):
     train: ReplayTrainConfig = field(default_factory=ReplayTrainConfig)
 
     algorithm = "dqn"
+    actions = "discrete"
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
         """A network of action values, and the epsilon-greedy policy that follows from them."""
@@ -129,7 +130,7 @@ def make_dqn(config: DQNConfig) -> tuple[Agent, ReplayData]:
     from offtrace.modules.losses import DQNLoss
     from offtrace.modules.networks import build_policy
 
-    info = read_task(config, actions="discrete")
+    info = read_task(config)
     spec = config.policy_spec(info)
     prioritized = config.replay.sampler == "prioritized"
     loss = DQNLoss(build_policy(**spec["arguments"]), priorities=prioritized, **asdict(config.loss))

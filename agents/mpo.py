@@ -77,11 +77,14 @@ class MPONetworkConfig(SeparateNetworksConfig):
     """Of a categorical critic, 51, which makes this DMPO; 0: plain values."""
     v_max: float = 150.0
     """The categorical critic's returns reach from minus this to this."""
+    init_scale: float | None = None
+    """Standard deviation of a continuous action at the start; null: the policy's own."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         super().check(at)
         Checks(self, at).categorical()
+        Checks(self, at).positive_or_null("init_scale")
 
 
 @dataclass
@@ -189,9 +192,7 @@ def discrete_config() -> MPOConfig:
 
 def dmpo_config() -> MPOConfig:
     """A categorical critic."""
-    config = control_config()
-    config.network.atoms = 51
-    return config
+    return MPOConfig(network=MPONetworkConfig(atoms=51), loss=LossConfig(estimator="n_step(n=4)"))
 
 
 def full_covariance_config() -> MPOConfig:

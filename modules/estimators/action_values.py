@@ -10,12 +10,11 @@ from torch import Tensor
 from offtrace.modules.estimators.action_networks import ActionValueForward
 from offtrace.modules.estimators.base import (
     Outcome,
-    check_unit_interval,
-    check_whole,
     sample_size,
     valid_mean,
     zero_invalid,
 )
+from offtrace.modules.estimators.names import check_ranges
 from offtrace.modules.estimators.selection import Selection, every_step, first_window
 from offtrace.modules.returns import (
     categorical_projection,
@@ -180,7 +179,8 @@ class NStep(ActionValueEstimator):
     __doc__ = f"""n rewards and the value behind them, not corrected for being off-policy.
 
     A loss learns from the first step of each sequence; the window is cut at an episode's end and before a step that is
-    not valid. Alone it gives the returns of every step, :func:`offtrace.modules.returns.n_step_return`.
+    not valid. With n 1 it is :class:`OneStep`, and learns from every step. Alone it gives the returns of every step,
+    :func:`offtrace.modules.returns.n_step_return`.
 
     Source: Sutton 1988; Watkins 1989.
 
@@ -193,7 +193,7 @@ class NStep(ActionValueEstimator):
     uses_q_value = False
 
     def __init__(self, *, n: int = 5, **options: Any) -> None:
-        check_whole(n=n)
+        check_ranges(n=n)
         super().__init__(**options)
         self.n = n
 
@@ -207,11 +207,13 @@ class NStep(ActionValueEstimator):
         return self.n
 
     def steps_per_sequence(self, length: int) -> int:
-        """The first."""
-        return 1
+        """The first; with n 1 all."""
+        return length if self.n == 1 else 1
 
     def select(self, outcome: Outcome, *, gamma: float) -> Selection:
-        """The first step of each sequence, and the end of its window."""
+        """The first step of each sequence, and the end of its window; with n 1 every step, from its own successor."""
+        if self.n == 1:
+            return every_step(outcome, gamma=gamma)
         return first_window(outcome, gamma=gamma, n=self.n)
 
     def compute(self, *, reward: Tensor, next_value: Tensor, **known: Any) -> Tensor:
@@ -258,18 +260,6 @@ class OneStep(NStep):
     def __init__(self, **options: Any) -> None:
         super().__init__(n=1, **options)
 
-    def sequence_length(self, default: int) -> int:
-        """Transitions."""
-        return 1
-
-    def steps_per_sequence(self, length: int) -> int:
-        """All of them."""
-        return length
-
-    def select(self, outcome: Outcome, *, gamma: float) -> Selection:
-        """Every step, from its own successor."""
-        return every_step(outcome, gamma=gamma)
-
 
 class TraceEstimator(ActionValueEstimator):
     """The operator of all traces, :func:`offtrace.modules.returns.q_return`, or its relative for distributions.
@@ -286,7 +276,7 @@ class TraceEstimator(ActionValueEstimator):
     contracts: bool = False
 
     def __init__(self, *, lmbda: float = 1.0, **options: Any) -> None:
-        check_unit_interval(lmbda=lmbda)
+        check_ranges(lmbda=lmbda)
         super().__init__(**options)
         self.lmbda = lmbda
 
@@ -359,7 +349,7 @@ class Retrace(TraceEstimator):
     bounded = True
 
     def __init__(self, *, lmbda: float = 1.0, root: int = 1, **options: Any) -> None:
-        check_whole(root=root)
+        check_ranges(root=root)
         super().__init__(lmbda=lmbda, **options)
         self.root = root
         self.contracts = root == 1

@@ -15,12 +15,11 @@ from offtrace.modules.estimators.base import (
     Outcome,
     ReturnEstimator,
     _with,
-    check_unit_interval,
-    check_whole,
     sample_size,
     valid_mean,
     zero_invalid,
 )
+from offtrace.modules.estimators.names import check_ranges
 from offtrace.modules.returns import (
     clipped_fraction,
     gae,
@@ -29,7 +28,6 @@ from offtrace.modules.returns import (
     trace_reach,
     vtrace,
 )
-from offtrace.modules.returns.checks import check_clips
 
 
 class StateEstimate(NamedTuple):
@@ -237,8 +235,7 @@ class VTrace(StateValueEstimator):
         leak: float = 1.0,
         **options: Any,
     ) -> None:
-        check_unit_interval(lmbda=lmbda, leak=leak)
-        check_clips(rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
+        check_ranges(lmbda=lmbda, leak=leak, rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
         super().__init__(**options)
         self.lmbda, self.leak = lmbda, leak
         self.rho_clip, self.c_clip, self.pg_rho_clip = rho_clip, c_clip, pg_rho_clip
@@ -304,7 +301,7 @@ class GAE(StateValueEstimator):
     uses_behaviour = False
 
     def __init__(self, *, lmbda: float = 1.0, **options: Any) -> None:
-        check_unit_interval(lmbda=lmbda)
+        check_ranges(lmbda=lmbda)
         super().__init__(**options)
         self.lmbda = lmbda
 
@@ -343,7 +340,7 @@ class WeightedGAE(GAE):
     uses_behaviour = True
 
     def __init__(self, *, lmbda: float = 1.0, pg_rho_clip: float = 1.0, **options: Any) -> None:
-        check_clips(rho_clip=math.inf, c_clip=1.0, pg_rho_clip=pg_rho_clip)
+        check_ranges(pg_rho_clip=pg_rho_clip)
         super().__init__(lmbda=lmbda, **options)
         self.pg_rho_clip = pg_rho_clip
 
@@ -383,7 +380,7 @@ class NStepReturn(StateValueEstimator):
     uses_behaviour = False
 
     def __init__(self, *, n: int = 5, **options: Any) -> None:
-        check_whole(n=n)
+        check_ranges(n=n)
         super().__init__(**options)
         self.n = n
 

@@ -106,7 +106,7 @@ class Loss(LossModule):
             hyperparams: options of the one that is named.
 
         Raises:
-            ValueError, TypeError, ImportError: as the argument.
+            ValueError, TypeError: as the argument.
         """
         if value_type is None and not hyperparams:
             return self

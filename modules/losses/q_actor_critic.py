@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
@@ -11,13 +9,13 @@ from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.estimators.base import zero_invalid
+from offtrace.modules.estimators.names import check_ranges
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics, trust_region
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, check_positive, entry
 from offtrace.modules.losses.unroll import evaluate_rollout
 from offtrace.modules.returns import clipped_fraction, importance_trace
-from offtrace.modules.returns.checks import check_clips
 
 
 class QActorCriticLoss(Loss):
@@ -77,7 +75,7 @@ class QActorCriticLoss(Loss):
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, policy_clip=policy_clip)
-        check_clips(rho_clip=math.inf, c_clip=1.0, pg_rho_clip=pg_rho_clip)
+        check_ranges(pg_rho_clip=pg_rho_clip)
         if k.ACTION_VALUE not in policy.out_keys or list(policy[-1].in_keys) != [k.LOGITS]:
             raise ValueError(
                 f"QActorCriticLoss needs a policy over discrete actions that writes {k.ACTION_VALUE!r}, got one that "

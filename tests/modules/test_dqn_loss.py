@@ -381,7 +381,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
         (lambda: DQNLoss(nothing), "needs a network that writes 'action_value' or 'value_logits'"),
         (lambda: DQNLoss(no_support), "must have a buffer 'support'"),
         (lambda: dqn()(hot), r"'action' must hold indices of actions, \[4\], got \[4, 3\]; of one-hot actions take"),
-        (lambda: dqn(estimator="n_steps"), "the nearest is 'n_step'"),
+        (lambda: dqn(estimator="n_steps"), "did you mean n_step"),
         (lambda: dqn(estimator="retrace")(td), r"needs sequences \[N, T\]"),
         (lambda: dqn(gamma=1.5), "gamma must be in"),
         (lambda: dqn(loss_function="l1"), "loss_function must be one of"),

@@ -68,6 +68,7 @@ def arguments(name: str) -> list[str]:
         ("dqn", ["--loss.double=false", "--network.normalize=true"]),
         ("sac_control", [CONTINUOUS]),
         ("sac_control", [CONTINUOUS, "--loss.estimator=n_step(n=3)", "--replay.min_size=32"]),
+        ("sac_control", [CONTINUOUS, "--loss.estimator=n_step(n=1)"]),
         ("sac_control", [CONTINUOUS, "--replay.sampler=prioritized"]),
         ("sac_control", ["--preset=v1", CONTINUOUS]),
         ("sac_control", ["--preset=discrete", "--loss.estimator=tree_backup", "--replay.length=4"]),
@@ -190,11 +191,17 @@ def test_an_own_estimator_with_options(name: str, argv: list[str], own_code: str
 @pytest.mark.parametrize(
     ("name", "spec", "words"),
     [
-        ("impala_control", "{}:Shallow(dept=1)", "has no option 'dept', the nearest is 'depth'"),
-        ("sac_control", "{}:Cut(dept=1)", "has no option 'dept', the nearest is 'depth'"),
+        ("impala_control", "{}:Shallow(dept=1)", "has no option 'dept', its options are 'depth', "),
+        (
+            "sac_control",
+            "{}:Cut(dept=1)",
+            "has no option 'dept', its options are 'depth', 'lmbda'; did you mean depth?",
+        ),
+        ("impala_control", "{}:Shallow(gamma=0.9)", "give loss.gamma, and leave it out of"),
+        ("sac_control", "{}:Cut(alpha=0.5)", "loss.estimator: the loss draws its own actions at its own temperature"),
         ("sac_control", "{}:Shallow", "Shallow estimates state values, and an estimator of action values is needed"),
         ("impala_control", "{}:Cut", "Cut estimates action values, and an estimator of state values is needed"),
-        ("dqn", "{}:Nothing", "Nothing' cannot be imported"),
+        ("dqn", "{}:Nothing", "has no 'Nothing'"),
         ("ppo", "{}:net", "loss.estimator: "),
     ],
 )
