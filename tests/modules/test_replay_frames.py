@@ -174,7 +174,12 @@ def run(replay: Replay, padding: str, *, longest: int = 16, wild: bool = True) -
 @pytest.mark.parametrize("padding", ["zeros", "repeat", "life", "noise"])
 @pytest.mark.parametrize(
     ("frames", "length", "pad", "storage"),
-    [(3, 1, False, "tensor"), (2, 1, False, "memmap"), (4, 3, False, "tensor"), (3, 5, True, "tensor")],
+    [
+        pytest.param(3, 1, False, "tensor", marks=pytest.mark.slow),
+        (2, 1, False, "memmap"),
+        pytest.param(4, 3, False, "tensor", marks=pytest.mark.slow),
+        (3, 5, True, "tensor"),
+    ],
 )
 def test_samples_are_the_environments_own(padding: str, frames: int, length: int, pad: bool, storage: Any) -> None:
     """Terminated, truncated and invalid steps, restarts within and between rollouts, several turns of the ring."""
