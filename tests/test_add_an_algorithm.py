@@ -64,6 +64,7 @@ def test_two_learners_share_the_frames(folder: Path) -> None:
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(folder: Path) -> None:
     for words, message in (
         (["--loss.estimator=gea"], "; did you mean gae?"),

@@ -163,7 +163,10 @@ def _td(observation: torch.Tensor) -> Any:
     return TensorDict({"observation": observation}, [len(observation)])
 
 
-@pytest.mark.parametrize("name", ["sac", "sac retrace", "sac normalized", "mpo", "sac discrete", *PRIORITIZED])
+RESUMED = ["sac retrace", "sac normalized", "mpo", "sac discrete", *PRIORITIZED]
+
+
+@pytest.mark.parametrize("name", ["sac", *(pytest.param(name, marks=pytest.mark.slow) for name in RESUMED)])
 def test_k_and_k_updates_are_2k(name: str, tmp_path: Path) -> None:
     """Both arms get new environments after k rollouts. Bit for bit: weights, targets, moments, samples, counters."""
     k, config = 6, configs()[name]
@@ -413,6 +416,7 @@ def test_a_capacity_that_stacked_images_do_not_fit_is_refused() -> None:
         config.build()
 
 
+@pytest.mark.slow
 def test_actors_in_processes_hold_the_ratio() -> None:
     config = configs()["sac"]
     config.collector.num_workers = 2
@@ -442,6 +446,7 @@ def test_vmpo_learns_something(popart: bool, tmp_path: Path) -> None:
         assert (saved.mean, saved.scale) == (head.mean, head.scale)
 
 
+@pytest.mark.slow
 def test_a_compiled_loss_is_the_loss() -> None:
     """The same updates from the same samples; traced, without a C++ compiler."""
     finals = []
@@ -541,6 +546,7 @@ def test_tasks_that_do_not_fit_are_refused() -> None:
         config.build()
 
 
+@pytest.mark.slow
 def test_two_ranks_stay_bit_identical(tmp_path: Path) -> None:
     """Two gloo ranks, each with its own environments and replay: the same weights, targets, duals and temperature."""
     script = Path(__file__).with_name("replayed_ddp_script.py")

@@ -421,15 +421,17 @@ def test_what_is_not_valid_reaches_nothing(options: dict[str, Any]) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", CASES)
-def test_compiled_equals_eager_and_copies_stand_alone(options: dict[str, Any]) -> None:
+def test_copies_stand_alone_and_compiled_equals_eager(options: dict[str, Any], compiled: bool) -> None:
     loss = dqn(priorities=True, **options)
     td = batch(6, 5, masked=options.get("masked", False), valid=True)
     torch._dynamo.reset()
     fresh = dqn(priorities=True, **options)
     fresh.load_state_dict(loss.state_dict(), strict=True)
+    others = [torch.compile(loss, backend="aot_eager", fullgraph=True)] if compiled else [copy.deepcopy(loss), fresh]
     results = []
-    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True), copy.deepcopy(loss), fresh):
+    for function in (loss, *others):
         loss.zero_grad()
         data = td.clone()
         out = function(data)

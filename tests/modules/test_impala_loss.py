@@ -465,6 +465,7 @@ def test_bad_batches_are_named() -> None:
         loss(rollout().exclude(("next", "last_reward")))
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     """Feed-forward; the count of truncations inside the rollout is read on the host and splits the graph there."""
     policy, td = make(), rollout()

@@ -674,6 +674,7 @@ def test_networks_and_batches_that_do_not_fit_are_refused() -> None:
         make(n=7)(data())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "critic", "target"),
     [

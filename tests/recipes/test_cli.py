@@ -47,8 +47,9 @@ def test_defaults_presets_and_flags() -> None:
 def test_every_preset_is_right_and_reads_back_as_printed(
     name: str, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    preset_itself = recipes.presets_of(name)[preset]()
     argv = [f"--preset={preset}", "--train.name", "1e6", "--loss.gamma=0.5", "--network.v_max=300"]
-    argv = argv if "v_max" in vars(recipes.parse(name).network) else argv[:-1]
+    argv = argv if "v_max" in vars(preset_itself.network) else argv[:-1]
     with pytest.raises(SystemExit) as end:
         recipes.parse(name, *argv, "--print_config")
     assert not end.value.code
@@ -58,7 +59,7 @@ def test_every_preset_is_right_and_reads_back_as_printed(
     assert config == recipes.parse(name, *argv)
     assert (config.train.name, config.loss.gamma) == ("1e6", 0.5)
     cli.check(config)
-    cli.check(recipes.parse(name, f"--preset={preset}"))
+    cli.check(preset_itself)
 
 
 def test_presets_differ() -> None:
@@ -179,9 +180,12 @@ STATE, ACTION = ("impala_atari", "a2c", "ppo", "vmpo_control"), ("q_actor_critic
     ],
 )
 def test_estimators_that_do_not_fit(names: tuple[str, ...], spec: str, near: str) -> None:
+    estimator = recipes.parse(names[0], f"--loss.estimator={spec}").loss.estimator  # type: ignore[attr-defined]
     for name in names:
+        config: Any = recipes.presets_of(name)["default"]()
+        config.loss.estimator = estimator
         with pytest.raises(ConfigError) as error:
-            cli.check(recipes.parse(name, f"--loss.estimator={spec}"))
+            cli.check(config)
         assert str(error.value).startswith("loss.estimator: ")
         assert near in str(error.value)
         assert "\n" not in str(error.value)
@@ -199,6 +203,16 @@ def test_misspelt_flags_tasks_and_networks_name_the_nearest(name: str) -> None:
     ):
         with pytest.raises(ConfigError) as error:
             cli.check(recipes.parse(name, *argv))
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+    for group, field, value, words in (
+        ("env", "task", "wlaker-walk", "unknown environment 'wlaker-walk'; did you mean 'walker-walk'?"),
+        ("network", "encoder", "layernorm_mpl", "package.module:function; did you mean layernorm_mlp?"),
+    ):
+        config = recipes.presets_of(name)["default"]()
+        setattr(getattr(config, group), field, value)
+        with pytest.raises(ConfigError) as error:
+            cli.check(config)
         assert words in str(error.value)
         assert "\n" not in str(error.value)
 
@@ -251,7 +265,7 @@ def test_misspelt_flags_of_one_algorithm(name: str, argv: list[str], words: str)
 def test_what_a_replay_cannot_give(name: str, argv: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as error:
         cli.check(recipes.parse(name, *argv))
-    assert words.format(recipes.parse(name).algorithm) in str(error.value)
+    assert words.format(recipes.presets_of(name)["default"]().algorithm) in str(error.value)
     assert "\n" not in str(error.value)
 
 
