@@ -66,7 +66,7 @@ def network_arguments(config: Config, info: EnvInfo) -> dict[str, Any]:
     images = not isinstance(shape, dict) and len(shape) == 3
     encoder = config.network.encoder
     arguments = {
-        "network": ("shallow" if images else "mlp") if encoder == "auto" else encoder,
+        "network": ("shallow" if images else config.network.vector_encoder) if encoder == "auto" else encoder,
         "observation_shape": {k: list(v) for k, v in shape.items()} if isinstance(shape, dict) else list(shape),
         "num_actions": info.num_actions,
         "action_dim": info.action_dim,

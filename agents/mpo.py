@@ -65,8 +65,9 @@ class LossConfig(Group):
 class MPONetworkConfig(SeparateNetworksConfig):
     """Policy and critic; Acme's."""
 
-    encoder: str = "layernorm_mlp"
-    """layernorm_mlp (Acme's) and mlp read vectors, shallow and resnet images; auto, or package.module:function."""
+    encoder: str = "auto"
+    """shallow and resnet (IMPALA's two) read images, mlp and layernorm_mlp (Acme's) vectors; or an own one's import
+    path package.module:function. auto: shallow or layernorm_mlp, as the task shows images or vectors."""
     hidden: list[int] | None = field(default_factory=lambda: [256, 256, 256])
     """Widths of the policy's layers."""
     critic_hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
@@ -79,6 +80,8 @@ class MPONetworkConfig(SeparateNetworksConfig):
     """The categorical critic's returns reach from minus this to this."""
     init_scale: float | None = None
     """Standard deviation of a continuous action at the start; null: the policy's own."""
+
+    vector_encoder = "layernorm_mlp"
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""

@@ -30,7 +30,10 @@ class FeedForwardConfig(Group):
     channels_last: bool | None = None
     """Memory format of image encoders; null: channels last where the learner is on a GPU, where it is faster."""
 
-    # no fields, and so no flags: a group of an algorithm that has them makes fields of them
+    # what auto takes for vectors; as the next two no field, and so no flag
+    vector_encoder = "mlp"
+
+    # a group of an algorithm that has them makes fields of them
     recurrent = 0
     init_scale = cast("float | None", None)
 

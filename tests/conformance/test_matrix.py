@@ -30,8 +30,6 @@ def small(config: Config, task: str) -> Any:
     found.env.task = f"{HERE}:{task}"
     found.env.num_envs, found.collector.unroll, found.collector.num_workers = ENVS, UNROLL, 0
     found.network.hidden = [16] if "Images" in task else [8, 8]
-    if found.network.encoder == "layernorm_mlp" and "Images" in task:
-        found.network.encoder = "auto"
     found.train.total_frames, found.train.eval_episodes = 4 * ENVS * UNROLL, 2
     found.train.eval_every = found.train.checkpoint_every = 10**9
     found.train.log_every, found.train.accelerator, found.train.precision = 0.0, "cpu", "32-true"

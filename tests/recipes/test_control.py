@@ -83,8 +83,16 @@ def weights() -> dict[str, Any]:
         (sac, ["--loss.estimator=tree_backup"], "loss.estimator is tree_backup, which needs probabilities of discrete"),
         (mpo, ["--loss.estimator=tree_backup", f"--env.task={OWN}:Short"], "loss.estimator is tree_backup, which"),
         (sac, ["--network.encoder=shallow"], "shows observations of shape [5]; it must be auto, mlp or layernorm_mlp"),
-        (sac, ["--env.task=pong", "--network.encoder=mlp"], "network.encoder is mlp, and pong shows images of shape"),
-        (mpo, ["--env.task=pong"], "network.encoder is layernorm_mlp, and pong shows images of shape [4, 84, 84]"),
+        (
+            sac,
+            ["--env.task=pong", "--network.encoder=mlp", "--train.total_frames=512"],
+            "network.encoder is mlp, and pong shows images of shape",
+        ),
+        (
+            mpo,
+            ["--env.task=pong", "--network.encoder=layernorm_mlp", "--train.total_frames=512"],
+            "network.encoder is layernorm_mlp, and pong shows images of shape [4, 84, 84]",
+        ),
         (sac, [f"--env.task={OWN}:wide"], "has actions from -2 to 2; the agents act in [-1, 1]"),
         (sac, ["--replay.capacity=5"], "replay.capacity is 5; it must hold replay.batch_size, 8, and replay.min_size"),
         (sac, ["--env.num_envs=30"], "for 30 environments and a collector.unroll of 8 it must be at least 510"),
