@@ -20,7 +20,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.dev
 	$(PYTEST) $(ARGS)
 
-# without what starts processes or trains; the slowest of the rest are named
+# a quick example of each part: without what starts processes, compiles or trains; the slowest are named
 test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow" --durations=10 $(ARGS)
 

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from offtrace.agents.config import (
     Checks,
     CollectorConfig,
+    ConfigError,
     EnvConfig,
+    FeedForwardConfig,
     Group,
     MixedConfig,
     MixedReplayConfig,
-    NetworkConfig,
     OptimConfig,
     RolloutTrainConfig,
     check_estimator,
+    samples_of,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +56,11 @@ class LossConfig(Group):
         checks.at_least(0, "value_coef", "entropy_coef")
         checks.require("clip", lambda value: value > 0, "above 0; inf never truncates")
         checks.positive_or_null("delta", "reward_clip")
+        if not samples_of(self.estimator, 2).every_step:
+            raise ConfigError(
+                f"{at}.estimator is {self.estimator}, which learns from the first step of a sequence alone; here every "
+                "step of a rollout is learnt from: it must be another, such as retrace"
+            )
 
 
 @dataclass
@@ -82,7 +89,7 @@ class ACERConfig(MixedConfig):
     """ACER."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
+    network: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     collector: CollectorConfig = field(default_factory=lambda: CollectorConfig(unroll=20))
     replay: MixedReplayConfig = field(default_factory=lambda: MixedReplayConfig(capacity=80_000, min_size=16_000))
     loss: LossConfig = field(default_factory=LossConfig)
@@ -90,6 +97,7 @@ class ACERConfig(MixedConfig):
     train: RolloutTrainConfig = field(default_factory=lambda: RolloutTrainConfig(minibatches=1, epochs=1))
 
     algorithm = "acer"
+    actions = "discrete"
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
         """A network with the values of all actions beside the policy."""
@@ -109,7 +117,7 @@ def make_acer(config: ACERConfig) -> tuple[Agent, MixedData | RolloutData]:
     from offtrace.modules.losses import ACERLoss
     from offtrace.modules.networks import build_policy
 
-    info = read_task(config, actions="discrete")
+    info = read_task(config)
     spec = config.policy_spec(info)
     loss = ACERLoss(build_policy(**spec["arguments"]), **asdict(config.loss))
     average = soft_update(loss, 1 - config.optim.average_decay)

@@ -24,11 +24,13 @@ from offtrace.agents.config import (
     RolloutConfig,
     SeparateNetworksConfig,
 )
-from offtrace.agents.config.network import IMAGE_ENCODERS
+from offtrace.agents.config.network import IMAGE_ENCODERS, VECTOR_ENCODERS
 from offtrace.agents.config.off_policy import check_budget
+from offtrace.agents.config.optim import OptimConfig
 from offtrace.agents.config.resources import check_memory, check_rings
 from offtrace.agents.data import MixedData, ReplayData, RolloutData
 from offtrace.agents.data.acting import rollout_collector
+from offtrace.agents.data.rollouts import RolloutHook
 from offtrace.agents.optim import OptimizerFactory, make_optimizer
 from offtrace.agents.runs.folders import RUNS
 from offtrace.modules.envs import EnvInfo, env_info
@@ -37,23 +39,15 @@ from offtrace.modules.networks import Critic, DiscreteCritic, StateValue, build_
 from offtrace.modules.replay import Prioritized, Replay, Sampler, Uniform
 
 
-def read_task(config: Config, *, actions: str = "any") -> EnvInfo:
-    """What the task of ``config`` shows and takes.
-
-    Args:
-        config: validated.
-        actions: what the algorithm acts with: ``"any"``, ``"discrete"`` or ``"continuous"``.
+def read_task(config: Config) -> EnvInfo:
+    """What the task of ``config``, which is validated, shows and takes.
 
     Raises:
         ConfigError: when the agent cannot act in the task, or the network cannot read it.
         ValueError: when the task is unknown or cannot be made.
     """
     info = env_info(config.task, **config.env_options())
-    kind = "continuous" if info.num_actions is None else "discrete"
-    if actions not in ("any", kind):
-        raise ConfigError(
-            f"env.task is {config.task}, whose actions are {kind}; {config.algorithm} needs {actions} ones"
-        )
+    config.check_actions(info.kind)
     encoder = config.network.encoder
     if isinstance(info.observation_shape, dict):
         if ":" not in encoder:
@@ -66,6 +60,11 @@ def read_task(config: Config, *, actions: str = "any") -> EnvInfo:
             f"network.encoder is {encoder}, and {config.task} shows observations of shape "
             f"{list(info.observation_shape)}; it must be auto, mlp or layernorm_mlp"
         )
+    elif encoder in VECTOR_ENCODERS and len(info.observation_shape) == 3:
+        raise ConfigError(
+            f"network.encoder is {encoder}, and {config.task} shows images of shape {list(info.observation_shape)}; it "
+            "must be auto, shallow or resnet"
+        )
     return info
 
 
@@ -75,7 +74,7 @@ def network_arguments(config: Config, info: EnvInfo) -> dict[str, Any]:
     images = not isinstance(shape, dict) and len(shape) == 3
     encoder = config.network.encoder
     arguments = {
-        "network": ("shallow" if images else "mlp") if encoder == "auto" else encoder,
+        "network": ("shallow" if images else config.network.vector_encoder) if encoder == "auto" else encoder,
         "observation_shape": {k: list(v) for k, v in shape.items()} if isinstance(shape, dict) else list(shape),
         "num_actions": info.num_actions,
         "action_dim": info.action_dim,
@@ -176,9 +175,9 @@ def rollout_agent(
     policy: nn.Module,
     spec: dict[str, Any],
     *,
-    after_update: Callable[[int], None] | None = None,
-    on_rollout: Callable[[TensorDictBase], Any] | None = None,
     optimizer: OptimizerFactory | None = None,
+    after_update: Callable[[int], None] | None = None,
+    on_rollout: RolloutHook | None = None,
 ) -> tuple[Agent, RolloutData]:
     """Agent and data of an algorithm on rollouts.
 
@@ -187,11 +186,12 @@ def rollout_agent(
         info: of the task.
         loss, policy: the loss, and the policy inside it.
         spec: of the policy.
-        after_update: called with the number of updates after each.
-        on_rollout: sees each whole rollout once, before it is dealt.
         optimizer: in place of the one that the group ``optim`` says.
+        after_update: called with the number of updates after each.
+        on_rollout: sees each whole rollout once, before it is dealt; the scalars that it returns are logged.
     """
-    agent = _rollout_learner(config, loss, policy, spec, after_update, optimizer)
+    agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
+    hooks = [hook for hook in (_normalizer_update(config, policy), on_rollout) if hook is not None]
     data = RolloutData(
         partial(rollout_collector, config, policy),
         total_frames=config.train.total_frames,
@@ -200,7 +200,7 @@ def rollout_agent(
         epochs=config.train.epochs,
         seed=config.train.seed,
         deal="steps" if config.deals_steps else "environments",
-        on_rollout=_rollout_hook(config, policy, on_rollout),
+        on_rollout=_in_turn(hooks),
     )
     return agent, data
 
@@ -223,7 +223,7 @@ def mixed_agent(
         return rollout_agent(config, info, loss, policy, spec, after_update=after_update)
     check_memory(config, info, RUNS)
     check_rings(config, info)
-    agent = _rollout_learner(config, loss, policy, spec, after_update, None)
+    agent = _agent(config, loss, policy, spec, optimizer=None, after_update=after_update)
     data = MixedData(
         partial(rollout_collector, config, policy),
         partial(_replay, config, info),
@@ -234,30 +234,9 @@ def mixed_agent(
         minibatches=config.train.minibatches,
         epochs=config.train.epochs,
         seed=config.train.seed,
-        on_rollout=_rollout_hook(config, policy, None),
+        on_rollout=_normalizer_update(config, policy),
     )
     return agent, data
-
-
-def _rollout_learner(
-    config: RolloutConfig,
-    loss: LossModule,
-    policy: nn.Module,
-    spec: dict[str, Any],
-    after_update: Callable[[int], None] | None,
-    optimizer: OptimizerFactory | None,
-) -> Agent:
-    optim = config.optim
-    return Agent(
-        loss,
-        policy,
-        optimizer=optimizer or make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
-        total_frames=config.train.total_frames,
-        schedule=optim.schedule,
-        clip_grad_norm=optim.clip_grad_norm,
-        after_update=after_update,
-        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
-    )
 
 
 def replay_agent(
@@ -267,10 +246,8 @@ def replay_agent(
     policy: nn.Module,
     spec: dict[str, Any],
     *,
-    optimizer: OptimizerFactory,
-    clip_grad_norm: float | None,
-    after_update: Callable[[int], None],
-    schedule: Any = "constant",
+    optimizer: OptimizerFactory | None = None,
+    after_update: Callable[[int], None] | None = None,
 ) -> tuple[Agent, ReplayData]:
     """Agent and data of an algorithm on replayed data; arguments as of :func:`rollout_agent`.
 
@@ -280,16 +257,8 @@ def replay_agent(
     check_memory(config, info, RUNS)
     check_rings(config, info)
     check_budget(config, info.frame_skip)
-    agent = Agent(
-        loss,
-        policy,
-        optimizer=optimizer,
-        total_frames=config.train.total_frames,
-        schedule=schedule,
-        clip_grad_norm=clip_grad_norm,
-        after_update=after_update,
-        compile=config.train.compile,
-        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
+    agent = _agent(
+        config, loss, policy, spec, optimizer=optimizer, after_update=after_update, compile=config.train.compile
     )
     data = ReplayData(
         partial(rollout_collector, config, policy),
@@ -303,6 +272,31 @@ def replay_agent(
         on_rollout=_normalizer_update(config, policy),
     )
     return agent, data
+
+
+def _agent(
+    config: Any,
+    loss: LossModule,
+    policy: nn.Module,
+    spec: dict[str, Any],
+    *,
+    optimizer: OptimizerFactory | None,
+    after_update: Callable[[int], None] | None,
+    compile: bool = False,
+) -> Agent:
+    """The agent of a configuration whose group ``optim`` says optimiser, schedule and clip."""
+    optim = config.optim
+    return Agent(
+        loss,
+        policy,
+        optimizer=optimizer or make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
+        total_frames=config.train.total_frames,
+        schedule=optim.schedule if isinstance(optim, OptimConfig) else "constant",
+        clip_grad_norm=optim.clip_grad_norm,
+        after_update=after_update,
+        compile=compile,
+        checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
+    )
 
 
 def group_optimizer(loss: LossModule, rates: dict[str, float], **options: Any) -> OptimizerFactory:
@@ -347,17 +341,14 @@ def _of_all_ranks(tensor: Tensor) -> Tensor:
     return torch.cat(everybody)
 
 
-def _rollout_hook(
-    config: Config, policy: Any, own: Callable[[TensorDictBase], Any] | None
-) -> Callable[[TensorDictBase], None] | None:
-    """The normaliser's update, and then ``own``."""
-    hooks = [hook for hook in (_normalizer_update(config, policy), own) if hook is not None]
-    if not hooks:
-        return None
+def _in_turn(hooks: list[RolloutHook]) -> RolloutHook:
+    """Calls one after the other, and returns what all of them do."""
 
-    def call(rollout: TensorDictBase) -> None:
+    def call(rollout: TensorDictBase) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for hook in hooks:
-            hook(rollout)
+            found |= hook(rollout) or {}
+        return found
 
     return call
 

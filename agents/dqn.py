@@ -9,8 +9,8 @@ from offtrace.agents.config import (
     Checks,
     CollectorConfig,
     EnvConfig,
+    FeedForwardConfig,
     Group,
-    NetworkConfig,
     OffPolicyConfig,
     OptimConfig,
     ReplayConfig,
@@ -55,7 +55,7 @@ class LossConfig(Group):
 
 
 @dataclass
-class DQNNetworkConfig(NetworkConfig):
+class DQNNetworkConfig(FeedForwardConfig):
     """The network of action values."""
 
     dueling: bool = False
@@ -107,6 +107,7 @@ class DQNConfig(OffPolicyConfig):
     train: ReplayTrainConfig = field(default_factory=ReplayTrainConfig)
 
     algorithm = "dqn"
+    actions = "discrete"
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
         """A network of action values, and the epsilon-greedy policy that follows from them."""
@@ -124,22 +125,16 @@ class DQNConfig(OffPolicyConfig):
 
 def make_dqn(config: DQNConfig) -> tuple[Agent, ReplayData]:
     """The agent and the data module of ``config``, as :meth:`Config.build`."""
-    from offtrace.agents.assemble import make_optimizer, read_task, replay_agent
+    from offtrace.agents.assemble import read_task, replay_agent
     from offtrace.agents.targets import hard_update
     from offtrace.modules.losses import DQNLoss
     from offtrace.modules.networks import build_policy
 
-    info = read_task(config, actions="discrete")
+    info = read_task(config)
     spec = config.policy_spec(info)
     loss = DQNLoss(build_policy(**spec["arguments"]), priorities=config.replay.prioritized, **asdict(config.loss))
-    optim = config.optim
-    return replay_agent(
-        config, info, loss, loss.policy, spec,
-        optimizer=make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
-        schedule=optim.schedule,
-        clip_grad_norm=optim.clip_grad_norm,
-        after_update=hard_update(loss, optim.target_every),
-    )  # fmt: skip
+    after_update = hard_update(loss, config.optim.target_every)
+    return replay_agent(config, info, loss, loss.policy, spec, after_update=after_update)
 
 
 def control_config() -> DQNConfig:

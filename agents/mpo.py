@@ -65,8 +65,9 @@ class LossConfig(Group):
 class MPONetworkConfig(SeparateNetworksConfig):
     """Policy and critic; Acme's."""
 
-    encoder: str = "layernorm_mlp"
-    """layernorm_mlp (Acme's) and mlp read vectors, shallow and resnet images; auto, or package.module:function."""
+    encoder: str = "auto"
+    """shallow and resnet (IMPALA's two) read images, mlp and layernorm_mlp (Acme's) vectors; or an own one's import
+    path package.module:function. auto: shallow or layernorm_mlp, as the task shows images or vectors."""
     hidden: list[int] | None = field(default_factory=lambda: [256, 256, 256])
     """Widths of the policy's layers."""
     critic_hidden: list[int] = field(default_factory=lambda: [256, 256, 256])
@@ -77,11 +78,16 @@ class MPONetworkConfig(SeparateNetworksConfig):
     """Of a categorical critic, 51, which makes this DMPO; 0: plain values."""
     v_max: float = 150.0
     """The categorical critic's returns reach from minus this to this."""
+    init_scale: float | None = None
+    """Standard deviation of a continuous action at the start; null: the policy's own."""
+
+    vector_encoder = "layernorm_mlp"
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         super().check(at)
         Checks(self, at).categorical()
+        Checks(self, at).positive_or_null("init_scale")
 
 
 @dataclass
@@ -168,7 +174,7 @@ def make_mpo(config: MPOConfig) -> tuple[Agent, ReplayData]:
     rates = {"actor": optim.lr_actor, "critic": optim.lr_critic, "duals": optim.lr_dual}
     return replay_agent(
         config, info, loss, loss.policy, spec,
-        optimizer=group_optimizer(loss, rates, fused=True), clip_grad_norm=optim.clip_grad_norm,
+        optimizer=group_optimizer(loss, rates, fused=True),
         after_update=hard_update(loss, optim.target_every),
     )  # fmt: skip
 
@@ -189,9 +195,7 @@ def discrete_config() -> MPOConfig:
 
 def dmpo_config() -> MPOConfig:
     """A categorical critic."""
-    config = control_config()
-    config.network.atoms = 51
-    return config
+    return MPOConfig(network=MPONetworkConfig(atoms=51), loss=LossConfig(estimator="n_step(n=4)"))
 
 
 def full_covariance_config() -> MPOConfig:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from offtrace.agents.config import (
     Checks,
     CollectorConfig,
+    ConfigError,
     EnvConfig,
     Group,
     NetworkConfig,
@@ -15,6 +16,7 @@ from offtrace.agents.config import (
     RolloutConfig,
     RolloutTrainConfig,
     check_estimator,
+    samples_of,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +57,11 @@ class LossConfig(Group):
         checks.at_least(0, "value_coef", "entropy_coef")
         checks.require("pg_rho_clip", lambda value: value > 0, "above 0")
         checks.positive_or_null("reward_clip", "policy_clip")
+        if not samples_of(self.estimator, 2).every_step:
+            raise ConfigError(
+                f"{at}.estimator is {self.estimator}, which learns from the first step of a sequence alone; here every "
+                "step of a rollout is learnt from: it must be another, such as retrace"
+            )
 
 
 @dataclass
@@ -69,6 +76,7 @@ class QActorCriticConfig(RolloutConfig):
     train: RolloutTrainConfig = field(default_factory=RolloutTrainConfig)
 
     algorithm = "q_actor_critic"
+    actions = "discrete"
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
         """A network with the values of all actions beside the policy."""
@@ -87,7 +95,7 @@ def make_q_actor_critic(config: QActorCriticConfig) -> tuple[Agent, RolloutData]
     from offtrace.modules.losses import QActorCriticLoss
     from offtrace.modules.networks import build_policy
 
-    info = read_task(config, actions="discrete")
+    info = read_task(config)
     spec = config.policy_spec(info)
     loss = QActorCriticLoss(build_policy(**spec["arguments"]), **asdict(config.loss))
     return rollout_agent(config, info, loss, loss.policy, spec)

@@ -139,7 +139,6 @@ def make_sac(config: SACConfig) -> tuple[Agent, ReplayData]:
     return replay_agent(
         config, info, loss, loss.actor, spec,
         optimizer=group_optimizer(loss, rates, fused=True),
-        clip_grad_norm=optim.clip_grad_norm,
         after_update=soft_update(loss, optim.tau),
     )  # fmt: skip
 

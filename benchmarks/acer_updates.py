@@ -3,10 +3,11 @@
     python benchmarks/acer_updates.py                     16 sequences of 20 steps of images, as on Atari
     python benchmarks/acer_updates.py --vectors           8 of 4 numbers, as on CartPole
 
-Both do the same work for each update: sequences out of a replay, one call of the network and one of the average network,
-Retrace, the trust region, one backward pass, clipping, RMSProp, the average. The shipped path samples from the shipped
-replay, which stores each frame once, masks what reaches over the end of an episode, and computes its diagnostics; the
-bare loop indexes tensors that hold whole stacks, and has neither. The ratio is the median over pairs of turns.
+Both do the same work for each update: sequences out of a replay, one call of the network and one of the average
+network, Retrace, the trust region, one backward pass, clipping, RMSProp, the average. The shipped path samples from the
+shipped replay, which stores each frame once, masks what reaches over the end of an episode, and computes its
+diagnostics; the bare loop indexes tensors that hold whole stacks, and has neither. The ratio is the median over pairs
+of turns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ACER's update with nothing around it: tensors, one network and its average, autograd. The yardstick of acer_updates.py."""
+"""ACER's update with nothing around it: tensors, one network and its average. The yardstick of acer_updates.py."""
 
 from __future__ import annotations
 

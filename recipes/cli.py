@@ -17,11 +17,12 @@ from types import FrameType
 from typing import Any, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from offtrace.agents.config import Config, ConfigError, may_have_gpu
-from offtrace.agents.config.names import nearest
 from offtrace.agents.runs.folders import RunError, config_text, discard, new_run, read_config
+from offtrace.agents.runs.missing import no_checkpoint
+from offtrace.modules.naming import nearest
 from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_file, sentence, types_of_keys
 
 MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every")
@@ -175,8 +176,7 @@ def checkpoint_file(path: Path) -> Path:
         RunError: one sentence.
     """
     if not path.is_file():
-        last = path / "checkpoints" / "last.ckpt" if path.is_dir() else path.with_name("last.ckpt")
-        raise RunError(f"there is no checkpoint file at {path}" + (f"; there is {last}" if last.is_file() else ""))
+        raise RunError(no_checkpoint(path))
     if not zipfile.is_zipfile(path):
         raise RunError(f"{path} is truncated or not a checkpoint")
     return path
@@ -195,9 +195,11 @@ def check(config: Config) -> None:
 
 def _parser(base: Config, presets: Presets, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False, default_env=False)
+    parser = ArgumentParser(
+        description=description, exit_on_error=False, default_env=False, formatter_class=_HelpFormatter
+    )
     parser.add_argument("--config", action="config", help="YAML file with the keys below.")
-    parser.add_argument("--preset", default="default", help=f"Starting point: {', '.join(presets)}.")
+    parser.add_argument("--preset", default="default", help=_described(presets))
     parser.add_argument("--resume", default=None, help="Folder of a run to go on with, such as runs/NAME.")
     for group in fields(base):
         kind: Any = type(getattr(base, group.name))
@@ -206,6 +208,19 @@ def _parser(base: Config, presets: Presets, description: str) -> ArgumentParser:
         parser.add_class_arguments(kind, group.name)
     parser.set_defaults({group.name: asdict(getattr(base, group.name)) for group in fields(base)})
     return parser
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Keeps the lines of a help text."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [part for line in text.splitlines() for part in super(_HelpFormatter, self)._split_lines(line, width)]
+
+
+def _described(presets: Presets) -> str:
+    """The presets, each with the first paragraph of its docstring, in lines."""
+    told = {name: " ".join((make.__doc__ or "").partition("\n\n")[0].split()) for name, make in presets.items()}
+    return "\n".join(["Starting point:", *(f"{name}: {text}" if text else name for name, text in told.items())])
 
 
 class _Quoted(yaml.SafeDumper):

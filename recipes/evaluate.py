@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offtrace.agents.config import ConfigError
+from offtrace.agents.config import ConfigError, count
 from offtrace.agents.runs.atari_scores import human_normalised
 from offtrace.agents.runs.folders import RunError
 from offtrace.modules.envs.names import atari_name
 from offtrace.recipes.cli import checkpoint_file, fail
-from offtrace.recipes.flags import SentenceParser, check_flags, count, import_from_here
+from offtrace.recipes.flags import SentenceParser, check_flags, import_from_here
 
 if TYPE_CHECKING:
     from offtrace.agents.runs.evaluation import EvaluationResult
@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         RunError: if the checkpoint is missing or damaged.
     """
     parser = SentenceParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="such as runs/NAME/checkpoints/best.ckpt, or last.ckpt beside it")
     parser.add_argument("--episodes", type=int, default=10, help="whole episodes (default 10)")
     parser.add_argument(
         "--mode", choices=["sample", "greedy"], help="draw actions, or take the mode (default: as in training)"
@@ -135,7 +135,7 @@ def _device(name: str) -> str:
         raise ConfigError(f"--device is {name}; it must be cpu, cuda or cuda:<n>") from error
     gpus = torch.cuda.device_count()
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
-        raise ConfigError(f"--device is {name}; this machine has cpu and {gpus} CUDA devices")
+        raise ConfigError(f"--device is {name}; this machine has cpu and {count(gpus, 'CUDA device')}")
     return name
 
 

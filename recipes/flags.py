@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 
 from offtrace.agents.config import Config, ConfigError
-from offtrace.agents.config.names import nearest
+from offtrace.modules.naming import nearest
 
 
 class SentenceParser(argparse.ArgumentParser):
@@ -33,12 +34,16 @@ def import_from_here() -> None:
 
 
 def check_flags(argv: Sequence[str], known: Iterable[str]) -> None:
-    """Raises ``ConfigError`` for a flag that is not ``known``, with the nearest one that is."""
+    """Raises ``ConfigError`` for a flag that is not ``known``, with the nearest one that is, or those of its group."""
     known = list(known)
     for word in argv:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in known and not flag.startswith("--print_config"):
-            raise ConfigError(f"there is no flag {flag}{nearest(flag, known)}")
+            known = [name for name in known if not name.endswith("+")]  # jsonargparse's way to add to a list
+            group = flag.rpartition(".")[0]
+            own = [name.rpartition(".")[2] for name in known if group and name.rpartition(".")[0] == group]
+            has = f"; {group.lstrip('-')} has {', '.join(own)}" if own else ""
+            raise ConfigError(f"there is no flag {flag}{nearest(flag, known) or has}")
 
 
 def types_of_keys(kind: type[Config]) -> dict[str, Any]:
@@ -134,15 +139,23 @@ def sentence(text: str, types_of: dict[str, Any], argv: Sequence[str] = (), sour
     keys = [key for key in re.findall(r'key "([\w.]+)"', flat) if key in types_of]
     value = re.search(r"(?:Got|Given) value: (.*)$", flat)
     if keys and value:
+        given = _given(f"--{keys[-1]}", argv) or value[1]
         flags = {word.split("=")[0] for word in argv}
         in_file = source is not None and not flags & {f"--{keys[-1]}", f"--{keys[-1].split('.')[0]}"}
         where = f" in {source}" if in_file else ""
-        return f"{keys[-1]} is {value[1]}{where}; it must be {_in_words(types_of[keys[-1]])}"
+        return f"{keys[-1]} is {given}{where}; it must be {_in_words(types_of[keys[-1]])}"
     unloadable = re.search(r"key \"(\w+)\": Unable to load config '([^']*)'", flat)
     if unloadable:
         return (
             f"--{unloadable[1]} is {unloadable[2]}; it must be a YAML file, or keys and values such as {{key: value}}"
         )
+    foreign = re.search(r"Group '(\w+)' does not accept option '([\w.]+)'", flat)
+    if foreign:
+        group, key = foreign.groups()
+        given = f"--{group} is {_given(f'--{group}', argv)}, which has"
+        if key.startswith(f"{group}."):  # a whole configuration in place of a group's
+            return f"{given} the group {group} inside; it must have keys of {group} alone, or be given as --config"
+        return f"{given} an unknown key {group}.{key}{nearest(f'{group}.{key}', types_of)}"
     stray = re.search(r"[Uu]nrecognized arguments: (.*)$", flat)
     if stray:
         return f"{stray[1]} stands behind no flag; flags are written --group.name value"
@@ -152,17 +165,22 @@ def sentence(text: str, types_of: dict[str, Any], argv: Sequence[str] = (), sour
     return flat.removeprefix("error: ")
 
 
+def _given(flag: str, argv: Sequence[str]) -> str:
+    """All that the last ``flag`` is given, up to the next one: a list may come in several words."""
+    for index in reversed(range(len(argv))):
+        name, equals, value = argv[index].partition("=")
+        if name == flag:
+            behind = itertools.takewhile(lambda word: not word.startswith("--"), argv[index + 1 :])
+            return value if equals else " ".join(behind)
+    return ""
+
+
 def _in_words(wanted: Any) -> str:
     if get_origin(wanted) is Literal:
         return f"one of {', '.join(map(str, get_args(wanted)))}"
     if get_origin(wanted) is list:
-        return "a list of whole numbers such as [256]"
+        return "a list of whole numbers in one word such as [64,64]"
     if isinstance(wanted, types.UnionType):
         return " or ".join(map(_in_words, get_args(wanted)))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words[wanted]
-
-
-def count(number: int, noun: str) -> str:
-    """``1 episode``, ``2 episodes``."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")

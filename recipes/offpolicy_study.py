@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offtrace.agents.config import ConfigError
-from offtrace.agents.config.names import nearest
+from offtrace.modules.naming import nearest
 from offtrace.recipes.cli import fail
 from offtrace.recipes.flags import SentenceParser, check_flags
 from offtrace.recipes.study_report import Cell, Result, append_row, draw, read_rows, write_table

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Generator
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import settings
 
 from offtrace.modules.envs.suite import MISSING, has_dm_control
+
+# the same examples in every run, and none kept in a folder; a loaded machine is slow, and no test measures that
+settings.register_profile("offtrace", derandomize=True, database=None, deadline=None)
+settings.load_profile("offtrace")
+
+
+def _seed(number: int) -> None:
+    import torch  # not when pytest starts: the process that deals tests to others needs none
+
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws depends neither on the tests before it nor on its fixtures."""
+    _seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    _seed(1)
 
 
 @pytest.hookimpl(wrapper=True)

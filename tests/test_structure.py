@@ -53,11 +53,12 @@ def test_imports_point_one_way(folder: str) -> None:
 
 USES: dict[str, set[str]] = {
     "keys": set(),
+    "naming": set(),
     "returns": set(),
-    "estimators": {"returns", "keys"},
-    "networks": {"keys"},
+    "estimators": {"returns", "keys", "naming"},
+    "networks": {"keys", "naming"},
     "losses": {"estimators", "returns", "networks", "keys"},
-    "envs": {"keys"},
+    "envs": {"keys", "naming"},
     "collectors": {"envs", "keys"},
     "replay": {"keys"},
 }

@@ -1,11 +1,11 @@
 """The groups that configurations are made of. Imports neither torch nor Lightning."""
 
-from offtrace.agents.config.base import Checks, Config, ConfigError, Group, available_cores, may_have_gpu
+from offtrace.agents.config.base import Checks, Config, ConfigError, Group, available_cores, count, may_have_gpu
 from offtrace.agents.config.collector import CollectorConfig
 from offtrace.agents.config.env import EnvConfig
-from offtrace.agents.config.estimator import check_estimator, samples_of
+from offtrace.agents.config.estimator import check_actions, check_estimator, samples_of
 from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig
-from offtrace.agents.config.network import NetworkConfig, SeparateNetworksConfig
+from offtrace.agents.config.network import FeedForwardConfig, NetworkConfig, SeparateNetworksConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
 from offtrace.agents.config.optim import OptimConfig, SeparateOptimConfig
 from offtrace.agents.config.replay import ReplayConfig
@@ -18,6 +18,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "EnvConfig",
+    "FeedForwardConfig",
     "Group",
     "MixedConfig",
     "MixedReplayConfig",
@@ -32,7 +33,9 @@ __all__ = [
     "SeparateOptimConfig",
     "TrainConfig",
     "available_cores",
+    "check_actions",
     "check_estimator",
+    "count",
     "may_have_gpu",
     "samples_of",
 ]

@@ -7,13 +7,15 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from offtrace.modules.envs.names import known_actions
 
 if TYPE_CHECKING:
     from offtrace.agents.agent import Agent
     from offtrace.agents.config.collector import CollectorConfig
     from offtrace.agents.config.env import EnvConfig
-    from offtrace.agents.config.network import NetworkConfig
+    from offtrace.agents.config.network import FeedForwardConfig
     from offtrace.agents.config.train import TrainConfig
     from offtrace.agents.data import ActingData
     from offtrace.modules.envs import EnvInfo
@@ -34,6 +36,11 @@ def may_have_gpu() -> bool:
     """Whether a GPU driver that torch could use shows itself; only torch can tell how many GPUs there are."""
     drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, WSL
     return not sys.platform.startswith("linux") or any(os.path.exists(path) for path in drivers)
+
+
+def count(number: int, noun: str) -> str:
+    """``1 episode``, ``2 episodes``."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 class Checks:
@@ -112,10 +119,10 @@ class Config:
     """Name of the algorithm."""
     devices_may_change: ClassVar[bool] = True
     """Whether a resumed run may have another number of learners."""
+    actions: ClassVar[Literal["any", "discrete", "continuous"]] = "any"
+    """What the algorithm acts with."""
     rescale_actions: ClassVar[bool] = False
     """Whether the policy's continuous actions are in [-1, 1], to be mapped to a Gymnasium task's bounds."""
-    recurrent: ClassVar[bool] = True
-    """Whether the algorithm has a recurrent form."""
 
     if TYPE_CHECKING:  # fields of every subclass, in its own order
 
@@ -124,7 +131,7 @@ class Config:
             """The task."""
 
         @property
-        def network(self) -> NetworkConfig:
+        def network(self) -> FeedForwardConfig:
             """The networks."""
 
         @property
@@ -185,9 +192,23 @@ class Config:
         """
         for field in fields(self):
             getattr(self, field.name).check(field.name)
-        if self.network.recurrent and not self.recurrent:
+        self.check_actions()
+
+    def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
+        """Check that the task's actions are such as the algorithm can choose.
+
+        Args:
+            actions: of the task; None: what is known of them without running the user's code.
+
+        Raises:
+            ConfigError: one sentence.
+        """
+        if self.actions == "any":
+            return
+        found = actions or known_actions(self.task)
+        if found not in (None, self.actions):
             raise ConfigError(
-                f"network.recurrent is {self.network.recurrent}; {self.algorithm} has no recurrent form: it must be 0"
+                f"env.task is {self.task}, whose actions are {found}; {self.algorithm} needs {self.actions} ones"
             )
 
     def check_devices(self, gpus: int) -> None:
@@ -202,9 +223,11 @@ class Config:
             raise ConfigError("train.accelerator is gpu; this machine has none that torch can use")
         if accelerator != "cpu" and gpus:
             if wanted > gpus:
-                raise ConfigError(f"train.devices is {wanted}; this machine has {gpus} GPUs")
+                raise ConfigError(f"train.devices is {wanted}; this machine has {count(gpus, 'GPU')}")
         elif wanted > cores:
-            raise ConfigError(f"train.devices is {wanted}; this machine has {cores} cores for learners on the CPU")
+            raise ConfigError(
+                f"train.devices is {wanted}; this machine has {count(cores, 'core')} for learners on the CPU"
+            )
         kind, _, number = self.collector.device.partition(":")
         if kind == "cuda" and int(number or 0) >= gpus:
-            raise ConfigError(f"collector.device is {self.collector.device}; this machine has {gpus} GPUs")
+            raise ConfigError(f"collector.device is {self.collector.device}; this machine has {count(gpus, 'GPU')}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 from offtrace.agents.config.base import ConfigError
-from offtrace.modules.estimators.names import check_spec, parse_spec
+from offtrace.modules.envs.names import known_actions
+from offtrace.modules.estimators.names import ACTION_ESTIMATORS, check_spec, parse_spec
 
 Kind = Literal["state", "action"]
 
@@ -18,7 +19,7 @@ class Samples(NamedTuple):
 
 
 def check_estimator(at: str, spec: str, kind: Kind) -> None:
-    """Refuse an estimator that is not known, of another kind, or with options that it has not.
+    """Refuse an estimator that is not known, of another kind, or with options that it has not or cannot have.
 
     One of the user's own is imported and made, and torch with it.
 
@@ -28,29 +29,51 @@ def check_estimator(at: str, spec: str, kind: Kind) -> None:
     try:
         check_spec(spec, kind)
         if ":" in parse_spec(spec)[0]:
-            from offtrace.modules.estimators import make_estimator
-
-            make_estimator(spec, kind)
-    except (ValueError, TypeError, ImportError) as error:
+            _own(spec, kind).check_bound("the loss")
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{at}.estimator: {error}") from error
+
+
+def check_actions(at: str, spec: str, task: str, actions: str | None = None) -> None:
+    """Refuse an estimator of action values that needs discrete actions where the task's are continuous.
+
+    Args:
+        at: name of the loss's group.
+        spec: the estimator's text, of the right form.
+        task: its name.
+        actions: ``"discrete"`` or ``"continuous"``; None: what is known of the task without running the user's code.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    name, _ = parse_spec(spec)
+    needed = _own(spec, "action").only_discrete if ":" in name else ACTION_ESTIMATORS[name].only_discrete
+    if needed and (actions or known_actions(task)) == "continuous":
+        raise ConfigError(
+            f"{at}.estimator is {spec}, which needs probabilities of discrete actions; those of {task} are continuous: "
+            "it must be another, such as retrace"
+        )
 
 
 def samples_of(spec: str, length: int) -> Samples:
     """What the estimator of action values that ``spec`` names is given.
 
     Args:
-        spec: its text.
+        spec: its text, of the right form.
         length: steps of a sequence, where the estimator leaves them open.
     """
     name, options = parse_spec(spec)
     if ":" in name:  # an own one says it itself
-        from offtrace.modules.estimators import make_estimator
-
-        estimator: Any = make_estimator(spec, "action")
+        estimator = _own(spec, "action")
         own = estimator.sequence_length(length)
         return Samples(own, estimator.steps_per_sequence(own) == own)
-    if name == "one_step":
-        return Samples(1, True)
     if name == "n_step":
-        return Samples(int(options.get("n", 5)), False)
-    return Samples(length, True)
+        length = int({**ACTION_ESTIMATORS[name].options, **options}["n"])
+        return Samples(length, length == 1)
+    return Samples(1 if name == "one_step" else length, True)
+
+
+def _own(spec: str, kind: Kind) -> Any:
+    from offtrace.modules.estimators import make_estimator
+
+    return make_estimator(spec, kind)

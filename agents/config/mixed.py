@@ -46,7 +46,6 @@ class MixedConfig(RolloutConfig):
     """An algorithm that learns from every rollout when it is fresh, and again from a replay."""
 
     devices_may_change = False  # each has a replay of its own
-    recurrent = False
 
     if TYPE_CHECKING:
 

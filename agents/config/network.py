@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from offtrace.agents.config.base import Checks, ConfigError, Group
-from offtrace.agents.config.names import nearest
+from offtrace.modules.naming import imported, nearest
 
-ENCODERS = ("auto", "shallow", "resnet", "mlp", "layernorm_mlp")
 IMAGE_ENCODERS = ("shallow", "resnet")
+VECTOR_ENCODERS = ("mlp", "layernorm_mlp")
+ENCODERS = ("auto", *IMAGE_ENCODERS, *VECTOR_ENCODERS)
 
 
 @dataclass
-class NetworkConfig(Group):
-    """The policy's network, which the critic shares."""
+class FeedForwardConfig(Group):
+    """A network without memory: what all of them have."""
 
     encoder: str = "auto"
     """shallow and resnet (IMPALA's two) read images, mlp and layernorm_mlp (Acme's) vectors; or an own one's import
@@ -24,26 +25,31 @@ class NetworkConfig(Group):
     256 of an image encoder, 64 and 64 of the others."""
     activation: Literal["tanh", "relu", "elu", "silu", "gelu"] = "tanh"
     """Of mlp."""
-    recurrent: int = 0
-    """Width of an LSTM behind the encoder, which also reads the last action and reward; 0 for none."""
-    init_scale: float | None = None
-    """Standard deviation of a continuous action at the start; null: the policy's own."""
     normalize: bool = False
     """Running normalisation of observations, saved with the policy."""
     channels_last: bool | None = None
     """Memory format of image encoders; null: channels last where the learner is on a GPU, where it is faster."""
 
+    # what auto takes for vectors; as the next two no field, and so no flag
+    vector_encoder = "mlp"
+
+    # a group of an algorithm that has them makes fields of them
+    recurrent = 0
+    init_scale = cast("float | None", None)
+
     def check(self, at: str) -> None:
-        """As :meth:`Group.check`."""
-        checks = Checks(self, at)
-        checks.require(
+        """As :meth:`Group.check`; a network of the user's own is imported, and torch with it."""
+        Checks(self, at).require(
             "hidden",
             lambda value: value is None or (value and min(value) >= 1),
             "a list of sizes of at least 1, or null",
         )
-        checks.at_least(0, "recurrent")
-        checks.positive_or_null("init_scale")
-        if self.encoder not in ENCODERS and ":" not in self.encoder:
+        if ":" in self.encoder:
+            try:
+                imported(self.encoder, "network", "observation_shape", "hidden")
+            except ValueError as error:
+                raise ConfigError(f"{at}.encoder: {error}") from error
+        elif self.encoder not in ENCODERS:
             raise ConfigError(
                 f"{at}.encoder is {self.encoder}; it must be one of {', '.join(ENCODERS)}, or "
                 f"package.module:function{nearest(self.encoder, ENCODERS)}"
@@ -51,7 +57,24 @@ class NetworkConfig(Group):
 
 
 @dataclass
-class SeparateNetworksConfig(NetworkConfig):
+class NetworkConfig(FeedForwardConfig):
+    """The policy's network, which the critic shares."""
+
+    recurrent: int = 0
+    """Width of an LSTM behind the encoder, which also reads the last action and reward; 0 for none."""
+    init_scale: float | None = None
+    """Standard deviation of a continuous action at the start; null: the policy's own."""
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        super().check(at)
+        checks = Checks(self, at)
+        checks.at_least(0, "recurrent")
+        checks.positive_or_null("init_scale")
+
+
+@dataclass
+class SeparateNetworksConfig(FeedForwardConfig):
     """Policy and critics, which share nothing."""
 
     hidden: list[int] | None = field(default_factory=lambda: [256, 256])

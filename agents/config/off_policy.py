@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from offtrace.agents.config.base import Config, ConfigError
-from offtrace.agents.config.estimator import Samples, samples_of
-from offtrace.modules.estimators.names import parse_spec
+from offtrace.agents.config.base import Config, ConfigError, count
+from offtrace.agents.config.estimator import Samples, check_actions, samples_of
 from offtrace.modules.replay.limiter import SamplesPerInsert
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ class OffPolicyConfig(Config):
     """An algorithm that learns from a replay of all it has seen."""
 
     devices_may_change = False  # each has a replay of its own
-    recurrent = False
     rescale_actions = True
 
     if TYPE_CHECKING:
@@ -55,6 +53,11 @@ class OffPolicyConfig(Config):
         """A sequence is learnt from at every step, an n-step window at its first."""
         return self.replay.batch_size // (self.samples.length if self.samples.every_step else 1)
 
+    def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
+        """As :meth:`Config.check_actions`, and such as the estimator can correct."""
+        super().check_actions(actions)
+        check_actions("loss", self.loss.estimator, self.task, actions)
+
     def validate(self) -> None:
         """As :meth:`Config.validate`; replay, collector and budget fit each other."""
         super().validate()
@@ -66,12 +69,13 @@ class OffPolicyConfig(Config):
 
 def _check_sequences(config: OffPolicyConfig) -> None:
     replay, estimator, (length, every_step) = config.replay, config.loss.estimator, config.samples
-    name, _ = parse_spec(estimator)
-    if name == "one_step" or (":" in name and samples_of(estimator, 2).length == 1):  # of transitions, by its nature
+    if samples_of(estimator, 2).length == 1:  # of transitions, by its nature
         return
     if length < 2:
-        flag = f"replay.length is {length}; loss." if every_step else "loss."
-        raise ConfigError(f"{flag}estimator {estimator} needs sequences of 2 steps or more, or must be one_step")
+        raise ConfigError(
+            f"replay.length is {length}; loss.estimator {estimator} needs sequences of 2 steps or more, or must be "
+            "one_step"
+        )
     if every_step and replay.batch_size % length:
         raise ConfigError(
             f"replay.batch_size is {replay.batch_size}; loss.estimator {estimator} learns from sequences of "
@@ -91,17 +95,17 @@ def check_sizes(config: OffPolicyConfig | MixedConfig) -> None:
     number = config.sequences_per_batch
     least = number + rings * (length - 1)
     if replay.min_size < least:
-        sequences = f" sequences of {length} steps" if length > 1 else ""
+        batch = f"{count(number, 'sequence')} of {length} steps" if length > 1 else str(number)
         raise ConfigError(
-            f"replay.min_size is {replay.min_size}; for batches of {number}{sequences} from {rings} environments it "
-            f"must be at least {least}"
+            f"replay.min_size is {replay.min_size}; for batches of {batch} from {count(rings, 'environment')} it must "
+            f"be at least {least}"
         )
     # an ended episode takes one slot more than its steps, and every step of a rollout may end one
     least = rings * (2 * unroll + length)
     if replay.capacity < least:
         raise ConfigError(
-            f"replay.capacity is {replay.capacity}; for {rings} environments and a collector.unroll of {unroll} it "
-            f"must be at least {least}"
+            f"replay.capacity is {replay.capacity}; for {count(rings, 'environment')} and a collector.unroll of "
+            f"{unroll} it must be at least {least}"
         )
 
 

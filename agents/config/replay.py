@@ -22,7 +22,7 @@ class ReplayConfig(Group):
     samples_per_insert: float = 256.0
     """Steps learnt from per collected step: divided by batch_size, the updates per step."""
     min_size: int = 1_000
-    """Steps collected before the first update. (SAC's authors take 1,000 to 10,000, with random actions.)"""
+    """Steps collected before the first update."""
     storage: Literal["tensor", "memmap"] = "tensor"
     """In memory, or in files."""
     sampler: Literal["uniform", "prioritized"] = "uniform"

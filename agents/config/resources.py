@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offtrace.agents.config.base import ConfigError
+from offtrace.agents.config.base import ConfigError, count
 from offtrace.agents.config.mixed import MixedConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
 
@@ -69,6 +69,6 @@ def check_rings(config: OffPolicyConfig | MixedConfig, info: EnvInfo) -> None:
     least = rings * ((info.frame_stack + 1) * unroll + config.samples.length)
     if info.frame_stack > 1 and config.replay.capacity < least:
         raise ConfigError(
-            f"replay.capacity is {config.replay.capacity}; for {rings} environments that stack {info.frame_stack} "
-            f"frames and a collector.unroll of {unroll} it must be at least {least}"
+            f"replay.capacity is {config.replay.capacity}; for {count(rings, 'environment')} with stacks of "
+            f"{info.frame_stack} frames and a collector.unroll of {unroll} it must be at least {least}"
         )

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -58,11 +58,12 @@ class EpisodeMeter:
         self.returns.extend(state_dict["returns"])
 
 
-def rank_and_device(data: LightningDataModule) -> tuple[int, int, torch.device]:
-    """Rank, number of ranks and device of the learner that ``data`` belongs to."""
-    if data.trainer is None:
-        return 0, 1, torch.device("cpu")
-    return data.trainer.global_rank, data.trainer.world_size, data.trainer.strategy.root_device
+class Learner(NamedTuple):
+    """One of several learners: its rank, the number of ranks, and its device."""
+
+    rank: int
+    ranks: int
+    device: torch.device
 
 
 def check_sizes(**sizes: int) -> None:
@@ -73,7 +74,7 @@ def check_sizes(**sizes: int) -> None:
     """
     for name, value in sizes.items():
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
+            raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
 class ActingData(LightningDataModule):
@@ -114,6 +115,13 @@ class ActingData(LightningDataModule):
         self._version = 0
 
     @property
+    def learner(self) -> Learner:
+        """The learner that the data belongs to; without a trainer the only one, on the CPU."""
+        if self.trainer is None:
+            return Learner(0, 1, torch.device("cpu"))
+        return Learner(self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.root_device)
+
+    @property
     def metrics(self) -> dict[str, float]:
         """More for the log."""
         return {}
@@ -122,6 +130,32 @@ class ActingData(LightningDataModule):
     def steps_to_first_update(self) -> int:
         """Agent steps of this learner's actors that are collected, but not learnt from, before the first update."""
         return 0
+
+    def train_dataloader(self) -> Iterable[Any]:
+        """Start the collector and give the stream of batches.
+
+        Raises:
+            ValueError: what the data module was made with does not fit the rollouts.
+            DamagedReplay: the replay of a resumed run cannot be read.
+        """
+        self.shutdown()
+        learner = self.learner
+        self.collector = collector = self.collector_fn(learner.rank, self.frames)
+        try:
+            stream = self.stream(collector, learner)
+        except BaseException:
+            self.shutdown()
+            raise
+        collector.version = self._version
+        return stream
+
+    def stream(self, collector: Collector, learner: Learner) -> Iterable[Any]:
+        """The batches of a run, from rollouts of ``collector``, in order.
+
+        Raises:
+            ValueError, DamagedReplay: as :meth:`train_dataloader`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define stream")
 
     def behaviour_versions(self, batch: Any) -> Tensor:
         """Versions of the weights that acted in what is newest in ``batch``, int64."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from offtrace.agents.data.acting import rank_and_device
+from offtrace.agents.data.acting import Learner
 from offtrace.agents.data.replay import ENDLESS
 from offtrace.agents.data.rollouts import Dealer
 from offtrace.agents.data.store import ReplayFactory, StoringData
@@ -63,7 +63,7 @@ class MixedData(StoringData):
         inserted: steps inserted into this replay, those that are not valid included: the same number on every rank.
         replayed_frames: environment frames in replayed rows so far, padding included, over all ranks.
         owed: replayed batches that come before the next fresh one.
-        store, frames, collector, episodes: as of :class:`StoringData`.
+        replay, frames, collector, episodes: as of :class:`StoringData`.
     """
 
     def __init__(
@@ -98,40 +98,30 @@ class MixedData(StoringData):
     @property
     def metrics(self) -> dict[str, float]:
         """For the log: steps in the replay, and the frames replayed."""
-        return {"replay/steps": float(len(self.store)), "replay/replayed_frames": float(self.replayed_frames)}
+        return {"replay/steps": float(self.steps_stored), "replay/replayed_frames": float(self.replayed_frames)}
 
     @property
     def replays(self) -> bool:
         """Whether the replay holds enough to be sampled."""
         return self.inserted >= max(1, self.min_size)
 
-    def train_dataloader(self) -> MixedStream:
-        """Start the collector, fill the replay from disk in a resumed run, and give the stream of batches.
+    def stream(self, collector: Collector, learner: Learner) -> MixedStream:
+        """As :meth:`ActingData.stream`; in a resumed run the replay is filled from disk.
 
         Raises:
             ValueError: when minibatches, share or replay do not fit the rollouts.
             DamagedReplay: when the replay of a resumed run cannot be read.
         """
-        self.shutdown()
-        rank, world_size, device = rank_and_device(self)
-        collector = self.collector_fn(rank, self.frames)
-        self.collector = collector
-        try:
-            self.dealer.check(collector.num_envs, "environments")
-            self._check_replay(self.store.open(rank), collector.frames_per_batch // collector.num_envs)
-            stream = MixedStream(self, collector, rank=rank, world_size=world_size, device=device)
-            self.fill(rank)
-        except BaseException:
-            self.shutdown()
-            raise
-        collector.version = self._version
-        collector.pin_memory = device.type == "cuda"
+        self.dealer.check(collector.num_envs, "environments")
+        self._check_replay(self.open_replay(learner.rank), collector.frames_per_batch // collector.num_envs)
+        stream = MixedStream(self, collector, learner)
+        self.fill_replay(learner.rank)
+        collector.pin_memory = learner.device.type == "cuda"
         return stream
 
-    def fill(self, rank: int) -> None:
-        """As :meth:`StoringData.fill`: from an empty replay nothing is replayed before it is filled."""
-        if not self.store.restore(rank):
-            self.inserted = self.owed = 0
+    def begin_empty(self) -> None:
+        """As :meth:`StoringData.begin_empty`: nothing is replayed before the replay is filled."""
+        self.inserted = self.owed = 0
 
     def replayed_rows(self, fresh: int) -> int:
         """Replayed rows of a batch that has so many fresh ones; of a batch of its own, under ``ratio``, as many.
@@ -186,17 +176,15 @@ class MixedData(StoringData):
 class MixedStream:
     """The batches of one run, in order, with a length because Lightning fetches ahead from what has none."""
 
-    def __init__(
-        self, data: MixedData, collector: Collector, *, rank: int, world_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, data: MixedData, collector: Collector, learner: Learner) -> None:
         self._data = data
         self._collector = collector
-        self._rank = rank
-        self._device = device
+        self._rank = learner.rank
+        self._device = learner.device
         self._rows = data.replayed_rows(collector.num_envs // data.dealer.minibatches)
         steps = collector.frames_per_batch
-        self._frames_per_rollout = steps * data.frame_skip * world_size
-        self._frames_replayed = self._rows * (steps // collector.num_envs) * data.frame_skip * world_size
+        self._frames_per_rollout = steps * data.frame_skip * learner.ranks
+        self._frames_replayed = self._rows * (steps // collector.num_envs) * data.frame_skip * learner.ranks
 
     def __len__(self) -> int:
         if self._data.ratio is not None:
@@ -223,7 +211,7 @@ class MixedStream:
                 if last:
                     # All of it is done when the last batch is handed out: a checkpoint written after that update holds
                     # the rollout in its replay, and one in the middle of a rollout does not claim any of it.
-                    data.store.insert(rollout)
+                    data.insert(rollout)
                     data.inserted += rollout.numel()
                     data.frames += self._frames_per_rollout
                     data.rollouts += 1
@@ -241,7 +229,7 @@ class MixedStream:
     def _sample(self) -> TensorDictBase:
         data = self._data
         data.replayed_frames += self._frames_replayed
-        return data.store.sample(self._rows, progress=data.progress).to(self._device, non_blocking=True)
+        return data.sample(self._rows).to(self._device, non_blocking=True)
 
     def _joined(self, fresh: TensorDictBase) -> TensorDictBase:
         """Replayed rows behind fresh ones, with the entries that both have."""

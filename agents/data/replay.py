@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tensordict import TensorDictBase
 
-from offtrace.agents.data.acting import check_sizes, rank_and_device
+from offtrace.agents.data.acting import Learner, check_sizes
 from offtrace.agents.data.store import ReplayFactory, StoringData
 from offtrace.modules.keys import NEXT, POLICY_VERSION
 from offtrace.modules.replay import Replay, SamplesPerInsert
@@ -50,7 +49,7 @@ class ReplayData(StoringData):
 
     Attributes:
         limiter: counts steps and samples of this rank.
-        store, frames, collector, episodes: as of :class:`StoringData`.
+        replay, frames, collector, episodes: as of :class:`StoringData`.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class ReplayData(StoringData):
     def metrics(self) -> dict[str, float]:
         """For the log: steps in the replay, and steps learnt from per insert, counted since the replay was filled."""
         ratio = self.limiter.sampled / max(1, self.limiter.inserted - self.limiter.min_size)
-        return {"replay/steps": float(len(self.store)), "replay/samples_per_insert": ratio}
+        return {"replay/steps": float(self.steps_stored), "replay/samples_per_insert": ratio}
 
     @property
     def steps_to_first_update(self) -> int:
@@ -89,31 +88,22 @@ class ReplayData(StoringData):
         batches: Batches = batch
         return batches
 
-    def train_dataloader(self) -> ReplayStream:
-        """Start the collector, fill the replay from disk in a resumed run, and give the stream of batches.
+    def stream(self, collector: Collector, learner: Learner) -> ReplayStream:
+        """As :meth:`ActingData.stream`; in a resumed run the replay is filled from disk.
 
         Raises:
             ValueError: when the ratio, the capacity and the batch do not fit each other.
             DamagedReplay: when the replay of a resumed run cannot be read.
         """
-        self.shutdown()
-        rank, world_size, device = rank_and_device(self)
-        self.collector = self.collector_fn(rank, self.frames)
-        try:
-            replay = self.store.open(rank)
-            self.limiter.check(capacity=replay.capacity, batch=self.batch_size)
-            self._check_batch(replay)
-            self.fill(rank)
-        except BaseException:
-            self.shutdown()
-            raise
-        self.collector.version = self._version
-        return ReplayStream(self, self.collector, world_size=world_size, device=device)
+        replay = self.open_replay(learner.rank)
+        self.limiter.check(capacity=replay.capacity, batch=self.batch_size)
+        self._check_batch(replay)
+        self.fill_replay(learner.rank)
+        return ReplayStream(self, collector, learner)
 
-    def fill(self, rank: int) -> None:
-        """As :meth:`StoringData.fill`: an empty replay is filled before the next batch."""
-        if not self.store.restore(rank):
-            self.limiter.restart()
+    def begin_empty(self) -> None:
+        """As :meth:`StoringData.begin_empty`: the replay is filled before the next batch."""
+        self.limiter.restart()
 
     def state_dict(self) -> dict[str, Any]:
         """As :class:`StoringData`, and the limiter's counters."""
@@ -156,11 +146,11 @@ class ReplayStream:
     It has a length, larger than what comes: Lightning fetches one list ahead from what has none.
     """
 
-    def __init__(self, data: ReplayData, collector: Collector, *, world_size: int, device: torch.device) -> None:
+    def __init__(self, data: ReplayData, collector: Collector, learner: Learner) -> None:
         self._data = data
         self._collector = collector
-        self._device = device
-        self._frames_per_rollout = collector.frames_per_batch * data.frame_skip * world_size
+        self._device = learner.device
+        self._frames_per_rollout = collector.frames_per_batch * data.frame_skip * learner.ranks
 
     def __len__(self) -> int:
         return ENDLESS
@@ -178,8 +168,7 @@ class ReplayStream:
     def _sample(self) -> TensorDictBase:
         data = self._data
         data.limiter.sample(data.batch_size)
-        assert data.replay is not None
-        return data.store.sample(data.replay.batch_size, progress=data.progress).to(self._device, non_blocking=True)
+        return data.sample().to(self._device, non_blocking=True)
 
     def _collect(self) -> None:
         data = self._data
@@ -188,6 +177,6 @@ class ReplayStream:
         data.episodes.note(rollout)
         if data.on_rollout is not None:
             data.on_rollout(rollout)
-        data.store.insert(rollout)
+        data.insert(rollout)
         data.limiter.insert(rollout.numel())
         data.frames += self._frames_per_rollout

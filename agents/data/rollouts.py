@@ -11,13 +11,15 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from offtrace.agents.data.acting import ActingData, check_sizes, rank_and_device
+from offtrace.agents.data.acting import ActingData, Learner, check_sizes
 from offtrace.modules.keys import NEXT, POLICY_VERSION
 
 if TYPE_CHECKING:
     from offtrace.modules.collectors import Collector
 
 Deal = Literal["environments", "steps"]
+RolloutHook = Callable[[TensorDictBase], dict[str, Tensor] | None]
+"""Sees a whole rollout, may write into it, and may return scalars for the log."""
 
 
 class Dealer:
@@ -70,7 +72,7 @@ class Dealer:
     def check(self, rows: int, what: str) -> None:
         """Refuses minibatches that do not divide ``rows``; ``what`` says what they are."""
         if rows % self.minibatches:
-            raise ValueError(f"minibatches is {self.minibatches}; it must divide the {rows} {what} of a rollout.")
+            raise ValueError(f"minibatches is {self.minibatches}; it must divide the {rows} {what} of a rollout")
 
 
 class RolloutData(ActingData):
@@ -91,8 +93,8 @@ class RolloutData(ActingData):
         seed: of the order.
         deal: what is dealt, ``"environments"`` or ``"steps"``.
         on_rollout: called once with every rollout ``[N, T]`` on the learner's device before it is dealt, its
-            environments in any order. What must not change between passes it writes into it; what it returns is
-            ignored.
+            environments in any order. What must not change between passes it writes into it; scalars that it returns,
+            by their names, are logged.
 
     Raises:
         ValueError: a size is below 1, or ``deal`` is neither of the two.
@@ -112,7 +114,7 @@ class RolloutData(ActingData):
         epochs: int = 1,
         seed: int = 0,
         deal: Deal = "environments",
-        on_rollout: Callable[[TensorDictBase], object] | None = None,
+        on_rollout: RolloutHook | None = None,
     ) -> None:
         super().__init__(collector_fn, total_frames=total_frames, frame_skip=frame_skip)
         if deal not in ("environments", "steps"):
@@ -121,32 +123,29 @@ class RolloutData(ActingData):
         self.deals_steps = deal == "steps"
         self.on_rollout = on_rollout
         self.rollouts = 0
+        self._diagnostics: dict[str, Tensor] = {}
 
     def behaviour_versions(self, batch: TensorDictBase) -> Tensor:
         """Versions of the weights that acted in ``batch``, int64."""
         return batch[NEXT, POLICY_VERSION]
 
-    def train_dataloader(self) -> RolloutStream:
-        """Start the collector and give the stream of batches.
+    @property
+    def metrics(self) -> dict[str, float]:
+        """For the log: what ``on_rollout`` returned of the newest rollout."""
+        return {f"rollout/{name}": float(value) for name, value in self._diagnostics.items()}
+
+    def stream(self, collector: Collector, learner: Learner) -> RolloutStream:
+        """As :meth:`ActingData.stream`.
 
         Raises:
             ValueError: the minibatches do not divide what is dealt.
         """
-        self.shutdown()
-        rank, world_size, device = rank_and_device(self)
-        collector = self.collector_fn(rank, self.frames)
-        self.collector = collector
-        try:
-            if self.deals_steps:
-                self.dealer.check(collector.frames_per_batch, "steps")
-            else:
-                self.dealer.check(collector.num_envs, "environments")
-        except ValueError:
-            self.shutdown()
-            raise
-        collector.version = self._version
-        collector.pin_memory = device.type == "cuda"
-        return RolloutStream(self, collector, rank=rank, world_size=world_size, device=device)
+        if self.deals_steps:
+            self.dealer.check(collector.frames_per_batch, "steps")
+        else:
+            self.dealer.check(collector.num_envs, "environments")
+        collector.pin_memory = learner.device.type == "cuda"
+        return RolloutStream(self, collector, learner)
 
     def state_dict(self) -> dict[str, Any]:
         """As :class:`ActingData`, and the rollouts taken."""
@@ -164,20 +163,11 @@ class RolloutStream:
     The length matters: Lightning fetches one batch ahead, one more batch of policy lag, from what has none.
     """
 
-    def __init__(
-        self,
-        data: RolloutData,
-        collector: Collector,
-        *,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, data: RolloutData, collector: Collector, learner: Learner) -> None:
         self._data = data
         self._collector = collector
-        self._rank = rank
-        self._device = device
-        self._frames_per_rollout = collector.frames_per_batch * data.frame_skip * world_size
+        self._learner = learner
+        self._frames_per_rollout = collector.frames_per_batch * data.frame_skip * learner.ranks
 
     def __len__(self) -> int:
         return math.ceil(self._data.total_frames / self._frames_per_rollout) * len(self._data.dealer)
@@ -185,7 +175,8 @@ class RolloutStream:
     def __iter__(self) -> Iterator[TensorDictBase]:
         data = self._data
         while data.frames < data.total_frames:
-            for part, last in data.dealer.deal(self._next(), self._rank, data.rollouts, dealt=not data.deals_steps):
+            rank = self._learner.rank
+            for part, last in data.dealer.deal(self._next(), rank, data.rollouts, dealt=not data.deals_steps):
                 if last:
                     # Counted when its last part is handed out: after that update a checkpoint holds whole rollouts,
                     # and in the middle of one it does not claim what was not learned yet.
@@ -198,12 +189,12 @@ class RolloutStream:
         data = self._data
         if not data.deals_steps:
             # The first order is applied by the copy that takes the rollout out of the actors' memory.
-            self._collector.order = lambda size: data.dealer.order(size, self._rank, data.rollouts)
+            self._collector.order = lambda size: data.dealer.order(size, self._learner.rank, data.rollouts)
         rollout = next(self._collector)
         data.episodes.note(rollout)
-        rollout = rollout.to(self._device, non_blocking=True)
+        rollout = rollout.to(self._learner.device, non_blocking=True)
         if data.on_rollout is not None:
-            data.on_rollout(rollout)
+            data._diagnostics = data.on_rollout(rollout) or {}
         return rollout.flatten(0, 1) if data.deals_steps else rollout
 
 

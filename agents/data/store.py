@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from offtrace.agents.data.acting import ActingData, rank_and_device
+from offtrace.agents.data.acting import ActingData
 from offtrace.modules.envs import EnvironmentFailure
 from offtrace.modules.keys import INDEX, PRIORITY, VALID
 from offtrace.modules.replay import Replay
@@ -27,63 +27,83 @@ _HOPELESS = 100
 """Steps, not one of them valid, after which a simulator will not come back."""
 
 
-class ReplayStore:
-    """A replay and the folder in which it is saved, one folder a rank.
+class StoringData(ActingData):
+    """A data module with a replay, which it saves beside the checkpoints, one folder a rank.
+
+    Every rank owns a collector and a replay, and has the same number of batches. Of a resumed run whose ``folder`` is
+    not there any more the replay is filled again, which is said.
 
     Args:
-        replay_fn: gives the empty replay of a rank.
+        collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
+        replay_fn: gives the empty replay of a rank, and takes the folder for its files, or None where it may choose.
+        total_frames: environment frames, over all ranks, after which the data ends.
+        frame_skip: environment frames per agent step.
 
     Attributes:
         replay: that of this rank, once training begins; None before.
-        folder: where :meth:`save` writes; None: the replay is not saved.
-        saved: the name under which the replay lies there that a checkpoint may count on; None before the first.
+        folder, saved, frames, collector, episodes: as of :class:`ActingData`.
     """
 
-    def __init__(self, replay_fn: ReplayFactory) -> None:
+    saves: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        collector_fn: Callable[[int, int], Collector],
+        replay_fn: ReplayFactory,
+        *,
+        total_frames: int,
+        frame_skip: int,
+    ) -> None:
+        super().__init__(collector_fn, total_frames=total_frames, frame_skip=frame_skip)
         self.replay: Replay | None = None
-        self.folder: Path | None = None
-        self.saved: str | None = None
         self._replay_fn = replay_fn
         self._failed = 0
+        self._versions: Tensor | None = None
 
-    def __len__(self) -> int:
+    @property
+    def steps_stored(self) -> int:
         """Steps in the replay."""
         return 0 if self.replay is None else len(self.replay)
 
     @property
-    def _open(self) -> Replay:
-        assert self.replay is not None, "training has not begun"
-        return self.replay
+    def progress(self) -> float:
+        """Part of the frames that are done, in [0, 1]."""
+        return min(1.0, self.frames / self.total_frames)
 
-    def open(self, rank: int) -> Replay:
+    def behaviour_versions(self, batch: Any) -> Tensor:
+        """Versions of the weights that acted in the newest data: how far the actors are behind, not the replay."""
+        # a resumed run may owe updates before its first rollout
+        return torch.tensor([self._version]) if self._versions is None else self._versions
+
+    def open_replay(self, rank: int) -> Replay:
         """Makes the empty replay of ``rank``."""
         self.replay = self._replay_fn(rank, self._files(rank))
         return self.replay
 
-    def restore(self, rank: int) -> bool:
-        """Fills the replay with what the last run had.
-
-        Returns:
-            False where there is nothing, or it is not there any more, which is said. The replay stays empty.
+    def fill_replay(self, rank: int) -> None:
+        """Fills the replay with what the last run had; it stays empty where there is nothing, or not any more.
 
         Raises:
             DamagedReplay: it cannot be read.
         """
         if self.saved is None or self.folder is None:
-            return False
+            return self.begin_empty()
         if not self.folder.exists():
             warnings.warn(
                 f"{self.folder} is gone: the run goes on with an empty replay, which is filled first",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return False
+            return self.begin_empty()
         found = self._place_of(rank, self.saved)
         self._open.load(found)
         for other in found.parent.iterdir():  # of writings that no checkpoint came to name
             if other.name not in (found.name, f"{found.name}.old"):
                 shutil.rmtree(other, ignore_errors=True)
-        return True
+
+    def begin_empty(self) -> None:
+        """Make the counters fit a replay that begins empty."""
+        raise NotImplementedError(f"{type(self).__name__} must define begin_empty")
 
     def insert(self, rollout: TensorDictBase) -> None:
         """Inserts a rollout ``[N, T]`` of one actor, its environments in their own order.
@@ -99,14 +119,9 @@ class ReplayStore:
             )
         self._open.extend(rollout)
 
-    def sample(self, number: int, *, progress: float) -> TensorDictBase:
-        """A batch of so many samples.
-
-        Args:
-            number: of samples.
-            progress: part of the training that is done, in [0, 1], for the sampler to anneal by.
-        """
-        self._open.sampler.anneal(progress)
+    def sample(self, number: int | None = None) -> TensorDictBase:
+        """A batch of so many samples, by default the replay's own; the sampler anneals with the training."""
+        self._open.sampler.anneal(self.progress)
         return self._open.sample(number)
 
     def feedback(self, batch: TensorDictBase) -> None:
@@ -128,119 +143,25 @@ class ReplayStore:
         sampled = index.reshape(len(index), -1)[:, 0] >= 0  # of fresh rows it is -1
         self._open.update_priorities(index[sampled], priority.detach().cpu()[sampled])
 
-    def save(self, rank: int, frames: int) -> str | None:
-        """Writes the replay for the checkpoint at so many frames; its name, None where it has no place to lie.
-
-        Raises:
-            OSError, DamagedReplay: it cannot be written.
-        """
+    def save(self, rank: int) -> str | None:
+        """As :meth:`ActingData.save`: the replay; its name is the number of frames."""
         if self.folder is None or self.replay is None:
             return None
-        name = f"{frames:012d}"
+        name = f"{self.frames:012d}"
         self.replay.dump(self._place_of(rank, name))
         return name
 
     def prune(self, rank: int) -> None:
-        """Deletes what no checkpoint needs, once the one that names the newest replay is written.
+        """As :meth:`ActingData.prune`.
 
-        The one before stays: of several ranks one alone cannot know that the first has written the checkpoint.
+        The replay before the newest stays: of several ranks one alone cannot know that the first has written the
+        checkpoint.
         """
         if self.folder is None or self.saved is None:
             return
         complete = sorted(path for path in self._place_of(rank, self.saved).parent.iterdir() if not path.suffix)
         for old in complete[:-2]:
             shutil.rmtree(old, ignore_errors=True)
-
-    def close(self, rank: int) -> None:
-        """Deletes the files that the replay of ``rank`` worked on."""
-        files = self._files(rank)
-        if files is not None:
-            shutil.rmtree(files, ignore_errors=True)
-
-    def _files(self, rank: int) -> Path | None:
-        """Where a replay in files works; what is saved lies elsewhere."""
-        return None if self.folder is None else self.folder.with_name(f"{self.folder.name}.live{rank}")
-
-    def _place_of(self, rank: int, name: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"rank{rank}" / name
-
-
-class StoringData(ActingData):
-    """A data module with a :class:`ReplayStore`, which it saves beside the checkpoints.
-
-    Every rank owns a collector and a replay, and has the same number of batches. Of a resumed run whose :attr:`folder`
-    is not there any more the replay is filled again, which is said.
-
-    Args:
-        collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
-        replay_fn: gives the empty replay of a rank, and takes the folder for its files, or None where it may choose.
-        total_frames: environment frames, over all ranks, after which the data ends.
-        frame_skip: environment frames per agent step.
-
-    Attributes:
-        store: the replay of this rank and its folder.
-        frames, collector, episodes: as of :class:`ActingData`.
-    """
-
-    saves: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        collector_fn: Callable[[int, int], Collector],
-        replay_fn: ReplayFactory,
-        *,
-        total_frames: int,
-        frame_skip: int,
-    ) -> None:
-        self.store = ReplayStore(replay_fn)
-        super().__init__(collector_fn, total_frames=total_frames, frame_skip=frame_skip)
-        self._versions: Tensor | None = None
-
-    @property
-    def replay(self) -> Replay | None:
-        """That of this rank, once training begins."""
-        return self.store.replay
-
-    @property
-    def folder(self) -> Path | None:
-        """Where :meth:`save` writes, one folder a rank; None: the replay is not saved."""
-        return self.store.folder
-
-    @folder.setter
-    def folder(self, folder: Path | None) -> None:
-        self.store.folder = folder
-
-    @property
-    def saved(self) -> str | None:
-        """The name under which the replay lies there that a checkpoint may count on; None before the first."""
-        return self.store.saved
-
-    @saved.setter
-    def saved(self, saved: str | None) -> None:
-        self.store.saved = saved
-
-    @property
-    def progress(self) -> float:
-        """Part of the frames that are done, in [0, 1]."""
-        return min(1.0, self.frames / self.total_frames)
-
-    def behaviour_versions(self, batch: Any) -> Tensor:
-        """Versions of the weights that acted in the newest data: how far the actors are behind, not the replay."""
-        # a resumed run may owe updates before its first rollout
-        return torch.tensor([self._version]) if self._versions is None else self._versions
-
-    def feedback(self, batch: TensorDictBase) -> None:
-        """Gives a prioritised replay the errors of a batch."""
-        self.store.feedback(batch)
-
-    def save(self, rank: int) -> str | None:
-        """As :meth:`ActingData.save`: the replay."""
-        return self.store.save(rank, self.frames)
-
-    def prune(self, rank: int) -> None:
-        """As :meth:`ActingData.prune`."""
-        self.store.prune(rank)
 
     def state_dict(self) -> dict[str, Any]:
         """As :class:`ActingData`, and the name of the saved replay."""
@@ -251,17 +172,24 @@ class StoringData(ActingData):
         super().load_state_dict(state_dict)
         self.saved = state_dict["replay"]
         if self.collector is not None:
-            self.fill(rank_and_device(self)[0])
-
-    def fill(self, rank: int) -> None:
-        """Give the replay what the last run had, and the counters what fits it.
-
-        Raises:
-            DamagedReplay: it cannot be read.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define fill")
+            self.fill_replay(self.learner.rank)
 
     def shutdown(self) -> None:
         """End the actors, and delete the files that the replay worked on."""
         super().shutdown()
-        self.store.close(rank_and_device(self)[0])
+        files = self._files(self.learner.rank)
+        if files is not None:
+            shutil.rmtree(files, ignore_errors=True)
+
+    @property
+    def _open(self) -> Replay:
+        assert self.replay is not None, "training has not begun"
+        return self.replay
+
+    def _files(self, rank: int) -> Path | None:
+        """Where a replay in files works; what is saved lies elsewhere."""
+        return None if self.folder is None else self.folder.with_name(f"{self.folder.name}.live{rank}")
+
+    def _place_of(self, rank: int, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"rank{rank}" / name

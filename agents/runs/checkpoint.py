@@ -6,13 +6,14 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict.nn import ProbabilisticTensorDictSequential
 
+from offtrace.agents.runs.missing import no_checkpoint
+from offtrace.modules.naming import imported
 from offtrace.modules.networks import build_policy
 
 CHECKPOINT_KEY = "offtrace"
@@ -48,7 +49,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint file at {path}")
+        raise CheckpointError(no_checkpoint(path))
     try:
         with zipfile.ZipFile(path) as archive:
             if (bad := archive.testzip()) is not None:  # torch.load does not look at the checksums
@@ -73,15 +74,11 @@ def builder_of(name: str) -> Builder:
     """
     if name in _BUILDERS:
         return _BUILDERS[name]
-    module, _, function = name.partition(":")
-    if not module or not function:
+    if ":" not in name:
         raise ValueError(f"the builder {name!r} is unknown; it must be build_policy, or package.module:function")
-    try:
-        builder: Builder = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the builder {name!r} cannot be imported: {error}") from error
+    builder: Builder = imported(name, "builder")
     home = getattr(builder, "__module__", None) or "builtins"
-    if not callable(builder) or home.split(".")[0] in sys.stdlib_module_names:  # such as a shell
+    if home.split(".")[0] in sys.stdlib_module_names:  # such as a shell
         raise ValueError(f"the builder {name!r} builds no policy; it must be a function that does")
     return builder
 

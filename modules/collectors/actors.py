@@ -122,7 +122,7 @@ class ActorCollector(Collector):
 
     def _check_frames(self, frames: int) -> None:
         if frames % self.n_env:
-            raise ValueError(f"frames_per_batch is {frames}; it must be a multiple of the {self.n_env} environments.")
+            raise ValueError(f"frames_per_batch is {frames}; it must be a multiple of the {self.n_env} environments")
 
     def rollout(self) -> TensorDictBase:
         """One rollout [N, T]; an error is left for the learner before it ends the process."""

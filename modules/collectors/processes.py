@@ -138,7 +138,7 @@ class RoundRobinCollector(MultiAsyncCollector):
             step = int(self._shared.steps[awaited])
             raise EnvironmentFailure(
                 f"actor process {awaited} has made no step for {idle:.1f} s (step {step} hangs; the limit step_timeout "
-                f"is {self._step_timeout:g} s)."
+                f"is {self._step_timeout:g} s)"
             )
 
 

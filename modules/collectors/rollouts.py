@@ -75,7 +75,7 @@ class RolloutCollector:
             RuntimeError: after ``shutdown``.
         """
         if self._closed:
-            raise RuntimeError("the collector was shut down; make a new one.")
+            raise RuntimeError("the collector was shut down; make a new one")
         try:
             rollout, worker = self.backend.take(self._copy_out)
         except Exception:

@@ -80,7 +80,7 @@ class SharedWeights:
         """
         if tensors.keys() != self.weights.keys():
             odd = sorted(tensors.keys() ^ self.weights.keys())
-            raise KeyError(f"the weights do not fit the policy of the actors: {odd[:5]} are on one side only.")
+            raise KeyError(f"the weights do not fit the policy of the actors: {odd[:5]} are on one side only")
         self._acquire()
         try:
             for name, buffer in self.weights.items():
@@ -121,4 +121,4 @@ class SharedWeights:
 
     def _acquire(self) -> None:
         if not self.lock.acquire(timeout=_LOCK_TIMEOUT):
-            raise RuntimeError(f"the lock on the actors' weights was not free within {_LOCK_TIMEOUT:.0f} s.")
+            raise RuntimeError(f"the lock on the actors' weights was not free within {_LOCK_TIMEOUT:.0f} s")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +13,7 @@ from torchrl.envs import EnvBase
 
 from offtrace.modules.envs.atari import AtariEnv
 from offtrace.modules.envs.gym import GymEnv
-from offtrace.modules.envs.names import Protocol, check_task_options, task_kind
+from offtrace.modules.envs.names import Protocol, check_task_options, own_environment, task_kind
 from offtrace.modules.keys import (
     ACTION_MASK,
     EPISODE_END,
@@ -156,23 +154,9 @@ def _shape(name: str, observation: TensorSpec) -> tuple[int, ...] | dict[str, tu
 _NEEDED = (OBSERVATION, IS_INIT, EPISODE_REWARD, EPISODE_LENGTH, EPISODE_END)
 
 
-def _takes_size_and_seed(make: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(make).bind(num_envs=1, seed=0)
-    except (TypeError, ValueError):  # other arguments, or no signature at all
-        return False
-    return True
-
-
 def _imported(path: str, num_envs: int, *, seed: int, last_step: bool, rescale_actions: bool, flatten: bool) -> EnvBase:
-    module, _, function = path.partition(":")
-    try:
-        make: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"the environment {path!r} cannot be imported: {error}; its folder must be on PYTHONPATH"
-        ) from error
-    made = make(num_envs=num_envs, seed=seed) if _takes_size_and_seed(make) else make()
+    make, sized = own_environment(path)
+    made = make(num_envs=num_envs, seed=seed) if sized else make()
     if isinstance(made, EnvBase):
         missing = [key for key in _NEEDED if key not in made.observation_spec.keys()]  # noqa: SIM118 - a spec
         if missing:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
 
 from offtrace.modules.envs.suite import check_installed, control_name, control_tasks, unknown_task
+from offtrace.modules.naming import imported, nearest, signature, split_path, takes
 
 Kind = Literal["atari", "dm_control", "gymnasium", "own"]
 Protocol = Literal["classic", "sticky"]
@@ -71,15 +71,10 @@ def unknown(name: str) -> str:
     task = unknown_task(name)
     if task is not None:
         return f"unknown environment {name!r}: {task}"
-    known = {game: game for game in atari_games()}
     import gymnasium
 
-    known.update({env_id.lower(): env_id for env_id in gymnasium.registry})
-    known.update({task.lower(): task for task in control_tasks()})
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {known[near[0]]!r}?" if near else ""
     return (
-        f"unknown environment {name!r}{hint} "
+        f"unknown environment {name!r}{nearest(name, [*gymnasium.registry, *control_tasks(), *atari_games()])} "
         "(an Atari game, a Gymnasium id, domain-task of dm_control, or package.module:function)"
     )
 
@@ -93,9 +88,7 @@ def task_kind(name: str) -> Kind:
         ValueError: nobody knows the name, or the import path is none.
     """
     if ":" in name:
-        module, _, function = name.partition(":")
-        if not module or not function.isidentifier():
-            raise ValueError(f"the import path of an environment is 'package.module:function', got {name!r}")
+        split_path(name)
         return "own"
     if atari_name(name) is not None:
         return "atari"
@@ -109,9 +102,58 @@ def task_kind(name: str) -> Kind:
 
 
 def check_name(name: str) -> None:
-    """Raises ``ValueError`` for a name that :func:`offtrace.modules.envs.make_env` refuses; imports no torch."""
-    if task_kind(name) == "dm_control":
+    """Raises ``ValueError`` for a name that :func:`offtrace.modules.envs.make_env` refuses.
+
+    Imports no torch, unless the user's own code does, which an import path names.
+    """
+    if _installed_kind(name) == "own":
+        own_environment(name)
+
+
+def _installed_kind(name: str) -> Kind:
+    kind = task_kind(name)
+    if kind == "dm_control":
         check_installed(f"the task {name!r}")
+    return kind
+
+
+def own_environment(path: str) -> tuple[Callable[..., Any], bool]:
+    """What an import path leads to, and whether it takes ``num_envs`` and ``seed``; otherwise it takes nothing.
+
+    Raises:
+        ValueError: it cannot be imported, or takes something else.
+    """
+    make = imported(path, "environment")
+    sized = takes(make, num_envs=1, seed=0)
+    if not sized and not takes(make):
+        raise ValueError(
+            f"the environment {path!r} must take num_envs and seed, or nothing, and takes {signature(make)}"
+        )
+    return make, sized
+
+
+def known_actions(name: str) -> Literal["discrete", "continuous"] | None:
+    """What a task acts with; None of the user's own, and where a Gymnasium environment cannot be made.
+
+    Imports no torch.
+
+    Raises:
+        ValueError: as :func:`task_kind`.
+    """
+    kind = task_kind(name)
+    if kind != "gymnasium":
+        return {"atari": "discrete", "dm_control": "continuous"}.get(kind)  # type: ignore[return-value]
+    import gymnasium
+
+    if "gymnasium.envs.mujoco" in str(gymnasium.registry[name].entry_point):
+        return "continuous"  # making one would choose MuJoCo's renderer for the whole process
+    try:
+        env = gymnasium.make(name)
+    except Exception:  # who makes it for the run says what is wrong
+        return None
+    continuous = isinstance(env.action_space, gymnasium.spaces.Box)
+    env.close()
+    return "continuous" if continuous else "discrete"
 
 
 def check_task_options(name: str, options: Mapping[str, Any]) -> None:
@@ -123,8 +165,7 @@ def check_task_options(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the name is refused, or the task has no such option.
     """
-    check_name(name)
-    kind = task_kind(name)
+    kind = _installed_kind(name)
     for option, value in options.items():
         known = TASK_OPTIONS.get(option)
         if known is not None:

@@ -6,13 +6,14 @@ the suite's tasks are known everywhere, so that they can be refused where it is 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import os
 import sys
 from functools import cache
 from typing import Any, Final
+
+from offtrace.modules.naming import nearest
 
 # as of dm-control 1.0.50; reading them from the suite would import MuJoCo for every command line
 TASKS: Final[dict[str, tuple[str, ...]]] = {
@@ -133,5 +134,5 @@ def unknown_task(name: str) -> str | None:
     tasks = TASKS.get(domain)
     if tasks is None or not task:
         return None
-    near = difflib.get_close_matches(task, tasks, n=1, cutoff=0.0)[0]
-    return f"the domain {domain!r} has no task {task!r}; did you mean '{domain}-{near}'? (it has {', '.join(tasks)})"
+    near = nearest(name, [f"{domain}-{known}" for known in tasks])
+    return f"the domain {domain!r} has no task {task!r}{near} (it has {', '.join(tasks)})"

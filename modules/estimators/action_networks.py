@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 
 from offtrace.modules import keys as k
-from offtrace.modules.estimators.base import ReturnEstimator, _with
+from offtrace.modules.estimators.base import ReturnEstimator, _with, zero_invalid
 
 
 class ActionValueForward(ReturnEstimator):
@@ -90,21 +90,20 @@ class ActionValueForward(ReturnEstimator):
         names = self.tensor_keys
         dim = self._get_time_dim(time_dim, tensordict)
         used = params if target_params is None else target_params
-        chosen, following = self._promoted(
-            tensordict, self._chosen(tensordict, used), self._following(tensordict, used)
+        q_value, next_value = self._promoted(
+            tensordict, self._q_value(tensordict, used), self._next_value(tensordict, used)
         )
-        log_pi, log_rho = self._log_probs(tensordict, chosen)
+        log_pi, log_rho = self._log_probs(tensordict, q_value)
         target = self.compute(
-            q_value=chosen.transpose(0, dim),
-            next_value=following.transpose(0, dim),
+            q_value=q_value.transpose(0, dim),
+            next_value=next_value.transpose(0, dim),
             log_pi=None if log_pi is None else log_pi.transpose(0, dim),
             log_rho=None if log_rho is None else log_rho.transpose(0, dim),
-            **self._ends(tensordict, dim, chosen, following),
+            **self._ends(tensordict, dim, q_value, next_value),
         )
         target = target.detach().transpose(0, dim)
         tensordict.set(names.value_target, target)
-        advantage, valid = target - chosen, self._valid(tensordict, chosen)
-        tensordict.set(names.advantage, advantage if valid is None else torch.where(valid, advantage, 0))
+        tensordict.set(names.advantage, zero_invalid(target - q_value, self._valid(tensordict, q_value)))
         return tensordict
 
     def _log_probs(self, tensordict: TensorDictBase, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -121,12 +120,10 @@ class ActionValueForward(ReturnEstimator):
         log_pi = self._target_log_prob(tensordict, like)
         log_rho = self._log_rho(tensordict, log_pi) if self.uses_behaviour else None
         valid = self._valid(tensordict, like)
-        if valid is None:
-            return log_pi, log_rho
-        return torch.where(valid, log_pi, 0), None if log_rho is None else torch.where(valid, log_rho, 0)
+        return zero_invalid(log_pi, valid), None if log_rho is None else zero_invalid(log_rho, valid)
 
     @torch.no_grad()
-    def _chosen(self, tensordict: TensorDictBase, params: TensorDictBase | None) -> Tensor:
+    def _q_value(self, tensordict: TensorDictBase, params: TensorDictBase | None) -> Tensor:
         """Q(x, a), ``[*B, T, 1]``."""
         names, network = self.tensor_keys, self.value_network
         if network is None:
@@ -134,17 +131,17 @@ class ActionValueForward(ReturnEstimator):
         action = self._entry(tensordict, names.action)
         out = self._call(network, tensordict.select(*network.in_keys), params)
         if self._enumerates():
-            every = self._least_of_all(out, tensordict.ndim)
+            q_values = self._min_q_values(out, tensordict.ndim)
             if action.is_floating_point() or action.numel() != tensordict.numel():
                 raise ValueError(
                     f"{names.action!r} must hold the indices of discrete actions, {list(tensordict.batch_size)}, got "
                     f"{action.dtype} {list(action.shape)}; of one-hot actions take argmax(-1)"
                 )
-            return every.gather(-1, action.long().view(*every.shape[:-1], 1))
+            return q_values.gather(-1, action.long().view(*q_values.shape[:-1], 1))
         return self._written(out, names.state_action_value, "qvalue_network").amin(-1, keepdim=True)
 
     @torch.no_grad()
-    def _following(self, tensordict: TensorDictBase, params: TensorDictBase | None) -> Tensor:
+    def _next_value(self, tensordict: TensorDictBase, params: TensorDictBase | None) -> Tensor:
         """E_pi [Q - alpha log pi] at the successor, ``[*B, T, 1]``."""
         names, network, actor = self.tensor_keys, self.value_network, self.actor_network
         if network is None:
@@ -152,10 +149,11 @@ class ActionValueForward(ReturnEstimator):
         states = self._successor(tensordict)
         dist = actor.get_dist(states.select(*actor.in_keys))
         if self._enumerates():
-            every = self._least_of_all(self._call(network, states.select(*network.in_keys), params), tensordict.ndim)
+            out = self._call(network, states.select(*network.in_keys), params)
+            q_values = self._min_q_values(out, tensordict.ndim)
             log_pi = dist.logits.log_softmax(-1)
             # an illegal action has probability 0 and log-probability -inf, and 0 times inf is NaN
-            soft = every - self.alpha * log_pi.masked_fill(log_pi.isinf(), 0)
+            soft = q_values - self.alpha * log_pi.masked_fill(log_pi.isinf(), 0)
             return (log_pi.exp() * soft).sum(-1, keepdim=True)
         if self.num_samples == "mean":
             action = dist.deterministic_sample.unsqueeze(0)
@@ -172,10 +170,10 @@ class ActionValueForward(ReturnEstimator):
     def _enumerates(self) -> bool:
         return self.value_network is not None and self.tensor_keys.action_value in self.value_network.out_keys
 
-    def _least_of_all(self, out: TensorDictBase, ndim: int) -> Tensor:
-        """``[*B, T, A]``, the smallest of K critics."""
-        every = out.get(self.tensor_keys.action_value)
-        return every.amin(-2) if every.ndim == ndim + 2 else every
+    def _min_q_values(self, out: TensorDictBase, ndim: int) -> Tensor:
+        """``[*B, T, A]``, of each action the smallest of K critics' values."""
+        q_values = out.get(self.tensor_keys.action_value)
+        return q_values.amin(-2) if q_values.ndim == ndim + 2 else q_values
 
     def _call(
         self, network: TensorDictModuleBase, inputs: TensorDictBase, params: TensorDictBase | None

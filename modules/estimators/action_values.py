@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from offtrace.modules.estimators.action_networks import ActionValueForward
-from offtrace.modules.estimators.base import Outcome, check_unit_interval
+from offtrace.modules.estimators.base import (
+    Outcome,
+    sample_size,
+    valid_mean,
+    zero_invalid,
+)
+from offtrace.modules.estimators.names import check_ranges
 from offtrace.modules.estimators.selection import Selection, every_step, first_window
 from offtrace.modules.returns import (
     categorical_projection,
     clipped_fraction,
     distributional_return,
-    effective_sample_size,
     importance_trace,
     n_step_return,
     q_return,
@@ -49,7 +53,7 @@ class ActionValueEstimator(ActionValueForward):
 
     Alone, networks you give are called; what you do not give is read: ``"chosen_action_value"`` ``[*B, T, 1]``, the
     expected value of the successor ``("next", "state_value")`` ``[*B, T, 1]``, and ``"target_log_prob"`` ``[*B, T]``.
-    Writes ``"value_target"`` and ``"advantage"``, target minus chosen value, ``[*B, T, 1]``, without gradient. There
+    Writes ``"value_target"`` and ``"advantage"``, target minus Q(x, a), ``[*B, T, 1]``, without gradient. There
     E_pi Q(x', .) is the exact sum where the critic writes ``"action_value"`` (``[*, A]``, or ``[*, K, A]`` for K
     critics); where it reads the action and writes ``"state_action_value"`` ``[*, K]``, it is the mean over
     ``num_samples`` fresh actions, or the value of the policy's deterministic action. Of K critics the smallest counts,
@@ -125,9 +129,7 @@ class ActionValueEstimator(ActionValueForward):
         self, *, log_pi: Tensor | None, log_rho: Tensor | None, done: Tensor, gamma: float, valid: Tensor | None
     ) -> dict[str, Tensor]:
         """How far off-policy the sequences are, time first: the effective sample size of pi/mu, NaN where unknown."""
-        if log_rho is None:
-            return {"ess": torch.full((), math.nan, device=done.device)}
-        return {"ess": effective_sample_size(log_rho, valid=valid)}
+        return {"ess": sample_size(log_rho, like=done, valid=valid)}
 
     @torch.no_grad()
     def estimate(
@@ -152,27 +154,24 @@ class ActionValueEstimator(ActionValueForward):
         shape, dtype = selection.outcome.reward.shape, selection.outcome.reward.dtype
         reward, terminated, done, valid = selection.outcome.time_first()
 
-        def sequences(x: Tensor | None, *, clear: bool = False) -> Any:
+        def sequences(x: Tensor | None) -> Any:
             """[T, N, ...] of [M, ...]; under autocast values come in half precision."""
-            if x is None:
-                return None
-            x = x.detach().to(dtype).unflatten(0, shape).transpose(0, 1)
-            return torch.where(valid, x, x.new_zeros(())) if clear and valid is not None else x
+            return None if x is None else x.detach().to(dtype).unflatten(0, shape).transpose(0, 1)
 
-        log_pi, log_rho = sequences(log_pi, clear=True), sequences(log_rho, clear=True)
+        logs: dict[str, Any] = {"log_pi": log_pi, "log_rho": log_rho}
+        logs = {name: None if x is None else zero_invalid(sequences(x), valid) for name, x in logs.items()}
         target = self.compute(
             reward=reward,
             q_value=sequences(q_value),
             next_value=sequences(next_value),
-            log_pi=log_pi,
-            log_rho=log_rho,
             terminated=terminated,
             done=done,
             gamma=self._known_gamma(),
             valid=valid,
+            **logs,
             **({} if support is None else {"support": support}),
         )
-        diagnostics = self.diagnose(log_pi=log_pi, log_rho=log_rho, done=done, gamma=self._known_gamma(), valid=valid)
+        diagnostics = self.diagnose(**logs, done=done, gamma=self._known_gamma(), valid=valid)
         return ActionEstimate(target.transpose(0, 1).flatten(0, 1), diagnostics)
 
 
@@ -180,7 +179,8 @@ class NStep(ActionValueEstimator):
     __doc__ = f"""n rewards and the value behind them, not corrected for being off-policy.
 
     A loss learns from the first step of each sequence; the window is cut at an episode's end and before a step that is
-    not valid. Alone it gives the returns of every step, :func:`offtrace.modules.returns.n_step_return`.
+    not valid. With n 1 it is :class:`OneStep`, and learns from every step. Alone it gives the returns of every step,
+    :func:`offtrace.modules.returns.n_step_return`.
 
     Source: Sutton 1988; Watkins 1989.
 
@@ -193,8 +193,7 @@ class NStep(ActionValueEstimator):
     uses_q_value = False
 
     def __init__(self, *, n: int = 5, **options: Any) -> None:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be 1 or more, and whole, got {n!r}")
+        check_ranges(n=n)
         super().__init__(**options)
         self.n = n
 
@@ -208,11 +207,13 @@ class NStep(ActionValueEstimator):
         return self.n
 
     def steps_per_sequence(self, length: int) -> int:
-        """The first."""
-        return 1
+        """The first; with n 1 all."""
+        return length if self.n == 1 else 1
 
     def select(self, outcome: Outcome, *, gamma: float) -> Selection:
-        """The first step of each sequence, and the end of its window."""
+        """The first step of each sequence, and the end of its window; with n 1 every step, from its own successor."""
+        if self.n == 1:
+            return every_step(outcome, gamma=gamma)
         return first_window(outcome, gamma=gamma, n=self.n)
 
     def compute(self, *, reward: Tensor, next_value: Tensor, **known: Any) -> Tensor:
@@ -242,18 +243,13 @@ class NStep(ActionValueEstimator):
 
     def _diagnose_windows(self, selection: Selection, log_rho: Tensor | None) -> dict[str, Tensor]:
         reward, valid, gamma = selection.reward, selection.valid, self._known_gamma()
-        if log_rho is None:
-            ess = reward.new_full((), math.nan)
-        else:
-            log_rho = log_rho.detach()
-            known = log_rho if valid is None else torch.where(valid, log_rho, log_rho.new_zeros(()))
-            ess = effective_sample_size(known, valid=valid)
+        known = None if log_rho is None else zero_invalid(log_rho.detach(), valid)
         if selection.length is None:
             length, contraction = reward.new_zeros(()), reward.new_full((), gamma)
         else:
             steps = selection.length.to(reward.dtype)
-            length, contraction = _mean(steps - 1, valid), 1 - _mean(1 - gamma**steps, valid)
-        return {"ess": ess, "trace_length": length, "contraction": contraction}
+            length, contraction = valid_mean(steps - 1, valid), 1 - valid_mean(1 - gamma**steps, valid)
+        return {"ess": sample_size(known, like=reward, valid=valid), "trace_length": length, "contraction": contraction}
 
 
 class OneStep(NStep):
@@ -264,24 +260,12 @@ class OneStep(NStep):
     def __init__(self, **options: Any) -> None:
         super().__init__(n=1, **options)
 
-    def sequence_length(self, default: int) -> int:
-        """Transitions."""
-        return 1
-
-    def steps_per_sequence(self, length: int) -> int:
-        """All of them."""
-        return length
-
-    def select(self, outcome: Outcome, *, gamma: float) -> Selection:
-        """Every step, from its own successor."""
-        return every_step(outcome, gamma=gamma)
-
 
 class TraceEstimator(ActionValueEstimator):
     """The operator of all traces, :func:`offtrace.modules.returns.q_return`, or its relative for distributions.
 
     A subclass of your own defines :meth:`trace`; where no coefficient exceeds 1 it may say ``bounded``, and where none
-    exceeds the ratio pi/mu, ``contracts``: then the modulus of the operator is told too.
+    exceeds the ratio pi/mu, ``contracts``: then the modulus of the operator is a diagnostic too.
 
     Source: Munos et al. 2016, arXiv 1606.02647.
     """
@@ -292,7 +276,7 @@ class TraceEstimator(ActionValueEstimator):
     contracts: bool = False
 
     def __init__(self, *, lmbda: float = 1.0, **options: Any) -> None:
-        check_unit_interval(lmbda=lmbda)
+        check_ranges(lmbda=lmbda)
         super().__init__(**options)
         self.lmbda = lmbda
 
@@ -365,8 +349,7 @@ class Retrace(TraceEstimator):
     bounded = True
 
     def __init__(self, *, lmbda: float = 1.0, root: int = 1, **options: Any) -> None:
-        if isinstance(root, bool) or not isinstance(root, int) or root < 1:
-            raise ValueError(f"root must be 1 or more, and whole, got {root!r}")
+        check_ranges(root=root)
         super().__init__(lmbda=lmbda, **options)
         self.root = root
         self.contracts = root == 1
@@ -433,24 +416,3 @@ class QLambda(TraceEstimator):
     def trace(self, *, log_pi: Tensor, log_rho: Tensor) -> Tensor | float:
         """lmbda."""
         return self.lmbda
-
-
-def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Over the valid steps; 0 where there is none."""
-    if valid is None:
-        return x.mean()
-    return torch.where(valid, x, 0).sum() / valid.sum().float().clamp(min=1)
-
-
-__all__ = [
-    "ActionEstimate",
-    "ActionValueEstimator",
-    "ImportanceSampling",
-    "NStep",
-    "OneStep",
-    "QLambda",
-    "Retrace",
-    "Selection",
-    "TraceEstimator",
-    "TreeBackup",
-]

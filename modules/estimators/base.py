@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import operator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,8 +16,9 @@ from torch import Tensor
 from torchrl.objectives.value import ValueEstimatorBase
 
 from offtrace.modules import keys as k
-from offtrace.modules.estimators.names import check_options, find_named, parse_spec
-from offtrace.modules.returns.checks import check_numbers
+from offtrace.modules.estimators.names import check_options, check_ranges, find_named, parse_spec
+from offtrace.modules.naming import imported
+from offtrace.modules.returns import effective_sample_size
 
 
 class Outcome(NamedTuple):
@@ -37,6 +36,27 @@ class Outcome(NamedTuple):
         """The same as [T, N], as the returns want it."""
         valid = None if self.valid is None else self.valid.t()
         return Outcome(self.reward.t(), self.terminated.t(), self.done.t(), valid)
+
+
+def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
+    """``x`` [*B, ...] with zeros where ``valid`` [*B] is False: a NaN would pass through the weight of 0."""
+    if valid is None:
+        return x
+    return torch.where(valid.view(*valid.shape, *(1,) * (x.ndim - valid.ndim)), x, x.new_zeros(()))
+
+
+def valid_mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Of ``x`` [*B] over the valid steps; 0 where there is none."""
+    if valid is None:
+        return x.mean()
+    return torch.where(valid, x, 0).sum() / valid.sum().float().clamp(min=1)
+
+
+def sample_size(log_rho: Tensor | None, *, like: Tensor, valid: Tensor | None) -> Tensor:
+    """The effective sample size of pi/mu, on the device of ``like``; NaN where the ratios are not known."""
+    if log_rho is None:
+        return torch.full((), math.nan, device=like.device)
+    return effective_sample_size(log_rho, valid=valid)
 
 
 class ReturnEstimator(ValueEstimatorBase):
@@ -83,7 +103,7 @@ class ReturnEstimator(ValueEstimatorBase):
         validate: bool = False,
     ) -> None:
         if gamma is not None:
-            check_unit_interval(gamma=gamma)
+            check_ranges(gamma=gamma)
         super().__init__(value_network=value_network)
         self.gamma = gamma
         # not a submodule: the loss that uses this estimator owns the actor
@@ -114,7 +134,7 @@ class ReturnEstimator(ValueEstimatorBase):
             raise ValueError(f"{name} has no gamma: make it {name}(gamma=...), or give it to a loss, which has one")
         return self.gamma
 
-    def _ends(self, tensordict: TensorDictBase, dim: int, value: Tensor, following: Tensor) -> dict[str, Any]:
+    def _ends(self, tensordict: TensorDictBase, dim: int, value: Tensor, next_value: Tensor) -> dict[str, Any]:
         """Reward, masks and discount as the functions take them, time first; checked against the values."""
         names = self.tensor_keys
         valid = self._valid(tensordict, value)
@@ -127,7 +147,7 @@ class ReturnEstimator(ValueEstimatorBase):
         if self.validate:
             self._check_finite(valid, reward=found[names.reward], value=value)
             bootstraps = ~found[names.terminated] if valid is None else valid & ~found[names.terminated]
-            self._check_finite(bootstraps, next_value=following)
+            self._check_finite(bootstraps, next_value=next_value)
         return {
             "reward": found[names.reward].transpose(0, dim),
             "terminated": found[names.terminated].transpose(0, dim),
@@ -233,27 +253,31 @@ def make_estimator(spec: str | ReturnEstimator, kind: str, **options: Any) -> Re
         options: further ones of what is named.
 
     Raises:
-        ValueError: on a name or an option that is not known, the nearest told, a number out of range, or another kind.
-        TypeError: on what is no estimator.
-        ImportError: on an import path that leads nowhere.
+        ValueError: on a name or an option that is not known, the nearest told, an import path that leads nowhere, a
+            number out of range, or another kind.
+        TypeError: on what is no estimator, or no number.
     """
     if isinstance(spec, str):
         name, given = parse_spec(spec)
         options = given | options
         if ":" in name:
-            build, fixed = _imported(name), {}
+            build, fixed = imported(name, "estimator"), {}
             check_options(name, options, _parameters(build))
         else:
             named = find_named(name, kind)
             check_options(name, options, (*named.options, "gamma"))
-            build, fixed = _imported(named.path), dict(named.fixed)
+            build, fixed = imported(named.path, "estimator"), dict(named.fixed)
         spec = build(**fixed, **options)
     elif options:
         raise TypeError(
             f"options go with the name of an estimator, and {type(spec).__name__} is an object that has its own"
         )
     if not isinstance(spec, ReturnEstimator):
-        what = f"the class {spec.__name__}, of which an object is needed" if isinstance(spec, type) else repr(spec)
+        what = (
+            f"the class {spec.__name__}, of which an object is needed"
+            if isinstance(spec, type)
+            else type(spec).__name__
+        )
         raise TypeError(f"an estimator is a name, an import path, or an object of the kind of VTrace(), got {what}")
     if spec.kind != kind:
         name = type(spec).__name__
@@ -282,7 +306,7 @@ def bind(
         ValueError: where the estimator has another gamma, networks of its own, or needs discrete actions; and as
             :func:`make_estimator`, whose other errors come too.
     """
-    check_unit_interval(gamma=gamma)
+    check_ranges(gamma=gamma)
     found = copy.copy(make_estimator(spec, kind, **options))
     if found.gamma is not None and found.gamma != gamma:
         raise ValueError(
@@ -296,29 +320,6 @@ def bind(
         )
     found.check_bound(owner)
     found.gamma = gamma
-    return found
-
-
-def check_unit_interval(**numbers: float) -> None:
-    """Refuse what is no number in [0, 1].
-
-    Raises:
-        TypeError, ValueError: by the argument's name.
-    """
-    check_numbers(**numbers)
-    for name, number in numbers.items():
-        if not 0 <= number <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {number}")
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.partition(":")
-    try:
-        found = operator.attrgetter(name)(import_module(module))
-    except (ImportError, AttributeError) as error:
-        raise ImportError(f"the estimator {path!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise TypeError(f"the estimator {path!r} is no class and no function, but a {type(found).__name__}")
     return found
 
 

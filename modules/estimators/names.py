@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
+
+from offtrace.modules.naming import nearest
 
 KINDS = ("state", "action")
 
 
+class Range(NamedTuple):
+    """What a number may be: in words, and whether it ``holds`` of one."""
+
+    right: str
+    holds: Callable[[Any], bool]
+
+
+_FRACTION = Range("in [0, 1]", lambda number: 0 <= number <= 1)
+_POSITIVE = Range("above 0", lambda number: number > 0)
+_COUNT = Range("1 or more, and whole", lambda number: isinstance(number, int) and number >= 1)
+
+RANGES: dict[str, Range] = {
+    "gamma": _FRACTION,
+    "lmbda": _FRACTION,
+    "leak": _FRACTION,
+    "rho_clip": _POSITIVE,
+    "c_clip": _POSITIVE,
+    "pg_rho_clip": _POSITIVE,
+    "n": _COUNT,
+    "root": _COUNT,
+}
+"""Of every option of the package's estimators, for their constructors and for texts that name them."""
+
+
 class Named(NamedTuple):
-    """The class at ``path``, the ``options`` that the name has, and what is ``fixed`` by it."""
+    """The class at ``path``, the ``options`` that the name has with their defaults, and what is ``fixed`` by it.
+
+    ``only_discrete``: it needs probabilities of discrete actions.
+    """
 
     path: str
-    options: tuple[str, ...] = ()
+    options: Mapping[str, float] = {}
     fixed: Mapping[str, Any] = {}
+    only_discrete: bool = False
 
 
 _STATE = "offtrace.modules.estimators.state_values"
@@ -25,25 +55,30 @@ _ACTION = "offtrace.modules.estimators.action_values"
 _UNCLIPPED = {"rho_clip": math.inf, "c_clip": math.inf, "pg_rho_clip": math.inf}
 
 STATE_ESTIMATORS: dict[str, Named] = {
-    "vtrace": Named(f"{_STATE}:VTrace", ("lmbda", "rho_clip", "c_clip", "pg_rho_clip", "leak")),
-    "importance_sampling": Named(f"{_STATE}:VTrace", ("lmbda",), _UNCLIPPED),
-    "one_step": Named(f"{_STATE}:WeightedGAE", ("lmbda", "pg_rho_clip")),
-    "gae": Named(f"{_STATE}:GAE", ("lmbda",)),
-    "n_step": Named(f"{_STATE}:NStepReturn", ("n",)),
+    "vtrace": Named(
+        f"{_STATE}:VTrace", {"lmbda": 1.0, "rho_clip": 1.0, "c_clip": 1.0, "pg_rho_clip": 1.0, "leak": 1.0}
+    ),
+    "importance_sampling": Named(f"{_STATE}:VTrace", {"lmbda": 1.0}, _UNCLIPPED),
+    "one_step": Named(f"{_STATE}:WeightedGAE", {"lmbda": 1.0, "pg_rho_clip": 1.0}),
+    "gae": Named(f"{_STATE}:GAE", {"lmbda": 1.0}),
+    "n_step": Named(f"{_STATE}:NStepReturn", {"n": 5}),
 }
 """Estimators of state values: IMPALA, A2C, PPO, V-MPO."""
 
 ACTION_ESTIMATORS: dict[str, Named] = {
     "one_step": Named(f"{_ACTION}:OneStep"),
-    "n_step": Named(f"{_ACTION}:NStep", ("n",)),
-    "retrace": Named(f"{_ACTION}:Retrace", ("lmbda", "root")),
-    "importance_sampling": Named(f"{_ACTION}:ImportanceSampling", ("lmbda",)),
-    "tree_backup": Named(f"{_ACTION}:TreeBackup", ("lmbda",)),
-    "q_lambda": Named(f"{_ACTION}:QLambda", ("lmbda",)),
+    "n_step": Named(f"{_ACTION}:NStep", {"n": 5}),
+    "retrace": Named(f"{_ACTION}:Retrace", {"lmbda": 1.0, "root": 1}),
+    "importance_sampling": Named(f"{_ACTION}:ImportanceSampling", {"lmbda": 1.0}),
+    "tree_backup": Named(f"{_ACTION}:TreeBackup", {"lmbda": 1.0}, only_discrete=True),
+    "q_lambda": Named(f"{_ACTION}:QLambda", {"lmbda": 1.0}),
 }
 """Estimators of action values: SAC, MPO, DQN, the Q-actor-critic."""
 
 ESTIMATORS: dict[str, dict[str, Named]] = {"state": STATE_ESTIMATORS, "action": ACTION_ESTIMATORS}
+
+OF_THE_LOSS = ("gamma", "value_network", "qvalue_network", "actor_network", "num_samples", "alpha", "validate")
+"""Arguments of every estimator that serve it alone; a loss that takes it has its own."""
 
 _SPEC = re.compile(r"\s*(?P<name>[A-Za-z_][\w.]*(?::[A-Za-z_][\w.]*)?)\s*(?:\((?P<options>.*)\))?\s*", re.DOTALL)
 
@@ -84,37 +119,59 @@ def find_named(name: str, kind: str) -> Named:
     if name in ESTIMATORS[other]:
         raise ValueError(f"estimator {name!r} is of {other} values, and one of {kind} values is needed: {_list(known)}")
     raise ValueError(
-        f"there is no estimator {name!r}{_nearest(name, known)}; those of {kind} values are {_list(known)}"
+        f"there is no estimator {name!r} among those of {kind} values, {_list(known)}{nearest(name, known)}"
     )
 
 
-def check_options(name: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Refuse options that ``name`` has not.
+def check_options(name: str, options: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse options that are not ``known``; what a loss refuses, :data:`OF_THE_LOSS`, is known and not offered.
 
     Raises:
         ValueError: the nearest is told.
     """
+    known = tuple(known)
+    offered = [option for option in known if option not in OF_THE_LOSS]
     for option in options:
         if option not in known:
-            has = f"it has {_list(known)}" if known else "it has none"
-            raise ValueError(f"estimator {name!r} has no option {option!r}{_nearest(option, known)}; {has}")
+            has = f"its options are {_list(offered)}" if offered else "it has none"
+            raise ValueError(f"estimator {name!r} has no option {option!r}, {has}{nearest(option, offered)}")
+
+
+def check_ranges(**options: Any) -> None:
+    """Refuse values that options of the package's estimators cannot have.
+
+    Args:
+        options: by the names in :data:`RANGES`; those given together are also compared.
+
+    Raises:
+        TypeError: on what is no number.
+        ValueError: on a number out of range.
+    """
+    for name, number in options.items():
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(f"{name} must be a number, got {number!r}")
+        if not RANGES[name].holds(number):
+            raise ValueError(f"{name} must be {RANGES[name].right}, got {number!r}")
+    c_clip, rho_clip = options.get("c_clip", 0), options.get("rho_clip", math.inf)
+    if c_clip > rho_clip:  # would not contract
+        raise ValueError(f"c_clip must be at most rho_clip, {rho_clip}, got {c_clip}")
 
 
 def check_spec(spec: str, kind: str) -> None:
-    """Check that ``spec`` names an estimator of ``kind`` and options that it has; an import path is not followed.
+    """Check all of ``spec``, for a loss, that needs no import: an import path is not followed.
 
     Raises:
-        ValueError: if not, or if an option is no number, in one sentence.
+        ValueError, TypeError: if it names no estimator of ``kind``, an option that it has not, or gamma, which is the
+            loss's, or if a value is out of range; in one sentence.
     """
     name, options = parse_spec(spec)
+    if "gamma" in options:
+        raise ValueError(f"the estimator has the gamma of its loss: give loss.gamma, and leave it out of {spec!r}")
     if ":" in name:
         return
-    check_options(name, options, (*find_named(name, kind).options, "gamma"))
-    for option, value in options.items():
-        wanted: Any = int if option in ("n", "root") else (int, float)
-        if isinstance(value, bool) or not isinstance(value, wanted):
-            right = "a whole number" if wanted is int else "a number"
-            raise ValueError(f"option {option!r} of the estimator {name!r} is {value!r}; it must be {right}")
+    named = find_named(name, kind)
+    check_options(name, options, named.options)
+    check_ranges(**{**named.options, **options})
 
 
 def _literal(node: ast.expr, spec: str) -> Any:
@@ -128,11 +185,6 @@ def _literal(node: ast.expr, spec: str) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         raise ValueError(f"{ast.unparse(node)!r} is no literal that an estimator can be given, in {spec!r}") from None
-
-
-def _nearest(name: str, known: Any) -> str:
-    found = difflib.get_close_matches(name.lower().replace("-", ""), list(known), n=1, cutoff=0.5)
-    return f", the nearest is {found[0]!r}" if found else ""
 
 
 def _list(names: Any) -> str:

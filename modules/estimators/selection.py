@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from offtrace.modules.estimators.base import Outcome
+from offtrace.modules.estimators.base import Outcome, zero_invalid
 
 
 class Selection(NamedTuple):
@@ -51,7 +51,7 @@ def every_step(outcome: Outcome, *, gamma: float) -> Selection:
     if outcome.valid is None:
         return Selection(outcome, reward, discount, bootstraps, None)
     valid = outcome.valid.flatten()
-    return Selection(outcome, torch.where(valid, reward, reward.new_zeros(())), discount, bootstraps & valid, valid)
+    return Selection(outcome, zero_invalid(reward, valid), discount, bootstraps & valid, valid)
 
 
 def first_window(outcome: Outcome, *, gamma: float, n: int) -> Selection:
@@ -75,5 +75,5 @@ def first_window(outcome: Outcome, *, gamma: float, n: int) -> Selection:
     discount = powers[length] * bootstraps
     if valid is not None:
         bootstraps = bootstraps & valid
-        total = torch.where(valid, total, total.new_zeros(()))
+        total = zero_invalid(total, valid)
     return Selection(outcome, total, discount, bootstraps, valid, length.clamp(min=1), first=True)

@@ -11,17 +11,23 @@ from tensordict.nn import dispatch
 from torch import Tensor
 
 from offtrace.modules import keys as k
-from offtrace.modules.estimators.base import Outcome, ReturnEstimator, _with, check_unit_interval
+from offtrace.modules.estimators.base import (
+    Outcome,
+    ReturnEstimator,
+    _with,
+    sample_size,
+    valid_mean,
+    zero_invalid,
+)
+from offtrace.modules.estimators.names import check_ranges
 from offtrace.modules.returns import (
     clipped_fraction,
-    effective_sample_size,
     gae,
     importance_trace,
     n_step_return,
     trace_reach,
     vtrace,
 )
-from offtrace.modules.returns.checks import check_clips
 
 
 class StateEstimate(NamedTuple):
@@ -71,7 +77,7 @@ class StateValueEstimator(ReturnEstimator):
 
     @property
     def diagnostic_keys(self) -> list[str]:
-        """Names of the diagnostics that :meth:`diagnose` gives; ``ess`` only where the ratios are known."""
+        """Names of the diagnostics that :meth:`diagnose` gives."""
         return ["ess"]
 
     def compute(
@@ -103,8 +109,8 @@ class StateValueEstimator(ReturnEstimator):
     def diagnose(
         self, *, log_rho: Tensor | None, done: Tensor, gamma: float, valid: Tensor | None
     ) -> dict[str, Tensor]:
-        """How far off-policy the rollout is, time first: the effective sample size of pi/mu, where it is known."""
-        return {} if log_rho is None else {"ess": effective_sample_size(log_rho, valid=valid)}
+        """How far off-policy the rollout is, time first: the effective sample size of pi/mu, NaN where unknown."""
+        return {"ess": sample_size(log_rho, like=done, valid=valid)}
 
     @torch.no_grad()
     def estimate(self, outcome: Outcome, *, value: Tensor, next_value: Tensor, log_rho: Tensor | None) -> StateEstimate:
@@ -118,7 +124,7 @@ class StateValueEstimator(ReturnEstimator):
         reward, terminated, done, valid = outcome.time_first()
         dtype, gamma = value.dtype, self._known_gamma()
         log_rho = None if log_rho is None else log_rho.detach().to(dtype).t()
-        target, advantage = self._computed(
+        target, advantage = self._compute_valid(
             reward=reward.to(dtype),
             value=value.detach().t(),
             next_value=next_value.detach().t(),
@@ -128,9 +134,7 @@ class StateValueEstimator(ReturnEstimator):
             gamma=gamma,
             valid=valid,
         )
-        weight = self.weight(torch.zeros_like(target) if log_rho is None else log_rho)
-        if valid is not None:
-            weight = torch.where(valid, weight, weight.new_zeros(()))
+        weight = zero_invalid(self.weight(torch.zeros_like(target) if log_rho is None else log_rho), valid)
         diagnostics = self.diagnose(log_rho=log_rho, done=done, gamma=gamma, valid=valid)
         return StateEstimate(target.t(), advantage.t(), weight.t(), diagnostics)
 
@@ -168,25 +172,26 @@ class StateValueEstimator(ReturnEstimator):
         dim = self._get_time_dim(time_dim, tensordict)
         value = self._state_value(tensordict, params)
         used = params if target_params is None else target_params
-        value, following = self._promoted(tensordict, value, self._state_value(tensordict, used, successor=True))
+        next_value = self._state_value(tensordict, used, successor=True)
+        value, next_value = self._promoted(tensordict, value, next_value)
         log_rho = None
         if self.uses_behaviour:
             log_rho = self._log_rho(tensordict, self._target_log_prob(tensordict, value)).transpose(0, dim)
-        target, advantage = self._computed(
+        target, advantage = self._compute_valid(
             value=value.transpose(0, dim),
-            next_value=following.transpose(0, dim),
+            next_value=next_value.transpose(0, dim),
             log_rho=log_rho,
-            **self._ends(tensordict, dim, value, following),
+            **self._ends(tensordict, dim, value, next_value),
         )
         tensordict.set(names.advantage, advantage.transpose(0, dim))
         tensordict.set(names.value_target, target.transpose(0, dim))
         return tensordict
 
     @torch.no_grad()
-    def _computed(self, *, log_rho: Tensor | None, valid: Tensor | None, **known: Any) -> tuple[Tensor, Tensor]:
-        """What :meth:`compute` gives, told apart from what stands in steps that are not valid; of the right shape."""
-        if valid is not None and log_rho is not None:
-            log_rho = torch.where(valid, log_rho, log_rho.new_zeros(()))
+    def _compute_valid(self, *, log_rho: Tensor | None, valid: Tensor | None, **known: Any) -> tuple[Tensor, Tensor]:
+        """What :meth:`compute` gives, of the right shape; steps that are not valid have no ratio and no advantage."""
+        if log_rho is not None:
+            log_rho = zero_invalid(log_rho, valid)
         found = self.compute(log_rho=log_rho, valid=valid, **known)  # type: ignore[arg-type]
         target, advantage = (x.detach() for x in found)
         if target.shape != known["value"].shape or advantage.shape != known["value"].shape:
@@ -194,9 +199,7 @@ class StateValueEstimator(ReturnEstimator):
                 f"{type(self).__name__}.compute must give target and advantage of the values' shape, "
                 f"{list(known['value'].shape)}, got {list(target.shape)} and {list(advantage.shape)}"
             )
-        if valid is not None:
-            advantage = torch.where(valid, advantage, advantage.new_zeros(()))
-        return target, advantage
+        return target, zero_invalid(advantage, valid)
 
     @torch.no_grad()
     def _state_value(
@@ -232,8 +235,7 @@ class VTrace(StateValueEstimator):
         leak: float = 1.0,
         **options: Any,
     ) -> None:
-        check_unit_interval(lmbda=lmbda, leak=leak)
-        check_clips(rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
+        check_ranges(lmbda=lmbda, leak=leak, rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
         super().__init__(**options)
         self.lmbda, self.leak = lmbda, leak
         self.rho_clip, self.c_clip, self.pg_rho_clip = rho_clip, c_clip, pg_rho_clip
@@ -299,13 +301,13 @@ class GAE(StateValueEstimator):
     uses_behaviour = False
 
     def __init__(self, *, lmbda: float = 1.0, **options: Any) -> None:
-        check_unit_interval(lmbda=lmbda)
+        check_ranges(lmbda=lmbda)
         super().__init__(**options)
         self.lmbda = lmbda
 
     @property
     def diagnostic_keys(self) -> list[str]:
-        """``trace_length`` in steps and ``contraction``; and ``ess``, where the ratios are known."""
+        """``trace_length`` in steps and ``contraction``, besides ``ess``."""
         return ["ess", "trace_length", "contraction"]
 
     def compute(self, *, log_rho: Tensor | None = None, **tensors: Any) -> tuple[Tensor, Tensor]:
@@ -338,7 +340,7 @@ class WeightedGAE(GAE):
     uses_behaviour = True
 
     def __init__(self, *, lmbda: float = 1.0, pg_rho_clip: float = 1.0, **options: Any) -> None:
-        check_clips(rho_clip=math.inf, c_clip=1.0, pg_rho_clip=pg_rho_clip)
+        check_ranges(pg_rho_clip=pg_rho_clip)
         super().__init__(lmbda=lmbda, **options)
         self.pg_rho_clip = pg_rho_clip
 
@@ -378,14 +380,13 @@ class NStepReturn(StateValueEstimator):
     uses_behaviour = False
 
     def __init__(self, *, n: int = 5, **options: Any) -> None:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be 1 or more, and whole, got {n!r}")
+        check_ranges(n=n)
         super().__init__(**options)
         self.n = n
 
     @property
     def diagnostic_keys(self) -> list[str]:
-        """``trace_length``, steps of the window beyond the first, and ``contraction``; and ``ess``, where known."""
+        """``trace_length``, steps of the window beyond the first, and ``contraction``, besides ``ess``."""
         return ["ess", "trace_length", "contraction"]
 
     def compute(self, *, value: Tensor, log_rho: Tensor | None = None, **tensors: Any) -> tuple[Tensor, Tensor]:
@@ -404,11 +405,8 @@ class NStepReturn(StateValueEstimator):
         length = n_step_return(
             reward=ones, next_value=0 * ones, terminated=done, done=done, gamma=1.0, n=self.n, valid=valid
         )
-        if valid is None:
-            return out | {"trace_length": (length - 1).mean(), "contraction": 1 - (1 - gamma**length).mean()}
-        number = valid.sum().float().clamp(min=1)
-        beyond, lost = (torch.where(valid, x, 0).sum() / number for x in (length - 1, 1 - gamma**length))
-        return out | {"trace_length": beyond, "contraction": 1 - lost}
+        contraction = 1 - valid_mean(1 - gamma**length, valid)
+        return out | {"trace_length": valid_mean(length - 1, valid), "contraction": contraction}
 
 
 def _ones(log_rho: Tensor | None, done: Tensor) -> Tensor:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 
 from offtrace.modules.estimators.state_values import StateValueEstimator
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.policy_gradient import check_positive, explained_variance, ratio_diagnostics
+from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments
+from offtrace.modules.losses.steps import check_arguments, check_positive
 from offtrace.modules.losses.unroll import evaluate_rollout, state_values
-
-_LOSSES = ("loss_policy", "loss_value", "loss_entropy")
-_DIAGNOSTICS = ("entropy", "explained_variance", "advantage_std", "valid_count")
-_OF_RATIOS = ("ess", "kl", "ratio_mean")
 
 
 class A2CLoss(Loss):
@@ -47,9 +40,9 @@ class A2CLoss(Loss):
     where it is there.
 
     Returns the three losses and, detached scalars over the valid steps, those of the estimator; ``entropy`` in nats;
-    ``explained_variance`` of the targets by the value; ``advantage_std``, before normalisation; ``valid_count``; and,
-    where the behaviour policy's log-probabilities are there, ``ess``, ``kl`` and ``ratio_mean``, as
-    :class:`ImpalaLoss`: of data from this very policy 1, 0 and 1. ``out_keys`` lists what is always there.
+    ``explained_variance`` of the targets by the value; ``advantage_std``, before normalisation; ``valid_count``; and
+    ``ess``, ``kl`` and ``ratio_mean``, as :class:`ImpalaLoss`: of data from this very policy 1, 0 and 1, and NaN where
+    the behaviour policy's log-probabilities are missing.
 
     Raises:
         ValueError: on an argument out of range, an estimator that does not fit, or a batch that is not [B, T].
@@ -77,18 +70,9 @@ class A2CLoss(Loss):
         self.bind_networks()
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.reward_clip, self.normalize_advantage = reward_clip, normalize_advantage
-        self.out_keys = self._outputs()
-
-    def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> Loss:
-        """As of :class:`~.base.Loss`."""
-        super().make_value_estimator(value_type, **hyperparams)
-        self.out_keys = self._outputs()
-        return self
-
-    def _outputs(self) -> list[str]:
-        keys = [*_LOSSES, *_DIAGNOSTICS, *_OF_RATIOS, *self.estimator.diagnostic_keys]
-        known = self.estimator.uses_behaviour
-        return [key for key in dict.fromkeys(keys) if known or key not in _OF_RATIOS]
+        losses = ["loss_policy", "loss_value", "loss_entropy"]
+        diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "valid_count"]
+        self.out_keys = [*losses, *diagnostics, *self.estimator.diagnostic_keys]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -98,8 +82,7 @@ class A2CLoss(Loss):
             self, tensordict, reward_clip=self.reward_clip, needs_behaviour=self.estimator.uses_behaviour
         )
         value, next_value = state_values(self, policy)
-        stats = Stats(policy.outcome.valid, policy.outcome.reward)
-        reduce = stats.sum if self.reduction == "sum" else stats.mean
+        stats = Stats(policy.outcome.valid, policy.outcome.reward, self.reduction)
 
         # return and advantage, constant
         estimate = self.estimator.estimate(policy.outcome, value=value, next_value=next_value, log_rho=policy.log_rho)
@@ -110,15 +93,13 @@ class A2CLoss(Loss):
         # the three terms
         entropy, error = policy.dist.entropy(), estimate.target - value
         out = {
-            "loss_policy": -reduce(advantage * policy.log_pi),
-            "loss_value": (0.5 * self.value_coef) * reduce(error.square()),
-            "loss_entropy": -self.entropy_coef * reduce(entropy),
+            "loss_policy": -stats.reduce(advantage * policy.log_pi),
+            "loss_value": (0.5 * self.value_coef) * stats.reduce(error.square()),
+            "loss_entropy": -self.entropy_coef * stats.reduce(entropy),
         }
 
         # diagnostics
-        with torch.no_grad():
-            out["entropy"] = stats.mean(entropy)
-            out["advantage_std"] = stats.std(estimate.advantage)
-            out["explained_variance"] = explained_variance(estimate.target, error, stats)
-            out["valid_count"] = stats.count
+        out |= rollout_diagnostics(
+            stats, entropy=entropy, advantage=estimate.advantage, target=estimate.target, error=error
+        )
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])

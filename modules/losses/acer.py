@@ -11,10 +11,11 @@ from torch import Tensor
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.policy_gradient import check_positive, explained_variance, ratio_diagnostics
+from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, entry, reducer, zero_invalid
+from offtrace.modules.losses.steps import check_arguments, check_positive, entry
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout
 from offtrace.modules.returns import clipped_fraction
 
@@ -157,10 +158,10 @@ class ACERLoss(Loss):
     ``"terminated"``, ``"done"`` [B, T, 1]; where there is one, ``"valid"`` [B, T, 1].
 
     Returns the three losses and, detached scalars over the valid steps: ``entropy``, ``kl`` of behaviour to target,
-    ``ratio_mean``, ``explained_variance`` of Q^ret by Q(x, a), ``pg_rho_clipped`` (share of ratios above c),
-    ``bias_correction`` (mean of the sum over a of pi [1 - c / rho]_+), ``projected`` (share of steps whose gradient the
-    trust region changed), ``kl_average`` of the average policy to the target, ``valid_count``, and those of the
-    estimator.
+    ``ratio_mean``, ``explained_variance`` of Q^ret by Q(x, a), ``advantage_std`` of Q^ret - V, ``pg_rho_clipped``
+    (share of ratios above c), ``bias_correction`` (mean of the sum over a of pi [1 - c / rho]_+), ``projected`` (share
+    of steps whose gradient the trust region changed), ``kl_average`` of the average policy to the target,
+    ``valid_count``, and those of the estimator.
 
     Raises:
         ValueError: on an argument out of range, a policy that does not fit, or a batch that is not [B, T].
@@ -196,9 +197,16 @@ class ACERLoss(Loss):
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.clip, self.delta, self.reward_clip = clip, delta, reward_clip
         losses = ["loss_policy", "loss_value", "loss_entropy"]
-        others = ["entropy", "kl", "ratio_mean", "explained_variance", "pg_rho_clipped", "bias_correction"]
+        diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "pg_rho_clipped"]
         average = ["projected", "kl_average"] if delta is not None else []
-        self.out_keys = [*losses, *others, *average, "valid_count", *self.estimator.diagnostic_keys]
+        self.out_keys = [
+            *losses,
+            *diagnostics,
+            "bias_correction",
+            *average,
+            "valid_count",
+            *self.estimator.diagnostic_keys,
+        ]
 
     @property
     def in_keys(self) -> list[str]:
@@ -209,13 +217,14 @@ class ACERLoss(Loss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of a rollout [B, T]."""
         behaviour_probs = self._behaviour(tensordict)
+        if k.ACTION_MASK in self.policy.in_keys:  # the policy's value behind a step needs it there too
+            entry(self, tensordict, (k.NEXT, k.ACTION_MASK))
 
         # one call of the network over the steps and their successors
         policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
         valid, log_rho = policy.outcome.valid, policy.log_rho
         assert log_rho is not None
-        stats = Stats(valid, policy.outcome.reward)
-        reduce = reducer(self.reduction)
+        stats = Stats(valid, policy.outcome.reward, self.reduction)
         q_values = entry(self, policy.output, self.tensor_keys.action_value).squeeze(-2)
         q_value = policy.unroll.steps(q_values)
         q_taken = q_value.gather(-1, policy.action.unsqueeze(-1)).squeeze(-1)
@@ -225,10 +234,11 @@ class ACERLoss(Loss):
         # Q^ret, constant
         with torch.no_grad():
             values = (policy.output.get(k.LOGITS).softmax(-1) * q_values).sum(-1)
+            value, next_value = policy.unroll.steps(values), policy.unroll.successors(values)
             estimate = self.estimator.estimate(
                 self.estimator.select(policy.outcome, gamma=self.gamma),
                 q_value=q_taken.flatten(),
-                next_value=policy.unroll.successors(values).flatten(),
+                next_value=next_value.flatten(),
                 log_pi=policy.log_pi.flatten(),
                 log_rho=log_rho.flatten(),
             )
@@ -252,22 +262,20 @@ class ACERLoss(Loss):
         # the three terms
         entropy, error = policy.dist.entropy(), q_return - q_taken
         out = {
-            "loss_policy": -reduce(stats, (zero_invalid(projected, valid) * probs).sum(-1)),
-            "loss_value": (0.5 * self.value_coef) * reduce(stats, error.square()),
-            "loss_entropy": -self.entropy_coef * reduce(stats, entropy),
+            "loss_policy": -stats.reduce((zero_invalid(projected, valid) * probs).sum(-1)),
+            "loss_value": (0.5 * self.value_coef) * stats.reduce(error.square()),
+            "loss_entropy": -self.entropy_coef * stats.reduce(entropy),
         }
 
         # diagnostics
         with torch.no_grad():
-            out["entropy"] = stats.mean(entropy)
-            out["explained_variance"] = explained_variance(q_return, error, stats)
+            out |= rollout_diagnostics(stats, entropy=entropy, advantage=q_return - value, target=q_return, error=error)
             out["pg_rho_clipped"] = clipped_fraction(log_rho, self.clip, valid=valid)
             _, correction = truncated_weights(log_rho=log_probs - behaviour_probs.log(), clip=self.clip)
             out["bias_correction"] = stats.mean((probs * correction).sum(-1))
             if self.delta is not None:
                 out["projected"] = stats.mean((projected != gradient).any(-1).to(probs.dtype))
                 out["kl_average"] = stats.mean((log_average.exp() * (log_average - log_probs)).sum(-1))
-            out["valid_count"] = stats.count
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
 
     def _behaviour(self, tensordict: TensorDictBase) -> Tensor:

@@ -65,6 +65,8 @@ class Loss(LossModule):
     """Whether the log-probability of an action comes from the sample before a tanh."""
     reads_behaviour: bool = False
     """Whether the behaviour policy's log-probability is read whatever the estimator needs."""
+    has_target_critics: bool = True
+    """Whether an estimator can have the target critics' value of the batch's action."""
 
     def bind_estimator(
         self,
@@ -87,6 +89,11 @@ class Loss(LossModule):
                 f"{owner} learns from every step of a rollout, and its estimator {type(found).__name__} from the first "
                 "step alone: use 'retrace' or 'one_step'"
             )
+        if not self.has_target_critics and found.uses_q_value:
+            name = type(found).__name__
+            raise ValueError(
+                f"estimator {name} needs target critics, which {owner} has not: use 'one_step' or 'n_step'"
+            )
         self.__dict__["estimator"] = found  # no submodule: state_dict knows nothing of it
         self.gamma = gamma
         self._binding: dict[str, Any] = {"kind": kind, "gamma": gamma, "discrete": discrete, "every_step": every_step}
@@ -99,7 +106,7 @@ class Loss(LossModule):
             hyperparams: options of the one that is named.
 
         Raises:
-            ValueError, TypeError, ImportError: as the argument.
+            ValueError, TypeError: as the argument.
         """
         if value_type is None and not hyperparams:
             return self

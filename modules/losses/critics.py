@@ -1,4 +1,4 @@
-"""What the losses do with the values of K critics: the least, those of an action, distributions over atoms."""
+"""What the losses do with the values of K critics: the smallest, those of an action, distributions over atoms."""
 
 from __future__ import annotations
 
@@ -8,25 +8,35 @@ import torch
 from torch import Tensor
 
 
-def least(values: Tensor) -> Tensor:
-    """The least of K values [*, K], [*]."""
+def min_q(values: Tensor) -> Tensor:
+    """The smallest of K critics' values [*, K], [*]."""
     return values.squeeze(-1) if values.shape[-1] == 1 else values.min(-1).values
 
 
-def least_mean(logits: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
-    """Of K distributions over atoms the one of the least mean: that mean [*], and its probabilities [*, atoms].
+class MinCritic(NamedTuple):
+    """``q_value`` [*] of the critic with the smallest, and what bootstraps from it: that again, or [*, atoms]."""
+
+    q_value: Tensor
+    bootstrap: Tensor
+
+
+def min_critic(outputs: Tensor, support: Tensor | None) -> MinCritic:
+    """Of K critics the one with the smallest value; of distributions over atoms, with the smallest mean.
 
     Args:
-        logits: [*, K, atoms].
-        support: the atoms, [atoms].
+        outputs: values [*, K], or logits [*, K, atoms].
+        support: the atoms, [atoms]; None of values.
     """
-    probs = logits.softmax(-1)
+    if support is None:
+        value = min_q(outputs)
+        return MinCritic(value, value)
+    probs = outputs.softmax(-1)
     means = probs @ support
-    if logits.shape[-2] == 1:
-        return means.squeeze(-1), probs.squeeze(-2)
+    if outputs.shape[-2] == 1:
+        return MinCritic(means.squeeze(-1), probs.squeeze(-2))
     value, which = means.min(-1)
     index = which[..., None, None].expand(*which.shape, 1, probs.shape[-1])
-    return value, probs.gather(-2, index).squeeze(-2)
+    return MinCritic(value, probs.gather(-2, index).squeeze(-2))
 
 
 def of_action(values: Tensor, action: Tensor) -> Tensor:

@@ -11,16 +11,16 @@ from torch.nn import functional as F
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.critics import categorical_terms, divergence, least, least_mean, of_action
-from offtrace.modules.losses.policy_gradient import check_positive
+from offtrace.modules.losses.critics import categorical_terms, divergence, min_critic, min_q, of_action
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     States,
     Steps,
     check_arguments,
+    check_positive,
+    log_ratio,
     read_log_prob,
     read_steps,
-    reducer,
     weighted,
     write_priority,
 )
@@ -52,8 +52,8 @@ class DQNLoss(Loss):
 
     What the network writes says what is learnt: ``"action_value"`` [*B, K, A] or [*B, A], dueling or not; or
     ``"value_logits"`` [*B, K, A, atoms] beside a buffer ``support`` [atoms]: a distribution over returns (C51), whose
-    loss is the cross entropy to the projected target. Bellemare et al. 2017, arXiv 1707.06887. Of K networks the least
-    value counts, and all are learnt; 1 is usual.
+    loss is the cross entropy to the projected target. Bellemare et al. 2017, arXiv 1707.06887. Of K networks the
+    smallest value counts, and all are learnt; 1 is usual.
 
     Args:
         policy: the Q-network, which is also what acts: a policy with a greedy head, TorchRL's ``QValueActor`` with
@@ -130,7 +130,7 @@ class DQNLoss(Loss):
         self.epsilon_start, self.epsilon_end, self.epsilon_fraction = epsilon_start, epsilon_end, epsilon_fraction
         buffers = (name for name, _ in self.policy.named_buffers())
         self._epsilon = next((name for name in buffers if name.rpartition(".")[2] == "epsilon"), None)
-        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.reduction = reduction
         self.reward_scale, self.reward_clip = reward_scale, reward_clip
         self.priorities = priorities
         values = ["q_value", "target_value", "td_error", *([] if self._epsilon is None else ["epsilon"])]
@@ -151,34 +151,34 @@ class DQNLoss(Loss):
             self, tensordict, discrete=True, reward_scale=self.reward_scale, reward_clip=self.reward_clip
         )
         x, action, next_x = steps.observation, steps.action, steps.next_observation
-        stats = Stats(steps.valid, steps.selection.reward)
-        every = self._q(x)
+        stats = Stats(steps.valid, steps.selection.reward, self.reduction)
+        outputs = self._q(x)
 
         # target: the value of the best action where the step bootstraps
         with torch.no_grad():
-            next_every = self._target_q(next_x)
-            best = self._greedy(self._q(next_x) if self.is_double else next_every, next_x)
-            log_pi, log_rho = self._log_ratio(tensordict, every, steps)
+            next_outputs = self._target_q(next_x)
+            best = self._greedy(self._q(next_x) if self.is_double else next_outputs, next_x)
+            log_pi, log_rho = self._log_ratio(tensordict, outputs, steps)
             estimate = self.estimator.estimate(
                 steps.selection,
-                next_value=self._least(of_action(next_every, best)),
-                q_value=self._least(of_action(self._target_q(x), action)) if self.estimator.uses_q_value else None,
+                next_value=min_critic(of_action(next_outputs, best), self.support).bootstrap,
+                q_value=min_critic(of_action(self._target_q(x), action), self.support).bootstrap
+                if self.estimator.uses_q_value
+                else None,
                 log_pi=log_pi,
                 log_rho=log_rho,
                 support=self.support,
             )
 
         # loss
-        found, target = of_action(every, action), estimate.target
+        taken, target = of_action(outputs, action), estimate.target
         if self.support is None:
-            wanted, q_value, value = target.unsqueeze(-1).expand_as(found), found.detach(), target
-            terms = (F.smooth_l1_loss if self.loss_function == "huber" else _half_square)(
-                found, wanted, reduction="none"
-            )
-            terms = terms.sum(-1)
+            q_value, value = taken.detach(), target
+            distance = F.smooth_l1_loss if self.loss_function == "huber" else _half_square
+            terms = distance(taken, target.unsqueeze(-1).expand_as(taken), reduction="none").sum(-1)
         else:
-            terms, q_value, value = categorical_terms(found, target, self.support)
-        out = {"loss_q": self._reduce(stats, weighted(terms, steps.weight)), **estimate.diagnostics}
+            terms, q_value, value = categorical_terms(taken, target, self.support)
+        out = {"loss_q": stats.reduce(weighted(terms, steps.weight)), **estimate.diagnostics}
 
         # diagnostics
         with torch.no_grad():
@@ -188,33 +188,34 @@ class DQNLoss(Loss):
             if self._epsilon is not None:
                 out["epsilon"] = self.policy.get_buffer(self._epsilon).clone()
             if self.priorities:
-                priority = error if self.support is None else divergence(terms, target, found.shape[1])
+                priority = error if self.support is None else divergence(terms, target, taken.shape[1])
                 write_priority(self, tensordict, priority, steps.valid)
         return TensorDict(out, [])
 
-    def _greedy(self, every: Tensor, states: States) -> Tensor:
-        """The legal action [M] of the largest value, of the least of K networks; ``every``: [M, K, A] or logits."""
-        values = every.detach() if self.support is None else every.detach().softmax(-1) @ self.support
-        values = least(values.transpose(-1, -2))
+    def _greedy(self, outputs: Tensor, states: States) -> Tensor:
+        """The legal action [M] of the largest value, the smallest of K networks'.
+
+        Args:
+            outputs: values [M, K, A], or logits [M, K, A, atoms].
+            states: may hold the mask of legal actions.
+        """
+        values = outputs.detach() if self.support is None else outputs.detach().softmax(-1) @ self.support
+        values = min_q(values.transpose(-1, -2))
         if self.mask_key is not None:
             values = values.masked_fill(~states[self.mask_key], -torch.inf)
         return values.argmax(-1)
 
-    def _least(self, found: Tensor) -> Tensor:
-        """Of K networks the least value [M], or its distribution [M, atoms]."""
-        return least(found) if self.support is None else least_mean(found, self.support)[1]
-
     def _log_ratio(
-        self, tensordict: TensorDictBase, every: Tensor, steps: Steps
+        self, tensordict: TensorDictBase, outputs: Tensor, steps: Steps
     ) -> tuple[Tensor | None, Tensor | None]:
         """log pi of the batch's actions, 0 of the best and -inf of others, and log pi - log mu, [M]."""
-        log_mu = read_log_prob(self, tensordict, steps, needed=self.estimator.uses_behaviour)
+        log_mu = read_log_prob(self, tensordict, steps)
         if log_mu is None and not self.estimator.uses_log_pi:
             return None, None
-        best = self._greedy(every, steps.observation) == steps.action
+        best = self._greedy(outputs, steps.observation) == steps.action
         log_pi = torch.zeros_like(steps.selection.reward).masked_fill(~best, -torch.inf)
-        return log_pi, None if log_mu is None else log_pi - log_mu.to(log_pi.dtype)
+        return log_pi, log_ratio(log_pi, log_mu)
 
 
-def _half_square(found: Tensor, wanted: Tensor, *, reduction: str) -> Tensor:
-    return 0.5 * F.mse_loss(found, wanted, reduction=reduction)
+def _half_square(value: Tensor, target: Tensor, *, reduction: str) -> Tensor:
+    return 0.5 * F.mse_loss(value, target, reduction=reduction)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 
 from offtrace.modules.estimators.state_values import StateValueEstimator
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.policy_gradient import (
-    check_positive,
-    explained_variance,
-    ratio_diagnostics,
-    trust_region,
-)
+from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics, trust_region
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments
+from offtrace.modules.losses.steps import check_arguments, check_positive
 from offtrace.modules.losses.unroll import evaluate_rollout, state_values
 
 
@@ -97,8 +91,8 @@ class ImpalaLoss(Loss):
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.reward_clip, self.normalize_advantage, self.policy_clip = reward_clip, normalize_advantage, policy_clip
         losses = ["loss_policy", "loss_value", "loss_entropy"]
-        told = ["ratio_mean", "entropy", "kl", "explained_variance", "advantage_std", "policy_clipped", "valid_count"]
-        self.out_keys = [*losses, *told, *self.estimator.diagnostic_keys]
+        diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "policy_clipped"]
+        self.out_keys = [*losses, *diagnostics, "valid_count", *self.estimator.diagnostic_keys]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -106,8 +100,7 @@ class ImpalaLoss(Loss):
         # one call of the network over the steps and their successors
         policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
         value, next_value = state_values(self, policy)
-        stats = Stats(policy.outcome.valid, policy.outcome.reward)
-        reduce = stats.sum if self.reduction == "sum" else stats.mean
+        stats = Stats(policy.outcome.valid, policy.outcome.reward, self.reduction)
 
         # target and advantage, constant
         log_rho = policy.log_rho
@@ -120,18 +113,15 @@ class ImpalaLoss(Loss):
 
         # the three terms
         entropy, error = policy.dist.entropy(), estimate.target - value
-        mean_entropy = stats.mean(entropy)
         out = {
-            "loss_policy": -reduce(advantage * policy.log_pi),
-            "loss_value": (0.5 * self.value_coef) * reduce(error.square()),
-            "loss_entropy": -self.entropy_coef * (mean_entropy if self.reduction == "mean" else stats.sum(entropy)),
+            "loss_policy": -stats.reduce(advantage * policy.log_pi),
+            "loss_value": (0.5 * self.value_coef) * stats.reduce(error.square()),
+            "loss_entropy": -self.entropy_coef * stats.reduce(entropy),
         }
 
         # diagnostics
-        with torch.no_grad():
-            out["entropy"] = mean_entropy.detach()
-            out["advantage_std"] = stats.std(estimate.advantage)
-            out["policy_clipped"] = stats.count.new_zeros(()) if outside is None else stats.mean(outside)
-            out["explained_variance"] = explained_variance(estimate.target, error, stats)
-            out["valid_count"] = stats.count
+        out["policy_clipped"] = stats.mean(outside)
+        out |= rollout_diagnostics(
+            stats, entropy=entropy, advantage=estimate.advantage, target=estimate.target, error=error
+        )
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])

@@ -14,15 +14,15 @@ from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses import mpo_duals as m
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.critics import categorical_terms, divergence, least, least_mean
+from offtrace.modules.losses.critics import categorical_terms, divergence, min_critic
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     States,
     Steps,
     check_arguments,
+    log_ratio,
     read_log_prob,
     read_steps,
-    reducer,
     weighted,
     write_priority,
 )
@@ -38,8 +38,8 @@ _PER_DIMENSION = {"epsilon_mean": 1e-2, "epsilon_cov": 1e-6, "raw_alpha_cov": 10
 _JOINT = {"epsilon_mean": 0.1, "epsilon_cov": 1e-4, "raw_alpha_cov": 10.0}
 
 
-class Tried(NamedTuple):
-    """S actions tried in R states: the least Q of each, ``value`` [S, R], and what the critic bootstraps from.
+class SampledActions(NamedTuple):
+    """S actions sampled in each of R states: their smallest Q, ``value`` [S, R], and what the critic bootstraps from.
 
     ``bootstrap``: [R] or [R, atoms]; ``noise`` [S, R, A], which the actions were made of; their ``cost`` [S, R].
     """
@@ -49,16 +49,18 @@ class Tried(NamedTuple):
     noise: Tensor
     cost: Tensor
 
-    def behind(self, size: int) -> Tried:
-        """The states behind the first ``size``."""
-        return Tried(self.value[:, size:], self.bootstrap[size:], self.noise[:, size:], self.cost[:, size:])
+    def from_state(self, start: int) -> SampledActions:
+        """Those in the states from ``start`` on."""
+        return SampledActions(
+            self.value[:, start:], self.bootstrap[start:], self.noise[:, start:], self.cost[:, start:]
+        )
 
 
 class MPOLoss(Loss):
     """Maximum a posteriori policy optimisation: sampled E-step, decoupled M-step, and the critic.
 
-    Over M states, with S actions a_ij drawn from the target policy and valued by the target critic (the least of its K
-    values; actions clipped to the bounds)::
+    Over M states, with S actions a_ij drawn from the target policy and valued by the target critic (the smallest of its
+    K values; actions clipped to the bounds)::
 
         w_ij = softmax_j(Q_ij / eta), plus the same of the action cost with its own temperature
         loss_policy = mean_i [ -sum_j w_ij (log N(a_ij; mu, Sigma_t) + log N(a_ij; mu_t, Sigma))
@@ -157,10 +159,10 @@ class MPOLoss(Loss):
         per_dimension = covariance == "diagonal" if per_dimension is None else per_dimension
         multipliers = _multipliers(policy, covariance, per_dimension=per_dimension, action_dim=action_dim)
         given = {"epsilon_mean": epsilon_mean, "epsilon_cov": epsilon_cov, "raw_alpha_cov": raw_alpha_cov}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        chosen = (_PER_DIMENSION if per_dimension else _JOINT) | chosen
-        raw_alpha_cov = chosen.pop("raw_alpha_cov")
-        bounds = {"epsilon": epsilon, "epsilon_penalty": epsilon_penalty, **chosen}
+        options = dict(_PER_DIMENSION if per_dimension else _JOINT)
+        options |= {name: value for name, value in given.items() if value is not None}
+        raw_alpha_cov = options.pop("raw_alpha_cov")
+        bounds = {"epsilon": epsilon, "epsilon_penalty": epsilon_penalty, **options}
         value_key = check_mpo(self, critic, _WRITES, policy_states=policy_states, **bounds)
         _check_samples(num_samples, action_bounds)
         super().__init__()
@@ -173,7 +175,7 @@ class MPOLoss(Loss):
         self.penalty_temperature = m.Multiplier(raw_temperature) if action_penalty else None
         self.alpha_mean = m.Multiplier(raw_alpha_mean, multipliers)
         self.alpha_cov = m.Multiplier(raw_alpha_cov, multipliers)
-        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.reduction = reduction
         self.priorities = priorities
         duals = [*_DUALS, *(["penalty_temperature"] if action_penalty else [])]
         self.out_keys = [*LOSSES, *duals, *VALUES, *self.estimator.diagnostic_keys, "valid_count"]
@@ -198,26 +200,28 @@ class MPOLoss(Loss):
         """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
         steps = read_steps(self, tensordict, discrete=False)
         x, next_x, inside = steps.observation, steps.next_observation, steps.action.clamp(*self.action_bounds)
-        size, stats = len(inside), Stats(steps.valid, steps.selection.reward)
+        size, stats = len(inside), Stats(steps.valid, steps.selection.reward, self.reduction)
         at_steps = self.policy_states == "root"
 
         with torch.no_grad():
             # the target policy where the critic bootstraps, and at the steps where something needs it
-            log_mu = read_log_prob(self, tensordict, steps, needed=self.estimator.uses_behaviour)
-            here = at_steps or log_mu is not None or self.estimator.uses_log_pi
-            both = {key: torch.cat([next_x[key], x[key]]) for key in x} if here else next_x
+            log_mu = read_log_prob(self, tensordict, steps)
+            needs_steps = at_steps or log_mu is not None or self.estimator.uses_log_pi
+            both = {key: torch.cat([next_x[key], x[key]]) for key in x} if needs_steps else next_x
             target_both = self._target_policy(both)
             target = target_both if at_steps else tuple(p[:size] for p in target_both)
-            # actions tried there, and what the target critic expects of them
-            tried = self._try_actions(both if at_steps else next_x, target)
-            log_pi = self._log_prob(steps.action, *(p[size:] for p in target_both)) if here else None
+            # actions sampled there, and what the target critic expects of them
+            sampled = self._sample_actions(both if at_steps else next_x, target)
+            log_pi = self._log_prob(steps.action, *(p[size:] for p in target_both)) if needs_steps else None
             # target
             estimate = self.estimator.estimate(
                 steps.selection,
-                next_value=tried.bootstrap[:size],
-                q_value=self._least(self._target_q(x, inside))[1] if self.estimator.uses_q_value else None,
+                next_value=sampled.bootstrap[:size],
+                q_value=min_critic(self._target_q(x, inside), self.support).bootstrap
+                if self.estimator.uses_q_value
+                else None,
                 log_pi=log_pi,
-                log_rho=None if log_mu is None or log_pi is None else log_pi - log_mu.to(log_pi.dtype),
+                log_rho=log_ratio(log_pi, log_mu),
                 support=self.support,
             )
 
@@ -228,51 +232,44 @@ class MPOLoss(Loss):
 
         # E-step, M-step and duals, in the states where the policy is improved
         if at_steps:
-            target, tried = tuple(p[size:] for p in target), tried.behind(size)
-        duals = self._improve(self._policy_at(x if at_steps else next_x), target, tried, steps, stats)
+            target, sampled = tuple(p[size:] for p in target), sampled.from_state(size)
+        duals = self._improve(self._policy_at(x if at_steps else next_x), target, sampled, steps, stats)
         return TensorDict({**terms, **duals, **estimate.diagnostics, "valid_count": stats.count}, [])
 
-    def _try_actions(self, states: States, target: Sequence[Tensor]) -> Tried:
+    def _sample_actions(self, states: States, target: Sequence[Tensor]) -> SampledActions:
         """S actions of the target policy, of parameters ``target`` [R, ...], in states [R]."""
         loc, scale = target
         noise = torch.randn(self.num_samples, *loc.shape, dtype=loc.dtype, device=loc.device)
         action = loc + ((scale @ noise.unsqueeze(-1)).squeeze(-1) if self.full else scale * noise)
         inside = action.clamp(*self.action_bounds)
-        value, estimate = self._least(self._target_q(states, inside))
-        return Tried(value, estimate.mean(0), noise, m.action_cost(action, inside))
-
-    def _least(self, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Of K critics the least value [*]; that again, or its distribution [*, atoms]."""
-        if self.support is not None:
-            return least_mean(found, self.support)
-        value = least(found)
-        return value, value
+        critic = min_critic(self._target_q(states, inside), self.support)
+        return SampledActions(critic.q_value, critic.bootstrap.mean(0), noise, m.action_cost(action, inside))
 
     def _log_prob(self, action: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         return (m.full_log_prob if self.full else m.diagonal_log_prob)(action.unsqueeze(0), loc, scale).squeeze(0)
 
     def _improve(
-        self, online: Sequence[Tensor], target: Sequence[Tensor], tried: Tried, steps: Steps, stats: Stats
+        self, online: Sequence[Tensor], target: Sequence[Tensor], sampled: SampledActions, steps: Steps, stats: Stats
     ) -> dict[str, Tensor]:
         """``loss_policy``, ``loss_dual`` and diagnostics, of policies with parameters ``online`` and ``target``."""
-        # E-step: how much better the tried actions are
+        # E-step: how much better the sampled actions are
         temperature, bounds = self.temperature(), self.bounds
-        step = m.e_step(value=tried.value, temperature=temperature, epsilon=bounds["epsilon"])
+        step = m.e_step(value=sampled.value, temperature=temperature, epsilon=bounds["epsilon"])
         weights, dual, out = step.weights, step.dual, {}
         if self.penalty_temperature is not None:
             cost_temperature = self.penalty_temperature()
-            penalty = m.e_step(value=tried.cost, temperature=cost_temperature, epsilon=bounds["epsilon_penalty"])
+            penalty = m.e_step(value=sampled.cost, temperature=cost_temperature, epsilon=bounds["epsilon_penalty"])
             weights, dual = weights + penalty.weights, dual + penalty.dual
             out["penalty_temperature"] = cost_temperature.detach().squeeze()
         # M-step: the policy moves to them, no further than the bounds
-        fit, kl = (m.full_m_step if self.full else m.diagonal_m_step)(tried.noise, weights, *online, *target)
+        fit, kl = (m.full_m_step if self.full else m.diagonal_m_step)(sampled.noise, weights, *online, *target)
         if not self.per_dimension:
             kl = m.DecoupledKL(*(part.sum(-1, keepdim=True) for part in kl))
         alpha_mean, alpha_cov = self.alpha_mean(), self.alpha_cov()
         mean = m.kl_penalty(kl=kl.mean, alpha=alpha_mean, epsilon=bounds["epsilon_mean"])
         cov = m.kl_penalty(kl=kl.covariance, alpha=alpha_cov, epsilon=bounds["epsilon_cov"])
-        out["loss_policy"] = self._reduce(stats, weighted(mean.penalty + cov.penalty - fit, steps.weight))
-        out["loss_dual"] = self._reduce(stats, dual + mean.dual + cov.dual)
+        out["loss_policy"] = stats.reduce(weighted(mean.penalty + cov.penalty - fit, steps.weight))
+        out["loss_dual"] = stats.reduce(dual + mean.dual + cov.dual)
         with torch.no_grad():
             out["temperature"] = temperature.detach().squeeze()
             out["alpha_mean"], out["alpha_cov"] = alpha_mean.detach().mean(), alpha_cov.detach().mean()
@@ -280,25 +277,25 @@ class MPOLoss(Loss):
             out["kl_mean"], out["kl_cov"] = (stats.means(part).amax() for part in kl)
             scale = online[1].square().sum(-1).sqrt() if self.full else online[1]
             out["scale"] = stats.mean(scale.mean(-1))
-            out["out_of_bounds"] = stats.mean((tried.cost < 0).to(scale.dtype).mean(0))
+            out["out_of_bounds"] = stats.mean((sampled.cost < 0).to(scale.dtype).mean(0))
         return out
 
 
 def critic_terms(
-    loss: Any, found: Tensor, target: Tensor, steps: Steps, stats: Stats
+    loss: Any, outputs: Tensor, target: Tensor, steps: Steps, stats: Stats
 ) -> tuple[dict[str, Tensor], Tensor]:
     """``loss_critic``, summed over K critics, and its diagnostics; and the error of each step, [M].
 
     Args:
         loss: an MPO loss.
-        found: values [M, K] or logits [M, K, atoms] of the batch's actions.
+        outputs: values [M, K] or logits [M, K, atoms] of the batch's actions.
         target: [M] or [M, atoms].
     """
     if loss.support is None:
-        value = found.detach()
-        terms = 0.5 * (target.unsqueeze(-1) - found).square().sum(-1)
+        value = outputs.detach()
+        terms = 0.5 * (target.unsqueeze(-1) - outputs).square().sum(-1)
     else:
-        terms, value, mean = categorical_terms(found, target, loss.support)
+        terms, value, mean = categorical_terms(outputs, target, loss.support)
     with torch.no_grad():
         if loss.support is None:
             error = priority = (target.unsqueeze(-1) - value).abs().mean(-1)
@@ -306,7 +303,7 @@ def critic_terms(
             error, priority = (mean.unsqueeze(-1) - value).abs().mean(-1), divergence(terms, target, value.shape[-1])
             target = mean
         out = {"q_value": stats.mean(value.mean(-1)), "target_value": stats.mean(target), "td_error": stats.mean(error)}
-    out["loss_critic"] = loss._reduce(stats, weighted(terms, steps.weight))
+    out["loss_critic"] = stats.reduce(weighted(terms, steps.weight))
     return out, priority
 
 

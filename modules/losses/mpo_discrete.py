@@ -21,9 +21,9 @@ from offtrace.modules.losses.steps import (
     States,
     Steps,
     check_arguments,
+    log_ratio,
     read_log_prob,
     read_steps,
-    reducer,
     weighted,
     write_priority,
 )
@@ -43,7 +43,7 @@ _DUALS = ("temperature", "alpha", "kl_improved", "kl_policy", "entropy")
 class DiscreteMPOLoss(Loss):
     """MPO over discrete actions, with sums over all of them in place of samples.
 
-    With the target networks' pi_t and Q_t (the least of its K values)::
+    With the target networks' pi_t and Q_t (the smallest of its K values)::
 
         q(a|x) = pi_t(a|x) exp(Q_t(x, a) / eta) / Z,   E_pi Q = sum_a pi_t(a|x) Q_t(x, a)
         loss_policy = mean_i [ -sum_a q(a|x_i) log pi(a|x_i) + alpha KL(pi_t || pi) ]
@@ -112,7 +112,7 @@ class DiscreteMPOLoss(Loss):
         self.policy_states = policy_states
         self.temperature = m.Multiplier(raw_temperature)
         self.alpha = m.Multiplier(raw_alpha)
-        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.reduction = reduction
         self.priorities = priorities
         self.out_keys = [*LOSSES, *_DUALS, *VALUES, *self.estimator.diagnostic_keys, "valid_count"]
 
@@ -125,16 +125,16 @@ class DiscreteMPOLoss(Loss):
         """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
         steps = read_steps(self, tensordict, discrete=True)
         x, next_x, action = steps.observation, steps.next_observation, steps.action
-        size, stats = len(action), Stats(steps.valid, steps.selection.reward)
+        size, stats = len(action), Stats(steps.valid, steps.selection.reward, self.reduction)
         at_steps = self.policy_states == "root"
 
         with torch.no_grad():
             # the target policy where the critic bootstraps, and at the steps where something needs it
-            log_mu = read_log_prob(self, tensordict, steps, needed=self.estimator.uses_behaviour)
-            here = at_steps or log_mu is not None or self.estimator.uses_log_pi
-            both = {key: torch.cat([next_x[key], x[key]]) for key in x} if here else next_x
+            log_mu = read_log_prob(self, tensordict, steps)
+            needs_steps = at_steps or log_mu is not None or self.estimator.uses_log_pi
+            both = {key: torch.cat([next_x[key], x[key]]) for key in x} if needs_steps else next_x
             target_both = self._log_probs(self._target_policy, both)
-            log_pi = target_both[size:].gather(-1, action.unsqueeze(-1)).squeeze(-1) if here else None
+            log_pi = target_both[size:].gather(-1, action.unsqueeze(-1)).squeeze(-1) if needs_steps else None
             # what the target critic expects of every action, and of the target policy
             states, target = (both, target_both) if at_steps else (next_x, target_both[:size])
             values = zero_illegal(self._target_q(states).amin(-2), self._legal(states))
@@ -145,7 +145,7 @@ class DiscreteMPOLoss(Loss):
                 next_value=bootstrap[:size],
                 q_value=of_action(self._target_q(x), action).amin(-1) if self.estimator.uses_q_value else None,
                 log_pi=log_pi,
-                log_rho=None if log_mu is None or log_pi is None else log_pi - log_mu.to(log_pi.dtype),
+                log_rho=log_ratio(log_pi, log_mu),
             )
 
         # critics
@@ -177,8 +177,8 @@ class DiscreteMPOLoss(Loss):
         kl = m.categorical_kl(log_prob, target)
         bound = m.kl_penalty(kl=kl, alpha=alpha, epsilon=self.epsilon_policy)
         terms = bound.penalty - (step.weights.t() * log_prob).sum(-1)
-        out = {"loss_policy": self._reduce(stats, weighted(terms, steps.weight))}
-        out["loss_dual"] = self._reduce(stats, step.dual + bound.dual)
+        out = {"loss_policy": stats.reduce(weighted(terms, steps.weight))}
+        out["loss_dual"] = stats.reduce(step.dual + bound.dual)
         with torch.no_grad():
             out["temperature"], out["alpha"] = temperature.detach().squeeze(), alpha.detach().squeeze()
             out["kl_improved"], out["kl_policy"] = stats.mean(step.kl), stats.mean(kl.squeeze(-1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -10,15 +10,24 @@ from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor
 from torchrl.modules import set_recurrent_mode
 
-from offtrace.modules.estimators.state_values import StateEstimate, StateValueEstimator
+from offtrace.modules.estimators.base import zero_invalid
+from offtrace.modules.estimators.state_values import StateValueEstimator
 from offtrace.modules.keys import NEXT
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.policy_gradient import check_positive, explained_variance, ratio_diagnostics
+from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, entry, zero_invalid
+from offtrace.modules.losses.steps import check_arguments, check_positive, entry
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout, state_values
 from offtrace.modules.returns import effective_sample_size
 from offtrace.modules.returns.checks import ratio
+
+
+class RolloutEstimate(NamedTuple):
+    """What does not change between the passes over a rollout, [B, T]: the advantage A, the return R, and V_old."""
+
+    advantage: Tensor
+    target: Tensor
+    old_value: Tensor
 
 
 class PPOLoss(Loss):
@@ -59,7 +68,7 @@ class PPOLoss(Loss):
     ``explained_variance`` of the targets by the value; ``advantage_std``, before normalisation; ``policy_clipped``,
     fraction of steps to whose policy term the clip leaves no gradient; ``value_clipped``, fraction of values beyond
     their clip, if there is one; ``clip_epsilon``, as it is now; ``valid_count``. Those of the estimator are what
-    :meth:`prepare` returns.
+    :meth:`prepare` returns, which PPO's agent logs as ``rollout/...``.
 
     Raises:
         ValueError: on an argument out of range, an estimator that does not fit, or a batch of another shape.
@@ -101,9 +110,9 @@ class PPOLoss(Loss):
         self.normalize_advantage, self.reward_clip = normalize_advantage, reward_clip
         # a tensor, so that compiled and captured updates follow it; its precision is its own
         self.register_buffer("clip_scale", torch.ones((), dtype=torch.float64), persistent=False)
-        told = ["entropy", "kl", "ratio_mean", "ess", "explained_variance", "advantage_std", "policy_clipped"]
-        told += [] if value_clip is None else ["value_clipped"]
-        self.out_keys = ["loss_policy", "loss_value", "loss_entropy", *told, "clip_epsilon", "valid_count"]
+        diagnostics = ["entropy", "kl", "ratio_mean", "ess", "explained_variance", "advantage_std", "policy_clipped"]
+        diagnostics += [] if value_clip is None else ["value_clipped"]
+        self.out_keys = ["loss_policy", "loss_value", "loss_entropy", *diagnostics, "clip_epsilon", "valid_count"]
 
     def set_progress(self, fraction: float) -> None:
         """Tell how much of the training is done, 0 to 1: with ``anneal_clip`` the clips shrink by it.
@@ -130,15 +139,11 @@ class PPOLoss(Loss):
         """
         with set_recurrent_mode(True):  # as in forward: a recurrent policy unrolls
             policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
-        estimate, value = self._estimate(policy)
+        estimate, diagnostics = self._estimate(policy, *state_values(self, policy))
         names = self.tensor_keys
-        for name, x in (
-            (names.advantage, estimate.advantage),
-            (names.value_target, estimate.target),
-            (names.value, value),
-        ):
-            tensordict.set(name, x.detach().unsqueeze(-1))
-        return estimate.diagnostics
+        for key, x in zip((names.advantage, names.value_target, names.value), estimate, strict=True):
+            tensordict.set(key, x.unsqueeze(-1))
+        return diagnostics
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -150,10 +155,13 @@ class PPOLoss(Loss):
         policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip, successors=not prepared)
         valid, log_rho = policy.outcome.valid, policy.log_rho
         assert log_rho is not None
-        advantage, target, value, old_value = self._known(tensordict, policy) if prepared else self._computed(policy)
-        stats = Stats(valid, policy.outcome.reward)
-        reduce = stats.sum if self.reduction == "sum" else stats.mean
-        spread = stats.std(advantage)
+        value, next_value = state_values(self, policy)
+        if prepared:
+            estimate = self._read_estimate(tensordict, value, valid)
+        else:
+            estimate, _ = self._estimate(policy, value, next_value)
+        target, advantage = estimate.target, estimate.advantage
+        stats = Stats(valid, policy.outcome.reward, self.reduction)
         if self.normalize_advantage:
             advantage = stats.standardised(advantage, zero_invalid(torch.ones_like(advantage), valid))
 
@@ -162,30 +170,27 @@ class PPOLoss(Loss):
         log_ratio = log_rho + (policy.log_pi - policy.log_pi.detach())  # the gradient is that of log pi
         rho = ratio(zero_invalid(log_ratio, valid))
         surrogate, clipped = rho * advantage, rho.clamp(1 - epsilon, 1 + epsilon) * advantage
-        out = {"loss_policy": -reduce(torch.minimum(surrogate, clipped))}
+        out = {"loss_policy": -stats.reduce(torch.minimum(surrogate, clipped))}
 
         # value: the worse of the error and the clipped one
         error = target - value
         square = error.square()
         if self.value_clip is not None:
             limit = self.value_clip * self.clip_scale
-            moved = value - old_value
-            square = torch.maximum(square, (target - old_value - moved.clamp(-limit, limit)).square())
-        out["loss_value"] = (0.5 * self.value_coef) * reduce(square)
+            moved = value - estimate.old_value
+            square = torch.maximum(square, (target - estimate.old_value - moved.clamp(-limit, limit)).square())
+            out["value_clipped"] = stats.mean((moved.abs() > limit).to(value.dtype))
+        out["loss_value"] = (0.5 * self.value_coef) * stats.reduce(square)
 
         # entropy
         entropy = policy.dist.entropy()
-        out["loss_entropy"] = -self.entropy_coef * reduce(entropy)
+        out["loss_entropy"] = -self.entropy_coef * stats.reduce(entropy)
 
         # diagnostics
-        with torch.no_grad():
-            out["entropy"], out["advantage_std"] = stats.mean(entropy), spread
-            out["policy_clipped"] = stats.mean((clipped < surrogate).to(spread.dtype))
-            if self.value_clip is not None:
-                out["value_clipped"] = stats.mean((moved.abs() > limit).to(spread.dtype))
-            out["ess"] = effective_sample_size(log_rho.t(), valid=None if valid is None else valid.t())
-            out["explained_variance"] = explained_variance(target, error, stats)
-            out["clip_epsilon"], out["valid_count"] = epsilon.to(spread.dtype), stats.count
+        out["policy_clipped"] = stats.mean((clipped < surrogate).to(value.dtype))
+        out["ess"] = effective_sample_size(log_rho.t(), valid=None if valid is None else valid.t())
+        out["clip_epsilon"] = epsilon.to(value.dtype)
+        out |= rollout_diagnostics(stats, entropy=entropy, advantage=estimate.advantage, target=target, error=error)
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats), [])
 
     def _rows(self, tensordict: TensorDictBase, prepared: bool) -> TensorDictBase:
@@ -201,23 +206,22 @@ class PPOLoss(Loss):
             )
         return tensordict.unsqueeze(1)
 
-    def _estimate(self, policy: EvaluatedPolicy) -> tuple[StateEstimate, Tensor]:
-        value, next_value = state_values(self, policy)
+    def _estimate(
+        self, policy: EvaluatedPolicy, value: Tensor, next_value: Tensor
+    ) -> tuple[RolloutEstimate, dict[str, Tensor]]:
+        """That of a rollout by the weights as they are, and the estimator's diagnostics."""
         estimate = self.estimator.estimate(policy.outcome, value=value, next_value=next_value, log_rho=policy.log_rho)
         # the surrogate has the ratio itself: an estimator's weight would count it twice; where it is 0, so is the ratio
         weighted = estimate.weight != 0
         advantage = torch.where(weighted, estimate.advantage / estimate.weight, estimate.advantage)
-        return estimate._replace(advantage=advantage), value
+        return RolloutEstimate(advantage, estimate.target, value.detach()), estimate.diagnostics
 
-    def _computed(self, policy: EvaluatedPolicy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Advantage, target, value and old value of a rollout that was not prepared."""
-        estimate, value = self._estimate(policy)
-        return estimate.advantage, estimate.target, value, value.detach()
+    def _read_estimate(self, tensordict: TensorDictBase, value: Tensor, valid: Tensor | None) -> RolloutEstimate:
+        """What :meth:`prepare` wrote; the old value is read where it is clipped."""
+        names, shape = self.tensor_keys, tensordict.batch_size
 
-    def _known(self, tensordict: TensorDictBase, policy: EvaluatedPolicy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Advantage, target, value and old value of steps that were prepared."""
-        names, shape, valid = self.tensor_keys, tensordict.batch_size, policy.outcome.valid
-        value: Any = entry(self, policy.output, names.value).squeeze(-1)
-        keys = [names.advantage, names.value_target, *([] if self.value_clip is None else [names.value])]
-        found = [zero_invalid(entry(self, tensordict, key, shape).detach(), valid).to(value.dtype) for key in keys]
-        return found[0], found[1], value, found[2] if len(found) > 2 else value.detach()
+        def read(key: Any) -> Tensor:
+            return zero_invalid(entry(self, tensordict, key, shape).detach(), valid).to(value.dtype)
+
+        old_value = value.detach() if self.value_clip is None else read(names.value)
+        return RolloutEstimate(read(names.advantage), read(names.value_target), old_value)

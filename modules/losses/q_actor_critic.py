@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.estimators.base import zero_invalid
+from offtrace.modules.estimators.names import check_ranges
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.policy_gradient import (
-    check_positive,
-    explained_variance,
-    ratio_diagnostics,
-    trust_region,
-)
+from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics, trust_region
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, entry, zero_invalid
+from offtrace.modules.losses.steps import check_arguments, check_positive, entry
 from offtrace.modules.losses.unroll import evaluate_rollout
 from offtrace.modules.returns import clipped_fraction, importance_trace
-from offtrace.modules.returns.checks import check_clips
 
 
 class QActorCriticLoss(Loss):
@@ -81,7 +75,7 @@ class QActorCriticLoss(Loss):
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, policy_clip=policy_clip)
-        check_clips(rho_clip=math.inf, c_clip=1.0, pg_rho_clip=pg_rho_clip)
+        check_ranges(pg_rho_clip=pg_rho_clip)
         if k.ACTION_VALUE not in policy.out_keys or list(policy[-1].in_keys) != [k.LOGITS]:
             raise ValueError(
                 f"QActorCriticLoss needs a policy over discrete actions that writes {k.ACTION_VALUE!r}, got one that "
@@ -96,8 +90,8 @@ class QActorCriticLoss(Loss):
         self.pg_rho_clip, self.reward_clip = pg_rho_clip, reward_clip
         self.normalize_advantage, self.policy_clip = normalize_advantage, policy_clip
         losses = ["loss_policy", "loss_value", "loss_entropy", "pg_rho_clipped"]
-        told = ["ratio_mean", "entropy", "kl", "explained_variance", "advantage_std", "policy_clipped", "valid_count"]
-        self.out_keys = [*losses, *told, *self.estimator.diagnostic_keys]
+        diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "policy_clipped"]
+        self.out_keys = [*losses, *diagnostics, "valid_count", *self.estimator.diagnostic_keys]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -109,8 +103,7 @@ class QActorCriticLoss(Loss):
         policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
         valid, log_rho = policy.outcome.valid, policy.log_rho
         assert log_rho is not None
-        stats = Stats(valid, policy.outcome.reward)
-        reduce = stats.sum if self.reduction == "sum" else stats.mean
+        stats = Stats(valid, policy.outcome.reward, self.reduction)
         q_values = entry(self, policy.output, self.tensor_keys.action_value).squeeze(-2)
         q_value = policy.unroll.steps(q_values).gather(-1, policy.action.unsqueeze(-1)).squeeze(-1)
 
@@ -137,19 +130,14 @@ class QActorCriticLoss(Loss):
 
         # the three terms
         entropy, error = policy.dist.entropy(), target - q_value
-        mean_entropy = stats.mean(entropy)
         out = {
-            "loss_policy": -reduce(advantage * policy.log_pi),
-            "loss_value": (0.5 * self.value_coef) * reduce(error.square()),
-            "loss_entropy": -self.entropy_coef * (mean_entropy if self.reduction == "mean" else stats.sum(entropy)),
+            "loss_policy": -stats.reduce(advantage * policy.log_pi),
+            "loss_value": (0.5 * self.value_coef) * stats.reduce(error.square()),
+            "loss_entropy": -self.entropy_coef * stats.reduce(entropy),
         }
 
         # diagnostics
-        with torch.no_grad():
-            out["entropy"] = mean_entropy.detach()
-            out["advantage_std"] = stats.std(plain)
-            out["policy_clipped"] = stats.count.new_zeros(()) if outside is None else stats.mean(outside)
-            out["pg_rho_clipped"] = clipped_fraction(log_rho, self.pg_rho_clip, valid=valid)
-            out["explained_variance"] = explained_variance(target, error, stats)
-            out["valid_count"] = stats.count
+        out["policy_clipped"] = stats.mean(outside)
+        out["pg_rho_clipped"] = clipped_fraction(log_rho, self.pg_rho_clip, valid=valid)
+        out |= rollout_diagnostics(stats, entropy=entropy, advantage=plain, target=target, error=error)
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])

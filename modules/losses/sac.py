@@ -15,15 +15,15 @@ from torch.distributions import Distribution
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.critics import least
+from offtrace.modules.losses.critics import min_q
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     Steps,
     check_arguments,
+    log_ratio,
     read_log_prob,
     read_pre_tanh,
     read_steps,
-    reducer,
     weighted,
     write_priority,
 )
@@ -135,7 +135,7 @@ class SACLoss(Loss):
         self.learn_alpha = add_temperature(self, alpha_init, fixed_alpha)
         self.alpha_loss, self.target_entropy = alpha_loss, wanted_entropy(target_entropy)
         self.num_samples = num_samples
-        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.reduction = reduction
         self.reward_scale = reward_scale
         self.priorities = priorities
         terms = ["loss_critic", "loss_actor", *(["loss_alpha"] if self.learn_alpha else [])]
@@ -156,18 +156,18 @@ class SACLoss(Loss):
         """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
         steps = read_steps(self, tensordict, discrete=False, reward_scale=self.reward_scale)
         x, action, next_x = steps.observation, steps.action, steps.next_observation
-        stats, alpha = Stats(steps.valid, steps.selection.reward), self.alpha
+        stats, alpha = Stats(steps.valid, steps.selection.reward, self.reduction), self.alpha
         policy = self._policy(x)
 
         # target
         with torch.no_grad():
             next_action, next_log_prob = self._sample(self._policy(next_x), self.num_samples)
-            next_value = least(self._target_q(next_x, next_action)) - alpha * next_log_prob
+            next_value = min_q(self._target_q(next_x, next_action)) - alpha * next_log_prob
             log_pi, log_rho = behaviour_ratio(self, tensordict, policy, steps)
             estimate = self.estimator.estimate(
                 steps.selection,
                 next_value=next_value if self.num_samples == 1 else next_value.mean(0),
-                q_value=least(self._target_q(x, action)) if self.estimator.uses_q_value else None,
+                q_value=min_q(self._target_q(x, action)) if self.estimator.uses_q_value else None,
                 log_pi=log_pi,
                 log_rho=log_rho,
             )
@@ -175,12 +175,12 @@ class SACLoss(Loss):
         # critics
         q_value = self._q(x, action)
         error = q_value - estimate.target.unsqueeze(-1)
-        loss_critic = 0.5 * self._reduce(stats, weighted(error.square().sum(-1), steps.weight))
+        loss_critic = 0.5 * stats.reduce(weighted(error.square().sum(-1), steps.weight))
 
         # actor
         fresh, log_prob = self._sample(policy, 1)
-        best = least(self._frozen_q(x, fresh))
-        loss_actor = self._reduce(stats, weighted(alpha * log_prob - best, steps.weight))
+        fresh_q = min_q(self._frozen_q(x, fresh))
+        loss_actor = stats.reduce(weighted(alpha * log_prob - fresh_q, steps.weight))
 
         # temperature
         out = {"loss_critic": loss_critic, "loss_actor": loss_actor, "valid_count": stats.count, "alpha": alpha}
@@ -202,18 +202,18 @@ def behaviour_ratio(
     loss: Any, tensordict: TensorDictBase, policy: Distribution, steps: Steps
 ) -> tuple[Tensor | None, Tensor | None]:
     """log pi and log pi - log mu of the batch's actions, [M]; None where the batch lacks what only diagnostics need."""
-    uses_mu, uses_pi = loss.estimator.uses_behaviour, loss.estimator.uses_log_pi
-    log_mu = read_log_prob(loss, tensordict, steps, needed=uses_mu)
-    if log_mu is None and not uses_pi:
+    needs_pi = loss.estimator.uses_behaviour or loss.estimator.uses_log_pi
+    log_mu = read_log_prob(loss, tensordict, steps)
+    if log_mu is None and not needs_pi:
         return None, None
     if loss.keeps_pre_tanh:  # not to be recovered from an action at the bounds
-        pre_tanh = read_pre_tanh(loss, tensordict, steps, needed=uses_mu or uses_pi)
+        pre_tanh = read_pre_tanh(loss, tensordict, steps, needed=needs_pi)
         if pre_tanh is None:
             return None, None
         log_pi = policy.log_prob_pre_tanh(pre_tanh)  # type: ignore[attr-defined]
     else:
         log_pi = policy.log_prob(steps.action)
-    return log_pi, None if log_mu is None else log_pi - log_mu.to(log_pi.dtype)
+    return log_pi, log_ratio(log_pi, log_mu)
 
 
 def sampler_of(actor: ProbabilisticTensorDictSequential) -> Sampler:

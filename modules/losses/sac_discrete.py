@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.critics import least, of_action
+from offtrace.modules.losses.critics import min_q, of_action
 from offtrace.modules.losses.sac import add_temperature, check_temperature, temperature_loss, wanted_entropy, with_alpha
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     States,
     check_arguments,
+    log_ratio,
     read_log_prob,
     read_steps,
-    reducer,
     weighted,
     write_priority,
 )
@@ -106,7 +106,7 @@ class DiscreteSACLoss(Loss):
         self.learn_alpha = add_temperature(self, alpha_init, fixed_alpha)
         self.alpha_loss, self.target_entropy = alpha_loss, wanted_entropy(target_entropy)
         self.entropy_fraction = entropy_fraction
-        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.reduction = reduction
         self.reward_scale = reward_scale
         self.priorities = priorities
         terms = ["loss_critic", "loss_actor", *(["loss_alpha"] if self.learn_alpha else [])]
@@ -127,32 +127,32 @@ class DiscreteSACLoss(Loss):
         """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
         steps = read_steps(self, tensordict, discrete=True, reward_scale=self.reward_scale)
         x, action, next_x = steps.observation, steps.action, steps.next_observation
-        stats, alpha = Stats(steps.valid, steps.selection.reward), self.alpha
+        stats, alpha = Stats(steps.valid, steps.selection.reward, self.reduction), self.alpha
         policy, legal = self._policy(x), self._legal(x)
 
         # target
         with torch.no_grad():
             next_value = self._soft_value(next_x, alpha)
-            log_mu = read_log_prob(self, tensordict, steps, needed=self.estimator.uses_behaviour)
+            log_mu = read_log_prob(self, tensordict, steps)
             log_pi = policy.log_prob(action)
             estimate = self.estimator.estimate(
                 steps.selection,
                 next_value=next_value,
-                q_value=least(of_action(self._target_q(x), action)) if self.estimator.uses_q_value else None,
+                q_value=min_q(of_action(self._target_q(x), action)) if self.estimator.uses_q_value else None,
                 log_pi=log_pi,
-                log_rho=None if log_mu is None else log_pi - log_mu.to(log_pi.dtype),
+                log_rho=log_ratio(log_pi, log_mu),
             )
 
         # critics
         every_q = self._q(x)
         q_value = of_action(every_q, action)
         error = q_value - estimate.target.unsqueeze(-1)
-        loss_critic = 0.5 * self._reduce(stats, weighted(error.square().sum(-1), steps.weight))
+        loss_critic = 0.5 * stats.reduce(weighted(error.square().sum(-1), steps.weight))
 
         # actor
         prob, log_prob = _probabilities(policy.logits, legal)  # type: ignore[attr-defined]
-        best = zero_illegal(least(every_q.detach().transpose(-1, -2)), legal)
-        loss_actor = self._reduce(stats, weighted((prob * (alpha * log_prob - best)).sum(-1), steps.weight))
+        q_values = zero_illegal(min_q(every_q.detach().transpose(-1, -2)), legal)
+        loss_actor = stats.reduce(weighted((prob * (alpha * log_prob - q_values)).sum(-1), steps.weight))
 
         # temperature
         out = {"loss_critic": loss_critic, "loss_actor": loss_actor, "valid_count": stats.count, "alpha": alpha}
@@ -172,7 +172,7 @@ class DiscreteSACLoss(Loss):
         """E_pi [min Q' - alpha log pi], [M]."""
         legal = self._legal(states)
         prob, log_prob = _probabilities(self._policy(states).logits, legal)  # type: ignore[attr-defined]
-        value = zero_illegal(least(self._target_q(states).transpose(-1, -2)), legal)
+        value = zero_illegal(min_q(self._target_q(states).transpose(-1, -2)), legal)
         return (prob * (value - alpha * log_prob)).sum(-1)
 
     def _legal(self, states: States) -> Tensor | None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictParams, dispatch
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
-from offtrace.modules.estimators.base import ReturnEstimator, make_estimator
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.critics import least
+from offtrace.modules.losses.critics import min_q
 from offtrace.modules.losses.sac import behaviour_ratio, check_continuous, sampler_of
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, read_steps, reducer, weighted, write_priority
+from offtrace.modules.losses.steps import check_arguments, read_steps, weighted, write_priority
 from offtrace.modules.losses.views import distribution_of, keeps_pre_tanh, state_keys_of, values_of
 
 
@@ -56,6 +53,7 @@ class SACv1Loss(Loss):
     value: TensorDictModule
     value_params: TensorDictParams
     target_value_params: TensorDictParams
+    has_target_critics = False
 
     def __init__(
         self,
@@ -91,7 +89,7 @@ class SACv1Loss(Loss):
         )
         self.reward_scale = reward_scale
         self.actor_value = actor_value
-        self.reduction, self._reduce = reduction, reducer(reduction)
+        self.reduction = reduction
         self.priorities = priorities
         values = ["entropy", "q_value", "td_error"]
         self.out_keys = [
@@ -103,32 +101,11 @@ class SACv1Loss(Loss):
             "valid_count",
         ]
 
-    def bind_estimator(
-        self,
-        spec: str | ReturnEstimator,
-        kind: str,
-        *,
-        gamma: float,
-        discrete: bool = True,
-        every_step: bool = False,
-        **options: Any,
-    ) -> None:
-        """Take an estimator that does not need the target critics' value of the batch's action.
-
-        Raises:
-            ValueError: on another; and as the base class.
-        """
-        found: Any = make_estimator(spec, kind, **options)
-        if found.uses_q_value:
-            name = type(found).__name__
-            raise ValueError(f"estimator {name} needs target critics, which SACv1Loss has not: use SACLoss")
-        super().bind_estimator(found, kind, gamma=gamma, discrete=discrete, every_step=every_step)
-
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of transitions [N] or sequences [N, T]."""
         steps = read_steps(self, tensordict, discrete=False, reward_scale=self.reward_scale)
-        x, stats = steps.observation, Stats(steps.valid, steps.selection.reward)
+        x, stats = steps.observation, Stats(steps.valid, steps.selection.reward, self.reduction)
         policy = self._policy(x)
 
         # critics
@@ -138,18 +115,18 @@ class SACv1Loss(Loss):
             estimate = self.estimator.estimate(steps.selection, next_value=next_value, log_pi=log_pi, log_rho=log_rho)
         q_value = self._q(x, steps.action)
         error = q_value - estimate.target.unsqueeze(-1)
-        out = {"loss_critic": 0.5 * self._reduce(stats, weighted(error.square().sum(-1), steps.weight))}
+        out = {"loss_critic": 0.5 * stats.reduce(weighted(error.square().sum(-1), steps.weight))}
 
         # actor
         fresh, log_prob = self._sample(policy, 1)
         fresh_q = self._frozen_q(x, fresh)
-        smallest = least(fresh_q)
-        chosen = smallest if self.actor_value == "min" else fresh_q[:, 0]
-        out["loss_actor"] = self._reduce(stats, weighted(log_prob - chosen, steps.weight))
+        smallest_q = min_q(fresh_q)
+        actor_q = smallest_q if self.actor_value == "min" else fresh_q[:, 0]
+        out["loss_actor"] = stats.reduce(weighted(log_prob - actor_q, steps.weight))
 
         # state value
-        value_error = self._value(x).squeeze(-1) - (smallest - log_prob).detach()
-        out["loss_value"] = 0.5 * self._reduce(stats, weighted(value_error.square(), steps.weight))
+        value_error = self._value(x).squeeze(-1) - (smallest_q - log_prob).detach()
+        out["loss_value"] = 0.5 * stats.reduce(weighted(value_error.square(), steps.weight))
 
         # diagnostics
         with torch.no_grad():

@@ -14,15 +14,21 @@ class Stats:
     Args:
         valid: bool [*B], or None where every step counts.
         like: a tensor [*B]: its device and its number of elements.
+        reduction: how a loss's terms become one number, ``"mean"`` or ``"sum"``.
 
     Attributes:
         count: number of valid steps, a scalar tensor.
     """
 
-    def __init__(self, valid: Tensor | None, like: Tensor) -> None:
+    def __init__(self, valid: Tensor | None, like: Tensor, reduction: str = "mean") -> None:
         self._valid = valid
+        self._reduction = reduction
         self.count = torch.full((), float(like.numel()), device=like.device) if valid is None else valid.sum().float()
         self._number: Any = like.numel() if valid is None else self.count.clamp(min=1)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Scalar, of ``x`` [*B]: the mean or the sum, by ``reduction``."""
+        return self.sum(x) if self._reduction == "sum" else self.mean(x)
 
     def sum(self, x: Tensor) -> Tensor:
         """Scalar, of ``x`` [*B]."""

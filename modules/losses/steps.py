@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,9 +10,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from offtrace.modules import keys as k
-from offtrace.modules.estimators.base import Outcome
+from offtrace.modules.estimators.base import Outcome, zero_invalid
 from offtrace.modules.estimators.selection import Selection
-from offtrace.modules.losses.stats import Stats
 
 if TYPE_CHECKING:
     from offtrace.modules.losses.base import Loss
@@ -73,16 +72,17 @@ def read_steps(
     if len(shape) == 1:
         selection = selection._replace(dims=1)
     valid, bootstraps = selection.valid, selection.bootstraps
-    here, after = {}, {}
+    observation, next_observation = {}, {}
     for key in loss.state_keys:
         x = selection.at(entry(loss, tensordict, key))
-        following = selection.successor(entry(loss, tensordict, (k.NEXT, key)))
+        next_x = selection.successor(entry(loss, tensordict, (k.NEXT, key)))
         # an action mask without any legal action is no mask: what has no weight gets one that allows all
-        here[key] = x = zero_invalid(x, valid) if x.dtype != torch.bool else true_where_invalid(x, valid)
-        # what stands behind a terminal or invalid step may be anything, and no network may see it
-        after[key] = torch.where(bootstraps.view(-1, *(1,) * (x.ndim - 1)), following, x)
+        observation[key] = x = zero_invalid(x, valid) if x.dtype != torch.bool else true_where_invalid(x, valid)
+        # the successor of a terminal or invalid step may be anything, and no network may see it
+        next_observation[key] = torch.where(bootstraps.view(-1, *(1,) * (x.ndim - 1)), next_x, x)
     action = zero_invalid(selection.at(_action(loss, tensordict, shape, discrete=discrete)), valid)
-    return Steps(here, after, action, valid, _weight(loss, tensordict, selection, shape), selection)
+    weight = _weight(loss, tensordict, selection, shape)
+    return Steps(observation, next_observation, action, valid, weight, selection)
 
 
 def read_outcome(loss: Loss, tensordict: TensorDictBase) -> Outcome:
@@ -105,12 +105,20 @@ def read_outcome(loss: Loss, tensordict: TensorDictBase) -> Outcome:
     return Outcome(reward.to(loss.dtype), terminated, done | terminated, _valid(loss, tensordict))
 
 
-def read_log_prob(loss: Loss, tensordict: TensorDictBase, steps: Steps, *, needed: bool) -> Tensor | None:
-    """log mu [M], the behaviour policy's log-probability of the actions; None where it is missing and not needed."""
+def read_log_prob(loss: Loss, tensordict: TensorDictBase, steps: Steps) -> Tensor | None:
+    """log mu [M], the behaviour policy's log-probability of the actions.
+
+    None where it is missing and the estimator does not need it.
+    """
     key, shape = loss.tensor_keys.sample_log_prob, tuple(tensordict.batch_size)
-    if not needed and tensordict.get(key, None) is None:
+    if not loss.estimator.uses_behaviour and tensordict.get(key, None) is None:
         return None
     return steps.selection.at(entry(loss, tensordict, key, shape))
+
+
+def log_ratio(log_pi: Tensor | None, log_mu: Tensor | None) -> Tensor | None:
+    """log pi - log mu, [M]; None where one of the two is not known."""
+    return None if log_pi is None or log_mu is None else log_pi - log_mu.to(log_pi.dtype)
 
 
 def read_pre_tanh(loss: Loss, tensordict: TensorDictBase, steps: Steps, *, needed: bool) -> Tensor | None:
@@ -138,11 +146,6 @@ def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else x * weight
 
 
-def reducer(reduction: str) -> Callable[[Stats, Tensor], Tensor]:
-    """How the steps' terms become one number: ``"sum"`` or ``"mean"``."""
-    return Stats.sum if reduction == "sum" else Stats.mean
-
-
 def entry(loss: Loss, tensordict: TensorDictBase, key: Any, shape: Sequence[int] | None = None) -> Tensor:
     """The entry ``key``, of ``shape`` (a last dimension of 1 is dropped) if one is given.
 
@@ -162,13 +165,6 @@ def entry(loss: Loss, tensordict: TensorDictBase, key: Any, shape: Sequence[int]
     return found.squeeze(-1)
 
 
-def zero_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
-    """``x`` [*B, ...] with zeros where ``valid`` [*B] is False: a NaN would pass through the weight of 0."""
-    if valid is None:
-        return x
-    return torch.where(valid.view(*valid.shape, *(1,) * (x.ndim - valid.ndim)), x, x.new_zeros(()))
-
-
 def true_where_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
     """``x`` bool [*B, ...] with True where ``valid`` [*B] is False."""
     return x if valid is None else x | ~valid.view(*valid.shape, *(1,) * (x.ndim - valid.ndim))
@@ -181,6 +177,17 @@ def check_arguments(*, reduction: str, **unit_interval: float) -> None:
     for name, value in unit_interval.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_positive(**numbers: float | None) -> None:
+    """Refuse numbers that are not above 0; None is none.
+
+    Raises:
+        ValueError: by the argument's name.
+    """
+    for name, value in numbers.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive or None, got {value}")
 
 
 def _check_shape(estimator: Any, shape: tuple[int, ...]) -> None:

@@ -10,9 +10,9 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.distributions import Distribution
 
-from offtrace.modules.estimators.base import Outcome
+from offtrace.modules.estimators.base import Outcome, zero_invalid
 from offtrace.modules.keys import ACTION_MASK, IS_INIT, NEXT
-from offtrace.modules.losses.steps import entry, read_outcome, zero_invalid
+from offtrace.modules.losses.steps import entry, read_outcome
 
 if TYPE_CHECKING:
     from offtrace.modules.losses.base import Loss
@@ -63,20 +63,20 @@ class Unroll:
             read = valid | torch.nn.functional.pad((valid & ~done)[:, :-1], (1, 0))
         found: dict[Any, Tensor] = {}
         for key in policy.in_keys:
-            root = tensordict.get(key, None)
-            if root is None and key in states:
+            x = tensordict.get(key, None)
+            if x is None and key in states:
                 raise KeyError(
                     f"the policy reads {key!r}, a recurrent state, which the rollout lacks at its first step"
                 )
-            if root is None:
+            if x is None:
                 raise KeyError(f"the policy reads {key!r}, which the rollout lacks")
             if key in states:
-                found[key] = root[:, :1].expand(-1, length, *root.shape[2:])
+                found[key] = x[:, :1].expand(-1, length, *x.shape[2:])
             elif successors:
-                following = self._following(tensordict, key, root)
-                found[key] = self._sequence(zero_invalid(root, read), following)
+                next_x = self._next(tensordict, key, x)
+                found[key] = self._sequence(zero_invalid(x, read), next_x)
             else:
-                found[key] = zero_invalid(root, read)
+                found[key] = zero_invalid(x, read)
         self.inputs = TensorDict(found, [self._batch, length])
 
     def steps(self, x: Tensor) -> Tensor:
@@ -113,23 +113,23 @@ class Unroll:
         source[self._rows.squeeze(1), self._position[:, -1] + 1] = ends
         self._source = source.flatten()
 
-    def _following(self, tensordict: TensorDictBase, key: Any, root: Tensor) -> Tensor:
-        following = tensordict.get((NEXT, key), None)
-        if following is None:
+    def _next(self, tensordict: TensorDictBase, key: Any, x: Tensor) -> Tensor:
+        next_x = tensordict.get((NEXT, key), None)
+        if next_x is None:
             if key == IS_INIT:
-                return torch.zeros_like(root)
-            if key == ACTION_MASK:  # only values are read behind a step, and they do not depend on the mask
-                return root
+                return torch.zeros_like(x)
+            if key == ACTION_MASK:  # of successors only values are read, and they do not depend on the mask
+                return x
             raise KeyError(f"the policy reads {key!r}, but the rollout lacks ('next', {key!r})")
-        return following
+        return next_x
 
-    def _sequence(self, root: Tensor, following: Tensor) -> Tensor:
-        event = (1,) * (root.ndim - 2)
-        last = torch.where(self._last.view(-1, 1, *event), following[:, -1:], root[:, -1:])
+    def _sequence(self, x: Tensor, next_x: Tensor) -> Tensor:
+        event = (1,) * (x.ndim - 2)
+        last = torch.where(self._last.view(-1, 1, *event), next_x[:, -1:], x[:, -1:])
         if not self._extra:
-            return torch.cat([root, last], 1)
-        final = following[self._final_row, self._final_step]
-        source = torch.cat([root.flatten(0, 1), final, last.flatten(0, 1)])
+            return torch.cat([x, last], 1)
+        final = next_x[self._final_row, self._final_step]
+        source = torch.cat([x.flatten(0, 1), final, last.flatten(0, 1)])
         return source.index_select(0, self._source).unflatten(0, (self._batch, -1))
 
 

@@ -19,12 +19,12 @@ class FastSoftUpdate(SoftUpdate):
 
     def __init__(self, loss_module: Any, *, eps: float | None = None, tau: float | None = None) -> None:
         super().__init__(loss_module, eps=eps, tau=tau)
-        self._following, self._followed = _pairs(self)
+        self._target_list, self._source_list = _pairs(self)
 
     @torch.no_grad()
     def step(self) -> None:
         """Move every target parameter towards its source, in place."""
-        torch._foreach_lerp_(self._following, self._followed, 1 - self.eps)
+        torch._foreach_lerp_(self._target_list, self._source_list, 1 - self.eps)
 
 
 class FastHardUpdate(HardUpdate):
@@ -36,12 +36,12 @@ class FastHardUpdate(HardUpdate):
 
     def __init__(self, loss_module: Any) -> None:
         super().__init__(loss_module, value_network_update_interval=1)
-        self._following, self._followed = _pairs(self)
+        self._target_list, self._source_list = _pairs(self)
 
     @torch.no_grad()
     def step(self) -> None:
         """Copy every target parameter from its source."""
-        torch._foreach_copy_(self._following, self._followed)
+        torch._foreach_copy_(self._target_list, self._source_list)
 
 
 def compile_loss(loss: nn.Module) -> Callable[..., Any]:

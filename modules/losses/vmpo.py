@@ -11,12 +11,13 @@ from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor, nn
 
 from offtrace.modules import keys as k
+from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.estimators.state_values import StateValueEstimator
 from offtrace.modules.losses import mpo_duals as m
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.policy_gradient import explained_variance
+from offtrace.modules.losses.policy_gradient import rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, entry, zero_invalid
+from offtrace.modules.losses.steps import check_arguments, entry
 from offtrace.modules.losses.unroll import evaluate_rollout, state_values
 from offtrace.modules.losses.views import is_squashed
 from offtrace.modules.networks.value_heads import PopArtHead
@@ -64,7 +65,7 @@ class VMPOLoss(Loss):
 
     Returns the three losses and, detached: ``temperature``; ``alpha``, or ``alpha_mean`` and ``alpha_cov``; ``kl``, or
     ``kl_mean`` and ``kl_cov``; ``kl_improved`` of psi to uniform on D~, and ``ess_improved``, the effective sample size
-    of psi as a fraction of D~; ``threshold``, the least advantage in D~; ``entropy``; ``explained_variance``;
+    of psi as a fraction of D~; ``threshold``, the smallest advantage in D~; ``entropy``; ``explained_variance``;
     ``advantage_std``; ``valid_count``; and those of the estimator: ``ess``, the effective sample size of pi/mu as a
     fraction of D; ``trace_length`` in steps and ``contraction`` of the value's operator; fractions of ratios above the
     clips that it has.
@@ -118,8 +119,8 @@ class VMPOLoss(Loss):
         suffixes = ["" if name == "kl" else f"_{name}" for name in bounds]
         parts = [f"{name}{suffix}" for name in ("alpha", "kl") for suffix in suffixes]
         losses = ["loss_policy", "loss_dual", "loss_value", "temperature", *parts]
-        told = ["kl_improved", "ess_improved", "threshold", "entropy", "explained_variance", "advantage_std"]
-        self.out_keys = [*losses, *told, "valid_count", *self.estimator.diagnostic_keys]
+        diagnostics = ["kl_improved", "ess_improved", "threshold", "entropy", "explained_variance", "advantage_std"]
+        self.out_keys = [*losses, *diagnostics, "valid_count", *self.estimator.diagnostic_keys]
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by what they belong to: ``"actor_critic"`` and ``"duals"``."""
@@ -168,11 +169,9 @@ class VMPOLoss(Loss):
         out["loss_value"] = (times * 0.5 * value_coef) * stats.mean(error.square())
 
         # diagnostics
-        with torch.no_grad():
-            out["entropy"] = stats.mean(policy.dist.entropy())
-            out["advantage_std"] = stats.std(estimate.advantage)
-            out["explained_variance"] = explained_variance(estimate.target, error, stats)
-            out["valid_count"] = stats.count
+        out |= rollout_diagnostics(
+            stats, entropy=policy.dist.entropy(), advantage=estimate.advantage, target=estimate.target, error=error
+        )
         return TensorDict(out | estimate.diagnostics, [])
 
     @property
@@ -210,8 +209,8 @@ def select_top(
     size = (stats.count * fraction).floor().clamp(min=1)
     # by rank, so that equal advantages do not make the half larger
     rank = ranked.argsort(descending=True, stable=True).argsort()
-    chosen = rank < size
-    log_prior = torch.where(chosen, -size.log(), -math.inf).to(flat.dtype)
+    top = rank < size
+    log_prior = torch.where(top, -size.log(), -math.inf).to(flat.dtype)
     step = m.e_step(value=flat, temperature=temperature, epsilon=epsilon, log_prior=log_prior)
     # a batch without a valid step still ranks one first
     some = (stats.count > 0).to(flat.dtype)
@@ -219,7 +218,7 @@ def select_top(
         "temperature": temperature.detach().squeeze(),
         "kl_improved": some * step.kl,
         "ess_improved": some / (size * step.weights.square().sum()),
-        "threshold": some * flat.masked_fill(~chosen, math.inf).amin(),
+        "threshold": some * flat.masked_fill(~top, math.inf).amin(),
     }
     return some * step.weights.view_as(advantage), some * step.dual, out
 

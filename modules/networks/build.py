@@ -28,6 +28,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from offtrace.modules.naming import nearest
 from offtrace.modules.networks.core import LSTMCore
 from offtrace.modules.networks.critics import CategoricalCritic, Critic, DiscreteCritic, StateValue
 from offtrace.modules.networks.ensembles import EnsembleMLP
@@ -45,7 +46,6 @@ from offtrace.modules.networks.named import (
     Widths,
     make_critic_encoder,
     make_encoder,
-    nearest,
     observation_names,
 )
 from offtrace.modules.networks.normalise import DictNormalizer, ObservationNormalizer

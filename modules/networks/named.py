@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from offtrace.modules.naming import imported, nearest
 from offtrace.modules.networks.encoders import MLP, Concatenate, ConvMLP, LayerNormMLP, ResNetConv, ShallowConv
 
 NETWORKS = ("mlp", "layernorm_mlp", "shallow", "resnet")
@@ -18,12 +17,6 @@ _CRITIC_DEFAULT = (256, 256, 256)
 
 Widths = int | Sequence[int] | None
 Shape = Sequence[int] | Mapping[str, Sequence[int]]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing where no known name is like ``name``."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def observation_names(shape: Shape) -> tuple[str, ...] | None:
@@ -96,6 +89,11 @@ def _check(network: str, shape: Shape) -> None:
         raise ValueError(
             f"network {network!r} needs observations [channels, height, width], got {tuple(shape)}; use 'mlp'"
         )
+    elif network not in _IMAGE and len(shape) == 3:  # it would read bytes from 0 to 255 as they are
+        raise ValueError(
+            f"network {network!r} reads vectors, and the observation is an image, {tuple(shape)}; use 'shallow' or "
+            "'resnet'"
+        )
 
 
 def _widths(network: str, hidden: Widths) -> tuple[int, ...]:
@@ -117,15 +115,10 @@ def _convolutions(network: str, shape: Sequence[int], width: int, channels_last:
 
 
 def _imported(path: str, shape: Shape, hidden: Widths) -> nn.Module:
-    module, _, name = path.partition(":")
-    try:
-        make: Callable[..., nn.Module] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"network {path!r} cannot be imported: {error}") from error
     entries = {key: tuple(one) for key, one in shape.items()} if isinstance(shape, Mapping) else tuple(shape)
-    encoder = make(entries, hidden)
+    encoder: nn.Module = imported(path, "network", "observation_shape", "hidden")(entries, hidden)
     if not isinstance(getattr(encoder, "out_features", None), int):
         raise ValueError(
-            f"network {path!r} must give a module with an int 'out_features', got {type(encoder).__name__}"
+            f"the network {path!r} must give a module with an int 'out_features', got {type(encoder).__name__}"
         )
     return encoder

@@ -218,7 +218,7 @@ class PolicyNetwork(ObservationNetwork):
                 raise KeyError(
                     f"{RECURRENT_H!r} and {RECURRENT_C!r} are missing in mid-episode: the environment does not carry "
                     "the recurrent state; build the collector with auto_register_policy_transforms=True, or append "
-                    "torchrl.modules.utils.get_env_transforms_from_module(policy) to the environment."
+                    "torchrl.modules.utils.get_env_transforms_from_module(policy) to the environment"
                 )
             h = c = features.new_zeros(*tensordict.batch_size, core.hidden_size)
         return h.reshape(-1, h.shape[-1]), c.reshape(-1, c.shape[-1])

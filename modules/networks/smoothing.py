@@ -48,7 +48,7 @@ class ActionSmoother(nn.Module):
             if not bool(first.all()):
                 raise KeyError(
                     f"{SMOOTHED_ACTION!r} is missing in mid-episode: the environment does not carry the last action; "
-                    "append torchrl.modules.utils.get_env_transforms_from_module(policy) to the environment."
+                    "append torchrl.modules.utils.get_env_transforms_from_module(policy) to the environment"
                 )
             before = torch.zeros_like(action)
         executed = torch.where(first, action, self.beta * before + (1 - self.beta) * action)

@@ -348,9 +348,9 @@ class Replay:
         return frames.view(len(slots), self.frame_stack * leaf.shape[1], *leaf.shape[2:])
 
     def _transitions(self, slots: np.ndarray, named: dict[str, Tensor]) -> TensorDict:
-        index, following = self._tensor(slots), self._tensor(self._rings.successors(slots))
+        index, next_index = self._tensor(slots), self._tensor(self._rings.successors(slots))
         found = {key: self._take(key, index) for key in self._storage.leaves}
-        successors = {key: self._take(key, following) for key in self._state}
+        successors = {key: self._take(key, next_index) for key in self._state}
         return self._assemble(found, successors, named, slots)
 
     def _sequences(self, slots: np.ndarray, named: dict[str, Tensor]) -> TensorDict:
@@ -375,13 +375,13 @@ class Replay:
     ) -> TensorDict:
         root = nested({key: value for key, value in found.items() if key[0] != NEXT})
         successors.update({key[1:]: value for key, value in found.items() if key[0] == NEXT})  # rewards and the like
-        following = nested(successors)
+        next_entries = nested(successors)
         flags = self._tensor(self._rings.ends(slots)).unsqueeze(-1)
-        following[TERMINATED], following[TRUNCATED], following[DONE], init = flags.unbind()
+        next_entries[TERMINATED], next_entries[TRUNCATED], next_entries[DONE], init = flags.unbind()
         if self._has_init:
             root[IS_INIT] = init
         # as a dict it would be gone through twice
-        root[NEXT] = TensorDict(following, slots.shape, device=self.device)
+        root[NEXT] = TensorDict(next_entries, slots.shape, device=self.device)
         return TensorDict({**root, **named}, slots.shape, device=self.device)
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -48,12 +48,12 @@ def check_shifted(entries: Mapping[Key, Tensor], frames: int, valid: np.ndarray,
     Raises:
         ValueError: naming the first environment and step where the frames do not move by one.
     """
-    here, following = entries.get(STACK), entries.get((NEXT, *STACK))
-    if here is None or following is None or here.shape != following.shape:
+    stacks, next_stacks = entries.get(STACK), entries.get((NEXT, *STACK))
+    if stacks is None or next_stacks is None or stacks.shape != next_stacks.shape:
         return  # said where every entry is looked for and compared with what is stored
-    older, newer = slice(None, -(here.shape[2] // frames)), slice(here.shape[2] // frames, None)
+    older, newer = slice(None, -(stacks.shape[2] // frames)), slice(stacks.shape[2] // frames, None)
     # numpy compares bytes several times faster than torch
-    states, successors = here.cpu().numpy(), following.cpu().numpy()
+    states, successors = stacks.cpu().numpy(), next_stacks.cpu().numpy()
     wrong = np.zeros(valid.shape, bool)
     wrong[:, :-1] = joined & _differ(states[:, 1:, older], states[:, :-1, newer])
     last = valid.copy()  # of a run, or of the rollout: of these alone the successor is stored

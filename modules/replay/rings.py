@@ -263,9 +263,9 @@ class Rings:
 
     def successors(self, slots: np.ndarray) -> np.ndarray:
         """The next slots, ``[B]``."""
-        following = slots + 1
-        following -= (following % self.size == 0) * self.size
-        return following
+        successors = slots + 1
+        successors -= (successors % self.size == 0) * self.size
+        return successors
 
     def stacks(self, slots: Tensor) -> Tensor:
         """The slots with the frames of the states in ``slots`` ``[B]``, oldest first, ``[B, older + 1]``."""

@@ -77,19 +77,6 @@ def check_numbers(**numbers: Any) -> None:
             raise ValueError(f"{name} must be a number, got nan")
 
 
-def check_clips(*, rho_clip: float, c_clip: float, pg_rho_clip: float) -> None:
-    """Of V-trace: c_clip above rho_clip would not contract.
-
-    Raises:
-        ValueError: by the argument's name.
-    """
-    check_numbers(rho_clip=rho_clip, c_clip=c_clip, pg_rho_clip=pg_rho_clip)
-    if not 0 < c_clip <= rho_clip:
-        raise ValueError(f"c_clip must be above 0 and at most rho_clip, {rho_clip}, got {c_clip}")
-    if not pg_rho_clip > 0:
-        raise ValueError(f"pg_rho_clip must be above 0, got {pg_rho_clip}")
-
-
 def discount(gamma: float | Tensor, like: Tensor) -> tuple[float | None, Tensor | None]:
     """A number, or a tensor of the shape of ``like``; the other of the two is None.
 

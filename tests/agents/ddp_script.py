@@ -1,7 +1,7 @@
-"""Run by test_ddp.py: one Lightning fit on two gloo ranks, or on one. Writes what each rank saw into a folder.
+"""Run by test_ddp.py: Lightning's fit on two gloo ranks. Writes what each rank saw into a folder.
 
-python ddp_script.py train FOLDER        two ranks, each with its own CartPole environments
-python ddp_script.py gradient FOLDER REDUCTION RANKS        one SGD step on fixed batches with unequal masks
+python ddp_script.py train FOLDER        each with its own CartPole environments
+python ddp_script.py gradients FOLDER        one SGD step on fixed batches with unequal masks, with each reduction
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from offtrace.modules.losses import ImpalaLoss
 from offtrace.modules.networks import build_policy
 
 ENVS, STEPS = 3, 5
+REDUCTIONS = ("sum", "mean")
 
 
 def fit(agent: Agent, data: Any, ranks: int, callbacks: list[pl.Callback] | None = None) -> pl.Trainer:
@@ -138,15 +139,16 @@ def sgd(params: Iterator[torch.Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=1.0)
 
 
-def gradient(folder: Path, reduction: str, ranks: int) -> None:
-    torch.manual_seed(0)
-    policy = build_policy(network="mlp", observation_shape=[4], num_actions=2, action_dim=None, hidden=[8])
-    loss = ImpalaLoss(policy, reduction=reduction, normalize_advantage=reduction == "mean")
-    before = {name: value.detach().clone() for name, value in policy.named_parameters()}
-    agent = Agent(loss, policy, optimizer=partial(sgd), total_frames=1, schedule="constant")
-    trainer = fit(agent, FixedData(ranks), ranks)
-    moved = {name: before[name] - value.detach() for name, value in policy.named_parameters()}
-    torch.save(moved, folder / f"gradient{trainer.global_rank}.pt")
+def gradients(folder: Path, ranks: int) -> None:
+    for reduction in REDUCTIONS:
+        torch.manual_seed(0)
+        policy = build_policy(network="mlp", observation_shape=[4], num_actions=2, action_dim=None, hidden=[8])
+        loss = ImpalaLoss(policy, reduction=reduction, normalize_advantage=reduction == "mean")
+        before = {name: value.detach().clone() for name, value in policy.named_parameters()}
+        agent = Agent(loss, policy, optimizer=partial(sgd), total_frames=1, schedule="constant")
+        trainer = fit(agent, FixedData(ranks), ranks)
+        moved = {name: before[name] - value.detach() for name, value in policy.named_parameters()}
+        torch.save(moved, folder / f"{reduction}{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
@@ -155,4 +157,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "train":
         train(out)
     else:
-        gradient(out, sys.argv[3], int(sys.argv[4]))
+        gradients(out, ranks=2)

@@ -112,7 +112,7 @@ def test_without_replay_the_data_are_rollouts() -> None:
         ("loss", "delta", -1.0, r"loss\.delta is -1\.0; it must be above 0, or null"),
         ("loss", "estimator", "gae", r"loss\.estimator: estimator 'gae' is of state values"),
         ("optim", "average_decay", 1.0, r"optim\.average_decay is 1\.0; it must be at least 0 and below 1"),
-        ("network", "recurrent", 8, r"network\.recurrent is 8; acer has no recurrent form"),
+        ("loss", "estimator", "n_step(n=3)", r"n_step\(n=3\), which learns from the first step of a sequence alone"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(group: str, name: str, value: Any, words: str) -> None:

@@ -114,9 +114,10 @@ def test_single_steps_are_dealt_over_environments_and_time() -> None:
 def test_a_hook_sees_each_whole_rollout_once_and_what_it_writes_is_dealt(deal: Any) -> None:
     seen: list[TensorDictBase] = []
 
-    def prepare(rollout: TensorDictBase) -> None:
+    def prepare(rollout: TensorDictBase) -> dict[str, torch.Tensor]:
         seen.append(rollout)
         rollout["advantage"] = rollout["sample"] * 2 + len(seen)
+        return {"ess": torch.tensor(1 / len(seen))}
 
     data = RolloutData(
         lambda *_: Collector(), total_frames=2 * ENVS * STEPS, minibatches=2, epochs=3, deal=deal, on_rollout=prepare
@@ -125,6 +126,7 @@ def test_a_hook_sees_each_whole_rollout_once_and_what_it_writes_is_dealt(deal: A
         assert len(seen) == number // 6 + 1
         assert torch.equal(batch["advantage"], batch["sample"] * 2 + len(seen))
     assert [rollout.shape for rollout in seen] == [(ENVS, STEPS)] * 2
+    assert data.metrics == {"rollout/ess": 0.5}  # what it returned of the newest one
 
 
 def test_steps_that_do_not_divide_are_refused() -> None:

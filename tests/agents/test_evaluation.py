@@ -1,4 +1,4 @@
-"""Scores: whole games, evenly dealt, and normalised as published."""
+"""Scores: whole episodes, evenly dealt, and normalised as published."""
 
 from __future__ import annotations
 
@@ -65,27 +65,27 @@ def test_bad_arguments(episodes: int, mode: str, words: str) -> None:
 
 
 class Breaking(gymnasium.Env[Any, Any]):
-    """Games of five steps; from the ``good``-th on the third step of each is not finite."""
+    """Episodes of five steps; from the ``good``-th on the third step of each is not finite."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
     action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
 
     def __init__(self, good: int) -> None:
-        self.good, self.game, self.steps = good, -1, 0
+        self.good, self.episode, self.steps = good, -1, 0
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        self.game, self.steps = self.game + (self.steps > 0 or self.game < 0), 0
+        self.episode, self.steps = self.episode + (self.steps > 0 or self.episode < 0), 0
         return np.zeros(2, np.float32), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.steps += 1
-        broken = self.game >= self.good and self.steps == 3
+        broken = self.episode >= self.good and self.steps == 3
         return np.full(2, np.nan if broken else 0, np.float32), 1.0, self.steps == 5, False, {}
 
 
 @pytest.mark.filterwarnings("ignore:broken:RuntimeWarning")
 @pytest.mark.parametrize(("good", "returns"), [(9, [5.0] * 6), (2, [5.0] * 4), (0, [])])
-def test_a_game_in_which_the_simulator_fails_takes_its_turn(good: int, returns: list[float]) -> None:
+def test_an_episode_in_which_the_simulator_fails_takes_its_turn(good: int, returns: list[float]) -> None:
     """A policy that always drives it there would be evaluated for ever."""
     policy = build_policy(network="mlp", observation_shape=[2], action_dim=1)
     env = GymEnv(lambda: Breaking(good), 2, name="broken")
@@ -111,7 +111,7 @@ def test_curve_and_gif(tmp_path: Path) -> None:
 
 
 class Scripted(TensorDictModuleBase):
-    """Plays the same list of actions [N, A] over and over, wherever the games stand."""
+    """Plays the same list of actions [N, A] over and over, wherever the episodes stand."""
 
     in_keys: ClassVar[list[str]] = ["observation"]
     out_keys: ClassVar[list[str]] = ["action"]
@@ -129,7 +129,7 @@ class Scripted(TensorDictModuleBase):
 
 
 class Ends(gymnasium.Env[Any, Any]):
-    """Games of three steps in the first environment, of two in the next, with actions from -2 to 6."""
+    """Episodes of three steps in the first environment, of two in the next, with actions from -2 to 6."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
     action_space = gymnasium.spaces.Box(-2, 6, (1,), np.float32)
@@ -150,11 +150,11 @@ class Ends(gymnasium.Env[Any, Any]):
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_action_change_is_of_executed_actions_inside_games_that_count(scale: float) -> None:
-    """Six steps: games 0 0 0 1 1 1 and 0 0 1 1 2 2, two of which count in each environment.
+def test_action_change_is_of_executed_actions_inside_episodes_that_count(scale: float) -> None:
+    """Six steps: episodes 0 0 0 1 1 1 and 0 0 1 1 2 2, two of which count in each environment.
 
-    Changes in parts of the range: environment 0 has 1/2, 1/2 | 1/4, 1/4 and environment 1 has 1 | 1/2 and a third game
-    that counts for nothing. Where a game ends the action jumps, which is no change.
+    Changes in parts of the range: environment 0 has 1/2, 1/2 | 1/4, 1/4 and environment 1 has 1 | 1/2 and a third
+    episode that counts for nothing. Where an episode ends the action jumps, which is no change.
     """
     centred = [[-1, -1], [0, 1], [-1, -1], [1, 0], [0.5, 1], [1, -1]]
     actions = [[(x if scale == 1 else 2 + scale * x) for x in row] for row in centred]

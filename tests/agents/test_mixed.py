@@ -341,6 +341,7 @@ def test_k_and_k_updates_are_2k(form: dict[str, float], tmp_path: Path) -> None:
     assert (data.replay.sample() == resumed_data.replay.sample()).all()
 
 
+@pytest.mark.slow
 def test_two_ranks_stay_bit_identical(tmp_path: Path) -> None:
     """Two gloo ranks, each with its own environments and replay."""
     script = Path(__file__).with_name("mixed_ddp_script.py")

@@ -19,7 +19,7 @@ from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.config import ConfigError, OffPolicyConfig
 from offtrace.agents.config.resources import bytes_per_step
 from offtrace.agents.data import ReplayData
-from offtrace.agents.data.store import ReplayStore
+from offtrace.agents.data.store import StoringData
 from offtrace.agents.dqn import DQNConfig
 from offtrace.agents.mpo import MPOConfig, dmpo_config, full_covariance_config
 from offtrace.agents.mpo import discrete_config as discrete_mpo_config
@@ -163,7 +163,10 @@ def _td(observation: torch.Tensor) -> Any:
     return TensorDict({"observation": observation}, [len(observation)])
 
 
-@pytest.mark.parametrize("name", ["sac", "sac retrace", "sac normalized", "mpo", "sac discrete", *PRIORITIZED])
+RESUMED = ["sac retrace", "sac normalized", "mpo", "sac discrete", *PRIORITIZED]
+
+
+@pytest.mark.parametrize("name", ["sac", *(pytest.param(name, marks=pytest.mark.slow) for name in RESUMED)])
 def test_k_and_k_updates_are_2k(name: str, tmp_path: Path) -> None:
     """Both arms get new environments after k rollouts. Bit for bit: weights, targets, moments, samples, counters."""
     k, config = 6, configs()[name]
@@ -365,7 +368,6 @@ class FullOnOneRank(ReplayData):
     room = True
 
     def __init__(self) -> None:
-        self.store = ReplayStore(None)  # type: ignore[arg-type]
         self.saved = "before"
 
     def save(self, rank: int) -> str | None:
@@ -408,10 +410,13 @@ def test_a_capacity_that_stacked_images_do_not_fit_is_refused() -> None:
         config.build()
     config.replay.capacity = 32
     config.validate()
-    with pytest.raises(ConfigError, match=r"for 1 environments that stack 3 frames and .* of 8 it must be at least 33"):
+    with pytest.raises(
+        ConfigError, match=r"for 1 environment with stacks of 3 frames and .* of 8 it must be at least 33"
+    ):
         config.build()
 
 
+@pytest.mark.slow
 def test_actors_in_processes_hold_the_ratio() -> None:
     config = configs()["sac"]
     config.collector.num_workers = 2
@@ -441,6 +446,7 @@ def test_vmpo_learns_something(popart: bool, tmp_path: Path) -> None:
         assert (saved.mean, saved.scale) == (head.mean, head.scale)
 
 
+@pytest.mark.slow
 def test_a_compiled_loss_is_the_loss() -> None:
     """The same updates from the same samples; traced, without a C++ compiler."""
     finals = []
@@ -483,18 +489,14 @@ def test_a_compiled_loss_is_the_loss() -> None:
             {"loss.estimator": "retrace", "replay.length": 3},
             "replay.batch_size is 8; loss.estimator retrace learns from .* 3, steps: it must be a multiple of that",
         ),
-        (
-            {"loss.estimator": "n_step(n=1)"},
-            r"loss.estimator n_step\(n=1\) needs sequences of 2 steps or more, or must be one_step",
-        ),
         ({"replay.capacity": 5}, "replay.capacity is 5; it must hold replay.batch_size, 8"),
-        ({"replay.min_size": 3}, "replay.min_size is 3; .* from 1 environments it must be at least 8"),
+        ({"replay.min_size": 3}, "replay.min_size is 3; .* from 1 environment it must be at least 8"),
         ({"replay.samples_per_insert": 0.0}, "replay.samples_per_insert is 0.0; it must be above 0 and finite"),
         (
             {"loss.estimator": "retrace", "replay.length": 1},
             "replay.length is 1; loss.estimator retrace needs sequences of 2",
         ),
-        ({"loss.estimator": "retrase"}, "loss.estimator: there is no estimator 'retrase', the nearest is 'retrace'"),
+        ({"loss.estimator": "retrase"}, "loss.estimator: there is no estimator 'retrase' .*; did you mean retrace"),
         ({"optim.tau": 0.0}, "optim.tau is 0.0; it must be above 0 and at most 1"),
         ({"network.smoothing": 1.0}, "network.smoothing is 1.0; it must be at least 0 and below 1"),
     ],
@@ -512,7 +514,7 @@ def test_tasks_that_do_not_fit_are_refused() -> None:
     backup = small(SACConfig())
     backup.loss.estimator = "tree_backup"
     for config, words in (
-        (backup, "TreeBackup needs probabilities of discrete actions"),
+        (backup, "loss.estimator is tree_backup, which needs probabilities of discrete actions; those of Pend"),
         (
             small(sac_v1_config(), "CartPole-v1"),
             "loss.version is 1, which has no form for the discrete actions of CartPole-v1",
@@ -544,6 +546,7 @@ def test_tasks_that_do_not_fit_are_refused() -> None:
         config.build()
 
 
+@pytest.mark.slow
 def test_two_ranks_stay_bit_identical(tmp_path: Path) -> None:
     """Two gloo ranks, each with its own environments and replay: the same weights, targets, duals and temperature."""
     script = Path(__file__).with_name("replayed_ddp_script.py")
@@ -585,19 +588,20 @@ class _ByHand(Uniform):
 def test_a_sampler_of_the_users_gets_its_priorities_back() -> None:
     sampler = _ByHand()
     replay = Replay(100, num_envs=2, batch_size=4, sampler=sampler)
-    store = ReplayStore(lambda rank, folder: replay)
-    store.open(0)
+    data = StoringData(None, lambda rank, folder: replay, total_frames=4, frame_skip=1)  # type: ignore[arg-type]
+    data.open_replay(0)
+    data.frames = 1
     steps = (2, 10)
     flags = {name: torch.zeros(*steps, 1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
     seen = {"observation": torch.randn(*steps, 3), "reward": torch.randn(*steps, 1), **flags}
     rollout = TensorDict(
         {"observation": torch.randn(*steps, 3), "action": torch.zeros(steps, dtype=torch.long), "next": seen}, steps
     )
-    store.insert(rollout)
-    batch = store.sample(4, progress=0.25)
+    data.insert(rollout)
+    batch = data.sample()
     assert sampler.progress == 0.25
     with pytest.raises(ValueError, match="priorities=True"):
-        store.feedback(batch)
+        data.feedback(batch)
     batch["td_error"] = torch.ones(4)
-    store.feedback(batch)
+    data.feedback(batch)
     assert sampler.given == 4

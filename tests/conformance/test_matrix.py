@@ -30,8 +30,6 @@ def small(config: Config, task: str) -> Any:
     found.env.task = f"{HERE}:{task}"
     found.env.num_envs, found.collector.unroll, found.collector.num_workers = ENVS, UNROLL, 0
     found.network.hidden = [16] if "Images" in task else [8, 8]
-    if found.network.encoder == "layernorm_mlp" and "Images" in task:
-        found.network.encoder = "auto"
     found.train.total_frames, found.train.eval_episodes = 4 * ENVS * UNROLL, 2
     found.train.eval_every = found.train.checkpoint_every = 10**9
     found.train.log_every, found.train.accelerator, found.train.precision = 0.0, "cpu", "32-true"
@@ -96,15 +94,11 @@ def test_an_agent_trains_on_a_task_or_refuses_it(variant: str, task: str, tmp_pa
 @pytest.mark.parametrize("algorithm", AGENTS)
 def test_an_lstm_trains_where_the_algorithm_has_one(algorithm: str, task: str, tmp_path: Path) -> None:
     config = small(config_class(algorithm)(), task)
+    if "recurrent" not in vars(config.network) or refused(algorithm, task):
+        return
     config.network.recurrent = 8
     if algorithm == "ppo":
         config.train.deal, config.train.minibatches = "environments", 2
-    if not config.recurrent:
-        with pytest.raises(ConfigError, match=r"network.recurrent is 8; \w+ has no recurrent form: it must be 0"):
-            config.validate()
-        return
-    if refused(algorithm, task):
-        return
     runs(config, tmp_path)
 
 

@@ -112,8 +112,9 @@ def test_the_behaviour_policy_is_read_where_it_is_needed_or_there() -> None:
     loss, without = A2CLoss(policy), rollout().exclude("action_log_prob")
     known, unknown = loss(td), loss(without)
     torch.testing.assert_close(total(known), total(unknown))
-    assert set(known.keys()) - set(unknown.keys()) == {"ess", "kl", "ratio_mean"}
-    assert set(loss.out_keys) == set(unknown.keys())
+    assert set(loss.out_keys) == set(known.keys()) == set(unknown.keys())
+    assert {name for name, value in unknown.items() if value.isnan()} == {"ess", "kl", "ratio_mean"}
+    assert not any(value.isnan() for value in known.values())
     assert "action_log_prob" not in loss.in_keys
     ratios = A2CLoss(policy, estimator="vtrace")
     assert set(ratios.out_keys) == set(ratios(td).keys())
@@ -124,17 +125,19 @@ def test_the_behaviour_policy_is_read_where_it_is_needed_or_there() -> None:
     torch.testing.assert_close(loss(td), A2CLoss(policy, estimator="vtrace(lmbda=0.9)")(td))
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options", [{"recurrent": 6}, {"masked": True}, {"action_dim": 2}, {"action_dim": 2, "recurrent": 6}]
 )
-def test_every_kind_of_policy_learns(options: dict[str, Any]) -> None:
+def test_every_kind_of_policy_learns(options: dict[str, Any], compiled: bool) -> None:
     policy, td = make(**options), rollout(dim=options.get("action_dim"))
     if options.get("masked"):
         td["action_mask"] = torch.rand(5, 7, ACTIONS, generator=torch.Generator().manual_seed(0)) < 0.5
         td["action_mask"].scatter_(-1, td["action"].unsqueeze(-1), True)
     loss = A2CLoss(policy)
     assert all(g.isfinite().all() and g.any() for g in gradients(loss, with_valid(td)))
-    torch.testing.assert_close(torch.compile(loss, backend="aot_eager")(td), loss(td))
+    if compiled:
+        torch.testing.assert_close(torch.compile(loss, backend="aot_eager")(td), loss(td))
 
 
 def test_normalised_advantages_and_clipped_rewards() -> None:

@@ -348,19 +348,23 @@ def slow_run_on_torchrl_queue() -> SlowRun:
         return SlowRun(overwrites=True)
 
 
+@pytest.mark.slow
 def test_every_step_arrives_once(slow_run: SlowRun) -> None:
     assert slow_run.whole()
     assert {len(steps) for steps in slow_run.steps().values()} == {ROLLOUTS // WORKERS * STEPS}
 
 
+@pytest.mark.slow
 def test_the_queue_of_torchrl_would_lose_steps(slow_run_on_torchrl_queue: SlowRun) -> None:
     assert not slow_run_on_torchrl_queue.whole()
 
 
+@pytest.mark.slow
 def test_lag_stays_below_its_bound_and_is_not_zero(slow_run: SlowRun) -> None:
     assert 0 < max(slow_run.lags) <= lag_bound(WORKERS, UPDATES)
 
 
+@pytest.mark.slow
 def test_the_version_is_that_of_the_weights_that_acted(slow_run: SlowRun) -> None:
     versions = set()
     for rollout in slow_run.rollouts:
@@ -369,6 +373,7 @@ def test_the_version_is_that_of_the_weights_that_acted(slow_run: SlowRun) -> Non
     assert len(versions) > 2
 
 
+@pytest.mark.slow
 def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun, slow_run_on_torchrl_queue: SlowRun) -> None:
     seeds = [int(rollout["observation"][0, 0, 2]) for rollout in slow_run.rollouts]
     assert seeds == [actor_seed(3, 0, 0), actor_seed(3, 0, 1)] * (ROLLOUTS // WORKERS)
@@ -382,6 +387,7 @@ def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun, slow_run
         torch.testing.assert_close(rollout["action"], again[seed]["action"])
 
 
+@pytest.mark.slow
 def test_shutdown_leaves_nothing(slow_run: SlowRun) -> None:
     assert len(slow_run.spawned) == WORKERS
     assert slow_run.left == (set(), set())
@@ -394,6 +400,7 @@ def _no_environment(seed: int) -> EnvBase:
     raise ValueError("there is no game 'pogn'")
 
 
+@pytest.mark.slow
 def test_an_environment_that_cannot_be_made_is_quoted() -> None:
     with pytest.raises(EnvironmentFailure, match="actor process 0 failed at step 0: ValueError: there is no game"):
         make_collector(_no_environment, WeightPolicy(), frames_per_batch=ENVS * STEPS)
@@ -407,6 +414,7 @@ def test_a_raising_environment_is_quoted(capfd: pytest.CaptureFixture[str]) -> N
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_hanging_environment_is_found() -> None:
     collector = make(1, env={"fail": "hang"}, step_timeout=5.0)
     next(collector)
@@ -417,6 +425,7 @@ def test_a_hanging_environment_is_found() -> None:
     assert float(idle[1]) >= 5.0
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_found() -> None:
     collector = make(1, env={"delay": 0.2})
     next(collector)
@@ -426,6 +435,7 @@ def test_a_killed_worker_is_found() -> None:
         next(collector)
 
 
+@pytest.mark.slow
 def test_an_actor_that_had_to_be_killed_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_SHUTDOWN_TIMEOUT", 0.0)
     collector = make(1, env={"delay": 0.2})
@@ -454,6 +464,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["raise", "interrupt", "interrupt while starting", "kill"])
 def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
     script = tmp_path / "learner.py"

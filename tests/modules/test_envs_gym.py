@@ -219,7 +219,9 @@ def test_own_environments_by_import_path(tmp_path: Path, monkeypatch: pytest.Mon
         ValueError, match=r"'own_envs:nothing' returned int; it must return a TorchRL EnvBase or a gymnasium"
     ):
         make_env("own_envs:nothing", 1)
-    with pytest.raises(ValueError, match=r"'own_envs:missing' cannot be imported: module 'own_envs' has no attribute"):
+    with pytest.raises(
+        ValueError, match=r"'own_envs:missing' cannot be imported: the module 'own_envs' has no 'missing'"
+    ):
         make_env("own_envs:missing", 1)
     sys.modules.pop("own_envs")
 

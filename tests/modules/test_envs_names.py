@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from offtrace.modules.envs import check_name, check_task_options, env_info, make_env
-from offtrace.modules.envs.names import TASK_OPTIONS, task_kind
+from offtrace.modules.envs.names import TASK_OPTIONS, known_actions, task_kind
 from offtrace.modules.envs.suite import TASKS, control_name, control_tasks
 
 TASK_OF = {"atari": "pong", "dm_control": "walker-walk", "gymnasium": "CartPole-v1", "own": "package.module:function"}
@@ -32,11 +32,11 @@ def test_kinds(name: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("CartPol-v1", r"unknown environment 'CartPol-v1'; did you mean 'CartPole-v1'"),
+        ("CartPol-v1", r"unknown environment 'CartPol-v1'; did you mean CartPole-v1"),
         ("a.b:", r"'package.module:function', got 'a.b:'"),
-        ("walker-wlak", r"the domain 'walker' has no task 'wlak'; did you mean 'walker-walk'"),
-        ("wlaker-walk", r"unknown environment 'wlaker-walk'; did you mean 'walker-walk'"),
-        ("cheeta-run", r"did you mean 'cheetah-run'"),
+        ("walker-wlak", r"the domain 'walker' has no task 'wlak'; did you mean walker-walk"),
+        ("wlaker-walk", r"unknown environment 'wlaker-walk'; did you mean walker-walk"),
+        ("cheeta-run", r"did you mean cheetah-run"),
         ("walker", r"unknown environment 'walker'"),
     ],
 )
@@ -100,6 +100,39 @@ def test_the_sentence(name: str, options: dict[str, Any], words: str) -> None:
             function(name, options)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_such_module:make", "'no_such_module:make' cannot be imported: there is no module 'no_such_module'"),
+        (f"{__name__}:mak", "cannot be imported: the module .* has no 'mak'"),
+        (f"{__name__}:of_size", r"must take num_envs and seed, or nothing, and takes \(size\)$"),
+    ],
+)
+def test_an_own_environment_is_checked_before_it_is_made(name: str, words: str) -> None:
+    for function in (check_name, lambda name: make_env(name, 1)):
+        with pytest.raises(ValueError, match=words):
+            function(name)
+
+
+def of_size(size: int) -> None:
+    """Takes neither num_envs and seed nor nothing."""
+
+
+@pytest.mark.parametrize(
+    ("name", "actions"),
+    [
+        ("pong", "discrete"),
+        ("walker-walk", "continuous"),
+        ("CartPole-v1", "discrete"),
+        ("Pendulum-v1", "continuous"),
+        ("HalfCheetah-v5", "continuous"),
+        ("package.module:function", None),
+    ],
+)
+def test_what_a_task_acts_with_is_known_before_it_is_made(name: str, actions: str | None) -> None:
+    assert known_actions(name) == actions
+
+
 def test_what_only_the_environment_knows_is_left_to_it() -> None:
     check_task_options("Pendulum-v1", {"speed": 3})
     with pytest.raises(ValueError, match=r"the environment 'Pendulum-v1' cannot be made: .*'speed'"):
@@ -117,7 +150,9 @@ def test_checking_imports_neither_torch_nor_a_simulator() -> None:
     code = """
 import sys
 from offtrace.modules.envs import check_task_options
-for name in ("pong", "CartPole-v1", "walker-walk", "a:b"):
+from offtrace.modules.envs.names import known_actions
+for name in ("pong", "CartPole-v1", "walker-walk", "HalfCheetah-v5", "a:b"):
+    known_actions(name)
     try:
         check_task_options(name, {"protocol": "classic", "pixels": True})
     except ValueError:

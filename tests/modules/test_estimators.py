@@ -14,7 +14,7 @@ from torchrl.objectives import A2CLoss, ClipPPOLoss
 
 from offtrace.modules import GAE, NStepReturn, VTrace
 from offtrace.modules.estimators import Outcome, StateValueEstimator, WeightedGAE, bind, make_estimator
-from offtrace.modules.estimators.names import ESTIMATORS
+from offtrace.modules.estimators.names import ESTIMATORS, RANGES
 from offtrace.modules.returns import gae, vtrace
 
 B, T, A = 3, 7, 4
@@ -183,7 +183,7 @@ def test_bad_input_is_named() -> None:
     for options, words in (
         ({"gamma": 1.5}, "gamma must be in"),
         ({"gamma": 0.9, "lmbda": -0.1}, "lmbda must be in"),
-        ({"gamma": 0.9, "c_clip": 2.0}, "c_clip must be above 0 and at most rho_clip, 1.0, got 2.0"),
+        ({"gamma": 0.9, "c_clip": 2.0}, "c_clip must be at most rho_clip, 1.0, got 2.0"),
         ({"gamma": 0.9, "leak": 2.0}, "leak must be in"),
         ({"lmbda": 1.5}, "lmbda must be in"),
         ({"gamma": 0.9, "pg_rho_clip": 0.0}, "pg_rho_clip must be above 0, got 0.0"),
@@ -254,13 +254,14 @@ def test_alone_and_in_a_loss_it_is_one_computation(estimator: Any, masked: bool)
     torch.testing.assert_close(found.weight, expected if valid is None else torch.where(valid, expected, 0))
 
 
-def test_without_ratios_only_the_effective_sample_size_is_left_out() -> None:
+def test_without_ratios_only_the_effective_sample_size_is_unknown() -> None:
     for estimator in (GAE(), NStepReturn(n=3)):
         ours = bind(estimator, "state", gamma=0.9)
         done = torch.zeros(B, T, dtype=torch.bool)
         value = torch.randn(B, T)
         found = ours.estimate(Outcome(value, done, done, None), value=value, next_value=value, log_rho=None)
-        assert set(found.diagnostics) == {"trace_length", "contraction"}
+        assert set(found.diagnostics) == set(ours.diagnostic_keys)
+        assert {name for name, value in found.diagnostics.items() if value.isnan()} == {"ess"}
 
 
 @pytest.mark.parametrize("kind", ["state", "action"])
@@ -274,5 +275,7 @@ def test_the_names_have_the_options_of_their_classes(kind: str) -> None:
         for option, value in (*given.items(), *named.fixed.items()):
             assert getattr(found, option) == value
         plain = make_estimator(name, kind)
-        assert getattr(plain, "lmbda", 1.0) == 1.0
+        assert {option: getattr(plain, option) for option in named.options} == named.options, "one default"
         assert found.kind == plain.kind == kind
+        assert plain.only_discrete == named.only_discrete
+        assert set(named.options) <= RANGES.keys()

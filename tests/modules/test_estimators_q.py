@@ -330,6 +330,21 @@ def test_an_action_that_the_target_policy_never_takes_is_a_legal_ratio(kind: Any
             kind(gamma=GAMMA, validate=True)(data)
 
 
+def test_n_step_of_one_step_is_one_step() -> None:
+    """On transitions and on sequences, of which every step is learnt from."""
+    one, same = (bind(spec, "action", gamma=GAMMA) for spec in ("one_step", "n_step(n=1)"))
+    for length in (1, 5):
+        assert one.sequence_length(length) == same.sequence_length(length) == 1
+        assert one.steps_per_sequence(length) == same.steps_per_sequence(length) == length
+        flags = torch.rand(2, 4, length) < 0.3
+        outcome = Outcome(torch.randn(4, length), flags[0] & flags[1], flags[0], None)
+        following = torch.randn(4 * length)
+        found = [x.estimate(x.select(outcome, gamma=GAMMA), next_value=following) for x in (one, same)]
+        assert found[0].target.shape == following.shape
+        assert torch.equal(found[0].target, found[1].target)
+        assert found[0].diagnostics.keys() == found[1].diagnostics.keys()
+
+
 def test_what_is_missing_or_no_index_is_named() -> None:
     actor, critic = discrete(2)
     with pytest.raises(KeyError, match=r"'next', which holds the successors, is missing|'next', 'reward'"):
@@ -338,7 +353,7 @@ def test_what_is_missing_or_no_index_is_named() -> None:
     data["action"] = nn.functional.one_hot(data["action"], A)
     with pytest.raises(ValueError, match=r"'action' must hold the indices .*, got torch.int64 \[3, 8, 4\]; of one-hot"):
         Retrace(gamma=GAMMA, qvalue_network=critic, actor_network=actor)(data)
-    with pytest.raises(TypeError, match="lmbda must be a number, got NoneType"):
+    with pytest.raises(TypeError, match="lmbda must be a number, got None"):
         Retrace(gamma=0.9, lmbda=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Retrace has no gamma: make it Retrace\(gamma=...\), or give it to a loss"):
         Retrace(qvalue_network=critic, actor_network=actor)(rollout())

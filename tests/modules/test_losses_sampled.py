@@ -183,7 +183,7 @@ def masked_networks(kind: str) -> Any:
 
 
 def enumerated(loss: Any, network: str, td: TensorDictBase, where: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, their logarithms and Q, least of the critics, of legal actions; 0 of the others."""
+    """Probabilities, their logarithms and Q, the smallest of the critics, of legal actions; 0 of the others."""
     policy, critic = (loss.actor, loss.critic) if isinstance(loss, DiscreteSACLoss) else (loss.policy, loss.critic)
     if network == "target":
         critic = loss.target("critic")

@@ -16,7 +16,7 @@ from torch import distributions as D
 from offtrace.modules.estimators.base import Outcome
 from offtrace.modules.estimators.selection import first_window
 from offtrace.modules.losses import DiscreteMPOLoss, MPOLoss
-from offtrace.modules.losses.critics import least_mean
+from offtrace.modules.losses.critics import min_critic
 from offtrace.modules.losses.updates import FastHardUpdate
 from offtrace.modules.networks import DiagonalNormal, FullNormal, TanhNormal, build_critic, build_policy
 from offtrace.modules.networks.distributions import Categorical
@@ -173,7 +173,7 @@ def value_at(critic: Any, *inputs: Tensor) -> Tensor:
 
 
 def estimate(loss: MPOBase, observation: Tensor, action: Tensor | None = None) -> Tensor:
-    """The target critics' least value."""
+    """The target critics' smallest value."""
     inputs = (observation,) if action is None else (observation, action.clamp(-1, 1))
     with torch.no_grad():
         found = value_at(loss.target("critic"), *inputs)
@@ -437,10 +437,10 @@ def test_categorical_critic(target: str) -> None:
     torch.testing.assert_close(dist @ loss.support, y)
 
 
-def test_of_several_categorical_critics_the_one_with_the_least_mean_is_the_target() -> None:
+def test_of_several_categorical_critics_the_one_with_the_smallest_mean_is_the_target() -> None:
     loss = make(critic="categorical", critics=3, target="one_step")
     logits = torch.randn(4, 3, ATOMS, dtype=torch.float64)
-    value, dist = least_mean(logits, loss.support)
+    value, dist = min_critic(logits, loss.support)
     probs = logits.softmax(-1)
     means = (probs * loss.support).sum(-1)
     torch.testing.assert_close(value, means.min(-1).values)
@@ -674,6 +674,7 @@ def test_networks_and_batches_that_do_not_fit_are_refused() -> None:
         make(n=7)(data())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "critic", "target"),
     [

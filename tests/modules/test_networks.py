@@ -237,7 +237,7 @@ def recurrent_policy() -> Any:
     return policy
 
 
-@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("processes", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_learner_recomputes_the_stored_log_probabilities_across_resets(processes: int) -> None:
     policy = recurrent_policy()
     make_env = partial(Recall, 6, mixed=True)

@@ -56,6 +56,10 @@ class OwnMixed(nn.Module):
         return self.linear(torch.cat([self.conv(x["camera"].float() / 255).flatten(1), x["speed"]], -1)).relu()
 
 
+def narrow(shape: Any) -> nn.Module:
+    return nn.Flatten()
+
+
 def without_width(shape: Any, hidden: Any) -> nn.Module:
     return nn.Flatten()
 
@@ -250,14 +254,17 @@ def test_a_name_with_a_dot_is_a_name() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"network": "shalow"}, "did you mean 'shallow'"),
-        ({"network": "layernorm-mlp"}, "did you mean 'layernorm_mlp'"),
+        ({"network": "shalow"}, "did you mean shallow"),
+        ({"network": "layernorm-mlp"}, "did you mean layernorm_mlp"),
         ({"network": "shallow"}, "needs observations [channels, height, width], got (3,); use 'mlp'"),
         ({"network": "resnet"}, "needs observations [channels, height, width], got (3,); use 'mlp'"),
         ({"network": "shallow", "observation_shape": [4, 8, 8]}, "at least 20x20"),
         ({"network": "nowhere.module:net"}, "cannot be imported"),
         ({"network": f"{__name__}:absent"}, "cannot be imported"),
+        ({"network": f"{__name__}:narrow"}, "must take (observation_shape, hidden), and takes (shape)"),
         ({"network": f"{__name__}:without_width"}, "must give a module with an int 'out_features', got Flatten"),
+        ({"observation_shape": [4, 84, 84]}, "is an image, (4, 84, 84); use 'shallow' or 'resnet'"),
+        ({"observation_shape": [4, 84, 84], "network": "layernorm_mlp"}, "'layernorm_mlp' reads vectors, and the obs"),
         ({"observation_shape": MIXED}, "give a network of your own"),
         ({"observation_shape": {"speed": [2]}, "network": "shallow"}, "give a network of your own"),
         ({"observation_shape": [0]}, "sizes of an observation must be positive"),
@@ -284,7 +291,7 @@ def test_what_no_builder_can_do_is_named(build: Any, values: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"head": "tanhh", **CONTINUOUS}, "did you mean 'tanh'"),
+        ({"head": "tanhh", **CONTINUOUS}, "did you mean tanh"),
         ({"head": "categorical", **CONTINUOUS}, "head 'categorical' needs num_actions"),
         ({"head": "greedy", **CONTINUOUS}, "head 'greedy' needs num_actions"),
         ({"head": "tanh", **DISCRETE}, "head 'tanh' needs action_dim"),
@@ -292,12 +299,12 @@ def test_what_no_builder_can_do_is_named(build: Any, values: dict[str, Any], mes
         ({"critic": "w", **DISCRETE}, "critic must be 'v', 'q' or None, got 'w'"),
         ({"critic": "q", **CONTINUOUS}, "critic='q' needs discrete actions"),
         ({"masked": True, **CONTINUOUS}, "masked=True needs discrete actions"),
-        ({"head_options": {"inti_scale": 0.1}, **CONTINUOUS}, "did you mean 'init_scale'"),
+        ({"head_options": {"inti_scale": 0.1}, **CONTINUOUS}, "did you mean init_scale"),
         ({"head": "tanh", "head_options": {"init_scale": 0.1}, **CONTINUOUS}, "its options are ['log_scale']"),
         ({"head_options": {"masked": True}, **DISCRETE}, "head 'categorical' has no option 'masked'"),
-        ({"critic_options": {"popartt": True}, **DISCRETE}, "did you mean 'popart'"),
+        ({"critic_options": {"popartt": True}, **DISCRETE}, "did you mean popart"),
         ({"critic": "q", "critic_options": {"popart": True}, **DISCRETE}, "critic='q' has no option 'popart'"),
-        ({"critic": "q", "critic_options": {"dualing": True}, **DISCRETE}, "did you mean 'dueling'"),
+        ({"critic": "q", "critic_options": {"dualing": True}, **DISCRETE}, "did you mean dueling"),
         ({"critic_options": {"atoms": 51}, **DISCRETE}, "critic='v' has no option 'atoms'"),
         ({"critic": "q", "critic_options": {"atoms": 1}, **DISCRETE}, "atoms >= 2"),
         ({"head": "tanh", "head_options": {"log_scale": "none"}, **CONTINUOUS}, "log_scale must be one of"),
@@ -331,7 +338,7 @@ def test_a_fault_inside_a_users_network_is_shown_as_it_is() -> None:
 
 def test_networks_know_nothing_but_each_other_and_the_names_of_entries() -> None:
     folder = Path(offtrace.modules.networks.__file__).parent
-    known = ("offtrace.modules.networks", "offtrace.modules.keys")
+    known = ("offtrace.modules.networks", "offtrace.modules.keys", "offtrace.modules.naming")
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -205,6 +205,7 @@ def test_values_behind_a_layer_norm_start_near_zero(options: dict[str, int]) -> 
     assert 0.01 < critic(td)[key].std() < 0.1
 
 
+@pytest.mark.slow
 def test_compiled_relu_is_relu_but_for_the_gradient_at_0() -> None:
     torch._dynamo.reset()
     values = torch.tensor([-2.0, 0.0, 3.0])

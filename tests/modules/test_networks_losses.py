@@ -48,6 +48,7 @@ def train_recall(recurrent: int | None) -> float:
     return sum(answers[-20:]) / 20
 
 
+@pytest.mark.slow
 def test_only_the_recurrent_agent_solves_recall() -> None:
     assert train_recall(16) > 0.9
     assert abs(train_recall(None)) < 0.2

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchrl.objectives import A2CLoss as TorchRLA2CLoss
 from torchrl.objectives import ClipPPOLoss
 
+from offtrace.modules import estimators
 from offtrace.modules.estimators import (
     GAE,
     ActionValueEstimator,
@@ -25,7 +27,7 @@ from offtrace.modules.estimators import (
     VTrace,
     make_estimator,
 )
-from offtrace.modules.estimators.names import check_spec, parse_spec
+from offtrace.modules.estimators.names import check_spec, find_named, parse_spec
 from offtrace.modules.losses import (
     A2CLoss,
     DiscreteMPOLoss,
@@ -363,36 +365,56 @@ def test_make_value_estimator_is_the_argument_under_torchrls_name() -> None:
 
 
 BAD: list[tuple[Any, str, type[Exception], str]] = [
-    ("vtrac", "state", ValueError, "there is no estimator 'vtrac', the nearest is 'vtrace'; those of state values are"),
+    (
+        "vtrac",
+        "state",
+        ValueError,
+        "no estimator 'vtrac' among those of state values, 'vtrace', .*; did you mean vtrace",
+    ),
     ("v-trace", "state", ValueError, "an estimator is a name, options in brackets behind it, .*, got 'v-trace'"),
-    ("Retrace", "action", ValueError, "there is no estimator 'Retrace', the nearest is 'retrace'; those of action val"),
+    ("Retrace", "action", ValueError, "no estimator 'Retrace' among those of action values, .*; did you mean retrace"),
     (
         "retrace",
         "state",
         ValueError,
         "estimator 'retrace' is of action values, and one of state values is needed: 'vtr",
     ),
-    ("gae(lamda=0.9)", "state", ValueError, "'gae' has no option 'lamda', the nearest is 'lmbda'; it has 'lmbda'"),
+    ("gae(lamda=0.9)", "state", ValueError, "'gae' has no option 'lamda', its options are 'lmbda'; did you mean lmbda"),
     ("one_step(n=3)", "action", ValueError, "estimator 'one_step' has no option 'n'"),
     ("gae(0.9)", "state", ValueError, r"options of an estimator go by their names, as .*, got 'gae\(0.9\)'"),
     ("gae(lmbda=x)", "state", ValueError, r"'x' is no literal that an estimator can be given, in 'gae\(lmbda=x\)'"),
     ("gae(lambda=1)", "state", ValueError, r"\(lmbda, not lambda\), got 'gae\(lambda=1\)'"),
     ("gae(lmbda=1.5)", "state", ValueError, r"lmbda must be in \[0, 1\], got 1.5"),
-    ("gae(lmbda=None)", "state", TypeError, "lmbda must be a number, got NoneType"),
+    ("gae(lmbda=None)", "state", TypeError, "lmbda must be a number, got None"),
     ("n_step(n=0)", "state", ValueError, "n must be 1 or more, and whole, got 0"),
     ("n_step(n=2.5)", "action", ValueError, "n must be 1 or more, and whole, got 2.5"),
     ("retrace(root=0)", "action", ValueError, "root must be 1 or more, and whole, got 0"),
-    ("no.such.module:Trace", "state", ImportError, "the estimator 'no.such.module:Trace' cannot be imported"),
-    (f"{HERE}:Nothing", "state", ImportError, "the estimator '.*:Nothing' cannot be imported"),
-    (f"{HERE}:SmoothVTrace(lamda=1)", "state", ValueError, "has no option 'lamda', the nearest is 'lmbda'; it has"),
-    (f"{HERE}:GAMMA", "state", TypeError, "the estimator '.*:GAMMA' is no class and no function, but a float"),
+    (
+        "no.such.module:Trace",
+        "state",
+        ValueError,
+        "the estimator 'no.such.module:Trace' cannot be imported: there is no module 'no'",
+    ),
+    (
+        f"{HERE}:Nothing",
+        "state",
+        ValueError,
+        "the estimator '.*:Nothing' cannot be imported: the module .* has no 'Nothing'",
+    ),
+    (
+        f"{HERE}:SmoothVTrace(lamda=1)",
+        "state",
+        ValueError,
+        "has no option 'lamda', its options are .*; did you mean lmbda",
+    ),
+    (f"{HERE}:GAMMA", "state", ValueError, "the estimator '.*:GAMMA' is no class and no function, but .* float"),
     (
         VTrace,
         "state",
         TypeError,
         "an object of the kind of VTrace.*, got the class VTrace, of which an object is needed",
     ),
-    (None, "state", TypeError, "an estimator is a name, an import path, or an object .*, got None"),
+    (None, "state", TypeError, "an estimator is a name, an import path, or an object .*, got NoneType"),
     (Retrace(), "state", ValueError, "Retrace estimates action values, and an estimator of state values is needed"),
     (GAE(), "action", ValueError, "GAE estimates state values, and an estimator of action values is needed"),
 ]
@@ -453,3 +475,40 @@ def test_texts_are_read_without_importing_what_they_name() -> None:
     for spec in ("retrase", "retrace(x=1)", "vtrace"):
         with pytest.raises(ValueError, match="estimator"):
             check_spec(spec, "action")
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "message"),
+    [
+        ("gae(lmbda=1.5)", "state", r"lmbda must be in \[0, 1\], got 1.5"),
+        ("gae(lmbda=None)", "state", "lmbda must be a number, got None"),
+        ("gae(lmbda=True)", "state", "lmbda must be a number, got True"),
+        ("importance_sampling(lmbda=-1)", "state", r"lmbda must be in \[0, 1\], got -1"),
+        ("vtrace(leak=inf)", "state", r"leak must be in \[0, 1\], got inf"),
+        ("vtrace(rho_clip=-1)", "state", "rho_clip must be above 0, got -1"),
+        ("vtrace(c_clip=0)", "state", "c_clip must be above 0, got 0"),
+        ("vtrace(c_clip=2)", "state", "c_clip must be at most rho_clip, 1.0, got 2"),
+        ("vtrace(rho_clip=0.5)", "state", "c_clip must be at most rho_clip, 0.5, got 1.0"),
+        ("one_step(pg_rho_clip=0)", "state", "pg_rho_clip must be above 0, got 0"),
+        ("n_step(n=0)", "state", "n must be 1 or more, and whole, got 0"),
+        ("n_step(n=2.5)", "action", "n must be 1 or more, and whole, got 2.5"),
+        ("retrace(root=0)", "action", "root must be 1 or more, and whole, got 0"),
+        ("tree_backup(lmbda=2)", "action", r"lmbda must be in \[0, 1\], got 2"),
+    ],
+)
+def test_a_text_and_the_class_that_it_names_refuse_the_same_values(spec: str, kind: str, message: str) -> None:
+    name, options = parse_spec(spec)
+    build: Any = attrgetter(find_named(name, kind).path.partition(":")[2])(estimators)
+    for refuse in (lambda: check_spec(spec, kind), lambda: make_estimator(spec, kind), lambda: build(**options)):
+        with pytest.raises((ValueError, TypeError), match=f"^{message}$"):
+            refuse()
+
+
+@pytest.mark.parametrize("name", ["gae", "one_step", "vtrace", f"{HERE}:SmoothVTrace"])
+def test_what_a_loss_has_itself_is_refused_in_a_text_and_never_offered(name: str) -> None:
+    with pytest.raises(ValueError, match=r"give loss.gamma, and leave it out of '.*gamma=0.9\)'"):
+        check_spec(f"{name}(gamma=0.9)", "state")
+    with pytest.raises(ValueError, match=r"has no option 'gama', its options are .*lmbda") as raised:
+        make_estimator(f"{name}(gama=0.9)", "state")
+    for argument in ("gamma", "value_network", "actor_network", "validate"):
+        assert f"'{argument}'" not in str(raised.value)

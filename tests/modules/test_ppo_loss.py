@@ -203,6 +203,7 @@ def test_the_clips_shrink_with_the_progress() -> None:
         annealed.set_progress(1.2)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager_while_the_clip_changes() -> None:
     policy = make()
     td = with_valid(near(policy, rollout()))

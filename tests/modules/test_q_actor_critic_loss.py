@@ -241,6 +241,7 @@ def test_renamed_keys() -> None:
     torch.testing.assert_close(loss(renamed), expected)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     policy, td = policy_of(), with_valid(rollout())
     loss = QActorCriticLoss(policy)

@@ -134,7 +134,11 @@ def test_scan_and_loop_agree(length: int, bounded: bool) -> None:
         torch.testing.assert_close(loop, scan, rtol=1e-11, atol=1e-11)
 
 
-@each
+@pytest.mark.parametrize(
+    "function",
+    [vtrace, *(pytest.param(f, marks=pytest.mark.slow) for f in FUNCTIONS if f is not vtrace)],
+    ids=lambda f: f.__name__,
+)
 def test_compiled_equals_eager(function: Any) -> None:
     """One graph, no break; the traced program itself, without a compiler of C++."""
     x = inputs(20, 3)

@@ -34,7 +34,7 @@ from tests.modules.rollouts import (
     validity,
 )
 
-CASES = settings(max_examples=1000, deadline=None)
+CASES = settings(max_examples=300)
 GAMMAS = st.sampled_from([0.0, 0.5, 0.99, 1.0])
 LAMBDAS = st.sampled_from([0.0, 0.3, 0.95, 1.0])
 
@@ -297,7 +297,7 @@ def test_the_distributional_return_is_the_mixture(
     np.testing.assert_allclose(rough.numpy(), direct_distribution(single(inputs), gamma, support), atol=1e-4)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100)
 @given(SEEDS, st.integers(13, 64), GAMMAS, st.booleans(), st.booleans())
 def test_the_distributional_return_over_long_rollouts(
     seed: int, length: int, gamma: float, masked: bool, ending: bool
@@ -367,7 +367,7 @@ def test_unreadable_distributions_reach_nothing() -> None:
     assert torch.equal(distributional_return(**inputs, gamma=0.9, support=support), clean)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SEEDS, st.integers(2, 8), st.booleans())
 def test_the_projection_keeps_mass_and_mean(seed: int, count: int, uneven: bool) -> None:
     rng = np.random.default_rng(seed)

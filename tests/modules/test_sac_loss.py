@@ -550,13 +550,13 @@ def test_views_follow_a_change_of_dtype_and_an_optimiser() -> None:
     ("make", "target"),
     [
         (sac, "one_step"),
-        (sac, "n_step"),
-        (sac, "retrace"),
-        (discrete, "one_step"),
-        (discrete, "retrace"),
-        (discrete, "tree_backup"),
-        (v1, "one_step"),
-        (v1, "n_step"),
+        pytest.param(sac, "n_step", marks=pytest.mark.slow),
+        pytest.param(sac, "retrace", marks=pytest.mark.slow),
+        pytest.param(discrete, "one_step", marks=pytest.mark.slow),
+        pytest.param(discrete, "retrace", marks=pytest.mark.slow),
+        pytest.param(discrete, "tree_backup", marks=pytest.mark.slow),
+        pytest.param(v1, "one_step", marks=pytest.mark.slow),
+        pytest.param(v1, "n_step", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_equals_eager(make: Any, target: str) -> None:
@@ -565,6 +565,7 @@ def test_compiled_equals_eager(make: Any, target: str) -> None:
     _check_same(loss, torch.compile(loss, backend="aot_eager", fullgraph=True), td)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_draws_what_eager_draws() -> None:
     loss, td = sac("one_step"), replay(6)

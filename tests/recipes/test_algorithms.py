@@ -75,6 +75,7 @@ def arguments(name: str) -> list[str]:
         ("dqn", ["--loss.double=false", "--network.normalize=true"]),
         ("sac_control", [CONTINUOUS]),
         ("sac_control", [CONTINUOUS, "--loss.estimator=n_step(n=3)", "--replay.min_size=32"]),
+        ("sac_control", [CONTINUOUS, "--loss.estimator=n_step(n=1)"]),
         ("sac_control", [CONTINUOUS, "--replay.sampler=prioritized"]),
         ("sac_control", ["--preset=v1", CONTINUOUS]),
         ("sac_control", ["--preset=discrete", "--loss.estimator=tree_backup", "--replay.length=4"]),
@@ -100,6 +101,14 @@ def test_a_recipe_trains_and_goes_on(name: str, argv: list[str], capsys: pytest.
     capsys.readouterr()
     assert evaluate.main([str(RUN / "checkpoints/last.ckpt"), "--episodes=2", "--mode=greedy"]) == 0
     assert "greedy actions, 2 whole episodes, raw scores" in capsys.readouterr().out
+
+
+def test_ppo_logs_the_diagnostics_of_its_rollouts() -> None:
+    """Beside the other hook that sees them, which moves the normaliser, and so the policy, a little."""
+    assert main_of("ppo")([*ROLLOUTS, *SMALL, "--network.normalize=true", "--loss.estimator=gae(lmbda=0.0)"]) == 0
+    assert set(column("rollout/trace_length")) == {0.0}
+    assert all(0.99 < ess <= 1 for ess in column("rollout/ess"))
+    finite()
 
 
 @pytest.mark.parametrize("name", ["impala_atari", "dqn", "acer_atari"])
@@ -190,11 +199,17 @@ def test_an_own_estimator_with_options(name: str, argv: list[str], own_code: str
 @pytest.mark.parametrize(
     ("name", "spec", "words"),
     [
-        ("impala_control", "{}:Shallow(dept=1)", "has no option 'dept', the nearest is 'depth'"),
-        ("sac_control", "{}:Cut(dept=1)", "has no option 'dept', the nearest is 'depth'"),
+        ("impala_control", "{}:Shallow(dept=1)", "has no option 'dept', its options are 'depth', "),
+        (
+            "sac_control",
+            "{}:Cut(dept=1)",
+            "has no option 'dept', its options are 'depth', 'lmbda'; did you mean depth?",
+        ),
+        ("impala_control", "{}:Shallow(gamma=0.9)", "give loss.gamma, and leave it out of"),
+        ("sac_control", "{}:Cut(alpha=0.5)", "loss.estimator: the loss draws its own actions at its own temperature"),
         ("sac_control", "{}:Shallow", "Shallow estimates state values, and an estimator of action values is needed"),
         ("impala_control", "{}:Cut", "Cut estimates action values, and an estimator of state values is needed"),
-        ("dqn", "{}:Nothing", "Nothing' cannot be imported"),
+        ("dqn", "{}:Nothing", "has no 'Nothing'"),
         ("ppo", "{}:net", "loss.estimator: "),
     ],
 )

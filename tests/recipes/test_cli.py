@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ import yaml
 
 from offtrace.agents.config import ConfigError
 from offtrace.agents.impala import ImpalaConfig, atari_config, paper_config
+from offtrace.agents.runs.checkpoint import CheckpointError, load_policy
 from offtrace.agents.runs.folders import RunError, new_run, read_config, write_config
 from offtrace.agents.sac import SACConfig
 from offtrace.recipes import cli, evaluate
 from tests.recipes import recipes
-from tests.recipes.recipes import EVERY_PRESET, TRAINING, main_of
+from tests.recipes.recipes import EVERY_PRESET, ON_ROLLOUTS, TRAINING, main_of
 
 PRESETS = {"default": atari_config, "paper": paper_config}
 
@@ -45,8 +47,9 @@ def test_defaults_presets_and_flags() -> None:
 def test_every_preset_is_right_and_reads_back_as_printed(
     name: str, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    preset_itself = recipes.presets_of(name)[preset]()
     argv = [f"--preset={preset}", "--train.name", "1e6", "--loss.gamma=0.5", "--network.v_max=300"]
-    argv = argv if "v_max" in vars(recipes.parse(name).network) else argv[:-1]
+    argv = argv if "v_max" in vars(preset_itself.network) else argv[:-1]
     with pytest.raises(SystemExit) as end:
         recipes.parse(name, *argv, "--print_config")
     assert not end.value.code
@@ -56,7 +59,7 @@ def test_every_preset_is_right_and_reads_back_as_printed(
     assert config == recipes.parse(name, *argv)
     assert (config.train.name, config.loss.gamma) == ("1e6", 0.5)
     cli.check(config)
-    cli.check(recipes.parse(name, f"--preset={preset}"))
+    cli.check(preset_itself)
 
 
 def test_presets_differ() -> None:
@@ -71,7 +74,8 @@ def test_presets_differ() -> None:
     ("argv", "words"),
     [
         (["--env.taks", "pong"], "there is no flag --env.taks; did you mean --env.task?"),
-        (["--env.game", "pong"], "there is no flag --env.game; did you mean --env.task?"),
+        (["--env.game", "pong"], "there is no flag --env.game; env has task, num_envs, protocol, "),
+        (["--loss.lamda", "0.9"], "there is no flag --loss.lamda; loss has estimator, gamma, "),
         (["--lr", "3"], "there is no flag --lr; did you mean --optim.lr?"),
         (["--preset", "papr"], "--preset is 'papr'; it must be one of default, paper; did you mean paper?"),
         (["--env.num_envs", "many"], "env.num_envs is many; it must be a whole number"),
@@ -137,7 +141,7 @@ def test_learners_with_a_replay_each_keep_their_number(tmp_path: Path) -> None:
         (["--loss.value_coef", "inf"], "loss.value_coef is inf; it must be finite, and at least 0"),
         (["--train.seed", "-1"], "train.seed is -1; it must be at least 0 and below 2**32"),
         (["--optim.lr", "nan"], "optim.lr is nan; it must be above 0"),
-        (["--env.task", "pnog"], "env.task: unknown environment 'pnog'; did you mean 'pong'?"),
+        (["--env.task", "pnog"], "env.task: unknown environment 'pnog'; did you mean pong?"),
     ],
 )
 def test_values_that_cannot_be_run(argv: list[str], words: str) -> None:
@@ -152,25 +156,36 @@ STATE, ACTION = ("impala_atari", "a2c", "ppo", "vmpo_control"), ("q_actor_critic
 @pytest.mark.parametrize(
     ("names", "spec", "near"),
     [
-        (STATE, "vtarce", "there is no estimator 'vtarce', the nearest is 'vtrace'"),
-        (STATE, "vtrace(lmda=0.9)", "has no option 'lmda', the nearest is 'lmbda'; it has"),
+        (STATE, "vtarce", "; did you mean vtrace?"),
+        (STATE, "vtrace(lmda=0.9)", "; did you mean lmbda?"),
+        (STATE, "vtrace(gamma=0.9)", "give loss.gamma, and leave it out of 'vtrace(gamma=0.9)'"),
+        (STATE, "gae(lmbda=1.5)", "lmbda must be in [0, 1], got 1.5"),
+        (STATE, "vtrace(c_clip=2)", "c_clip must be at most rho_clip, 1.0, got 2"),
+        (STATE, "vtrace(rho_clip=-1)", "rho_clip must be above 0, got -1"),
+        (STATE, "n_step(n=0)", "n must be 1 or more, and whole, got 0"),
         (STATE, "vtrace(lambda=0.9)", "(lmbda, not lambda)"),
         (STATE, "vtrace(0.9)", "options of an estimator go by their names"),
-        (STATE, "vtrace(lmbda='high')", "option 'lmbda' of the estimator 'vtrace' is 'high'; it must be a number"),
+        (STATE, "vtrace(lmbda='high')", "lmbda must be a number, got 'high'"),
         (STATE, "retrace", "'retrace' is of action values, and one of state values is needed: 'vtrace'"),
         (STATE, "v trace", "an estimator is a name, options in brackets behind it"),
-        (ACTION, "tree_bakup", "there is no estimator 'tree_bakup', the nearest is 'tree_backup'"),
-        (ACTION, "retrace(lmbd=0.9)", "has no option 'lmbd', the nearest is 'lmbda'; it has"),
-        (ACTION, "n_step(n=2.5)", "option 'n' of the estimator 'n_step' is 2.5; it must be a whole number"),
-        (ACTION, "n_step(n=inf)", "option 'n' of the estimator 'n_step' is inf; it must be a whole number"),
+        (ACTION, "tree_bakup", "; did you mean tree_backup?"),
+        (ACTION, "retrace(lmbd=0.9)", "; did you mean lmbda?"),
+        (ACTION, "retrace(lmbda=-0.1)", "lmbda must be in [0, 1], got -0.1"),
+        (ACTION, "retrace(root=0)", "root must be 1 or more, and whole, got 0"),
+        (ACTION, "n_step(n=0)", "n must be 1 or more, and whole, got 0"),
+        (ACTION, "n_step(n=2.5)", "n must be 1 or more, and whole, got 2.5"),
+        (ACTION, "n_step(n=inf)", "n must be 1 or more, and whole, got inf"),
         (ACTION, "vtrace", "'vtrace' is of state values, and one of action values is needed: 'one_step'"),
         ((*STATE, *ACTION), "no_such_module:Trace", "the estimator 'no_such_module:Trace' cannot be imported"),
     ],
 )
 def test_estimators_that_do_not_fit(names: tuple[str, ...], spec: str, near: str) -> None:
+    estimator = recipes.parse(names[0], f"--loss.estimator={spec}").loss.estimator  # type: ignore[attr-defined]
     for name in names:
+        config: Any = recipes.presets_of(name)["default"]()
+        config.loss.estimator = estimator
         with pytest.raises(ConfigError) as error:
-            cli.check(recipes.parse(name, f"--loss.estimator={spec}"))
+            cli.check(config)
         assert str(error.value).startswith("loss.estimator: ")
         assert near in str(error.value)
         assert "\n" not in str(error.value)
@@ -181,13 +196,23 @@ def test_misspelt_flags_tasks_and_networks_name_the_nearest(name: str) -> None:
     for argv, words in (
         (["--loss.estimatr=vtrace"], "there is no flag --loss.estimatr; did you mean --loss.estimator?"),
         (["--collector.unrol=3"], "there is no flag --collector.unrol; did you mean --collector.unroll?"),
-        (["--env.task=CartPoel-v1"], "unknown environment 'CartPoel-v1'; did you mean 'CartPole-v1'?"),
-        (["--env.task=wlaker-walk"], "unknown environment 'wlaker-walk'; did you mean 'walker-walk'?"),
+        (["--env.task=CartPoel-v1"], "unknown environment 'CartPoel-v1'; did you mean CartPole-v1?"),
+        (["--env.task=wlaker-walk"], "unknown environment 'wlaker-walk'; did you mean walker-walk?"),
         (["--network.encoder=layernorm_mpl"], "package.module:function; did you mean layernorm_mlp?"),
         (["--network.activation=rleu"], "network.activation is rleu; it must be one of tanh, relu"),
     ):
         with pytest.raises(ConfigError) as error:
             cli.check(recipes.parse(name, *argv))
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+    for group, field, value, words in (
+        ("env", "task", "wlaker-walk", "unknown environment 'wlaker-walk'; did you mean 'walker-walk'?"),
+        ("network", "encoder", "layernorm_mpl", "package.module:function; did you mean layernorm_mlp?"),
+    ):
+        config = recipes.presets_of(name)["default"]()
+        setattr(getattr(config, group), field, value)
+        with pytest.raises(ConfigError) as error:
+            cli.check(config)
         assert words in str(error.value)
         assert "\n" not in str(error.value)
 
@@ -215,7 +240,7 @@ def test_misspelt_flags_of_one_algorithm(name: str, argv: list[str], words: str)
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--network.recurrent=16"], "network.recurrent is 16; {} has no recurrent form: it must be 0"),
+        (["--network.recurrent=16"], "there is no flag --network.recurrent; network has encoder, hidden, "),
         (["--replay.sampler=prioritised"], "replay.sampler is prioritised; it must be one of uniform, prioritized"),
         (["--replay.alpha=-0.1"], "replay.alpha is -0.1; it must be at least 0"),
         (["--replay.alpha=nan"], "replay.alpha is nan; it must be finite, and at least 0"),
@@ -230,7 +255,6 @@ def test_misspelt_flags_of_one_algorithm(name: str, argv: list[str], words: str)
             ["--loss.estimator=q_lambda(lmbda=0.9)", "--replay.length=1"],
             "replay.length is 1; loss.estimator q_lambda(lmbda=0.9) needs sequences of 2 steps or more, or must be one",
         ),
-        (["--loss.estimator=n_step(n=0)"], "loss.estimator n_step(n=0) needs sequences of 2 steps or more, or must be"),
         (["--replay.capacity=500"], "replay.capacity is 500; it must hold replay.batch_size,"),
         (
             ["--replay.min_size=64", "--replay.batch_size=64", "--loss.estimator=n_step(n=3)"],
@@ -241,7 +265,7 @@ def test_misspelt_flags_of_one_algorithm(name: str, argv: list[str], words: str)
 def test_what_a_replay_cannot_give(name: str, argv: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as error:
         cli.check(recipes.parse(name, *argv))
-    assert words.format(recipes.parse(name).algorithm) in str(error.value)
+    assert words.format(recipes.presets_of(name)["default"]().algorithm) in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -334,6 +358,41 @@ def test_a_resumed_run_keeps_its_configuration(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", TRAINING)
+def test_no_flag_is_offered_that_is_always_refused(name: str) -> None:
+    network = vars(recipes.parse(name).network)
+    assert ("recurrent" in network) == (name in ON_ROLLOUTS)
+    assert ("init_scale" in network) == (name not in ("dqn", "sac_control"))
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("mke", "has no 'mke'; did you mean make?"),
+        ("narrow", "must take (observation_shape, hidden), and takes (shape)"),
+    ],
+)
+def test_an_own_network_is_looked_at_before_anything_starts(
+    function: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"own_{function}_nets"
+    Path(f"{name}.py").write_text("def make(shape, hidden): ...\n\ndef narrow(shape): ...\n")
+    assert main_of("ppo")([f"--network.encoder={name}:{function}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: network.encoder: ")
+    assert words in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_what_a_loss_of_every_step_cannot_learn_from_is_told_with_the_flag() -> None:
+    with pytest.raises(ConfigError, match=r"loss.estimator is n_step\(n=5\), which learns from the first step"):
+        cli.check(recipes.parse("q_actor_critic", "--loss.estimator=n_step(n=5)"))
+    cli.check(recipes.parse("q_actor_critic", "--loss.estimator=n_step(n=1)"))
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_exit_codes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main_of(name)(["--env.taks", "pong"]) == 2
     error = capsys.readouterr().err
@@ -350,6 +409,24 @@ def test_evaluate_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
         error = capsys.readouterr().err
         assert f"{name} is truncated or not a checkpoint" in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("names", [(), ("last.ckpt",), ("best.ckpt", "last.ckpt")])
+def test_the_folder_of_a_run_leads_to_its_checkpoints(
+    names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever reads a checkpoint says which there are."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    for path in (folder.parent, folder, folder / "bst.ckpt", folder.parent / "best.ckpt"):
+        assert evaluate.main([str(path)]) == 2
+        with pytest.raises(CheckpointError) as raised:
+            load_policy(path)
+        for told in (capsys.readouterr().err, str(raised.value)):
+            assert str(path) in told
+            assert all((str(folder / name) in told) == (name in names) for name in ("best.ckpt", "last.ckpt"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from offtrace.agents.config import ConfigError
-from offtrace.agents.config.names import nearest
 from offtrace.agents.impala import atari_config, paper_config
 from offtrace.agents.q_actor_critic import QActorCriticConfig
 from offtrace.agents.runs.folders import RunError, config_text, write_config
@@ -27,6 +26,9 @@ from tests.recipes.recipes import TRAINING
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 TYPES = types_of_keys(QActorCriticConfig)
+
+
+LIST = "a list of whole numbers in one word such as [64,64] or null"
 
 
 def parse(*argv: str) -> Any:
@@ -82,11 +84,19 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         (["--train.total_frames", "1.5"], "train.total_frames is 1.5; it must be a whole number"),
         (["--train.total_frames=-5"], "train.total_frames is -5; it must be at least 1"),
         (["--env.protocol", "clasic"], "env.protocol is clasic; it must be one of classic, sticky"),
-        (["--network.hidden", "12"], "network.hidden is 12; it must be a list of whole numbers such as [256] or null"),
+        (["--network.hidden", "12"], f"network.hidden is 12; it must be {LIST}"),
+        (["--network.hidden", "64", "64", "--train.seed=1"], f"network.hidden is 64 64; it must be {LIST}"),
+        (["--network.hidden", "[64,", "64]"], f"network.hidden is [64, 64]; it must be {LIST}"),
         (["--loss.reward_clip", "a"], "loss.reward_clip is a; it must be a number or null"),
         (["--loss.normalize_advantage", "maybe"], "loss.normalize_advantage is maybe; it must be true or false"),
         (["--loss.gamma", "nan"], "loss.gamma is nan; it must be between 0 and 1"),
         (["--env", "{task: 3}"], "env.task is 3; it must be text"),
+        (["--env", "{tsk: pong}"], "--env is {tsk: pong}, which has an unknown key env.tsk; did you mean env.task?"),
+        (
+            ["--env", "{env: {task: pong}}"],
+            "--env is {env: {task: pong}}, which has the group env inside; it must have keys of env alone, or be given "
+            "as --config",
+        ),
         (["--train", "3"], "--train is 3; it must be a YAML file, or keys and values such as {key: value}"),
         (["pong"], "pong stands behind no flag; flags are written --group.name value"),
     ],
@@ -119,11 +129,6 @@ def test_a_resumed_run_keeps_what_no_preset_says(tmp_path: Path, capsys: pytest.
         recipes.parse("impala_atari", "--resume", str(tmp_path), "--train.total_frames", "5", "--print_config")
     config.train.total_frames = 5
     assert yaml.safe_load(capsys.readouterr().out) == {"algorithm": "impala", **asdict(config)}
-
-
-def test_nearest() -> None:
-    assert nearest("--lr", ["--optim.lr", "--loss.gamma"]) == "; did you mean --optim.lr?"
-    assert nearest("--zzzzzzzz", ["--optim.lr"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,9 @@ def answers(name: str, argvs: list[list[str]], folder: Path) -> list[dict[str, A
 @pytest.mark.parametrize("name", TRAINING)
 def test_answers_from_any_folder_without_anything_heavy(name: str, tmp_path: Path) -> None:
     """Help, configuration and mistakes are answered at once: no torch, Lightning or TorchRL is loaded on the way."""
-    wrong = [["--train.seed", "x"], ["--taks", "pong"], ["--loss.estimator", "retrce"], ["--collector.unroll", "0"]]
+    wrong = [["--train.seed", "x"], ["--taks", "pong"], ["--loss.estimator", "retrce"], ["--collector.unroll", "0"],
+             ["--loss.estimator", "n_step(n=0)"], ["--loss.estimator", "n_step(gamma=0.9)"],
+             ["--network.encoder", "no_such_module:make"], ["--env.task", "no_such_module:make"]]  # fmt: skip
     helped, printed, *refused = answers(name, [["--help"], ["--print_config"], *wrong], tmp_path)
     for answer in (helped, printed):
         assert (answer["code"], answer["err"], answer["heavy"]) == (0, "", [])
@@ -228,8 +235,27 @@ def test_answers_from_any_folder_without_anything_heavy(name: str, tmp_path: Pat
         for key in values:
             assert f"--{group}.{key} " in helped["out"], "the help explains every flag"
     assert "Environments per actor" in helped["out"]
+    for preset in recipes.presets_of(name):
+        assert re.search(rf"^ +{preset}: \w+", helped["out"], re.MULTILINE), f"what the preset {preset} is"
     undocumented = re.findall(r"--(\w+\.\w+) \S+\s+\((?:type|default)", helped["out"])
     assert not undocumented, "every field has a sentence of its own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "argv", "told"),
+    [
+        ("sac_control", ["--loss.estimator=tree_backup"], "loss.estimator is tree_backup"),
+        ("dqn", [], "env.task is {}, whose actions are continuous; dqn needs discrete ones"),
+    ],
+)
+def test_actions_that_do_not_fit_are_known_at_once(name: str, argv: list[str], told: str, tmp_path: Path) -> None:
+    tasks = ("walker-walk", "Pendulum-v1")
+    found = answers(name, [[*argv, f"--env.task={task}"] for task in tasks], tmp_path)
+    for task, answer in zip(tasks, found, strict=True):
+        assert (answer["code"], answer["heavy"]) == (2, [])
+        assert answer["err"].startswith(f"error: {told.format(task)}")
+        assert answer["err"].count("\n") == 1
 
 
 @pytest.mark.slow
