@@ -1,0 +1,251 @@
+"""ACER's loss on continuous actions: a stochastic dueling critic, Q^ret and Q^opc, and the trust region of a Gaussian."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
+from torch import Tensor
+
+from offtrace.modules import keys as k
+from offtrace.modules.estimators.action_values import ActionValueEstimator, QLambda, Retrace
+from offtrace.modules.estimators.base import zero_invalid
+from offtrace.modules.losses.acer import truncated_weights, trust_region
+from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
+from offtrace.modules.losses.stats import Stats
+from offtrace.modules.losses.steps import check_arguments, check_positive, entry
+from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout
+from offtrace.modules.networks import Critic, DiagonalNormal, StateValue
+from offtrace.modules.returns import clipped_fraction
+
+
+@torch.no_grad()
+def gaussian_score(*, action: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """grad log f(a) with respect to the statistics of f = N(loc, scale^2), its mean and the log of its scale.
+
+    Args:
+        action: a, ``[*B, D]``.
+        loc, scale: ``[*B, D]``.
+
+    Returns:
+        ``[*B, 2 D]``: of the means, then of the logs of the scales.
+    """
+    error = (action - loc) / scale
+    return torch.cat([error / scale, error.square() - 1], -1)
+
+
+@torch.no_grad()
+def gaussian_kl_gradient(*, average_loc: Tensor, average_scale: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """k = grad KL(f_avg || f) with respect to the statistics of f, its mean and the log of its scale.
+
+    With equal scales (loc - average_loc) / scale^2, and 0: section 4 of Wang et al. 2017, arXiv 1611.01224.
+
+    Args:
+        average_loc, average_scale: of f_avg, ``[*B, D]``.
+        loc, scale: of f, ``[*B, D]``.
+
+    Returns:
+        ``[*B, 2 D]``.
+    """
+    distance = (loc - average_loc) / scale
+    ratio = average_scale / scale
+    return torch.cat([distance / scale, 1 - ratio.square() - distance.square()], -1)
+
+
+class ContinuousACERLoss(Loss):
+    """Critic and policy gradient of ACER on continuous actions (Wang et al. 2017, arXiv 1611.01224, section 4).
+
+    The critic is a stochastic dueling network: with n actions u_j drawn from the policy,
+    Q~(x, a) = V(x) + A(x, a) - 1/n sum over j of A(x, u_j). Over the valid steps of a rollout [B, T]::
+
+        loss_policy  = sum of  -z . phi(x)
+        loss_value   = sum of  value_coef * 1/2 ((Q^ret - Q~(x, a))^2 + (V^target - V(x))^2)
+        loss_entropy = sum of  -entropy_coef * H(pi(.|x))
+
+    phi are the policy's statistics, mean and log of the scale. z is constant: with a' drawn from the policy,
+
+        g = min(c, rho) (Q^opc - V) grad_phi log f(a) + [1 - c / rho']_+ (Q~(x, a') - V) grad_phi log f(a')
+
+    projected by :func:`offtrace.modules.losses.acer.trust_region` against the average policy, ``target("policy")``,
+    which has to follow after every update. Q^ret is the target of the estimator, Q^opc that of Q(lambda) with lambda 1;
+    V^target = min(1, rho) (Q^ret - Q~) + V. All three are constant.
+
+    Args:
+        policy: of ``build_policy(..., action_dim=D, critic=None)``, a diagonal normal that writes ``"loc"`` and
+            ``"scale"``.
+        value: V, of ``build_value``.
+        advantage: A, of ``build_critic(critics=1)``.
+        estimator: of action values; None: Retrace with the paper's trace min(1, rho^(1/D)).
+        gamma: discount per step.
+        value_coef, entropy_coef: weights of the two terms.
+        reduction: ``"sum"`` or ``"mean"`` over valid steps.
+        clip: c, of the importance weights in the policy gradient.
+        delta: bound of the trust region; None for none.
+        num_samples: n.
+        learn_scale: False leaves the scale as it is at the start, as in the paper.
+        reward_clip: rewards are clipped to [-reward_clip, reward_clip]; None leaves them.
+
+    Reads (names change by :meth:`set_keys`) what the networks read, also under ``"next"``; ``"action"`` [B, T, D]; of
+    the behaviour policy ``"action_log_prob"`` [B, T], ``"loc"`` and ``"scale"`` [B, T, D]; ``("next", ...)``
+    ``"reward"``, ``"terminated"``, ``"done"`` [B, T, 1]; where there is one, ``"valid"`` [B, T, 1].
+
+    Returns the scalars of :class:`ACERLoss`; ``bias_correction`` is the mean of [1 - c / rho']_+.
+
+    Raises:
+        ValueError: on an argument out of range, a network that does not fit, or a batch that is not [B, T].
+        KeyError: when an entry is missing, by its name.
+    """
+
+    reads_behaviour = True
+
+    def __init__(
+        self,
+        policy: ProbabilisticTensorDictSequential,
+        value: StateValue,
+        advantage: Critic,
+        *,
+        estimator: str | ActionValueEstimator | None = None,
+        gamma: float = 0.99,
+        value_coef: float = 0.5,
+        entropy_coef: float = 0.0,
+        reduction: str = "mean",
+        clip: float = 5.0,
+        delta: float | None = 1.0,
+        num_samples: int = 5,
+        learn_scale: bool = False,
+        reward_clip: float | None = None,
+    ) -> None:
+        check_arguments(reduction=reduction, gamma=gamma)
+        check_positive(reward_clip=reward_clip, clip=clip, delta=delta, num_samples=num_samples)
+        if list(policy[-1].in_keys) != [k.LOC, k.SCALE] or policy[-1].distribution_class is not DiagonalNormal:
+            raise ValueError(
+                f"ContinuousACERLoss needs a policy that writes {k.LOC!r} and {k.SCALE!r} of a diagonal normal, got one "
+                f"that writes {policy.out_keys}: use build_policy(..., action_dim=..., critic=None)"
+            )
+        super().__init__()
+        if estimator is None:
+            estimator = Retrace(root=policy.action_dim)
+        self.bind_estimator(estimator, "action", gamma=gamma, discrete=False, every_step=True)
+        self.__dict__["uncorrected"] = QLambda(gamma=gamma)  # no submodule: state_dict knows nothing of it
+        self.state_keys = list(policy.in_keys)
+        self.add_network("policy", policy, target=True)
+        self.add_network("value", value)
+        self.add_network("advantage", advantage)
+        self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
+        self.clip, self.delta, self.reward_clip = clip, delta, reward_clip
+        self.num_samples, self.learn_scale = num_samples, learn_scale
+        losses = ["loss_policy", "loss_value", "loss_entropy"]
+        diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "pg_rho_clipped"]
+        average = ["projected", "kl_average"] if delta is not None else []
+        own = ["bias_correction", *average, "valid_count", *self.estimator.diagnostic_keys]
+        self.out_keys = [*losses, *diagnostics, *own]
+
+    @property
+    def in_keys(self) -> list[str]:
+        """Entries that are read."""
+        return [*super().in_keys, k.LOC, k.SCALE]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics, all scalars, of a rollout [B, T]."""
+        behaviour = self._behaviour(tensordict)
+
+        # the policy over the steps and their successors, and new actions of it at the steps: a', and u_1 to u_n
+        policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
+        valid, log_rho = policy.outcome.valid, policy.log_rho
+        assert log_rho is not None
+        stats = Stats(valid, policy.outcome.reward, self.reduction)
+        loc, scale = policy.params[k.LOC], policy.params[k.SCALE]
+        with torch.no_grad():
+            fresh = loc + scale * torch.randn(1 + self.num_samples, *loc.shape, dtype=loc.dtype, device=loc.device)
+
+        # the stochastic dueling critic of a and a'
+        values = self.value(policy.unroll.inputs.select(*self.value.in_keys)).get(self.tensor_keys.value).squeeze(-1)
+        value, next_value = policy.unroll.steps(values), policy.unroll.successors(values).detach()
+        q_value, q_fresh = self._dueling(policy, value, torch.cat([policy.action.unsqueeze(0), fresh]))
+
+        # Q^ret, Q^opc and V^target, constant
+        with torch.no_grad():
+            selection = self.estimator.select(policy.outcome, gamma=self.gamma)
+            known: dict[str, Any] = {"q_value": q_value.flatten(), "next_value": next_value.flatten()}
+            known |= {"log_pi": policy.log_pi.flatten(), "log_rho": log_rho.flatten()}
+            estimate = self.estimator.estimate(selection, **known)
+            q_return = estimate.target.view_as(q_value)
+            q_opc = self.uncorrected.estimate(selection, **known).target.view_as(q_value)
+            target = log_rho.exp().clamp(max=1) * (q_return - q_value) + value
+
+            # truncated gradient with its bias correction, then the trust region
+            weight, _ = truncated_weights(log_rho=log_rho, clip=self.clip)
+            fresh_rho = policy.dist.log_prob(fresh[0]) - behaviour.log_prob(fresh[0])
+            _, correction = truncated_weights(log_rho=fresh_rho, clip=self.clip)
+            score = gaussian_score(action=policy.action, loc=loc, scale=scale)
+            fresh_score = gaussian_score(action=fresh[0], loc=loc, scale=scale)
+            gradient = (weight * (q_opc - value)).unsqueeze(-1) * score
+            gradient = gradient + (correction * (q_fresh - value)).unsqueeze(-1) * fresh_score
+            gradient = self._learnt(gradient)
+            projected = gradient
+            if self.delta is not None:
+                average = self._average(policy)
+                against = gaussian_kl_gradient(
+                    average_loc=average.base_dist.loc, average_scale=average.base_dist.scale, loc=loc, scale=scale
+                )
+                projected = trust_region(gradient=gradient, kl_gradient=self._learnt(against), delta=self.delta)
+
+        # the three terms
+        entropy, error = policy.dist.entropy(), q_return - q_value
+        statistics = torch.cat([loc, scale.log()], -1)
+        out = {
+            "loss_policy": -stats.reduce((zero_invalid(projected, valid) * statistics).sum(-1)),
+            "loss_value": (0.5 * self.value_coef) * stats.reduce(error.square() + (target - value).square()),
+            "loss_entropy": -self.entropy_coef * stats.reduce(entropy),
+        }
+
+        # diagnostics
+        with torch.no_grad():
+            out |= rollout_diagnostics(
+                stats, entropy=entropy, advantage=q_opc - value, target=q_return, error=error
+            )
+            out["pg_rho_clipped"] = clipped_fraction(log_rho, self.clip, valid=valid)
+            out["bias_correction"] = stats.mean(correction)
+            if self.delta is not None:
+                out["projected"] = stats.mean((projected != gradient).any(-1).to(loc.dtype))
+                out["kl_average"] = stats.mean(torch.distributions.kl_divergence(average, policy.dist))
+        return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
+
+    def _dueling(self, policy: EvaluatedPolicy, value: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Q~(x, a) with gradient, and Q~(x, a') without, [B, T] each, of the actions a, a', u_1, ..., u_n."""
+        inputs = policy.unroll.inputs
+        keys = [key for key in self.advantage.in_keys if key != k.ACTION]
+        states = {key: policy.unroll.steps(inputs.get(key)).flatten(0, 1) for key in keys}
+        found = self.advantage.values(states, actions.flatten(1, 2)).view(actions.shape[:-1])
+        of_action, of_fresh = found[0], found[1].detach()
+        baseline = found[2:].mean(0)
+        return value + of_action - baseline, (value + of_fresh - baseline).detach()
+
+    def _learnt(self, statistics: Tensor) -> Tensor:
+        """Of means and logs of the scales [*B, 2 D] those that are learnt; zero in place of the others."""
+        if self.learn_scale:
+            return statistics
+        means, scales = statistics.chunk(2, -1)
+        return torch.cat([means, torch.zeros_like(scales)], -1)
+
+    def _behaviour(self, tensordict: TensorDictBase) -> DiagonalNormal:
+        """mu(.|x) of the stored parameters, 1 where a step is not valid."""
+        for key in (k.LOC, k.SCALE):
+            if tensordict.get(key, None) is None:
+                raise KeyError(
+                    f"ContinuousACERLoss reads {key!r} of the behaviour policy's distribution, which the batch lacks: "
+                    "collect with a policy that writes it, as build_policy's does, and keep the entry in the replay"
+                )
+        loc, scale = (entry(self, tensordict, key).detach().to(self.dtype) for key in (k.LOC, k.SCALE))
+        return DiagonalNormal(loc, scale)
+
+    @torch.no_grad()
+    def _average(self, policy: EvaluatedPolicy) -> Any:
+        """f_avg(.|x) of the steps."""
+        params = self.target("policy").get_dist_params(policy.unroll.inputs.clone(False))
+        loc, scale = (policy.unroll.steps(params.get(key)).to(self.dtype) for key in (k.LOC, k.SCALE))
+        return DiagonalNormal(loc, scale)
