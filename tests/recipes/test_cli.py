@@ -206,7 +206,7 @@ def test_misspelt_flags_tasks_and_networks_name_the_nearest(name: str) -> None:
         assert words in str(error.value)
         assert "\n" not in str(error.value)
     for group, field, value, words in (
-        ("env", "task", "wlaker-walk", "unknown environment 'wlaker-walk'; did you mean 'walker-walk'?"),
+        ("env", "task", "wlaker-walk", "unknown environment 'wlaker-walk'; did you mean walker-walk?"),
         ("network", "encoder", "layernorm_mpl", "package.module:function; did you mean layernorm_mlp?"),
     ):
         config = recipes.presets_of(name)["default"]()
