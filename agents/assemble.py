@@ -26,7 +26,7 @@ from offtrace.agents.config import (
 )
 from offtrace.agents.config.network import IMAGE_ENCODERS, VECTOR_ENCODERS
 from offtrace.agents.config.off_policy import check_budget
-from offtrace.agents.config.optim import OptimConfig
+from offtrace.agents.config.optim import AdamConfig
 from offtrace.agents.config.resources import check_memory, check_rings
 from offtrace.agents.data import MixedData, ReplayData, RolloutData
 from offtrace.agents.data.acting import rollout_collector
@@ -291,7 +291,7 @@ def _agent(
         policy,
         optimizer=optimizer or make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay),
         total_frames=config.train.total_frames,
-        schedule=optim.schedule if isinstance(optim, OptimConfig) else "constant",
+        schedule=optim.schedule if isinstance(optim, AdamConfig) else "constant",
         clip_grad_norm=optim.clip_grad_norm,
         after_update=after_update,
         compile=compile,

@@ -65,9 +65,6 @@ class LossConfig(Group):
 class MPONetworkConfig(SeparateNetworksConfig):
     """Policy and critic; Acme's."""
 
-    encoder: str = "auto"
-    """shallow and resnet (IMPALA's two) read images, mlp and layernorm_mlp (Acme's) vectors; or an own one's import
-    path package.module:function. auto: shallow or layernorm_mlp, as the task shows images or vectors."""
     hidden: list[int] | None = field(default_factory=lambda: [256, 256, 256])
     """Widths of the policy's layers."""
     critic_hidden: list[int] = field(default_factory=lambda: [256, 256, 256])

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from offtrace.agents.config import (
+    AdamConfig,
     Checks,
     CollectorConfig,
     EnvConfig,
     Group,
     NetworkConfig,
-    OptimConfig,
     RolloutConfig,
     RolloutTrainConfig,
     check_estimator,
@@ -71,7 +71,7 @@ class VMPOConfig(RolloutConfig):
     network: VMPONetworkConfig = field(default_factory=VMPONetworkConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: AdamConfig = field(default_factory=AdamConfig)
     train: RolloutTrainConfig = field(default_factory=RolloutTrainConfig)
 
     algorithm = "vmpo"

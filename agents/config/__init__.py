@@ -7,12 +7,13 @@ from offtrace.agents.config.estimator import check_actions, check_estimator, sam
 from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig
 from offtrace.agents.config.network import FeedForwardConfig, NetworkConfig, SeparateNetworksConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
-from offtrace.agents.config.optim import OptimConfig, SeparateOptimConfig
+from offtrace.agents.config.optim import AdamConfig, OptimConfig, SeparateOptimConfig
 from offtrace.agents.config.replay import ReplayConfig
 from offtrace.agents.config.rollouts import RolloutConfig
 from offtrace.agents.config.train import ReplayTrainConfig, RolloutTrainConfig, TrainConfig
 
 __all__ = [
+    "AdamConfig",
     "Checks",
     "CollectorConfig",
     "Config",

@@ -19,7 +19,7 @@ class FeedForwardConfig(Group):
 
     encoder: str = "auto"
     """shallow and resnet (IMPALA's two) read images, mlp and layernorm_mlp (Acme's) vectors; or an own one's import
-    path package.module:function. auto: shallow or mlp, as the task shows images or vectors."""
+    path package.module:function. auto: shallow for images, mlp for vectors, in MPO layernorm_mlp."""
     hidden: list[int] | None = None
     """Widths of the fully connected layers; behind the first one of an image encoder they are a LayerNorm MLP. null:
     256 of an image encoder, 64 and 64 of the others."""

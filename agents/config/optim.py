@@ -9,17 +9,13 @@ from offtrace.agents.config.base import Checks, Group
 
 
 @dataclass
-class OptimConfig(Group):
-    """The optimiser."""
+class AdamConfig(Group):
+    """Adam."""
 
-    name: Literal["adam", "rmsprop", "rmsprop_tf"] = "adam"
-    """adam, torch's rmsprop, or the paper's rmsprop_tf."""
     lr: float = 4e-4
     """Step size at the start."""
     eps: float = 1e-5
     """Added to the root (inside it in rmsprop_tf)."""
-    decay: float = 0.99
-    """Of rmsprop's mean of squares."""
     schedule: Literal["linear", "constant"] = "linear"
     """linear falls to 0 at the last frame."""
     clip_grad_norm: float | None = 0.5
@@ -28,9 +24,23 @@ class OptimConfig(Group):
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         checks = Checks(self, at)
-        checks.require("decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
         checks.positive("lr", "eps")
         checks.positive_or_null("clip_grad_norm")
+
+
+@dataclass
+class OptimConfig(AdamConfig):
+    """The optimiser."""
+
+    name: Literal["adam", "rmsprop", "rmsprop_tf"] = "adam"
+    """adam, torch's rmsprop, or the paper's rmsprop_tf."""
+    decay: float = 0.99
+    """Of rmsprop's mean of squares."""
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        super().check(at)
+        Checks(self, at).require("decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
 @dataclass

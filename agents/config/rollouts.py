@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from offtrace.agents.config.base import Config, ConfigError
 
 if TYPE_CHECKING:
-    from offtrace.agents.config.optim import OptimConfig
+    from offtrace.agents.config.optim import AdamConfig
     from offtrace.agents.config.train import RolloutTrainConfig
 
 
@@ -19,7 +19,7 @@ class RolloutConfig(Config):
     if TYPE_CHECKING:
 
         @property
-        def optim(self) -> OptimConfig:
+        def optim(self) -> AdamConfig:
             """The optimiser."""
 
         @property

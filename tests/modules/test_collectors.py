@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -148,7 +149,9 @@ def shared_memory() -> set[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_names() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    """Of semaphores; and a folder for the sockets of processes that are killed, which nobody removes."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as sockets, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", sockets)
         patch.setitem(multiprocessing.current_process()._config, "semprefix", "/" + _PREFIX)  # type: ignore[attr-defined]
         yield
 
@@ -158,7 +161,7 @@ def _nothing_left() -> Iterator[None]:
     processes, memory, dead = children(), shared_memory(), set(zombies())
     yield
     assert wait_until(lambda: children() <= processes, 20.0)
-    assert shared_memory() <= memory
+    assert wait_until(lambda: shared_memory() <= memory, 20.0)
     assert set(zombies()) <= dead, "an actor process was not waited for"
 
 
@@ -448,10 +451,12 @@ def test_an_actor_that_had_to_be_killed_is_waited_for(monkeypatch: pytest.Monkey
 # Ends of the learner's process: (how it ends, its exit code)
 
 _SCRIPT = """
-import sys, time
+import multiprocessing, signal, sys
 sys.path.insert(0, {folder!r})
 from test_collectors import make
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background of a script ignore
+    multiprocessing.current_process()._config["semprefix"] = {prefix!r}
     env = {{"fail": "hang"}} if sys.argv[1] == "kill" else {{"delay": 0.01}}
     print("starting", flush=True)
     collector = make(1, env=env)
@@ -468,7 +473,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("end", ["raise", "interrupt", "interrupt while starting", "kill"])
 def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
     script = tmp_path / "learner.py"
-    script.write_text(_SCRIPT.format(folder=str(Path(__file__).parent)))
+    script.write_text(_SCRIPT.format(folder=str(Path(__file__).parent), prefix="/" + _PREFIX))
     with subprocess.Popen(
         [sys.executable, str(script), end],
         stdout=subprocess.PIPE,

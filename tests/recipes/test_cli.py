@@ -206,7 +206,7 @@ def test_misspelt_flags_tasks_and_networks_name_the_nearest(name: str) -> None:
         assert words in str(error.value)
         assert "\n" not in str(error.value)
     for group, field, value, words in (
-        ("env", "task", "wlaker-walk", "unknown environment 'wlaker-walk'; did you mean 'walker-walk'?"),
+        ("env", "task", "wlaker-walk", "unknown environment 'wlaker-walk'; did you mean walker-walk?"),
         ("network", "encoder", "layernorm_mpl", "package.module:function; did you mean layernorm_mlp?"),
     ):
         config = recipes.presets_of(name)["default"]()
@@ -448,3 +448,8 @@ def test_the_packages_own_warnings_are_one_line() -> None:
     own, other = cli.__file__, str(Path(cli.__file__).parents[1] / ".venv/lib/numpy.py")
     assert cli._one_warning(RuntimeWarning("it failed"), RuntimeWarning, own, 3) == "warning: it failed\n"
     assert cli._one_warning(RuntimeWarning("x"), RuntimeWarning, other, 3, "") == f"{other}:3: RuntimeWarning: x\n"
+
+
+def test_an_optimiser_that_is_always_adam_has_no_flag_for_another() -> None:
+    with pytest.raises(ConfigError, match=r"there is no flag --optim\.name"):
+        recipes.parse("vmpo_control", "--optim.name=rmsprop")
