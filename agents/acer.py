@@ -1,14 +1,13 @@
-"""ACER, the actor-critic with experience replay (Wang et al. 2017, arXiv 1611.01224), on discrete actions."""
+"""ACER, the actor-critic with experience replay (Wang et al. 2017, arXiv 1611.01224), and its continuous form."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from offtrace.agents.config import (
     Checks,
     CollectorConfig,
-    ConfigError,
     EnvConfig,
     FeedForwardConfig,
     Group,
@@ -16,8 +15,8 @@ from offtrace.agents.config import (
     MixedReplayConfig,
     OptimConfig,
     RolloutTrainConfig,
+    check_actions,
     check_estimator,
-    samples_of,
 )
 
 if TYPE_CHECKING:
@@ -31,8 +30,8 @@ class LossConfig(Group):
     """The loss; the values of the paper, but for the entropy."""
 
     estimator: str = "retrace"
-    """retrace is the paper's; or another of action values, with options in brackets, such as retrace(lmbda=0.95); or
-    package.module:Class of an own one."""
+    """retrace is the paper's, on continuous actions with the root of the ratio that it has there; or another of action
+    values, with options in brackets, such as retrace(lmbda=0.95); or package.module:Class of an own one."""
     gamma: float = 0.99
     """Discount per agent step."""
     value_coef: float = 0.5
@@ -45,36 +44,48 @@ class LossConfig(Group):
     """Truncation c of the importance weights in the policy gradient; what it cuts off the bias correction puts back."""
     delta: float | None = 1.0
     """Bound of the trust region around the average policy; null for none."""
+    num_samples: int = 5
+    """Continuous actions only: those that the advantages of the dueling critic are centred on."""
+    learn_scale: bool = False
+    """Continuous actions only: learn the standard deviation as well."""
     reward_clip: float | None = None
     """Rewards are clipped to plus or minus this in the learner; null for none."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
-        check_estimator(at, self.estimator, "action")
+        check_estimator(at, self.estimator, "action", every_step=True)
         checks = Checks(self, at)
         checks.fraction("gamma")
         checks.at_least(0, "value_coef", "entropy_coef")
+        checks.at_least(1, "num_samples")
         checks.require("clip", lambda value: value > 0, "above 0; inf never truncates")
         checks.positive_or_null("delta", "reward_clip")
-        if not samples_of(self.estimator, 2).every_step:
-            raise ConfigError(
-                f"{at}.estimator is {self.estimator}, which learns from the first step of a sequence alone; here every "
-                "step of a rollout is learnt from: it must be another, such as retrace"
-            )
+
+
+@dataclass
+class ACERNetworkConfig(FeedForwardConfig):
+    """Policy and action values share a network; of continuous actions policy, value and advantage have one each."""
+
+    critic_hidden: list[int] = field(default_factory=lambda: [256, 256])
+    """Continuous actions only: widths of the value's and the advantage's layers."""
+    init_scale: float | None = None
+    """Continuous actions only: their standard deviation at the start; null: 0.3."""
+
+    critics = 1
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        super().check(at)
+        Checks(self, at).sizes("critic_hidden")
+        Checks(self, at).positive_or_null("init_scale")
 
 
 @dataclass
 class ACEROptimConfig(OptimConfig):
     """The optimiser, and the average policy."""
 
-    name: Literal["adam", "rmsprop", "rmsprop_tf"] = "rmsprop_tf"
-    """adam, torch's rmsprop, or the paper's rmsprop_tf."""
-    lr: float = 7e-4
-    """Step size at the start."""
-    schedule: Literal["linear", "constant"] = "constant"
-    """linear falls to 0 at the last frame."""
     clip_grad_norm: float | None = 10.0
-    """Maximum of the gradient's global norm; null for none."""
+    """Maximum of the gradient's norm in each of the networks; null for none."""
     average_decay: float = 0.99
     """The average policy keeps this share of itself after every update."""
 
@@ -84,26 +95,37 @@ class ACEROptimConfig(OptimConfig):
         Checks(self, at).require("average_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
+def _optim() -> ACEROptimConfig:
+    return ACEROptimConfig(name="rmsprop_tf", lr=7e-4, schedule="constant")
+
+
 @dataclass
 class ACERConfig(MixedConfig):
     """ACER."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
-    network: FeedForwardConfig = field(default_factory=FeedForwardConfig)
+    network: ACERNetworkConfig = field(default_factory=ACERNetworkConfig)
     collector: CollectorConfig = field(default_factory=lambda: CollectorConfig(unroll=20))
     replay: MixedReplayConfig = field(default_factory=lambda: MixedReplayConfig(capacity=80_000, min_size=16_000))
     loss: LossConfig = field(default_factory=LossConfig)
-    optim: ACEROptimConfig = field(default_factory=ACEROptimConfig)
+    optim: ACEROptimConfig = field(default_factory=_optim)
     train: RolloutTrainConfig = field(default_factory=lambda: RolloutTrainConfig(minibatches=1, epochs=1))
 
     algorithm = "acer"
-    actions = "discrete"
+    rescale_actions = True
+
+    def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
+        """As :meth:`Config.check_actions`, and such as the estimator can correct."""
+        super().check_actions(actions)
+        check_actions("loss", self.loss.estimator, self.task, actions)
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
-        """A network with the values of all actions beside the policy."""
+        """A network with the values of all actions beside the policy; of continuous actions a normal policy alone."""
         from offtrace.agents.assemble import policy_spec
 
-        return policy_spec(self, info, critic="q")
+        if info.num_actions is not None:
+            return policy_spec(self, info, critic="q")
+        return policy_spec(self, info, head="normal", critic=None, head_options={"init_scale": 0.3})
 
     def build(self) -> tuple[Agent, MixedData | RolloutData]:
         """As :meth:`Config.build`."""
@@ -112,16 +134,36 @@ class ACERConfig(MixedConfig):
 
 def make_acer(config: ACERConfig) -> tuple[Agent, MixedData | RolloutData]:
     """The agent and the data module of ``config``, as :meth:`Config.build`."""
-    from offtrace.agents.assemble import mixed_agent, read_task
+    from offtrace.agents.assemble import critics_of, loss_options, make_optimizer, mixed_agent, read_task, value_of
     from offtrace.agents.targets import soft_update
-    from offtrace.modules.losses import ACERLoss
-    from offtrace.modules.networks import build_policy
+    from offtrace.modules.losses import ACERLoss, ContinuousACERLoss
+    from offtrace.modules.networks import build_policy, share_normalizer
 
     info = read_task(config)
     spec = config.policy_spec(info)
-    loss = ACERLoss(build_policy(**spec["arguments"]), **asdict(config.loss))
-    average = soft_update(loss, 1 - config.optim.average_decay)
-    return mixed_agent(config, info, loss, loss.policy, spec, after_update=average)
+    policy = build_policy(**spec["arguments"])
+    loss: Any
+    if info.num_actions is not None:
+        loss = ACERLoss(policy, **loss_options(ACERLoss, config.loss))
+    else:
+        value, advantage = value_of(config, info), critics_of(config, info)
+        if config.network.normalize:
+            share_normalizer(policy.network, value, advantage)
+        loss = ContinuousACERLoss(policy, value, advantage, **loss_options(ContinuousACERLoss, config.loss))
+    optim = config.optim
+    groups: Any = [{"params": group} for group in loss.param_groups().values()]
+    make = make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay)
+    return mixed_agent(
+        config, info, loss, loss.policy, spec,
+        optimizer=lambda _: make(groups),
+        after_update=soft_update(loss, 1 - optim.average_decay),
+    )  # fmt: skip
+
+
+def _train() -> RolloutTrainConfig:
+    return RolloutTrainConfig(
+        total_frames=500_000, minibatches=1, epochs=1, eval_every=50_000, checkpoint_every=100_000, precision="32-true"
+    )
 
 
 def control_config() -> ACERConfig:
@@ -129,17 +171,25 @@ def control_config() -> ACERConfig:
     config = ACERConfig(env=EnvConfig(task="CartPole-v1", num_envs=8))
     config.replay = MixedReplayConfig(capacity=40_000, min_size=8_000)
     config.optim.schedule = "linear"
-    config.train = RolloutTrainConfig(
-        total_frames=500_000, minibatches=1, epochs=1, eval_every=50_000, checkpoint_every=100_000, precision="32-true"
-    )
+    config.train = _train()
+    return config
+
+
+def continuous_config() -> ACERConfig:
+    """cartpole-swingup of dm_control: sequences of 20 steps, 8 replayed batches behind each fresh one, Adam."""
+    config = ACERConfig(env=EnvConfig(task="cartpole-swingup", num_envs=4))
+    config.network.hidden, config.network.activation = [256, 256], "relu"
+    config.replay = MixedReplayConfig(ratio=8.0, capacity=500_000, min_size=5_000)
+    config.loss.clip = 5.0
+    config.optim = ACEROptimConfig(lr=3e-4, schedule="constant", average_decay=0.995, clip_grad_norm=40.0)
+    config.train = _train()
     return config
 
 
 def atari_config() -> ACERConfig:
     """Pong, near the settings of RL Baselines Zoo: 16 games, 5,000 steps of each in the replay."""
     config = ACERConfig()
-    config.loss.reward_clip = 1.0
-    config.train.total_frames = 10_000_000
+    config.loss.reward_clip, config.train.total_frames = 1.0, 10_000_000
     return config
 
 
@@ -147,6 +197,5 @@ def paper_config() -> ACERConfig:
     """The published settings: 50,000 steps of each of 16 games in the replay, 200 million frames."""
     config = atari_config()
     config.replay = MixedReplayConfig(capacity=800_000, min_size=160_000)
-    config.loss.entropy_coef = 0.001
-    config.train.total_frames = 200_000_000
+    config.loss.entropy_coef, config.train.total_frames = 0.001, 200_000_000
     return config

@@ -122,8 +122,7 @@ def critics_of(config: Config, info: EnvInfo, **more: Any) -> Critic | DiscreteC
     Raises:
         ConfigError: on distributions over the values of discrete actions.
     """
-    network = config.network
-    assert isinstance(network, SeparateNetworksConfig)
+    network: Any = config.network
     if more.get("atoms") and info.num_actions is not None:
         raise ConfigError(
             f"network.atoms is {more['atoms']}, which needs continuous actions; those of {config.task} are discrete: "
@@ -136,8 +135,7 @@ def critics_of(config: Config, info: EnvInfo, **more: Any) -> Critic | DiscreteC
 
 def value_of(config: Config, info: EnvInfo) -> StateValue:
     """A state value with a network of its own, of the critics' sizes."""
-    network = config.network
-    assert isinstance(network, SeparateNetworksConfig)
+    network: Any = config.network
     arguments = network_arguments(config, info)
     for name in ("num_actions", "action_dim", "masked"):
         del arguments[name]
@@ -212,6 +210,7 @@ def mixed_agent(
     policy: nn.Module,
     spec: dict[str, Any],
     *,
+    optimizer: OptimizerFactory | None = None,
     after_update: Callable[[int], None] | None = None,
 ) -> tuple[Agent, MixedData | RolloutData]:
     """Agent and data of an algorithm on fresh rollouts and replayed ones; arguments as of :func:`rollout_agent`.
@@ -220,10 +219,10 @@ def mixed_agent(
         ConfigError: when the replay does not fit the machine, or the task.
     """
     if not config.replay.ratio:
-        return rollout_agent(config, info, loss, policy, spec, after_update=after_update)
+        return rollout_agent(config, info, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     check_memory(config, info, RUNS)
     check_rings(config, info)
-    agent = _agent(config, loss, policy, spec, optimizer=None, after_update=after_update)
+    agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     data = MixedData(
         partial(rollout_collector, config, policy),
         partial(_replay, config, info),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from offtrace.agents.config import (
     Checks,
     CollectorConfig,
-    ConfigError,
     EnvConfig,
     Group,
     NetworkConfig,
@@ -16,7 +15,6 @@ from offtrace.agents.config import (
     RolloutConfig,
     RolloutTrainConfig,
     check_estimator,
-    samples_of,
 )
 
 if TYPE_CHECKING:
@@ -51,17 +49,12 @@ class LossConfig(Group):
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
-        check_estimator(at, self.estimator, "action")
+        check_estimator(at, self.estimator, "action", every_step=True)
         checks = Checks(self, at)
         checks.fraction("gamma")
         checks.at_least(0, "value_coef", "entropy_coef")
         checks.require("pg_rho_clip", lambda value: value > 0, "above 0")
         checks.positive_or_null("reward_clip", "policy_clip")
-        if not samples_of(self.estimator, 2).every_step:
-            raise ConfigError(
-                f"{at}.estimator is {self.estimator}, which learns from the first step of a sequence alone; here every "
-                "step of a rollout is learnt from: it must be another, such as retrace"
-            )
 
 
 @dataclass

@@ -1,17 +1,17 @@
-"""ACER on vectors: python recipes/acer_control.py [--env.task Acrobot-v1] [--help]"""
+"""ACER on vectors: python recipes/acer_control.py [--preset continuous] [--help]"""
 
 from __future__ import annotations
 
 import sys
 from functools import partial
 
-from offtrace.agents.acer import control_config
+from offtrace.agents.acer import continuous_config, control_config
 from offtrace.recipes.cli import run_recipe
 
 main = partial(
     run_recipe,
-    presets={"default": control_config},
-    description="ACER. Without flags: CartPole, 500,000 steps.",
+    presets={"default": control_config, "continuous": continuous_config},
+    description="ACER. Without flags: CartPole; --preset continuous for cartpole-swingup of dm_control.",
 )
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_an_algorithm_is_a_short_file(name: str) -> None:
 
 LOSSES: dict[str, tuple[type[Any], ...]] = {
     "a2c": (losses.A2CLoss,),
-    "acer": (losses.ACERLoss,),
+    "acer": (losses.ACERLoss, losses.ContinuousACERLoss),
     "dqn": (losses.DQNLoss,),
     "impala": (losses.ImpalaLoss,),
     "mpo": (losses.MPOLoss, losses.DiscreteMPOLoss),

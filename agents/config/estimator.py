@@ -18,10 +18,11 @@ class Samples(NamedTuple):
     every_step: bool
 
 
-def check_estimator(at: str, spec: str, kind: Kind) -> None:
+def check_estimator(at: str, spec: str, kind: Kind, *, every_step: bool = False) -> None:
     """Refuse an estimator that is not known, of another kind, or with options that it has not or cannot have.
 
-    One of the user's own is imported and made, and torch with it.
+    One of the user's own is imported and made, and torch with it. ``every_step`` refuses one of action values that
+    learns from the first step of a sequence alone.
 
     Raises:
         ConfigError: one sentence.
@@ -32,6 +33,11 @@ def check_estimator(at: str, spec: str, kind: Kind) -> None:
             _own(spec, kind).check_bound("the loss")
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{at}.estimator: {error}") from error
+    if every_step and not samples_of(spec, 2).every_step:
+        raise ConfigError(
+            f"{at}.estimator is {spec}, which learns from the first step of a sequence alone; here every step of a "
+            "rollout is learnt from: it must be another, such as retrace"
+        )
 
 
 def check_actions(at: str, spec: str, task: str, actions: str | None = None) -> None:

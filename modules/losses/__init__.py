@@ -2,6 +2,7 @@
 
 from offtrace.modules.losses.a2c import A2CLoss
 from offtrace.modules.losses.acer import ACERLoss
+from offtrace.modules.losses.acer_continuous import ContinuousACERLoss
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.dqn import DQNLoss
 from offtrace.modules.losses.impala import ImpalaLoss
@@ -21,6 +22,7 @@ from offtrace.modules.losses.vmpo import VMPOLoss
 __all__ = [
     "A2CLoss",
     "ACERLoss",
+    "ContinuousACERLoss",
     "DQNLoss",
     "DiscreteMPOLoss",
     "DiscreteSACLoss",

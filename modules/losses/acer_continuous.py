@@ -1,4 +1,4 @@
-"""ACER's loss on continuous actions: a stochastic dueling critic, Q^ret and Q^opc, and the trust region of a Gaussian."""
+"""ACER's loss on continuous actions: a stochastic dueling critic, Q^ret and Q^opc, a trust region of Gaussians."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator, QLambda, Retrace
 from offtrace.modules.estimators.base import zero_invalid
+from offtrace.modules.estimators.names import parse_spec
 from offtrace.modules.losses.acer import truncated_weights, trust_region
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
@@ -41,7 +42,8 @@ def gaussian_score(*, action: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 def gaussian_kl_gradient(*, average_loc: Tensor, average_scale: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """k = grad KL(f_avg || f) with respect to the statistics of f, its mean and the log of its scale.
 
-    With equal scales (loc - average_loc) / scale^2, and 0: section 4 of Wang et al. 2017, arXiv 1611.01224.
+    Of the means it is (loc - average_loc) / scale^2: section 4 of Wang et al. 2017, arXiv 1611.01224, which fixes the
+    scale.
 
     Args:
         average_loc, average_scale: of f_avg, ``[*B, D]``.
@@ -78,11 +80,12 @@ class ContinuousACERLoss(Loss):
             ``"scale"``.
         value: V, of ``build_value``.
         advantage: A, of ``build_critic(critics=1)``.
-        estimator: of action values; None: Retrace with the paper's trace min(1, rho^(1/D)).
+        estimator: of action values, of every step of a rollout. ``"retrace"`` without the option ``root`` has the
+            paper's trace, min(1, rho^(1/D)).
         gamma: discount per step.
         value_coef, entropy_coef: weights of the two terms.
         reduction: ``"sum"`` or ``"mean"`` over valid steps.
-        clip: c, of the importance weights in the policy gradient.
+        clip: c, of the importance weights in the policy gradient; the paper's is 5 here.
         delta: bound of the trust region; None for none.
         num_samples: n.
         learn_scale: False leaves the scale as it is at the start, as in the paper.
@@ -107,12 +110,12 @@ class ContinuousACERLoss(Loss):
         value: StateValue,
         advantage: Critic,
         *,
-        estimator: str | ActionValueEstimator | None = None,
+        estimator: str | ActionValueEstimator = "retrace",
         gamma: float = 0.99,
         value_coef: float = 0.5,
         entropy_coef: float = 0.0,
         reduction: str = "mean",
-        clip: float = 5.0,
+        clip: float = 10.0,
         delta: float | None = 1.0,
         num_samples: int = 5,
         learn_scale: bool = False,
@@ -122,12 +125,14 @@ class ContinuousACERLoss(Loss):
         check_positive(reward_clip=reward_clip, clip=clip, delta=delta, num_samples=num_samples)
         if list(policy[-1].in_keys) != [k.LOC, k.SCALE] or policy[-1].distribution_class is not DiagonalNormal:
             raise ValueError(
-                f"ContinuousACERLoss needs a policy that writes {k.LOC!r} and {k.SCALE!r} of a diagonal normal, got one "
-                f"that writes {policy.out_keys}: use build_policy(..., action_dim=..., critic=None)"
+                f"ContinuousACERLoss needs a policy that writes {k.LOC!r} and {k.SCALE!r} of a diagonal normal, got "
+                f"one that writes {policy.out_keys}: use build_policy(..., action_dim=..., critic=None)"
             )
         super().__init__()
-        if estimator is None:
-            estimator = Retrace(root=policy.action_dim)
+        if isinstance(estimator, str):
+            name, options = parse_spec(estimator)
+            if name == "retrace" and "root" not in options:
+                estimator = Retrace(root=policy.action_dim, **options)
         self.bind_estimator(estimator, "action", gamma=gamma, discrete=False, every_step=True)
         self.__dict__["uncorrected"] = QLambda(gamma=gamma)  # no submodule: state_dict knows nothing of it
         self.state_keys = list(policy.in_keys)
@@ -205,9 +210,7 @@ class ContinuousACERLoss(Loss):
 
         # diagnostics
         with torch.no_grad():
-            out |= rollout_diagnostics(
-                stats, entropy=entropy, advantage=q_opc - value, target=q_return, error=error
-            )
+            out |= rollout_diagnostics(stats, entropy=entropy, advantage=q_opc - value, target=q_return, error=error)
             out["pg_rho_clipped"] = clipped_fraction(log_rho, self.clip, valid=valid)
             out["bias_correction"] = stats.mean(correction)
             if self.delta is not None:

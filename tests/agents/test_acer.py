@@ -122,6 +122,21 @@ def test_what_cannot_be_is_one_sentence(group: str, name: str, value: Any, words
         config.validate()
 
 
+def test_what_only_continuous_actions_have_is_refused() -> None:
+    config = small(12)
+    config.loss.learn_scale = True
+    with pytest.raises(ConfigError, match=r"loss\.learn_scale is True; ACERLoss has no such argument"):
+        config.build()
+    config = small(12)
+    config.network.init_scale = 0.5
+    with pytest.raises(ConfigError, match=r"network\.init_scale is 0\.5; the actions of CartPole-v1 are discrete"):
+        config.build()
+    config = small(12)
+    config.env.task, config.loss.estimator = "Pendulum-v1", "tree_backup"
+    with pytest.raises(ConfigError, match=r"loss\.estimator is tree_backup, which needs probabilities of discrete"):
+        config.validate()
+
+
 def test_a_replay_beyond_memory_is_refused() -> None:
     config = small(12)
     config.replay.capacity = 10**12

@@ -39,6 +39,7 @@ def small(config: Config, task: str) -> Any:
         if hasattr(found.network, "critic_hidden"):
             found.network.critic_hidden = [8, 8]
     elif isinstance(config, MixedConfig):
+        found.network.critic_hidden = [8, 8]
         found.train.minibatches, found.replay.capacity, found.replay.min_size, found.replay.ratio = 1, 400, 32, 1.0
     else:
         found.train.minibatches, found.train.epochs = 2, 1
@@ -69,7 +70,7 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "dmpo": kinds("mpo", network__atoms=11),
     "vmpo-popart": kinds("vmpo", network__popart=True),
 }
-ONLY_DISCRETE = {"acer", "dqn", "q_actor_critic", "dqn-rainbow"}
+ONLY_DISCRETE = {"dqn", "q_actor_critic", "dqn-rainbow"}
 ONLY_CONTINUOUS = {"sac-v1", "dmpo"}
 
 

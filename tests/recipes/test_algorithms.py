@@ -67,6 +67,8 @@ def arguments(name: str) -> list[str]:
         ("acer_control", ["--replay.ratio=0", "--loss.delta=null"]),
         ("acer_control", ["--replay.storage=memmap", "--network.normalize=true", "--loss.entropy_coef=0.01"]),
         ("acer_atari", [DISCRETE]),
+        ("acer_control", [CONTINUOUS, "--network.critic_hidden=[8,8]"]),
+        ("acer_control", ["--preset=continuous", CONTINUOUS, "--loss.learn_scale=true", "--network.normalize=true"]),
         ("vmpo_control", SMALL),
         ("vmpo_control", [*SMALL, CONTINUOUS, "--network.popart=true"]),
         ("dqn", []),

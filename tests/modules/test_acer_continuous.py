@@ -1,0 +1,217 @@
+"""ACER on continuous actions: its functions against autograd, its loss against direct sums in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributions import Normal
+
+from offtrace.modules.losses import ContinuousACERLoss
+from offtrace.modules.losses.acer_continuous import gaussian_kl_gradient, gaussian_score
+from offtrace.modules.networks import build_critic, build_policy, build_value
+from tests.modules.test_impala_loss import FEATURES, LOSSES, rollout, total
+
+GAMMA, DIM, SAMPLES = 0.9, 2, 3
+
+
+def networks(seed: int = 0) -> tuple[Any, Any, Any]:
+    torch.manual_seed(seed)
+    shapes: dict[str, Any] = {"network": "mlp", "observation_shape": [FEATURES], "hidden": [16]}
+    policy = build_policy(critic=None, action_dim=DIM, head_options={"init_scale": 0.6}, **shapes).double()
+    for parameter in policy.module[0].head.loc.parameters():
+        parameter.data += torch.randn_like(parameter)
+    value = build_value(**shapes).double()
+    advantage = build_critic(action_dim=DIM, critics=1, **shapes).double()
+    return policy, value, advantage
+
+
+def stored(masked: bool = False) -> TensorDict:
+    """A rollout with the behaviour policy's parameters and its own log-probabilities."""
+    td = rollout(dim=DIM)
+    g = torch.Generator().manual_seed(7)
+    td["loc"] = 0.3 * torch.randn(*td.batch_size, DIM, generator=g, dtype=torch.float64)
+    td["scale"] = 0.5 + torch.rand(*td.batch_size, DIM, generator=g, dtype=torch.float64)
+    td["action_log_prob"] = Normal(td["loc"], td["scale"]).log_prob(td["action"]).sum(-1)
+    if masked:
+        td["valid"] = torch.rand(*td.batch_size, 1, generator=g) < 0.8
+    return td
+
+
+def make(**options: Any) -> ContinuousACERLoss:
+    loss = ContinuousACERLoss(*networks(), gamma=GAMMA, num_samples=SAMPLES, **options)
+    with torch.no_grad():
+        for parameter in loss.target_policy_params.values(True, True):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return loss
+
+
+def parameters_of(policy: Any, observation: Tensor) -> tuple[Tensor, Tensor]:
+    net = policy.module[0]
+    loc, scale = net.head(net.encoder(observation.reshape(-1, FEATURES)))
+    return loc.view(*observation.shape[:-1], DIM), scale.view(*observation.shape[:-1], DIM)
+
+
+@pytest.mark.parametrize("part", ["score", "kl"])
+def test_the_gradients_of_a_gaussian_are_autograds(part: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    loc, log_scale, action, other, other_log = torch.randn(5, 200, DIM, generator=g, dtype=torch.float64)
+    statistics = torch.cat([loc, log_scale], -1).requires_grad_()
+    dist = Normal(statistics[:, :DIM], statistics[:, DIM:].exp())
+    if part == "score":
+        objective = dist.log_prob(action).sum()
+        found = gaussian_score(action=action, loc=loc, scale=log_scale.exp())
+    else:
+        objective = torch.distributions.kl_divergence(Normal(other, other_log.exp()), dist).sum()
+        found = gaussian_kl_gradient(
+            average_loc=other, average_scale=other_log.exp(), loc=loc, scale=log_scale.exp()
+        )  # fmt: skip
+    torch.testing.assert_close(found, torch.autograd.grad(objective, statistics)[0])
+
+
+def test_of_the_means_it_is_the_papers_kl_gradient() -> None:
+    loc, average, scale = torch.randn(3, 10, DIM, dtype=torch.float64).unbind()
+    scale = scale.exp()
+    found = gaussian_kl_gradient(average_loc=average, average_scale=scale, loc=loc, scale=scale)
+    torch.testing.assert_close(found[:, :DIM], (loc - average) / scale**2)
+
+
+def test_the_dueling_critic_has_the_policys_mean_in_v() -> None:
+    """Over the actions that the baseline is made of, Q~ is V on average."""
+    loss = make()
+    td = stored()
+    from offtrace.modules.losses.unroll import evaluate_rollout
+
+    policy = evaluate_rollout(loss, td)
+    value = torch.randn(5, 7, dtype=torch.float64)
+    actions = torch.randn(SAMPLES, 5, 7, DIM, dtype=torch.float64)
+    q = [loss._dueling(policy, value, torch.cat([a[None], a[None], actions]))[0] for a in actions]
+    torch.testing.assert_close(torch.stack(q).mean(0), value)
+
+
+@pytest.mark.parametrize("learn_scale", [False, True])
+@pytest.mark.parametrize("delta", [None, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_loss_equals_the_direct_sums(learn_scale: bool, delta: float | None, masked: bool, reduction: str) -> None:
+    """One step at a time, in the order of the paper's box, from the same draws."""
+    loss, td = (
+        make(learn_scale=learn_scale, delta=delta, clip=1.2, value_coef=0.7, entropy_coef=0.03, reduction=reduction),
+        stored(masked),
+    )
+    torch.manual_seed(5)
+    out = loss(td)
+    loc, scale = parameters_of(loss.policy, td["observation"])
+    torch.manual_seed(5)
+    fresh = (loc + scale * torch.randn(1 + SAMPLES, *loc.shape, dtype=torch.float64)).detach()
+    average = [x.detach() for x in parameters_of(loss.target("policy"), td["observation"])]
+    observation, action = td["observation"], td["action"]
+
+    def state_value(x: Tensor) -> Tensor:
+        return loss.value.values({"observation": x.reshape(-1, FEATURES)}).view(x.shape[:-1])
+
+    def advantage(a: Tensor) -> Tensor:
+        flat = observation.reshape(-1, FEATURES)
+        return loss.advantage.values({"observation": flat}, a.reshape(-1, DIM)).view(a.shape[:-1])
+
+    value, following = state_value(observation), state_value(td["next", "observation"]).detach()
+    baseline = torch.stack([advantage(u) for u in fresh[1:]]).mean(0)
+    q, q_fresh = value + advantage(action) - baseline, (value + advantage(fresh[0]) - baseline).detach()
+    dist, behaviour = Normal(loc, scale), Normal(td["loc"], td["scale"])
+    rho = (dist.log_prob(action).sum(-1) - td["action_log_prob"]).exp().detach()
+    fresh_rho = (dist.log_prob(fresh[0]) - behaviour.log_prob(fresh[0])).sum(-1).exp().detach()
+    reward, terminated, done = (td["next", key].squeeze(-1) for key in ("reward", "terminated", "done"))
+    valid = td["valid"].squeeze(-1) if masked else torch.ones(5, 7, dtype=torch.bool)
+    count = int(valid.sum())
+    policy_term = value_term = torch.zeros((), dtype=torch.float64)
+    projected = 0
+    corrections = 0.0
+    for b in range(5):
+        ret = opc = None
+        for t in reversed(range(7)):
+            if not valid[b, t]:
+                ret = opc = None
+                continue
+            if ret is None or done[b, t]:
+                after = 0.0 if terminated[b, t] else float(following[b, t])
+                ret = opc = after
+            ret, opc = float(reward[b, t]) + GAMMA * ret, float(reward[b, t]) + GAMMA * opc
+            v, q_t = float(value[b, t]), float(q[b, t])
+            statistics = torch.cat([loc[b, t], scale[b, t].log()])
+            own = statistics.detach().requires_grad_()
+            f = Normal(own[:DIM], own[DIM:].exp())
+            weight = min(1.2, float(rho[b, t])) * (opc - v)
+            correction = max(0.0, 1 - 1.2 / float(fresh_rho[b, t]))
+            corrections += correction
+            objective = weight * f.log_prob(action[b, t]).sum()
+            objective = objective + correction * (float(q_fresh[b, t]) - v) * f.log_prob(fresh[0, b, t]).sum()
+            g = torch.autograd.grad(objective, own, retain_graph=True)[0]
+            kl = torch.distributions.kl_divergence(Normal(average[0][b, t], average[1][b, t]), f).sum()
+            k = torch.autograd.grad(kl, own)[0]
+            if not learn_scale:
+                g[DIM:], k[DIM:] = 0, 0
+            excess = 0.0 if delta is None else max(0.0, float(k @ g) - delta)
+            projected += excess > 0
+            z = g - excess / float(k @ k) * k
+            policy_term = policy_term - z @ statistics
+            target = min(1.0, float(rho[b, t])) * (ret - q_t) + v
+            value_term = value_term + 0.7 * 0.5 * ((ret - q[b, t]) ** 2 + (target - value[b, t]) ** 2)
+            c = min(1.0, float(rho[b, t]) ** (1 / DIM))
+            ret, opc = c * (ret - q_t) + v, (opc - q_t) + v
+    scale_of = 1 if reduction == "sum" else count
+    entropy = dist.entropy().sum(-1)[valid].sum()
+    torch.testing.assert_close(out["loss_policy"], policy_term / scale_of)
+    torch.testing.assert_close(out["loss_value"], value_term / scale_of)
+    torch.testing.assert_close(out["loss_entropy"], -0.03 * entropy / scale_of)
+    torch.testing.assert_close(float(out["bias_correction"]), corrections / count)
+    assert set(loss.out_keys) == set(out.keys())
+    if delta is not None:
+        assert 0 < projected < count
+        torch.testing.assert_close(float(out["projected"]), projected / count, rtol=1e-6, atol=0)
+    wanted = (policy_term + value_term - 0.03 * entropy) / scale_of
+    names = [p for name in ("policy", "value", "advantage") for p in getattr(loss, f"{name}_params").parameters()]
+    found = torch.autograd.grad(total(out), names)
+    for one, other in zip(found, torch.autograd.grad(wanted, names), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not any(x.requires_grad for name, x in out.items() if name not in LOSSES)
+
+
+def test_a_fixed_scale_gets_no_gradient() -> None:
+    loss = make()
+    total(loss(stored())).backward()
+    name = next(path for path in loss.policy_params.keys(True, True) if "log_scale" in path)
+    assert not loss.policy_params.get(name).grad.any()
+
+
+def test_what_stands_in_invalid_steps_reaches_nothing() -> None:
+    def gradients(td: TensorDict) -> list[Tensor]:
+        loss = make()
+        torch.manual_seed(5)
+        total(loss(td)).backward()
+        return [p.grad for p in loss.parameters()]
+
+    td = stored(masked=True)
+    clean = gradients(td.clone())
+    for key in ("loc", "scale", "action_log_prob", ("next", "reward"), "action"):
+        td[key][~td["valid"].squeeze(-1)] = math.nan
+    torch.testing.assert_close(gradients(td), clean)
+
+
+@pytest.mark.parametrize("key", ["loc", "scale"])
+def test_a_batch_without_the_whole_behaviour_is_refused(key: str) -> None:
+    with pytest.raises(KeyError, match=rf"reads '{key}' of the behaviour policy's distribution, .* keep the entry"):
+        make()(stored().exclude(key))
+
+
+def test_networks_that_do_not_fit_are_refused() -> None:
+    _, value, advantage = networks()
+    for head in ("tanh", "full_gaussian"):
+        policy = build_policy(observation_shape=[FEATURES], action_dim=DIM, head=head, critic=None)
+        with pytest.raises(ValueError, match="needs a policy that writes 'loc' and 'scale' of a diagonal normal"):
+            ContinuousACERLoss(policy, value, advantage)
+    with pytest.raises(ValueError, match="num_samples must be positive"):
+        ContinuousACERLoss(*networks(), num_samples=0)
