@@ -170,8 +170,7 @@ def control_config() -> ACERConfig:
     """CartPole, near the settings of RL Baselines Zoo: 8 environments, a step size that falls, 500,000 steps."""
     config = ACERConfig(env=EnvConfig(task="CartPole-v1", num_envs=8))
     config.replay = MixedReplayConfig(capacity=40_000, min_size=8_000)
-    config.optim.schedule = "linear"
-    config.train = _train()
+    config.optim.schedule, config.train = "linear", _train()
     return config
 
 
