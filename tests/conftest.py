@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -38,9 +39,17 @@ def pytest_runtest_call() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled code comes from this run, and stays in no folder of the machine's."""
+    """Compiled code comes from this run; only headers, which are slow to make, stay where torch keeps them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def sockets() -> Iterator[None]:
+    """A folder for the sockets of processes that are killed, which nobody removes; their paths must be short."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
         yield
 
 

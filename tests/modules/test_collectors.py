@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -148,10 +147,8 @@ def shared_memory() -> set[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_names() -> Iterator[None]:
-    """Of semaphores; and a folder for the sockets of processes that are killed, which nobody removes."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as sockets, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", sockets)
+def _own_names(sockets: None) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(multiprocessing.current_process()._config, "semprefix", "/" + _PREFIX)  # type: ignore[attr-defined]
         yield
 

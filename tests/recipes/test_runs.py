@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from offtrace.agents import load_policy
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
-pytestmark = pytest.mark.slow  # all of it starts processes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sockets")]  # all of it starts processes
 
 TINY = ["--env.num_envs", "4", "--collector.unroll", "8", "--train.minibatches", "2", "--train.epochs", "1",
         "--train.eval_episodes", "2", "--train.log_every", "0"]  # fmt: skip
