@@ -24,7 +24,6 @@ from offtrace.agents.config import (
     RolloutConfig,
     SeparateNetworksConfig,
 )
-from offtrace.agents.config.network import IMAGE_ENCODERS, VECTOR_ENCODERS
 from offtrace.agents.config.off_policy import check_budget
 from offtrace.agents.config.optim import AdamConfig
 from offtrace.agents.config.resources import check_memory, check_rings
@@ -55,16 +54,8 @@ def read_task(config: Config) -> EnvInfo:
                 f"network.encoder is {encoder}, and env.flatten false leaves the observations of {config.task} a "
                 "dictionary; it must be package.module:function, an own network that reads them"
             )
-    elif encoder in IMAGE_ENCODERS and len(info.observation_shape) != 3:
-        raise ConfigError(
-            f"network.encoder is {encoder}, and {config.task} shows observations of shape "
-            f"{list(info.observation_shape)}; it must be auto, mlp or layernorm_mlp"
-        )
-    elif encoder in VECTOR_ENCODERS and len(info.observation_shape) == 3:
-        raise ConfigError(
-            f"network.encoder is {encoder}, and {config.task} shows images of shape {list(info.observation_shape)}; it "
-            "must be auto, shallow or resnet"
-        )
+    else:
+        config.network.check_reads(config.task, len(info.observation_shape) == 3)
     return info
 
 

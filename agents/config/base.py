@@ -192,6 +192,8 @@ class Config:
         """
         for field in fields(self):
             getattr(self, field.name).check(field.name)
+        if self.env.shows_images is not None:
+            self.network.check_reads(self.task, self.env.shows_images)
         self.check_actions()
 
     def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:

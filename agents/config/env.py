@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from offtrace.agents.config.base import Checks, ConfigError, Group
-from offtrace.modules.envs.names import ATARI_FRAME_SKIP, atari_name, check_name, check_task_options
+from offtrace.modules.envs.names import ATARI_FRAME_SKIP, atari_name, check_name, check_task_options, task_kind
 
 
 @dataclass
@@ -36,6 +36,12 @@ class EnvConfig(Group):
     def frame_skip(self) -> int:
         """Environment frames per agent step, as far as the name tells: an own task may have others."""
         return ATARI_FRAME_SKIP if atari_name(self.task) is not None else self.action_repeat
+
+    @property
+    def shows_images(self) -> bool | None:
+        """Whether observations are images; None where the task has to be made to know."""
+        kind = task_kind(self.task)
+        return True if kind == "atari" else self.pixels if kind == "dm_control" else None
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`; the task is known, and has the options that are given."""

@@ -55,6 +55,20 @@ class FeedForwardConfig(Group):
                 f"package.module:function{nearest(self.encoder, ENCODERS)}"
             )
 
+    def check_reads(self, task: str, images: bool) -> None:
+        """Refuse an encoder of vectors for a ``task`` that shows images, and the reverse.
+
+        Raises:
+            ConfigError: one sentence.
+        """
+        wrong, right, shown = (VECTOR_ENCODERS, IMAGE_ENCODERS, "images") if images else (
+            IMAGE_ENCODERS, VECTOR_ENCODERS, "vectors"
+        )  # fmt: skip
+        if self.encoder in wrong:
+            raise ConfigError(
+                f"network.encoder is {self.encoder}, and {task} shows {shown}; it must be auto, {' or '.join(right)}"
+            )
+
 
 @dataclass
 class NetworkConfig(FeedForwardConfig):

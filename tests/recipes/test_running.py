@@ -79,7 +79,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_training(capsys: pytes
         (["--train.devices=4096", "--train.accelerator=cpu"], "train.devices is 4096"),
         (
             ["--network.encoder=shallow"],
-            "network.encoder is shallow, and CartPole-v1 shows observations of shape [4]; it must be auto, mlp",
+            "network.encoder is shallow, and CartPole-v1 shows vectors; it must be auto, mlp",
         ),
         (["--env.task=no_such_module:make"], "no_such_module"),
         (["--network.encoder=no_such_module:net"], "network 'no_such_module:net' cannot be imported"),
