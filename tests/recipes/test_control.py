@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,16 @@ def test_a_stopped_run_goes_on_with_its_replay(capsys: pytest.CaptureFixture[str
     assert column("replay/samples_per_insert")[-1] == 2
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C interrupts, which jobs in the background of a script ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(Meters, "on_train_end"), (ActingData, "teardown"), (runs, "plot_curve"), (runs, "record_episode")],
