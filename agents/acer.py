@@ -71,7 +71,7 @@ class ACERNetworkConfig(FeedForwardConfig):
     init_scale: float | None = None
     """Continuous actions only: their standard deviation at the start; null: 0.3."""
 
-    critics = 1
+    critics = 1  # no field, and so no flag
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""

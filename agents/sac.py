@@ -97,7 +97,7 @@ class SACConfig(OffPolicyConfig):
     algorithm = "sac"
 
     def floats_per_step(self, info: EnvInfo) -> int:
-        """As :meth:`OffPolicyConfig.floats_per_step`; a tanh policy writes the sample before the tanh as well."""
+        """As :meth:`Config.floats_per_step`; a tanh policy writes the sample before the tanh as well."""
         return super().floats_per_step(info) + (info.action_dim or 0)
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:

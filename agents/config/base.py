@@ -163,6 +163,12 @@ class Config:
         """Plain values from which a checkpoint's policy is built again: ``builder`` and its ``arguments``."""
         raise NotImplementedError(f"{type(self).__name__} must define policy_spec")
 
+    def floats_per_step(self, info: EnvInfo) -> int:
+        """Numbers of four bytes that the policy writes at a step, beside the action's log-probability; for a replay."""
+        if info.num_actions is not None:
+            return 2 + info.num_actions  # an index of 8 bytes, and logits
+        return 3 * (info.action_dim or 0)
+
     def env_options(self) -> dict[str, Any]:
         """What :func:`offtrace.modules.envs.make_env` gets besides name, number and seed."""
         options = self.env.options()

@@ -10,9 +10,6 @@ from offtrace.agents.config.estimator import Samples
 from offtrace.agents.config.off_policy import check_sizes
 from offtrace.agents.config.rollouts import RolloutConfig
 
-if TYPE_CHECKING:
-    from offtrace.modules.envs import EnvInfo
-
 
 @dataclass
 class MixedReplayConfig(Group):
@@ -29,7 +26,7 @@ class MixedReplayConfig(Group):
 
     @property
     def prioritized(self) -> bool:
-        """Whether sampling follows priorities; every sequence alike."""
+        """False: every sequence is sampled alike."""
         return False
 
     def check(self, at: str) -> None:
@@ -52,12 +49,6 @@ class MixedConfig(RolloutConfig):
         @property
         def replay(self) -> MixedReplayConfig:
             """The replay."""
-
-    def floats_per_step(self, info: EnvInfo) -> int:
-        """Numbers of four bytes that the policy writes at a step, beside the action's log-probability."""
-        if info.num_actions is not None:
-            return 2 + info.num_actions  # an index of 8 bytes, and logits
-        return 3 * (info.action_dim or 0)
 
     @property
     def samples(self) -> Samples:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from offtrace.agents.config.mixed import MixedConfig
     from offtrace.agents.config.replay import ReplayConfig
     from offtrace.agents.config.train import ReplayTrainConfig
-    from offtrace.modules.envs import EnvInfo
 
 MOST_UPDATES = 100
 """For a collected step. What needs more would learn by heart what it has."""
@@ -36,12 +35,6 @@ class OffPolicyConfig(Config):
         @property
         def train(self) -> ReplayTrainConfig:
             """The run."""
-
-    def floats_per_step(self, info: EnvInfo) -> int:
-        """Numbers of four bytes that the policy writes at a step, beside the action's log-probability."""
-        if info.num_actions is not None:
-            return 2 + info.num_actions  # an index of 8 bytes, and logits
-        return 3 * (info.action_dim or 0)
 
     @property
     def samples(self) -> Samples:

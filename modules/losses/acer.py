@@ -125,6 +125,20 @@ def kl_gradient(*, log_average: Tensor, log_probs: Tensor) -> Tensor:
     return -torch.where(log_average.exp() > 0, ratio, 0)
 
 
+def behaviour_parameter(loss: Loss, tensordict: TensorDictBase, key: str) -> Tensor:
+    """The entry ``key`` of the behaviour policy's distribution, in the type of the networks.
+
+    Raises:
+        KeyError: when it is missing.
+    """
+    if tensordict.get(key, None) is None:
+        raise KeyError(
+            f"{type(loss).__name__} reads {key!r}, of the behaviour policy's whole distribution, which the batch "
+            "lacks: collect with a policy that writes it, as build_policy's does, and keep the entry in the replay"
+        )
+    return entry(loss, tensordict, key).detach().to(loss.dtype)
+
+
 class ACERLoss(Loss):
     """Critic and policy gradient of ACER (Wang et al. 2017, arXiv 1611.01224), on rollouts of discrete actions.
 
@@ -216,7 +230,7 @@ class ACERLoss(Loss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of a rollout [B, T]."""
-        behaviour_probs = self._behaviour(tensordict)
+        behaviour_probs = behaviour_parameter(self, tensordict, k.LOGITS).softmax(-1)
         if k.ACTION_MASK in self.policy.in_keys:  # the policy's value behind a step needs it there too
             entry(self, tensordict, (k.NEXT, k.ACTION_MASK))
 
@@ -277,16 +291,6 @@ class ACERLoss(Loss):
                 out["projected"] = stats.mean((projected != gradient).any(-1).to(probs.dtype))
                 out["kl_average"] = stats.mean((log_average.exp() * (log_average - log_probs)).sum(-1))
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
-
-    def _behaviour(self, tensordict: TensorDictBase) -> Tensor:
-        """mu(.|x) [B, T, A] of the stored logits."""
-        logits = tensordict.get(k.LOGITS, None)
-        if logits is None:
-            raise KeyError(
-                f"ACERLoss reads {k.LOGITS!r}, the behaviour policy's whole distribution, which the batch lacks: "
-                "collect with a policy that writes it, as build_policy's does, and keep the entry in the replay"
-            )
-        return entry(self, tensordict, k.LOGITS).detach().to(self.dtype).softmax(-1)
 
     @torch.no_grad()
     def _average(self, policy: EvaluatedPolicy) -> Tensor:

@@ -13,11 +13,11 @@ from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator, QLambda, Retrace
 from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.estimators.names import parse_spec
-from offtrace.modules.losses.acer import truncated_weights, trust_region
+from offtrace.modules.losses.acer import behaviour_parameter, truncated_weights, trust_region
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, check_positive, entry
+from offtrace.modules.losses.steps import check_arguments, check_positive
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout
 from offtrace.modules.networks import Critic, DiagonalNormal, StateValue
 from offtrace.modules.returns import clipped_fraction
@@ -156,7 +156,7 @@ class ContinuousACERLoss(Loss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of a rollout [B, T]."""
-        behaviour = self._behaviour(tensordict)
+        behaviour = DiagonalNormal(*(behaviour_parameter(self, tensordict, key) for key in (k.LOC, k.SCALE)))
 
         # the policy over the steps and their successors, and new actions of it at the steps: a', and u_1 to u_n
         policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
@@ -234,17 +234,6 @@ class ContinuousACERLoss(Loss):
             return statistics
         means, scales = statistics.chunk(2, -1)
         return torch.cat([means, torch.zeros_like(scales)], -1)
-
-    def _behaviour(self, tensordict: TensorDictBase) -> DiagonalNormal:
-        """mu(.|x) of the stored parameters, 1 where a step is not valid."""
-        for key in (k.LOC, k.SCALE):
-            if tensordict.get(key, None) is None:
-                raise KeyError(
-                    f"ContinuousACERLoss reads {key!r} of the behaviour policy's distribution, which the batch lacks: "
-                    "collect with a policy that writes it, as build_policy's does, and keep the entry in the replay"
-                )
-        loc, scale = (entry(self, tensordict, key).detach().to(self.dtype) for key in (k.LOC, k.SCALE))
-        return DiagonalNormal(loc, scale)
 
     @torch.no_grad()
     def _average(self, policy: EvaluatedPolicy) -> Any:

@@ -13,6 +13,7 @@ from torch.distributions import Normal
 
 from offtrace.modules.losses import ContinuousACERLoss
 from offtrace.modules.losses.acer_continuous import gaussian_kl_gradient, gaussian_score
+from offtrace.modules.losses.unroll import evaluate_rollout
 from offtrace.modules.networks import build_critic, build_policy, build_value
 from tests.modules.test_impala_loss import FEATURES, LOSSES, rollout, total
 
@@ -84,8 +85,6 @@ def test_the_dueling_critic_has_the_policys_mean_in_v() -> None:
     """Over the actions that the baseline is made of, Q~ is V on average."""
     loss = make()
     td = stored()
-    from offtrace.modules.losses.unroll import evaluate_rollout
-
     policy = evaluate_rollout(loss, td)
     value = torch.randn(5, 7, dtype=torch.float64)
     actions = torch.randn(SAMPLES, 5, 7, DIM, dtype=torch.float64)
@@ -203,7 +202,9 @@ def test_what_stands_in_invalid_steps_reaches_nothing() -> None:
 
 @pytest.mark.parametrize("key", ["loc", "scale"])
 def test_a_batch_without_the_whole_behaviour_is_refused(key: str) -> None:
-    with pytest.raises(KeyError, match=rf"reads '{key}' of the behaviour policy's distribution, .* keep the entry"):
+    with pytest.raises(
+        KeyError, match=rf"reads '{key}', of the behaviour policy's whole distribution, .* keep the entry"
+    ):
         make()(stored().exclude(key))
 
 

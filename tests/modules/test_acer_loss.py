@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import types
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from offtrace.modules.losses import ACERLoss, FastSoftUpdate, acer
 from offtrace.modules.losses.acer import acer_gradient, kl_gradient, truncated_weights, trust_region
 from tests.modules.test_impala_loss import ACTIONS, LOSSES, gradients, make, rollout, total
 from tests.modules.test_q_actor_critic_loss import chosen, direct, network, policy_of, with_valid
+from tests.modules.test_returns_mutations import mutant
 
 GAMMA = 0.9
 PAPER = (0.7, 0.2, 0.1), (0.05, 0.45, 0.5), (1.0, 0.5, -1.0)
@@ -148,14 +147,6 @@ def test_the_functions_are_the_papers(error: Any) -> None:
 def test_every_mutation_is_caught(mutation: str) -> None:
     error, old, new = MUTATIONS[mutation]
     assert error(mutant(acer, old, new)) > 1e-3
-
-
-def mutant(module: types.ModuleType, old: str, new: str) -> dict[str, Any]:
-    source = inspect.getsource(module)
-    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__name__}"
-    out: dict[str, Any] = {"__name__": "mutant"}
-    exec(compile(source.replace(old, new), "mutant", "exec", dont_inherit=True), out)
-    return out
 
 
 def paper(q_return: float) -> dict[str, Any]:
@@ -434,7 +425,9 @@ def test_a_policy_without_action_values_is_refused() -> None:
 def test_a_batch_without_the_whole_behaviour_is_refused() -> None:
     policy = policy_of()
     batch: TensorDictBase = stored(policy).exclude("logits")
-    with pytest.raises(KeyError, match=r"reads 'logits', the behaviour policy's whole distribution, .* keep the entry"):
+    with pytest.raises(
+        KeyError, match=r"reads 'logits', of the behaviour policy's whole distribution, .* keep the entry"
+    ):
         ACERLoss(policy)(batch)
 
 
