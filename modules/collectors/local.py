@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from offtrace.modules.collectors.actors import ActorCollector
+from offtrace.modules.collectors.actors import ActorSpec
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 
@@ -19,14 +18,16 @@ class LocalBackend:
     Nothing runs beside the learner. Actions are drawn from the generators of this process.
 
     Args:
-        env_fn: gives the environment.
+        spec: of the actor.
         shared: the weights.
-        options: of :class:`ActorCollector`.
+
+    Raises:
+        ValueError: the environments do not divide a rollout.
     """
 
-    def __init__(self, env_fn: Callable[..., Any], shared: SharedWeights, options: dict[str, Any]) -> None:
+    def __init__(self, spec: ActorSpec, shared: SharedWeights) -> None:
         self._shared = shared
-        self._collector = ActorCollector(env_fn, return_same_td=True, shared=shared, **options)
+        self._collector = spec.make(shared, 0)
         self._iterator: Iterator[TensorDictBase] | None = None
 
     @property

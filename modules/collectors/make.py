@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import cloudpickle
 import torch
 from torchrl.envs import EnvBase
 
-from offtrace.modules.collectors.actors import actor_seed
+from offtrace.modules.collectors.actors import ActorSpec, actor_seed
 from offtrace.modules.collectors.local import LocalBackend
 from offtrace.modules.collectors.processes import ProcessBackend
 from offtrace.modules.collectors.protocol import Backend, Collector
@@ -62,7 +60,8 @@ def make_collector(
         device: where the actors run their copy of the policy; rollouts are always on the CPU.
 
     Raises:
-        ValueError: a size is not positive or frames_per_batch does not divide by N.
+        ValueError: a size is not positive, frames_per_batch does not divide by N, or what actor processes need does not
+            pickle.
         EnvironmentFailure: an actor process did not come up; its own message is in the text.
     """
     for name, value, least in (
@@ -75,23 +74,12 @@ def make_collector(
     if step_timeout <= 0:
         raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds")
     actor = copy.deepcopy(policy).to("cpu")
-    shared = SharedWeights(actor, num_workers, torch.multiprocessing.get_context("spawn"))
+    shared = SharedWeights(actor, max(num_workers, 1))
     seeds = [actor_seed(seed, rank, worker, start) for worker in range(max(num_workers, 1))]
-    env_fns = [partial(env_fn, seed=s) for s in seeds]
-    options: dict[str, Any] = {
-        "policy_bytes": cloudpickle.dumps(actor),
-        "seeds": seeds,
-        "device": device,
-        "frames_per_batch": frames_per_batch,
-        "total_frames": -1,
-        "trust_policy": True,
-        "no_cuda_sync": torch.device(device).type == "cpu",
-        "use_buffers": True,
-        "auto_register_policy_transforms": True,
-    }
+    spec = ActorSpec(env_fn, actor, seeds, frames_per_batch, device, threads_per_worker)
     backend: Backend
     if num_workers == 0:
-        backend = LocalBackend(env_fns[0], shared, options)
+        backend = LocalBackend(spec, shared)
     else:
-        backend = ProcessBackend(env_fns, shared, options, step_timeout=step_timeout, threads=threads_per_worker)
+        backend = ProcessBackend(spec, shared, step_timeout=step_timeout)
     return RolloutCollector(backend, frames_per_batch=frames_per_batch)
