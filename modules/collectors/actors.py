@@ -25,6 +25,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.collectors import Collector
 
+from offtrace.modules.collectors.frames import FRAMES, Packer
 from offtrace.modules.collectors.memory import Key, Layout, SharedBlock, lay_out
 from offtrace.modules.collectors.weights import SharedWeights, named_tensors
 from offtrace.modules.keys import POLICY_VERSION
@@ -85,6 +86,7 @@ class ActorSpec(NamedTuple):
         policy: on the CPU, the actors' own.
         seeds: of each actor's environment; in a process of its own also of torch, numpy and random.
         frames_per_batch: N T, the size of a rollout.
+        frame_stack: frames in an observation, of which each travels once; 1: observations travel whole.
         device: where the policy runs.
         threads: torch threads of an actor process.
     """
@@ -93,6 +95,7 @@ class ActorSpec(NamedTuple):
     policy: nn.Module
     seeds: list[int]
     frames_per_batch: int
+    frame_stack: int
     device: str | torch.device
     threads: int
 
@@ -139,7 +142,7 @@ class Rollout(NamedTuple):
     ``shape`` is [N, T].
     """
 
-    shape: torch.Size | None
+    shape: torch.Size
     layout: Layout | None
 
 
@@ -165,7 +168,7 @@ def run_actor(worker: int, pipe: Connection, shared: SharedWeights, spec: Shared
         torch.set_num_threads(made.threads)
         _seed_everything(made.seeds[worker])
         collector = made.make(shared, worker)
-        rollouts, outbox = iter(collector), _Outbox(pipe)
+        rollouts, outbox = iter(collector), _Outbox(pipe, made.frame_stack)
         pipe.send(Up())
         while True:
             pipe.recv()
@@ -187,20 +190,22 @@ def run_actor(worker: int, pipe: Connection, shared: SharedWeights, spec: Shared
 class _Outbox:
     """Copies rollouts into a block that the learner sees, a new one where the last does not fit."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Connection, frame_stack: int) -> None:
         self._pipe = pipe
+        self._packer = Packer(frame_stack)
         self._layout: Layout = {}
         self._views: Mapping[Key, Tensor] = {}
 
     def put(self, rollout: TensorDictBase) -> None:
-        found: dict[Key, Tensor] = dict(rollout.items(True, True))
-        layout, size = lay_out(found)
+        packed = self._packer.pack(rollout, self._views.get(FRAMES))
+        layout, size = lay_out(packed)
         block = None
         if layout != self._layout:
             block = SharedBlock(size)
             self._layout, self._views = layout, block.views(layout)
-        for key, tensor in found.items():
-            self._views[key].copy_(tensor)
+        for key, tensor in packed.items():
+            if tensor is not self._views[key]:
+                self._views[key].copy_(tensor)
         self._pipe.send(Rollout(rollout.shape, None if block is None else layout))
         if block is not None:
             block.send(self._pipe)

@@ -44,6 +44,7 @@ def make_collector(
     step_timeout: float = 60.0,
     threads_per_worker: int = 1,
     device: str | torch.device = "cpu",
+    frame_stack: int = 1,
 ) -> Collector:
     """Collector of rollouts ``[N, T]``, in process or in N processes.
 
@@ -58,6 +59,9 @@ def make_collector(
         step_timeout: seconds that one step (a reset included) may take in an actor process. Not applied in process.
         threads_per_worker: torch threads of an actor process. Two processes of one thread do more than one of two.
         device: where the actors run their copy of the policy; rollouts are always on the CPU.
+        frame_stack: frames that an observation stacks along its first dimension, the newest last, each the one before
+            moved by one frame within an episode. Then each frame travels once, a fifth or less of the bytes, and the
+            learner puts the stacks together again. 1: observations travel whole.
 
     Raises:
         ValueError: a size is not positive, frames_per_batch does not divide by N, or what actor processes need does not
@@ -68,6 +72,7 @@ def make_collector(
         ("frames_per_batch", frames_per_batch, 1),
         ("num_workers", num_workers, 0),
         ("threads_per_worker", threads_per_worker, 1),
+        ("frame_stack", frame_stack, 1),
     ):
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
@@ -76,10 +81,10 @@ def make_collector(
     actor = copy.deepcopy(policy).to("cpu")
     shared = SharedWeights(actor, max(num_workers, 1))
     seeds = [actor_seed(seed, rank, worker, start) for worker in range(max(num_workers, 1))]
-    spec = ActorSpec(env_fn, actor, seeds, frames_per_batch, device, threads_per_worker)
+    spec = ActorSpec(env_fn, actor, seeds, frames_per_batch, frame_stack, device, threads_per_worker)
     backend: Backend
     if num_workers == 0:
         backend = LocalBackend(spec, shared)
     else:
         backend = ProcessBackend(spec, shared, step_timeout=step_timeout)
-    return RolloutCollector(backend, frames_per_batch=frames_per_batch)
+    return RolloutCollector(backend, frames_per_batch=frames_per_batch, frame_stack=frame_stack)

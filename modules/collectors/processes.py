@@ -10,11 +10,11 @@ from typing import Any
 
 import cloudpickle
 import torch
-from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from offtrace.modules.collectors.actors import ActorSpec, Failed, Rollout, Up, run_actor
-from offtrace.modules.collectors.memory import SharedBlock
+from offtrace.modules.collectors.memory import Key, SharedBlock
+from offtrace.modules.collectors.protocol import Copy
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 from offtrace.modules.fork_server import context, signals_blocked, start_fork_server
@@ -43,7 +43,8 @@ class ActorProcess:
     def __init__(self, worker: int, shared: SharedWeights, spec: SharedBlock) -> None:
         self.worker = worker
         self._shared = shared
-        self._rollout = TensorDict({}, [])
+        self._entries: dict[Key, Tensor] = {}
+        self._shape = torch.Size()
         self.pipe, theirs = context().Pipe()
         self.process = context().Process(
             target=run_actor, args=(worker, theirs, shared, spec), name=f"actor {worker}", daemon=False
@@ -60,9 +61,9 @@ class ActorProcess:
             self.pipe.send(None)
         self.since = time.monotonic()
 
-    def rollout(self) -> TensorDictBase:
-        """The rollout that waits, in the memory that the actor writes the next one to."""
-        return self._rollout
+    def rollout(self) -> tuple[Mapping[Key, Tensor], torch.Size]:
+        """Entries and shape of what waits, in the memory that the actor writes the next one to."""
+        return self._entries, self._shape
 
     def read(self) -> None:
         """Take in what it says.
@@ -73,8 +74,8 @@ class ActorProcess:
         try:
             message = self.pipe.recv()
             if isinstance(message, Rollout) and message.layout is not None:
-                views = SharedBlock.receive(self.pipe).views(message.layout)
-                self._rollout = TensorDict(dict(views), message.shape)
+                self._entries = SharedBlock.receive(self.pipe).views(message.layout)
+                self._shape = message.shape
         except (EOFError, OSError):
             self.process.join(_KILL_TIMEOUT)
             raise self._dead() from None
@@ -117,7 +118,7 @@ class ActorProcess:
     def release(self) -> None:
         """Let go of pipe and memory."""
         self.pipe.close()
-        self._rollout = TensorDict({}, [])
+        self._entries = {}
 
     @property
     def step(self) -> int:
@@ -181,7 +182,7 @@ class ProcessBackend:
         """As of the protocol."""
         return self._shared.publish(tensors)
 
-    def take(self, copied: Callable[[TensorDictBase], TensorDictBase]) -> tuple[TensorDictBase, int]:
+    def take(self, copied: Copy) -> tuple[dict[Key, Tensor], torch.Size, int]:
         """As of the protocol.
 
         Raises:
@@ -197,10 +198,11 @@ class ProcessBackend:
         except EnvironmentFailure:
             self._kill()  # one that hangs would use up all the time it is given to leave
             raise
-        rollout = copied(actor.rollout())
+        entries, shape = actor.rollout()
+        entries = copied(entries)
         actor.go_on()
         worker, self._turn = self._turn, (self._turn + 1) % len(self._actors)
-        return rollout, worker
+        return entries, shape, worker
 
     def shutdown(self) -> None:
         """Ask, then kill, within about 5 seconds."""
