@@ -50,6 +50,8 @@ class LossConfig(Group):
     """Continuous actions only: learn the standard deviation as well."""
     reward_clip: float | None = None
     """Rewards are clipped to plus or minus this in the learner; null for none."""
+    normalize_advantage: bool = False
+    """Divide the policy's gradient by the size of the advantages, so that delta does not depend on that of rewards."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""

@@ -17,6 +17,8 @@ class MixedReplayConfig(Group):
 
     ratio: float = 4.0
     """Replayed batches behind each fresh one, on average (Poisson); 0: none are stored."""
+    sequences: int | None = None
+    """In a replayed batch; null: as many as a fresh one has."""
     capacity: int = 800_000
     """Steps it holds."""
     min_size: int = 10_000
@@ -34,6 +36,7 @@ class MixedReplayConfig(Group):
         checks = Checks(self, at)
         checks.at_least(0, "ratio", "min_size")
         checks.at_least(1, "capacity")
+        checks.require("sequences", lambda value: value is None or value >= 1, "at least 1, or null")
         if self.capacity < self.min_size:
             raise ConfigError(f"{at}.capacity is {self.capacity}; it must hold {at}.min_size, {self.min_size}")
 
@@ -57,8 +60,8 @@ class MixedConfig(RolloutConfig):
 
     @property
     def sequences_per_batch(self) -> int:
-        """As many as a fresh batch has environments."""
-        return self.env.num_envs // self.train.minibatches
+        """By ``replay.sequences``, or as many as a fresh batch has environments."""
+        return self.replay.sequences or self.env.num_envs // self.train.minibatches
 
     def validate(self) -> None:
         """As :meth:`Config.validate`; replay and budget fit the rollouts."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictParams, dispatch
 from torch import Tensor
 
 from offtrace.modules import keys as k
@@ -90,6 +90,8 @@ class ContinuousACERLoss(Loss):
         num_samples: n.
         learn_scale: False leaves the scale as it is at the start, as in the paper.
         reward_clip: rewards are clipped to [-reward_clip, reward_clip]; None leaves them.
+        normalize_advantage: divide g by the root mean square of Q^opc - V over the valid steps, before the projection:
+            then ``delta`` does not depend on the size of the rewards. The paper does not.
 
     Reads (names change by :meth:`set_keys`) what the networks read, also under ``"next"``; ``"action"`` [B, T, D]; of
     the behaviour policy ``"action_log_prob"`` [B, T], ``"loc"`` and ``"scale"`` [B, T, D]; ``("next", ...)``
@@ -102,6 +104,15 @@ class ContinuousACERLoss(Loss):
         KeyError: when an entry is missing, by its name.
     """
 
+    policy: ProbabilisticTensorDictSequential
+    policy_params: TensorDictParams
+    target_policy_params: TensorDictParams
+    value: StateValue
+    value_params: TensorDictParams
+    target_value_params: TensorDictParams
+    advantage: Critic
+    advantage_params: TensorDictParams
+    target_advantage_params: TensorDictParams
     reads_behaviour = True
 
     def __init__(
@@ -120,6 +131,7 @@ class ContinuousACERLoss(Loss):
         num_samples: int = 5,
         learn_scale: bool = False,
         reward_clip: float | None = None,
+        normalize_advantage: bool = False,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, clip=clip, delta=delta, num_samples=num_samples)
@@ -142,6 +154,7 @@ class ContinuousACERLoss(Loss):
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.clip, self.delta, self.reward_clip = clip, delta, reward_clip
         self.num_samples, self.learn_scale = num_samples, learn_scale
+        self.normalize_advantage = normalize_advantage
         losses = ["loss_policy", "loss_value", "loss_entropy"]
         diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "pg_rho_clipped"]
         average = ["projected", "kl_average"] if delta is not None else []
@@ -191,6 +204,8 @@ class ContinuousACERLoss(Loss):
             gradient = (weight * (q_opc - value)).unsqueeze(-1) * score
             gradient = gradient + (correction * (q_fresh - value)).unsqueeze(-1) * fresh_score
             gradient = self._learnt(gradient)
+            if self.normalize_advantage:
+                gradient = gradient / stats.root_mean_square(q_opc - value)
             projected = gradient
             if self.delta is not None:
                 average = self._average(policy)

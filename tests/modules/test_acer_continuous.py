@@ -96,12 +96,13 @@ def test_the_dueling_critic_has_the_policys_mean_in_v() -> None:
 @pytest.mark.parametrize("delta", [None, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_loss_equals_the_direct_sums(learn_scale: bool, delta: float | None, masked: bool, reduction: str) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_loss_equals_the_direct_sums(
+    learn_scale: bool, delta: float | None, masked: bool, reduction: str, normalize: bool
+) -> None:
     """One step at a time, in the order of the paper's box, from the same draws."""
-    loss, td = (
-        make(learn_scale=learn_scale, delta=delta, clip=1.2, value_coef=0.7, entropy_coef=0.03, reduction=reduction),
-        stored(masked),
-    )
+    options = {"learn_scale": learn_scale, "delta": delta, "reduction": reduction, "normalize_advantage": normalize}
+    loss, td = make(clip=1.2, value_coef=0.7, entropy_coef=0.03, **options), stored(masked)
     torch.manual_seed(5)
     out = loss(td)
     loc, scale = parameters_of(loss.policy, td["observation"])
@@ -126,6 +127,21 @@ def test_loss_equals_the_direct_sums(learn_scale: bool, delta: float | None, mas
     reward, terminated, done = (td["next", key].squeeze(-1) for key in ("reward", "terminated", "done"))
     valid = td["valid"].squeeze(-1) if masked else torch.ones(5, 7, dtype=torch.bool)
     count = int(valid.sum())
+    size = 1.0
+    if normalize:
+        squares = []
+        for b in range(5):
+            opc = None
+            for t in reversed(range(7)):
+                if not valid[b, t]:
+                    opc = None
+                    continue
+                if opc is None or done[b, t]:
+                    opc = 0.0 if terminated[b, t] else float(following[b, t])
+                opc = float(reward[b, t]) + GAMMA * opc
+                squares.append((opc - float(value[b, t])) ** 2)
+                opc = opc - float(q[b, t]) + float(value[b, t])
+        size = math.sqrt(sum(squares) / count)
     policy_term = value_term = torch.zeros((), dtype=torch.float64)
     projected = 0
     corrections = 0.0
@@ -148,7 +164,7 @@ def test_loss_equals_the_direct_sums(learn_scale: bool, delta: float | None, mas
             corrections += correction
             objective = weight * f.log_prob(action[b, t]).sum()
             objective = objective + correction * (float(q_fresh[b, t]) - v) * f.log_prob(fresh[0, b, t]).sum()
-            g = torch.autograd.grad(objective, own, retain_graph=True)[0]
+            g = torch.autograd.grad(objective, own, retain_graph=True)[0] / size
             kl = torch.distributions.kl_divergence(Normal(average[0][b, t], average[1][b, t]), f).sum()
             k = torch.autograd.grad(kl, own)[0]
             if not learn_scale:
