@@ -46,6 +46,8 @@ class LossConfig(Group):
     """Bound of the trust region around the average policy; null for none."""
     num_samples: int = 5
     """Continuous actions only: those that the advantages of the dueling critic are centred on."""
+    average_critic: bool = False
+    """Continuous actions only: targets come from averages of the critics, which move as the average policy does."""
     learn_scale: bool = False
     """Continuous actions only: learn the standard deviation as well."""
     reward_clip: float | None = None
@@ -127,7 +129,7 @@ class ACERConfig(MixedConfig):
 
         if info.num_actions is not None:
             return policy_spec(self, info, critic="q")
-        return policy_spec(self, info, head="normal", critic=None, head_options={"init_scale": 0.3})
+        return policy_spec(self, info, head="normal", critic=None, head_options={"init_scale": 0.3, "bounded": True})
 
     def build(self) -> tuple[Agent, MixedData | RolloutData]:
         """As :meth:`Config.build`."""
