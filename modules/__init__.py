@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from offtrace.modules.losses import MPOLoss as MPOLoss
     from offtrace.modules.losses import PPOLoss as PPOLoss
     from offtrace.modules.losses import QActorCriticLoss as QActorCriticLoss
+    from offtrace.modules.losses import ReactorLoss as ReactorLoss
     from offtrace.modules.losses import SACLoss as SACLoss
     from offtrace.modules.losses import SACv1Loss as SACv1Loss
     from offtrace.modules.losses import VMPOLoss as VMPOLoss
@@ -60,6 +61,7 @@ _MODULE = {
     "Prioritized": "replay",
     "QActorCriticLoss": "losses",
     "QLambda": "estimators",
+    "ReactorLoss": "losses",
     "Replay": "replay",
     "Retrace": "estimators",
     "SACLoss": "losses",
