@@ -456,7 +456,7 @@ def test_only_the_entries_that_matter_are_read(critic: str, recurrent: int | Non
 
 @pytest.mark.parametrize("critic", CRITICS)
 def test_illegal_actions_have_no_value_and_get_no_gradient(critic: str) -> None:
-    policy, td = policy_of(critic, masked=True), stored()
+    policy, td = policy_of(critic, masked=True, head_options={"epsilon": 0.1}), stored()
     mask = torch.tensor([True, True, False]).expand(5, 7, 3)
     td["action_mask"], td["action"] = mask.clone(), td["action"].clamp(max=1)
     td["logits"] = td["logits"].masked_fill(~mask, -1e30)
