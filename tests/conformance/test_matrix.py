@@ -68,9 +68,10 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "sac-v1": kinds("sac", loss__version=1, loss__reward_scale=5.0),
     "mpo-retrace": kinds("mpo", loss__estimator="retrace(lmbda=0.9)"),
     "dmpo": kinds("mpo", network__atoms=11),
+    "reactor-values": kinds("reactor", network__atoms=0, network__recurrent=0, replay__sampler="uniform"),
     "vmpo-popart": kinds("vmpo", network__popart=True),
 }
-ONLY_DISCRETE = {"dqn", "q_actor_critic", "dqn-rainbow"}
+ONLY_DISCRETE = {"dqn", "q_actor_critic", "dqn-rainbow", "reactor", "reactor-values"}
 ONLY_CONTINUOUS = {"sac-v1", "dmpo"}
 
 
