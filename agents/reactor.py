@@ -82,7 +82,7 @@ class ReactorNetworkConfig(FeedForwardConfig):
 def _replay() -> ReplayConfig:
     return ReplayConfig(
         capacity=200_000, batch_size=4 * 32, length=32, samples_per_insert=8.0, min_size=10_000,
-        sampler="prioritized", alpha=1.0, beta=1.0,
+        sampler="lazy", alpha=1.0, beta=1.0, epsilon=0.1,
     )  # fmt: skip
 
 

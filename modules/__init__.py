@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from offtrace.modules.networks import build_critic as build_critic
     from offtrace.modules.networks import build_policy as build_policy
     from offtrace.modules.networks import build_value as build_value
+    from offtrace.modules.replay import LazyPrioritized as LazyPrioritized
     from offtrace.modules.replay import Prioritized as Prioritized
     from offtrace.modules.replay import Replay as Replay
     from offtrace.modules.replay import Uniform as Uniform
@@ -53,6 +54,7 @@ _MODULE = {
     "GAE": "estimators",
     "ImpalaLoss": "losses",
     "ImportanceSampling": "estimators",
+    "LazyPrioritized": "replay",
     "MPOLoss": "losses",
     "NStep": "estimators",
     "NStepReturn": "estimators",

@@ -60,7 +60,7 @@ def fit(config: ReactorConfig, folder: Path, *, stop: int, resume: Path | None =
     return agent, data
 
 
-@pytest.mark.parametrize("sampler", ["prioritized", "uniform"])
+@pytest.mark.parametrize("sampler", ["lazy", "prioritized", "uniform"])
 def test_k_and_k_updates_are_2k(tmp_path: Path, sampler: Any) -> None:
     """Bit for bit: weights, targets, replay with its recurrent states and priorities, and counters."""
     k, config = 6, small(12)
@@ -168,6 +168,7 @@ def test_any_estimator_of_every_step_learns_from_sequences() -> None:
         ("replay", "capacity", 60, r"replay\.capacity is 60; for 4 environments and a collector\.unroll of 6"),
         ("replay", "length", 1, r"replay\.length is 1; Reactor's samples are sequences: at least 2"),
         ("replay", "length", 6, r"replay\.batch_size is 20; .* sequences of replay\.length, 6, steps"),
+        ("replay", "epsilon", 1.1, r"replay\.epsilon is 1\.1; it must be between 0 and 1"),
         ("replay", "min_size", 10, r"replay\.min_size is 10; for batches of 4 sequences of 5 steps"),
         ("loss", "clip", 0.0, r"loss\.clip is 0\.0; it must be above 0; inf never truncates"),
         ("loss", "estimator", "n_step(n=3)", r"n_step\(n=3\), which learns from the first step of a sequence alone"),

@@ -65,6 +65,7 @@ VARIANTS: dict[str, Callable[[], Any]] = {
         "dqn", network__dueling=True, network__atoms=11, replay__sampler="prioritized", loss__estimator="n_step(n=3)"
     ),
     "sac-retrace-prioritized": kinds("sac", loss__estimator="retrace(lmbda=0.9)", replay__sampler="prioritized"),
+    "sac-retrace-lazy": kinds("sac", loss__estimator="retrace(lmbda=0.9)", replay__sampler="lazy"),
     "sac-v1": kinds("sac", loss__version=1, loss__reward_scale=5.0),
     "mpo-retrace": kinds("mpo", loss__estimator="retrace(lmbda=0.9)"),
     "dmpo": kinds("mpo", network__atoms=11),
