@@ -10,8 +10,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from offtrace.agents.assemble import read_task
 from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.config import ConfigError
+from offtrace.agents.config.resources import bytes_per_step
 from offtrace.agents.data import ReplayData
 from offtrace.agents.reactor import ReactorConfig, atari_config, make_reactor, memory_config, paper_config
 from offtrace.modules.networks import SeparateCores
@@ -202,13 +204,12 @@ def test_a_priority_that_is_no_number_is_one_sentence(tmp_path: Path) -> None:
         data.feedback(batch)
 
 
-def test_a_recurrent_state_is_counted_in_the_memory_of_a_replay() -> None:
+@pytest.mark.parametrize("recurrent", [0, 8])
+def test_what_a_step_takes_in_the_replay_is_known_before(recurrent: int, tmp_path: Path) -> None:
     config = small(12)
+    config.network.recurrent = recurrent
+    _, data = fit(config, tmp_path / "a", stop=3)
+    assert data.replay.bytes_per_slot == bytes_per_step(config, read_task(config))
     config.replay.capacity = 10**12
-    with pytest.raises(ConfigError, match=r"steps of (\d+) bytes") as wide:
+    with pytest.raises(ConfigError, match=r"replay\.capacity is 10{12}; steps of \d+ bytes take"):
         config.build()
-    config.network.recurrent = 0
-    with pytest.raises(ConfigError, match=r"steps of (\d+) bytes") as narrow:
-        config.build()
-    sizes = [int(str(raised.value).split("steps of ")[1].split()[0]) for raised in (wide, narrow)]
-    assert sizes[0] - sizes[1] == 4 * (4 * 8 + 3)
