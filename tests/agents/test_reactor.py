@@ -62,7 +62,9 @@ def fit(config: ReactorConfig, folder: Path, *, stop: int, resume: Path | None =
     return agent, data
 
 
-@pytest.mark.parametrize("sampler", ["lazy", "prioritized", "uniform"])
+@pytest.mark.parametrize(
+    "sampler", ["lazy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("prioritized", "uniform"))]
+)
 def test_k_and_k_updates_are_2k(tmp_path: Path, sampler: Any) -> None:
     """Bit for bit: weights, targets, replay with its recurrent states and priorities, and counters."""
     k, config = 6, small(12)

@@ -90,7 +90,7 @@ def error_of(tree: Any, hand: ByHand) -> float:
     return worst
 
 
-def tree_error(module: dict[str, Any], sizes: list[int] = SIZES, turns: int = 150) -> float:
+def tree_error(module: dict[str, Any], sizes: list[int] = SIZES, turns: int = 60) -> float:
     worst = 0.0
     for size in sizes:
         for power in (1.0, 0.6):
