@@ -35,7 +35,7 @@ from offtrace.agents.runs.folders import RUNS
 from offtrace.modules.envs import EnvInfo, env_info
 from offtrace.modules.keys import OBSERVATION, VALID
 from offtrace.modules.networks import Critic, DiscreteCritic, StateValue, build_critic, build_value
-from offtrace.modules.replay import Prioritized, Replay, Sampler, Uniform
+from offtrace.modules.replay import LazyPrioritized, Prioritized, Replay, Sampler, Uniform
 
 
 def read_task(config: Config) -> EnvInfo:
@@ -352,8 +352,10 @@ def _channels_last(config: Config) -> bool:
 def _replay(config: OffPolicyConfig | MixedConfig, info: EnvInfo, rank: int, path: Path | None) -> Replay:
     replay, length = config.replay, config.samples.length
     sampler: Sampler = Uniform()
-    if isinstance(replay, ReplayConfig) and replay.prioritized:
+    if isinstance(replay, ReplayConfig) and replay.sampler == "prioritized":
         sampler = Prioritized(replay.alpha, replay.beta)
+    elif isinstance(replay, ReplayConfig) and replay.sampler == "lazy":
+        sampler = LazyPrioritized(replay.alpha, replay.beta, replay.epsilon)
     return Replay(
         replay.capacity,
         num_envs=config.env.num_envs,

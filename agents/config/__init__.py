@@ -7,7 +7,7 @@ from offtrace.agents.config.estimator import check_actions, check_estimator, sam
 from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig
 from offtrace.agents.config.network import FeedForwardConfig, NetworkConfig, SeparateNetworksConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
-from offtrace.agents.config.optim import AdamConfig, OptimConfig, SeparateOptimConfig
+from offtrace.agents.config.optim import AdamConfig, OptimConfig, SeparateOptimConfig, TargetAdamConfig
 from offtrace.agents.config.replay import ReplayConfig
 from offtrace.agents.config.rollouts import RolloutConfig
 from offtrace.agents.config.train import ReplayTrainConfig, RolloutTrainConfig, TrainConfig
@@ -32,6 +32,7 @@ __all__ = [
     "RolloutTrainConfig",
     "SeparateNetworksConfig",
     "SeparateOptimConfig",
+    "TargetAdamConfig",
     "TrainConfig",
     "available_cores",
     "check_actions",

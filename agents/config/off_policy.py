@@ -62,7 +62,7 @@ class OffPolicyConfig(Config):
 
 def _check_sequences(config: OffPolicyConfig) -> None:
     replay, estimator, (length, every_step) = config.replay, config.loss.estimator, config.samples
-    if samples_of(estimator, 2).length == 1:  # of transitions, by its nature
+    if length == samples_of(estimator, 2).length == 1:  # of transitions, by its nature
         return
     if length < 2:
         raise ConfigError(

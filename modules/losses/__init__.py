@@ -10,6 +10,7 @@ from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
 from offtrace.modules.losses.ppo import PPOLoss
 from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
+from offtrace.modules.losses.reactor import ReactorLoss
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
@@ -34,6 +35,7 @@ __all__ = [
     "MPOLoss",
     "PPOLoss",
     "QActorCriticLoss",
+    "ReactorLoss",
     "SACLoss",
     "SACv1Loss",
     "Stats",

@@ -65,12 +65,14 @@ VARIANTS: dict[str, Callable[[], Any]] = {
         "dqn", network__dueling=True, network__atoms=11, replay__sampler="prioritized", loss__estimator="n_step(n=3)"
     ),
     "sac-retrace-prioritized": kinds("sac", loss__estimator="retrace(lmbda=0.9)", replay__sampler="prioritized"),
+    "sac-retrace-lazy": kinds("sac", loss__estimator="retrace(lmbda=0.9)", replay__sampler="lazy"),
     "sac-v1": kinds("sac", loss__version=1, loss__reward_scale=5.0),
     "mpo-retrace": kinds("mpo", loss__estimator="retrace(lmbda=0.9)"),
     "dmpo": kinds("mpo", network__atoms=11),
+    "reactor-values": kinds("reactor", network__atoms=0, network__recurrent=0, replay__sampler="uniform"),
     "vmpo-popart": kinds("vmpo", network__popart=True),
 }
-ONLY_DISCRETE = {"dqn", "q_actor_critic", "dqn-rainbow"}
+ONLY_DISCRETE = {"dqn", "q_actor_critic", "dqn-rainbow", "reactor", "reactor-values"}
 ONLY_CONTINUOUS = {"sac-v1", "dmpo"}
 
 

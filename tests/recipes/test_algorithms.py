@@ -86,6 +86,10 @@ def arguments(name: str) -> list[str]:
         ("mpo_control", [CONTINUOUS, "--preset=full", "--replay.min_size=32"]),
         ("mpo_control", [CONTINUOUS, "--network.atoms=51", "--network.v_max=200", "--replay.min_size=32"]),
         ("mpo_control", ["--preset=discrete", "--replay.length=4"]),
+        ("reactor_control", ["--replay.length=4"]),
+        ("reactor_control", ["--preset=memory", "--replay.length=4", "--loss.priority=total_variation"]),
+        ("reactor_control", ["--replay.length=4", "--network.atoms=0", "--network.normalize=true", "--loss.clip=5"]),
+        ("reactor_atari", [DISCRETE, "--replay.length=4", "--loss.estimator=tree_backup(lmbda=0.9)"]),
     ],
 )
 def test_a_recipe_trains_and_goes_on(name: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,13 +117,15 @@ def test_ppo_logs_the_diagnostics_of_its_rollouts() -> None:
     finite()
 
 
-@pytest.mark.parametrize("name", ["impala_atari", "dqn", "acer_atari"])
+@pytest.mark.parametrize("name", ["impala_atari", "dqn", "acer_atari", "reactor_atari"])
 def test_images_from_end_to_end(name: str) -> None:
     """Every kind of data once on what an Atari game shows."""
     argv = ["--env.task=pong", "--train.total_frames=256", "--train.final_eval=false", "--train.eval_every=1000000"]
     network = ["--network.hidden=[16]", "--network.encoder=shallow"]
     if name == "dqn":
         argv += ["--preset=rainbow", "--replay.min_size=32", "--env.num_envs=2", "--replay.capacity=500"]
+    if name == "reactor_atari":
+        argv += ["--network.recurrent=8", "--replay.length=4", "--env.num_envs=2", "--replay.capacity=500"]
     data = ROLLOUTS if name in ON_ROLLOUTS else MIXED if name in MIXING else REPLAY
     assert main_of(name)([*data, *network, *argv]) == 0
     assert json.loads((RUN / "summary.json").read_text())["frames"] == 256

@@ -360,8 +360,9 @@ def test_a_resumed_run_keeps_its_configuration(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("name", TRAINING)
 def test_no_flag_is_offered_that_is_always_refused(name: str) -> None:
     network = vars(recipes.parse(name).network)
-    assert ("recurrent" in network) == (name in ON_ROLLOUTS)
-    assert ("init_scale" in network) == (name not in ("dqn", "sac_control"))
+    reactor = name.startswith("reactor")
+    assert ("recurrent" in network) == (name in ON_ROLLOUTS or reactor)
+    assert ("init_scale" in network) == (name not in ("dqn", "sac_control") and not reactor)
 
 
 @pytest.mark.parametrize(
