@@ -209,7 +209,7 @@ def mixed_agent(
     Raises:
         ConfigError: when the replay does not fit the machine, or the task.
     """
-    if not config.replay.ratio:
+    if not config.replay.form:
         return rollout_agent(config, info, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     check_memory(config, info, RUNS)
     check_rings(config, info)
@@ -219,7 +219,7 @@ def mixed_agent(
         partial(_replay, config, info),
         total_frames=config.train.total_frames,
         min_size=config.replay.min_size,
-        ratio=config.replay.ratio,
+        **config.replay.form,
         frame_skip=info.frame_skip,
         minibatches=config.train.minibatches,
         epochs=config.train.epochs,

@@ -10,16 +10,17 @@ from offtrace.agents.config import (
     CollectorConfig,
     EnvConfig,
     Group,
+    MixedConfig,
     NetworkConfig,
     OptimConfig,
-    RolloutConfig,
     RolloutTrainConfig,
+    ShareReplayConfig,
     check_estimator,
 )
 
 if TYPE_CHECKING:
     from offtrace.agents.agent import Agent
-    from offtrace.agents.data import RolloutData
+    from offtrace.agents.data import MixedData, RolloutData
     from offtrace.modules.envs import EnvInfo
 
 
@@ -55,12 +56,13 @@ class LossConfig(Group):
 
 
 @dataclass
-class ImpalaConfig(RolloutConfig):
+class ImpalaConfig(MixedConfig):
     """IMPALA."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)
+    replay: ShareReplayConfig = field(default_factory=lambda: ShareReplayConfig(capacity=200_000))
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RolloutTrainConfig = field(default_factory=RolloutTrainConfig)
@@ -73,21 +75,21 @@ class ImpalaConfig(RolloutConfig):
 
         return policy_spec(self, info)
 
-    def build(self) -> tuple[Agent, RolloutData]:
+    def build(self) -> tuple[Agent, MixedData | RolloutData]:
         """As :meth:`Config.build`."""
         return make_impala(self)
 
 
-def make_impala(config: ImpalaConfig) -> tuple[Agent, RolloutData]:
+def make_impala(config: ImpalaConfig) -> tuple[Agent, MixedData | RolloutData]:
     """The agent and the data module of ``config``, as :meth:`Config.build`."""
-    from offtrace.agents.assemble import read_task, rollout_agent
+    from offtrace.agents.assemble import mixed_agent, read_task
     from offtrace.modules.losses import ImpalaLoss
     from offtrace.modules.networks import build_policy
 
     info = read_task(config)
     spec = config.policy_spec(info)
     loss = ImpalaLoss(build_policy(**spec["arguments"]), **asdict(config.loss))
-    return rollout_agent(config, info, loss, loss.policy, spec)
+    return mixed_agent(config, info, loss, loss.policy, spec)
 
 
 def atari_config() -> ImpalaConfig:
@@ -108,6 +110,14 @@ def paper_config() -> ImpalaConfig:
         optim=OptimConfig(name="rmsprop_tf", lr=6e-4, eps=0.01, decay=0.99, clip_grad_norm=40.0),
         train=RolloutTrainConfig(total_frames=200_000_000, minibatches=1, epochs=1),
     )
+
+
+def replay_config() -> ImpalaConfig:
+    """The published form with replay: half of every batch of 32 unrolls comes from the last 10,000 of them."""
+    config = paper_config()
+    config.env.num_envs = 16
+    config.replay = ShareReplayConfig(share=0.5, capacity=10_000 * config.collector.unroll)
+    return config
 
 
 def control_config() -> ImpalaConfig:

@@ -4,7 +4,7 @@ from offtrace.agents.config.base import Checks, Config, ConfigError, Group, avai
 from offtrace.agents.config.collector import CollectorConfig
 from offtrace.agents.config.env import EnvConfig
 from offtrace.agents.config.estimator import check_actions, check_estimator, samples_of
-from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig
+from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig, RatioReplayConfig, ShareReplayConfig
 from offtrace.agents.config.network import FeedForwardConfig, NetworkConfig, SeparateNetworksConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
 from offtrace.agents.config.optim import AdamConfig, OptimConfig, SeparateOptimConfig
@@ -26,12 +26,14 @@ __all__ = [
     "NetworkConfig",
     "OffPolicyConfig",
     "OptimConfig",
+    "RatioReplayConfig",
     "ReplayConfig",
     "ReplayTrainConfig",
     "RolloutConfig",
     "RolloutTrainConfig",
     "SeparateNetworksConfig",
     "SeparateOptimConfig",
+    "ShareReplayConfig",
     "TrainConfig",
     "available_cores",
     "check_actions",

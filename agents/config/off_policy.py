@@ -23,7 +23,6 @@ MOST_UPDATES = 100
 class OffPolicyConfig(Config):
     """An algorithm that learns from a replay of all it has seen."""
 
-    devices_may_change = False  # each has a replay of its own
     rescale_actions = True
 
     if TYPE_CHECKING:
@@ -35,6 +34,11 @@ class OffPolicyConfig(Config):
         @property
         def train(self) -> ReplayTrainConfig:
             """The run."""
+
+    @property
+    def devices_may_change(self) -> bool:
+        """False: each learner has a replay of its own."""
+        return False
 
     @property
     def samples(self) -> Samples:

@@ -16,6 +16,7 @@ from offtrace.agents.data.rollouts import Dealer
 from offtrace.agents.data.store import ReplayFactory, StoringData
 from offtrace.modules.keys import INDEX, POLICY_VERSION, VALID, WEIGHT
 from offtrace.modules.replay import Replay
+from offtrace.modules.replay.limiter import rows_of_share
 
 if TYPE_CHECKING:
     from offtrace.modules.collectors import Collector
@@ -131,14 +132,7 @@ class MixedData(StoringData):
         """
         if self.share is None:
             return fresh
-        exact = fresh * self.share / (1 - self.share)
-        rows = max(1, round(exact))
-        if abs(exact - rows) > 0.02:
-            raise ValueError(
-                f"share is {self.share:g}; a batch of {fresh} fresh rows would have {exact:.2f} replayed ones: the "
-                f"nearest share that makes whole rows is {rows / (fresh + rows):.3g}"
-            )
-        return rows
+        return rows_of_share(fresh, self.share)
 
     def replayed_batches(self, batch: int) -> int:
         """Replayed batches behind fresh batch number ``batch`` of the rollout; 0 under ``share``."""
