@@ -5,7 +5,7 @@ from offtrace.modules.losses.acer import ACERLoss
 from offtrace.modules.losses.acer_continuous import ContinuousACERLoss
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.dqn import DQNLoss
-from offtrace.modules.losses.impala import ImpalaLoss
+from offtrace.modules.losses.impala import ImpalaLoss, truncated_policy_kl
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
 from offtrace.modules.losses.ppo import PPOLoss
@@ -43,4 +43,5 @@ __all__ = [
     "evaluate_rollout",
     "read_steps",
     "state_values",
+    "truncated_policy_kl",
 ]

@@ -13,8 +13,17 @@ from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.config import ConfigError
 from offtrace.agents.config.resources import bytes_per_step
 from offtrace.agents.data import MixedData, RolloutData
-from offtrace.agents.impala import ImpalaConfig, control_config, make_impala, paper_config, replay_config
+from offtrace.agents.impala import (
+    ImpalaConfig,
+    control_config,
+    laser_config,
+    laser_control_config,
+    make_impala,
+    paper_config,
+    replay_config,
+)
 from offtrace.modules.envs import env_info
+from offtrace.modules.estimators import GAE, VTrace
 from tests.agents.renewal import NewEnvironments
 from tests.agents.test_acer import StopAt
 
@@ -66,10 +75,12 @@ def assert_k_and_k_are_2k(config: ImpalaConfig, folder: Path) -> Any:
     return whole, data
 
 
-@pytest.mark.parametrize("recurrent", [0, 8])
-def test_k_and_k_updates_are_2k(recurrent: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recurrent", "laser"), [(0, False), (8, False), (0, True)])
+def test_k_and_k_updates_are_2k(recurrent: int, laser: bool, tmp_path: Path) -> None:
     config = small(12)
     config.network.recurrent = recurrent
+    if laser:
+        config.loss.max_kl, config.loss.entropy_on_replay = 1e-4, False
     _, data = assert_k_and_k_are_2k(config, tmp_path)
     batches = 4 * (12 - 2)  # the replay fills with two rollouts
     assert data.replayed_frames == batches * 2 * UNROLL
@@ -95,6 +106,16 @@ def test_the_papers_form_of_replay() -> None:
     assert config.replay.capacity == 10_000 * 20
 
 
+def test_the_papers_form_of_laser() -> None:
+    for config in (laser_config(), laser_control_config()):
+        config.validate()
+        assert config.env.num_envs // config.train.minibatches == 4
+        assert config.sequences_per_batch == 28
+        assert config.loss.max_kl is not None
+        assert not config.loss.entropy_on_replay
+        assert config.train.epochs == 1
+
+
 @pytest.mark.parametrize(
     ("group", "name", "value", "words"),
     [
@@ -109,12 +130,45 @@ def test_the_papers_form_of_replay() -> None:
         ("replay", "capacity", 10, r"replay\.capacity is 10; it must hold replay\.min_size, 96"),
         ("replay", "min_size", 10, r"replay\.min_size is 10; for batches of 2 sequences of 6 steps from 8 env"),
         ("train", "total_frames", 96, r"replay\.min_size is 96; train\.total_frames, 96, .* nothing would be replayed"),
+        ("loss", "max_kl", 0.0, r"loss\.max_kl is 0\.0; it must be above 0, or null"),
+        ("loss", "max_kl", float("nan"), r"loss\.max_kl is nan; it must be above 0, or null"),
         ("collector", "unroll", 1, r"collector\.unroll is 1; a replay holds sequences as long: it must be at least 2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence(group: str, name: str, value: Any, words: str) -> None:
     config = small(12)
     setattr(getattr(config, group), name, value)
+    with pytest.raises(ConfigError, match=words):
+        config.validate()
+
+
+@pytest.mark.parametrize(
+    "estimator", ["gae", "n_step(n=3)", "one_step", "importance_sampling", "vtrace(rho_clip=inf)", f"{__name__}:Own"]
+)
+def test_the_trust_region_needs_an_estimator_that_truncates(estimator: str) -> None:
+    config = small(12)
+    config.loss.max_kl, config.loss.estimator = 0.1, estimator
+    words = r"^loss\.max_kl is 0\.1; loss\.estimator .* does not truncate ratios: it must be null, or the estimator one"
+    with pytest.raises(ConfigError, match=words):
+        config.validate()
+    config.loss.estimator = f"{__name__}:Truncating"
+    config.validate()
+
+
+class Own(GAE):
+    """An estimator of the user's without ratios."""
+
+
+class Truncating(VTrace):
+    """An estimator of the user's that has them."""
+
+
+def test_the_trust_region_needs_discrete_actions() -> None:
+    config = small(12)
+    config.loss.max_kl, config.env.task = 0.1, "Pendulum-v1"
+    words = (
+        r"^loss\.max_kl is 0\.1, which needs discrete actions; those of Pendulum-v1 are continuous: it must be null$"
+    )
     with pytest.raises(ConfigError, match=words):
         config.validate()
 

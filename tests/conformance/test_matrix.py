@@ -72,9 +72,10 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "mpo-retrace": kinds("mpo", loss__estimator="retrace(lmbda=0.9)"),
     "dmpo": kinds("mpo", network__atoms=11),
     "impala-replay": kinds("impala", replay__share=0.5),
+    "laser": kinds("impala", replay__share=0.5, loss__max_kl=0.01, loss__entropy_on_replay=False),
     "vmpo-popart": kinds("vmpo", network__popart=True),
 }
-ONLY_DISCRETE = {"dqn", "q_actor_critic", "dqn-rainbow"}
+ONLY_DISCRETE = {"dqn", "laser", "q_actor_critic", "dqn-rainbow"}
 ONLY_CONTINUOUS = {"sac-v1", "dmpo"}
 
 

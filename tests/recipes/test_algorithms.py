@@ -56,6 +56,7 @@ def arguments(name: str) -> list[str]:
         ("impala_control", [*SMALL, "--preset=pendulum"]),
         ("impala_control", [*SMALL, *REPLAYED]),
         ("impala_control", [*SMALL, *REPLAYED, "--network.recurrent=8", "--replay.storage=memmap"]),
+        ("impala_control", ["--preset=laser", *SMALL, *REPLAYED]),
         ("a2c", SMALL),
         ("a2c", [*SMALL, CONTINUOUS, "--loss.estimator=n_step(n=3)"]),
         ("a2c", [DISCRETE, "--preset=atari"]),
