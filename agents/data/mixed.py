@@ -98,8 +98,8 @@ class MixedData(StoringData):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """For the log: steps in the replay, and the frames replayed."""
-        return {"replay/steps": float(self.steps_stored), "replay/replayed_frames": float(self.replayed_frames)}
+        """As :attr:`StoringData.metrics`, and the frames replayed."""
+        return {**super().metrics, "replay/replayed_frames": float(self.replayed_frames)}
 
     @property
     def replays(self) -> bool:

@@ -74,9 +74,9 @@ class ReplayData(StoringData):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """For the log: steps in the replay, and steps learnt from per insert, counted since the replay was filled."""
+        """As :attr:`StoringData.metrics`, and the steps learnt from per insert, since the replay was filled."""
         ratio = self.limiter.sampled / max(1, self.limiter.inserted - self.limiter.min_size)
-        return {"replay/steps": float(self.steps_stored), "replay/samples_per_insert": ratio}
+        return {**super().metrics, "replay/samples_per_insert": ratio}
 
     @property
     def steps_to_first_update(self) -> int:

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from offtrace.agents.data.acting import ActingData
 from offtrace.modules.envs import EnvironmentFailure
-from offtrace.modules.keys import INDEX, PRIORITY, VALID
+from offtrace.modules.keys import INDEX, POLICY_VERSION, PRIORITY, VALID, WEIGHT
 from offtrace.modules.replay import Replay
+from offtrace.modules.returns import effective_sample_size
 
 if TYPE_CHECKING:
     from offtrace.modules.collectors import Collector
@@ -25,6 +26,15 @@ ReplayFactory = Callable[[int, Path | None], Replay]
 
 _HOPELESS = 100
 """Steps, not one of them valid, after which a simulator will not come back."""
+
+
+class _Sampled(NamedTuple):
+    """Of a replayed batch what the log tells of, and the newest version of the weights when it was sampled."""
+
+    version: Tensor | None
+    valid: Tensor | None
+    weight: Tensor | None
+    newest: int
 
 
 class StoringData(ActingData):
@@ -59,6 +69,26 @@ class StoringData(ActingData):
         self._replay_fn = replay_fn
         self._failed = 0
         self._versions: Tensor | None = None
+        self._sampled: _Sampled | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """For the log: steps in the replay, and of the newest replayed batch what is known of it.
+
+        ``replay/age`` and ``replay/age_max``, over its valid steps: the newest version of the weights minus the one
+        that acted. A version is a push to the actors. ``replay/priority_ess``, where sampling is by priority: the
+        effective sample size of its importance weights, as a fraction.
+        """
+        found = {"replay/steps": float(self.steps_stored)}
+        if self._sampled is None:
+            return found
+        version, valid, weight, newest = self._sampled
+        if version is not None:
+            age = (newest - (version if valid is None else version[valid.view(version.shape)])).double()
+            found |= {"replay/age": float(age.mean()), "replay/age_max": float(age.max())}
+        if weight is not None:
+            found["replay/priority_ess"] = float(effective_sample_size(weight.view(len(weight), -1)[:, 0].log()))
+        return found
 
     @property
     def steps_stored(self) -> int:
@@ -122,7 +152,11 @@ class StoringData(ActingData):
     def sample(self, number: int | None = None) -> TensorDictBase:
         """A batch of so many samples, by default the replay's own; the sampler anneals with the training."""
         self._open.sampler.anneal(self.progress)
-        return self._open.sample(number)
+        batch = self._open.sample(number)
+        newest = self._version if self.collector is None else self.collector.version
+        version, valid, weight = (batch.get(key, None) for key in (POLICY_VERSION, VALID, WEIGHT))
+        self._sampled = _Sampled(version, valid, weight, newest)
+        return batch
 
     def feedback(self, batch: TensorDictBase) -> None:
         """Gives a prioritised sampler the errors that the loss wrote into a batch; fresh rows are left out.

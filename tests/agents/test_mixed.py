@@ -127,7 +127,8 @@ def test_of_every_batch_a_share_is_replayed() -> None:
             assert rows == [0, 1, 2, 3]
     assert data.frames == 6 * ROLLOUT
     assert data.replayed_frames == 4 * per_rollout * 2 * STEPS
-    assert data.metrics == {"replay/steps": 6.0 * ROLLOUT, "replay/replayed_frames": float(data.replayed_frames)}
+    assert data.metrics["replay/steps"] == 6.0 * ROLLOUT
+    assert data.metrics["replay/replayed_frames"] == float(data.replayed_frames)
 
 
 def test_padding_and_failed_steps_are_told_and_entries_are_those_of_both() -> None:
@@ -140,6 +141,42 @@ def test_padding_and_failed_steps_are_told_and_entries_are_those_of_both() -> No
     lengths = old["valid"].sum(1).flatten()
     assert ((lengths >= 1) & (lengths <= STEPS)).all()
     assert not old["valid"].all(), "episodes are shorter than sequences"
+
+
+def test_the_age_of_what_is_replayed_is_told() -> None:
+    """Versions between the newest weights and those that acted, over the steps that are no padding."""
+    data = mixed(share=0.5, collector=partial(Collector, end=2))
+    data._version = 9  # of a run that went before
+    assert data.metrics == {"replay/steps": 0.0, "replay/replayed_frames": 0.0}
+    seen = 0
+    for batch in data.train_dataloader():
+        assert data.collector is not None
+        if "index" not in batch:
+            assert "replay/age" not in data.metrics
+            continue
+        old = batch[2:]
+        ages = data.collector.version - old["policy_version"][old["valid"].squeeze(-1)]
+        assert data.metrics["replay/age"] == pytest.approx(float(ages.double().mean()))
+        assert data.metrics["replay/age_max"] == ages.max() > 0
+        assert "replay/priority_ess" not in data.metrics
+        data.collector.version += 3
+        seen += 1
+    assert seen == 4 * 2
+
+
+def test_how_unequal_priorities_are_is_told() -> None:
+    """The effective sample size of the importance weights, (sum w)^2 / (n sum w^2), one a row."""
+    data = mixed(share=0.5, replay_fn=partial(replay, sampler=Prioritized(alpha=1.0, beta=0.7, epsilon=0.0)))
+    sizes = []
+    for batch in data.train_dataloader():
+        if "weight" in batch:
+            weight = batch["weight"][2:, 0].double()
+            sizes.append(data.metrics["replay/priority_ess"])
+            assert sizes[-1] == pytest.approx(float(weight.sum() ** 2 / (2 * weight.square().sum())), abs=1e-6)
+            batch["td_error"] = 1.0 + 9.0 * torch.rand(4, 1).expand(4, STEPS)
+            data.feedback(batch)
+    assert sizes[0] == pytest.approx(1)
+    assert min(sizes) < 0.99
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0.2, 1), (1 / 3, 2), (0.333, 2), (0.5, 4), (0.75, 12)])
