@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from offtrace.agents.config.base import Checks, ConfigError, Group
 from offtrace.agents.config.estimator import Samples
-from offtrace.agents.config.off_policy import check_sizes
+from offtrace.agents.config.off_policy import check_recurrent, check_sizes
 from offtrace.agents.config.rollouts import RolloutConfig
 from offtrace.modules.replay.limiter import rows_of_share
 
@@ -22,6 +22,10 @@ class MixedReplayConfig(Group):
     """Steps collected before the first replayed row."""
     storage: Literal["tensor", "memmap"] = "tensor"
     """In memory, or in files."""
+
+    # a group of an algorithm that has recurrent networks makes fields of them
+    burn_in = 0
+    whole_episodes = False
 
     @property
     def form(self) -> dict[str, float]:
@@ -70,6 +74,12 @@ class ShareReplayConfig(MixedReplayConfig):
 
     share: float = 0.0
     """Replayed part of every batch, behind its fresh rows; 0: none are stored."""
+    burn_in: int = 0
+    """Recurrent networks only: steps in front of a replayed sequence that the network is run over, from the stored
+    state, to renew the state (R2D2); 0: the stored state."""
+    whole_episodes: bool = False
+    """Recurrent networks only: replayed rows go through whole episodes from their start, a sequence in each batch, and
+    the state is computed anew (LASER)."""
 
     @property
     def form(self) -> dict[str, float]:
@@ -89,7 +99,9 @@ class ShareReplayConfig(MixedReplayConfig):
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
-        Checks(self, at).require("share", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        checks = Checks(self, at)
+        checks.require("share", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        checks.at_least(0, "burn_in")
         super().check(at)
 
 
@@ -127,6 +139,7 @@ class MixedConfig(RolloutConfig):
         unroll = self.collector.unroll
         if unroll < 2:
             raise ConfigError(f"collector.unroll is {unroll}; a replay holds sequences as long: it must be at least 2")
+        check_recurrent(self)
         check_sizes(self)
         steps = self.train.total_frames // (self.env.frame_skip * self.train.devices)
         if steps <= self.replay.min_size:

@@ -32,6 +32,10 @@ class ReplayConfig(Group):
     beta: float = 0.4
     """Of prioritized: power of the importance weights at the start; it grows to 1 over the training."""
 
+    # a group of an algorithm that has recurrent networks makes fields of them
+    burn_in = 0
+    whole_episodes = False
+
     @property
     def prioritized(self) -> bool:
         """Whether sampling follows priorities."""

@@ -10,6 +10,7 @@ from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
 from offtrace.modules.losses.ppo import PPOLoss
 from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
+from offtrace.modules.losses.recurrent_state import burn_in
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
@@ -39,6 +40,7 @@ __all__ = [
     "Stats",
     "Steps",
     "VMPOLoss",
+    "burn_in",
     "compile_loss",
     "evaluate_rollout",
     "read_steps",

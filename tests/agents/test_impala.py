@@ -75,12 +75,25 @@ def assert_k_and_k_are_2k(config: ImpalaConfig, folder: Path) -> Any:
     return whole, data
 
 
-@pytest.mark.parametrize(("recurrent", "laser"), [(0, False), (8, False), (0, True)])
-def test_k_and_k_updates_are_2k(recurrent: int, laser: bool, tmp_path: Path) -> None:
-    config = small(12)
-    config.network.recurrent = recurrent
-    if laser:
-        config.loss.max_kl, config.loss.entropy_on_replay = 1e-4, False
+FORMS: dict[str, dict[str, Any]] = {
+    "replay": {},
+    "laser": {"loss__max_kl": 1e-4, "loss__entropy_on_replay": False},
+    "recurrent": {"network__recurrent": 8},
+    "burn_in": {"network__recurrent": 8, "replay__burn_in": 5},
+    "whole_episodes": {"network__recurrent": 8, "replay__whole_episodes": True},
+}
+
+
+def changed(config: ImpalaConfig, **changes: Any) -> ImpalaConfig:
+    for path, value in changes.items():
+        group, name = path.split("__")
+        setattr(getattr(config, group), name, value)
+    return config
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_k_and_k_updates_are_2k(form: str, tmp_path: Path) -> None:
+    config = changed(small(12), **FORMS[form])
     _, data = assert_k_and_k_are_2k(config, tmp_path)
     batches = 4 * (12 - 2)  # the replay fills with two rollouts
     assert data.replayed_frames == batches * 2 * UNROLL
@@ -97,6 +110,20 @@ def test_without_replay_the_agent_is_what_it_was() -> None:
     assert type(make_impala(config)[1]) is RolloutData
     assert config.devices_may_change
     assert paper_config().replay.form == {}
+
+
+def test_how_the_state_is_renewed_is_seen_in_the_weights(tmp_path: Path) -> None:
+    """Of three runs with the same rollouts until then; the sequences of the first two are the same."""
+    found = []
+    for form in ("recurrent", "burn_in", "whole_episodes"):
+        config = changed(small(3), **FORMS[form])
+        _, data = fit(config, tmp_path / form / "a", stop=3)
+        found.append(data.replay)
+        assert data.replay.length == UNROLL
+        assert data.replay.burn_in == {"recurrent": 0, "burn_in": 5, "whole_episodes": UNROLL}[form]
+    batches = [replay.sample(3)["index"][:, 0] for replay in found]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
 
 
 def test_the_papers_form_of_replay() -> None:
@@ -130,6 +157,17 @@ def test_the_papers_form_of_laser() -> None:
         ("replay", "capacity", 10, r"replay\.capacity is 10; it must hold replay\.min_size, 96"),
         ("replay", "min_size", 10, r"replay\.min_size is 10; for batches of 2 sequences of 6 steps from 8 env"),
         ("train", "total_frames", 96, r"replay\.min_size is 96; train\.total_frames, 96, .* nothing would be replayed"),
+        ("replay", "burn_in", -1, r"replay\.burn_in is -1; it must be at least 0"),
+        (
+            "replay", "burn_in", 3,
+            r"^replay\.burn_in is 3; it renews a recurrent state, and the network has none: it must be 0, or "
+            r"network\.recurrent above 0$",
+        ),
+        (
+            "replay", "whole_episodes", True,
+            r"^replay\.whole_episodes is true; it renews a recurrent state, and the network has none: it must be "
+            r"false, or network\.recurrent above 0$",
+        ),
         ("loss", "max_kl", 0.0, r"loss\.max_kl is 0\.0; it must be above 0, or null"),
         ("loss", "max_kl", float("nan"), r"loss\.max_kl is nan; it must be above 0, or null"),
         ("collector", "unroll", 1, r"collector\.unroll is 1; a replay holds sequences as long: it must be at least 2"),
@@ -138,6 +176,26 @@ def test_the_papers_form_of_laser() -> None:
 def test_what_cannot_be_is_one_sentence(group: str, name: str, value: Any, words: str) -> None:
     config = small(12)
     setattr(getattr(config, group), name, value)
+    with pytest.raises(ConfigError, match=words):
+        config.validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"replay__burn_in": 108},
+            r"^replay\.burn_in is 108; a replay\.capacity of 1000 for 8 environments leaves room for 107 steps in "
+            r"front of a sequence: it must be no more, or the capacity larger$",
+        ),
+        (
+            {"replay__burn_in": 3, "replay__whole_episodes": True},
+            r"^replay\.burn_in is 3; with replay\.whole_episodes the state comes from the episode's start: one of",
+        ),
+    ],
+)
+def test_what_a_recurrent_replay_cannot_be_is_one_sentence(changes: dict[str, Any], words: str) -> None:
+    config = changed(small(12), network__recurrent=8, **changes)
     with pytest.raises(ConfigError, match=words):
         config.validate()
 

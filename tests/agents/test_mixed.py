@@ -19,7 +19,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import Checkpoints, WeightSync
-from offtrace.agents.data import MixedData
+from offtrace.agents.data import MixedData, ReplayData
 from offtrace.agents.optim import make_optimizer
 from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
@@ -320,6 +320,82 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], words: str) -> No
         mixed(**options).train_dataloader()
 
 
+def test_what_is_replayed_goes_through_the_hook_first() -> None:
+    """On its way to the batch; the steps in front go away there, and are not counted."""
+    seen = []
+
+    def cut(batch: TensorDictBase) -> TensorDictBase:
+        assert batch.shape == (2, 3 + STEPS)
+        assert batch["valid"][:, 3:].any(1).all()
+        seen.append(batch)
+        return batch[:, 3:].clone()
+
+    for form in ({"share": 0.5}, {"ratio": 2.0}):
+        seen.clear()
+        data = mixed(replay_fn=partial(replay, burn_in=3), on_replayed=cut, **form)
+        old = [batch[-2:] for batch in data.train_dataloader() if "index" in batch]
+        assert len(old) == len(seen) > 0
+        for batch, whole in zip(old, seen, strict=True):
+            assert torch.equal(batch["observation"], whole["observation"][:, 3:])
+        assert data.replayed_frames == len(old) * 2 * STEPS
+    words = "gives 3 steps in front of each sequence, and there is no on_replayed that takes them away"
+    with pytest.raises(ValueError, match=words):
+        mixed(share=0.5, replay_fn=partial(replay, burn_in=3)).train_dataloader()
+
+
+class Remembering(Collector):
+    """Its steps have a recurrent state, 1 while acting, and begin episodes with the first of every second rollout."""
+
+    def __next__(self) -> TensorDictBase:
+        first = self.taken % 2 == 0
+        rollout = super().__next__()
+        rollout["is_init"] = torch.zeros(ENVS, STEPS, 1, dtype=torch.bool)
+        rollout["is_init"][:, 0] = first
+        rollout["memory"] = torch.ones(ENVS, STEPS, 1)
+        rollout["next", "memory"] = torch.ones(ENVS, STEPS, 1)
+        return rollout
+
+
+def test_of_whole_episodes_the_renewed_state_is_kept() -> None:
+    """The second half of an episode comes behind the first, whose state is that of the last time."""
+    fronts = []
+
+    def renew(batch: TensorDictBase) -> TensorDictBase:
+        there = batch["valid"][:, 0, 0]
+        fronts.extend(batch["memory"][there, 0, 0].tolist())
+        assert (batch["memory"][:, STEPS] >= 1).all()
+        rest = batch[:, STEPS:].clone()
+        rest["memory"][:, 0] = 5.0
+        return rest
+
+    replay_fn = partial(replay, whole_episodes=True)
+    data = mixed(20, share=0.5, collector=Remembering, replay_fn=replay_fn, on_replayed=renew)
+    for batch in data.train_dataloader():
+        if "index" in batch:
+            assert (batch["memory"][2:, 0] == 5.0).all()
+    assert len(fronts) > 5
+    assert set(fronts) == {5.0}
+
+
+def test_replayed_samples_go_through_the_hook_first() -> None:
+    """Where there are no fresh rows in a batch."""
+    seen = []
+
+    def cut(batch: TensorDictBase) -> TensorDictBase:
+        seen.append(batch)
+        return batch[:, 3:].clone()
+
+    data = ReplayData(
+        Collector, partial(replay, burn_in=3), total_frames=6 * ROLLOUT, batch_size=2 * STEPS, samples_per_insert=1.0,
+        min_size=2 * ROLLOUT, on_replayed=cut,
+    )  # fmt: skip
+    found = [batch for batches in data.train_dataloader() for batch in data.updates(batches)]
+    assert len(found) == len(seen) == 4 * ROLLOUT // (2 * STEPS)
+    for batch, whole in zip(found, seen, strict=True):
+        assert batch.shape == (2, STEPS)
+        assert torch.equal(batch["observation"], whole["observation"][:, 3:])
+
+
 # With an agent
 
 
@@ -383,7 +459,7 @@ def test_two_ranks_stay_bit_identical(tmp_path: Path) -> None:
     """Two gloo ranks, each with its own environments and replay."""
     script = Path(__file__).with_name("mixed_ddp_script.py")
     subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=240)
-    for name in ("share", "ratio"):
+    for name in ("share", "ratio", "episodes"):
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
         for key in ("frames", "replayed_frames", "updates"):
             assert first[key] == second[key] > 0

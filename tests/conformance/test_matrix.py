@@ -72,6 +72,8 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "mpo-retrace": kinds("mpo", loss__estimator="retrace(lmbda=0.9)"),
     "dmpo": kinds("mpo", network__atoms=11),
     "impala-replay": kinds("impala", replay__share=0.5),
+    "impala-burn-in": kinds("impala", replay__share=0.5, network__recurrent=8, replay__burn_in=4),
+    "impala-whole-episodes": kinds("impala", replay__share=0.5, network__recurrent=8, replay__whole_episodes=True),
     "laser": kinds("impala", replay__share=0.5, loss__max_kl=0.01, loss__entropy_on_replay=False),
     "vmpo-popart": kinds("vmpo", network__popart=True),
 }
