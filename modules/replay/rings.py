@@ -317,16 +317,18 @@ class Rings:
         """
         base = slots - slots % self.size
         states = slots[:, None] + np.arange(-self.before, self.length + 1)
-        states += (states < base[:, None]) * self.size
+        if self.before:
+            states += (states < base[:, None]) * self.size
         states -= (states >= base[:, None] + self.size) * self.size
         if not self.pad and not self.before:
             return states, states[:, :-1], None
         there = self.flags.take(states[:, :-1]) & STEP != 0
         # from the window's first step outwards, in both directions
-        behind = np.logical_and.accumulate(there[:, self.before :], 1)
-        front = np.logical_and.accumulate(there[:, : self.before][:, ::-1], 1)[:, ::-1]
-        valid = np.concatenate([front, behind], 1)
-        first, known = self.before - front.sum(1, keepdims=True), self.before + behind.sum(1, keepdims=True)
+        valid = np.logical_and.accumulate(there[:, self.before :], 1)
+        first, known = np.int64(0), self.before + valid.sum(1, keepdims=True)
+        if self.before:
+            front = np.logical_and.accumulate(there[:, : self.before][:, ::-1], 1)[:, ::-1]
+            valid, first = np.concatenate([front, valid], 1), self.before - front.sum(1, keepdims=True)
         time = np.arange(self.before + self.length + 1)
         steps = np.take_along_axis(states, np.clip(time[:-1], first, known - 1), 1)
         return np.take_along_axis(states, np.clip(time, first, known), 1), steps, valid
