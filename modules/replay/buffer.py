@@ -439,7 +439,8 @@ class Replay:
         flags = self._tensor(self._rings.ends(slots)).unsqueeze(-1)
         next_entries[TERMINATED], next_entries[TRUNCATED], next_entries[DONE], init = flags.unbind()
         if self._has_init:
-            root[IS_INIT] = init
+            # padding repeats a step, which may be an episode's first; a state that is reset there would be lost
+            root[IS_INIT] = init & named[VALID] if VALID in named else init
         # as a dict it would be gone through twice
         root[NEXT] = TensorDict(next_entries, slots.shape, device=self.device)
         return TensorDict({**root, **named}, slots.shape, device=self.device)
