@@ -12,8 +12,8 @@ from offtrace.agents.config import (
     FeedForwardConfig,
     Group,
     MixedConfig,
-    MixedReplayConfig,
     OptimConfig,
+    RatioReplayConfig,
     RolloutTrainConfig,
     check_actions,
     check_estimator,
@@ -110,7 +110,7 @@ class ACERConfig(MixedConfig):
     env: EnvConfig = field(default_factory=EnvConfig)
     network: ACERNetworkConfig = field(default_factory=ACERNetworkConfig)
     collector: CollectorConfig = field(default_factory=lambda: CollectorConfig(unroll=20))
-    replay: MixedReplayConfig = field(default_factory=lambda: MixedReplayConfig(capacity=80_000, min_size=16_000))
+    replay: RatioReplayConfig = field(default_factory=lambda: RatioReplayConfig(capacity=80_000, min_size=16_000))
     loss: LossConfig = field(default_factory=LossConfig)
     optim: ACEROptimConfig = field(default_factory=_optim)
     train: RolloutTrainConfig = field(default_factory=lambda: RolloutTrainConfig(minibatches=1, epochs=1))
@@ -173,7 +173,7 @@ def _train() -> RolloutTrainConfig:
 def control_config() -> ACERConfig:
     """CartPole, near the settings of RL Baselines Zoo: 8 environments, a step size that falls, 500,000 steps."""
     config = ACERConfig(env=EnvConfig(task="CartPole-v1", num_envs=8))
-    config.replay = MixedReplayConfig(capacity=40_000, min_size=8_000)
+    config.replay = RatioReplayConfig(capacity=40_000, min_size=8_000)
     config.optim.schedule, config.train = "linear", _train()
     return config
 
@@ -182,7 +182,7 @@ def continuous_config() -> ACERConfig:
     """cartpole-swingup of dm_control: sequences of 20 steps, 8 replayed batches behind each fresh one, Adam."""
     config = ACERConfig(env=EnvConfig(task="cartpole-swingup", num_envs=4))
     config.network.hidden, config.network.activation = [256, 256], "relu"
-    config.replay = MixedReplayConfig(ratio=8.0, capacity=500_000, min_size=5_000)
+    config.replay = RatioReplayConfig(ratio=8.0, capacity=500_000, min_size=5_000)
     config.loss.clip = 5.0
     config.optim = ACEROptimConfig(lr=3e-4, schedule="constant", average_decay=0.995, clip_grad_norm=40.0)
     config.train = _train()
@@ -199,6 +199,6 @@ def atari_config() -> ACERConfig:
 def paper_config() -> ACERConfig:
     """The published settings: 50,000 steps of each of 16 games in the replay, 200 million frames."""
     config = atari_config()
-    config.replay = MixedReplayConfig(capacity=800_000, min_size=160_000)
+    config.replay = RatioReplayConfig(capacity=800_000, min_size=160_000)
     config.loss.entropy_coef, config.train.total_frames = 0.001, 200_000_000
     return config

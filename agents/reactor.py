@@ -115,9 +115,8 @@ class ReactorConfig(OffPolicyConfig):
         return Samples(self.replay.length, True)
 
     def floats_per_step(self, info: EnvInfo) -> int:
-        """As :meth:`Config.floats_per_step`; two LSTMs have two states each, and read the last action and reward."""
-        width = self.network.recurrent
-        return super().floats_per_step(info) + (4 * width + 3 if width else 0)
+        """As :meth:`Config.floats_per_step`; the critic has an LSTM of its own."""
+        return super().floats_per_step(info) + 2 * self.network.recurrent
 
     def validate(self) -> None:
         """As :meth:`Config.validate`; samples are sequences, and only distributions have a variation."""

@@ -117,8 +117,6 @@ class Config:
 
     algorithm: ClassVar[str]
     """Name of the algorithm."""
-    devices_may_change: ClassVar[bool] = True
-    """Whether a resumed run may have another number of learners."""
     actions: ClassVar[Literal["any", "discrete", "continuous"]] = "any"
     """What the algorithm acts with."""
     rescale_actions: ClassVar[bool] = False
@@ -147,6 +145,11 @@ class Config:
             """The run."""
 
     @property
+    def devices_may_change(self) -> bool:
+        """Whether a resumed run may have another number of learners."""
+        return True
+
+    @property
     def task(self) -> str:
         """Name of the environment, for :func:`offtrace.modules.envs.make_env`."""
         return self.env.task
@@ -165,9 +168,11 @@ class Config:
 
     def floats_per_step(self, info: EnvInfo) -> int:
         """Numbers of four bytes that the policy writes at a step, beside the action's log-probability; for a replay."""
-        if info.num_actions is not None:
-            return 2 + info.num_actions  # an index of 8 bytes, and logits
-        return 3 * (info.action_dim or 0)
+        action = 2 if info.num_actions is not None else info.action_dim or 0  # an index has 8 bytes
+        parameters = info.num_actions if info.num_actions is not None else 2 * (info.action_dim or 0)
+        recurrent = self.network.recurrent
+        memory = 2 * recurrent + action + 1 if recurrent else 0  # the state, and the last action and reward
+        return action + parameters + memory
 
     def env_options(self) -> dict[str, Any]:
         """What :func:`offtrace.modules.envs.make_env` gets besides name, number and seed."""

@@ -23,7 +23,6 @@ MOST_UPDATES = 100
 class OffPolicyConfig(Config):
     """An algorithm that learns from a replay of all it has seen."""
 
-    devices_may_change = False  # each has a replay of its own
     rescale_actions = True
 
     if TYPE_CHECKING:
@@ -35,6 +34,11 @@ class OffPolicyConfig(Config):
         @property
         def train(self) -> ReplayTrainConfig:
             """The run."""
+
+    @property
+    def devices_may_change(self) -> bool:
+        """False: each learner has a replay of its own."""
+        return False
 
     @property
     def samples(self) -> Samples:
@@ -55,6 +59,7 @@ class OffPolicyConfig(Config):
         """As :meth:`Config.validate`; replay, collector and budget fit each other."""
         super().validate()
         _check_sequences(self)
+        check_recurrent(self)
         check_sizes(self)
         _check_updates(self)
         check_budget(self, self.env.frame_skip)
@@ -73,6 +78,36 @@ def _check_sequences(config: OffPolicyConfig) -> None:
         raise ConfigError(
             f"replay.batch_size is {replay.batch_size}; loss.estimator {estimator} learns from sequences of "
             f"replay.length, {length}, steps: it must be a multiple of that"
+        )
+
+
+def check_recurrent(config: OffPolicyConfig | MixedConfig) -> None:
+    """Refuse that a recurrent state is renewed where there is none, or in two ways.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    burn_in, whole_episodes = config.replay.burn_in, config.replay.whole_episodes
+    if not burn_in and not whole_episodes:
+        return
+    if not config.network.recurrent:
+        flag, value = ("whole_episodes", "true") if whole_episodes else ("burn_in", burn_in)
+        raise ConfigError(
+            f"replay.{flag} is {value}; it renews a recurrent state, and the network has none: it must be "
+            f"{'false' if whole_episodes else 0}, or network.recurrent above 0"
+        )
+    if burn_in and whole_episodes:
+        raise ConfigError(
+            f"replay.burn_in is {burn_in}; with replay.whole_episodes the state comes from the episode's start: one of "
+            "the two must be 0 or false"
+        )
+    rings = config.env.num_envs * max(1, config.collector.num_workers)
+    most = config.replay.capacity // rings - 2 * config.collector.unroll - config.samples.length
+    if burn_in > max(most, 0):
+        raise ConfigError(
+            f"replay.burn_in is {burn_in}; a replay.capacity of {config.replay.capacity} for "
+            f"{count(rings, 'environment')} leaves room for {max(most, 0)} steps in front of a "
+            "sequence: it must be no more, or the capacity larger"
         )
 
 

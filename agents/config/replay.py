@@ -35,6 +35,10 @@ class ReplayConfig(Group):
     epsilon: float = 0.1
     """Of lazy: share of the samples for which every step is alike."""
 
+    # a group of an algorithm that has recurrent networks makes fields of them
+    burn_in = 0
+    whole_episodes = False
+
     @property
     def prioritized(self) -> bool:
         """Whether sampling follows priorities."""

@@ -16,6 +16,7 @@ from offtrace.modules.losses import A2CLoss, ImpalaLoss, PPOLoss
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.vmpo import VMPOLoss
 from tests.modules import test_impala_loss as impala
+from tests.modules import test_laser as laser
 from tests.modules import test_mpo_loss as mpo
 from tests.modules import test_q_actor_critic_loss as q_actor_critic
 from tests.modules import test_reactor_loss as reactor
@@ -27,6 +28,10 @@ Case = tuple[Loss, TensorDict]
 CASES: dict[str, Callable[[], Case]] = {
     "impala": lambda: (ImpalaLoss(impala.make()), impala.rollout()),
     "impala-continuous": lambda: (ImpalaLoss(impala.make(action_dim=2)), impala.rollout(dim=2)),
+    "impala-laser": lambda: (
+        ImpalaLoss(impala.make(), max_kl=0.1, entropy_on_replay=False),
+        laser.replayed(valid=False),
+    ),
     "a2c": lambda: (A2CLoss(impala.make()), impala.rollout()),
     "a2c-vtrace": lambda: (A2CLoss(impala.make(action_dim=2), estimator="vtrace"), impala.rollout(dim=2)),
     "ppo": lambda: (PPOLoss(impala.make()), impala.rollout()),

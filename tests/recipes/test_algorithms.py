@@ -19,6 +19,7 @@ ROLLOUTS = [*COMMON, "--env.num_envs=4", "--collector.unroll=8", "--train.miniba
 REPLAY = [*COMMON, "--env.num_envs=2", "--collector.unroll=8", "--replay.capacity=400", "--replay.batch_size=8",
           "--replay.min_size=24", "--replay.samples_per_insert=2"]  # fmt: skip
 MIXED = [*COMMON, "--env.num_envs=2", "--collector.unroll=8", "--replay.capacity=400", "--replay.min_size=16"]
+REPLAYED = ["--replay.share=0.5", "--replay.capacity=400", "--replay.min_size=32", "--train.minibatches=2"]
 SMALL = ["--network.hidden=[8,8]"]
 SEPARATE = [*SMALL, "--network.critic_hidden=[8,8]"]
 CONTINUOUS, DISCRETE = "--env.task=Pendulum-v1", "--env.task=CartPole-v1"
@@ -53,6 +54,9 @@ def arguments(name: str) -> list[str]:
     [
         ("impala_control", [*SMALL, "--preset=default"]),
         ("impala_control", [*SMALL, "--preset=pendulum"]),
+        ("impala_control", [*SMALL, *REPLAYED]),
+        ("impala_control", [*SMALL, *REPLAYED, "--network.recurrent=8", "--replay.storage=memmap"]),
+        ("impala_control", ["--preset=laser", *SMALL, *REPLAYED]),
         ("a2c", SMALL),
         ("a2c", [*SMALL, CONTINUOUS, "--loss.estimator=n_step(n=3)"]),
         ("a2c", [DISCRETE, "--preset=atari"]),
