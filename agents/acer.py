@@ -15,7 +15,6 @@ from offtrace.agents.config import (
     OptimConfig,
     RatioReplayConfig,
     RolloutTrainConfig,
-    check_actions,
     check_estimator,
 )
 
@@ -117,11 +116,7 @@ class ACERConfig(MixedConfig):
 
     algorithm = "acer"
     rescale_actions = True
-
-    def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
-        """As :meth:`Config.check_actions`, and such as the estimator can correct."""
-        super().check_actions(actions)
-        check_actions("loss", self.loss.estimator, self.task, actions)
+    values = "action"
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
         """A network with the values of all actions beside the policy; of continuous actions a normal policy alone."""
