@@ -15,7 +15,6 @@ from offtrace.agents.config import (
     OptimConfig,
     RatioReplayConfig,
     RolloutTrainConfig,
-    check_actions,
     check_estimator,
 )
 
@@ -46,10 +45,14 @@ class LossConfig(Group):
     """Bound of the trust region around the average policy; null for none."""
     num_samples: int = 5
     """Continuous actions only: those that the advantages of the dueling critic are centred on."""
+    average_critic: bool = False
+    """Continuous actions only: targets come from averages of the critics, which move as the average policy does."""
     learn_scale: bool = False
     """Continuous actions only: learn the standard deviation as well."""
     reward_clip: float | None = None
     """Rewards are clipped to plus or minus this in the learner; null for none."""
+    normalize_advantage: bool = False
+    """Divide the policy's gradient by the size of the advantages, so that delta does not depend on that of rewards."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
@@ -113,11 +116,7 @@ class ACERConfig(MixedConfig):
 
     algorithm = "acer"
     rescale_actions = True
-
-    def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
-        """As :meth:`Config.check_actions`, and such as the estimator can correct."""
-        super().check_actions(actions)
-        check_actions("loss", self.loss.estimator, self.task, actions)
+    values = "action"
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
         """A network with the values of all actions beside the policy; of continuous actions a normal policy alone."""
@@ -125,7 +124,7 @@ class ACERConfig(MixedConfig):
 
         if info.num_actions is not None:
             return policy_spec(self, info, critic="q")
-        return policy_spec(self, info, head="normal", critic=None, head_options={"init_scale": 0.3})
+        return policy_spec(self, info, head="normal", critic=None, head_options={"init_scale": 0.3, "bounded": True})
 
     def build(self) -> tuple[Agent, MixedData | RolloutData]:
         """As :meth:`Config.build`."""

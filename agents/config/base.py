@@ -119,6 +119,8 @@ class Config:
     """Name of the algorithm."""
     actions: ClassVar[Literal["any", "discrete", "continuous"]] = "any"
     """What the algorithm acts with."""
+    values: ClassVar[Literal["state", "action"]] = "state"
+    """What the loss's estimator is of."""
     rescale_actions: ClassVar[bool] = False
     """Whether the policy's continuous actions are in [-1, 1], to be mapped to a Gymnasium task's bounds."""
 
@@ -208,7 +210,7 @@ class Config:
         self.check_actions()
 
     def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
-        """Check that the task's actions are such as the algorithm can choose.
+        """Check that the task's actions are such as the algorithm can choose, and its estimator correct.
 
         Args:
             actions: of the task; None: what is known of them without running the user's code.
@@ -216,13 +218,15 @@ class Config:
         Raises:
             ConfigError: one sentence.
         """
-        if self.actions == "any":
-            return
+        from offtrace.agents.config.estimator import check_actions  # imports this module
+
         found = actions or known_actions(self.task)
-        if found not in (None, self.actions):
+        if self.actions != "any" and found not in (None, self.actions):
             raise ConfigError(
                 f"env.task is {self.task}, whose actions are {found}; {self.algorithm} needs {self.actions} ones"
             )
+        if self.values == "action":
+            check_actions("loss", self.loss.estimator, self.task, found)
 
     def check_devices(self, gpus: int) -> None:
         """Check that this machine, with ``gpus`` GPUs, has what the run asks for.

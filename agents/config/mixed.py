@@ -56,15 +56,23 @@ class RatioReplayConfig(MixedReplayConfig):
 
     ratio: float = 4.0
     """Replayed batches behind each fresh one, on average (Poisson); 0: none are stored."""
+    sequences: int | None = None
+    """In a replayed batch; null: as many as a fresh one has."""
 
     @property
     def form(self) -> dict[str, float]:
         """As :attr:`MixedReplayConfig.form`."""
         return {"ratio": self.ratio} if self.ratio else {}
 
+    def rows(self, fresh: int) -> int:
+        """As :meth:`MixedReplayConfig.rows`."""
+        return self.sequences or fresh
+
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
-        Checks(self, at).at_least(0, "ratio")
+        checks = Checks(self, at)
+        checks.at_least(0, "ratio")
+        checks.require("sequences", lambda value: value is None or value >= 1, "at least 1, or null")
         super().check(at)
 
 

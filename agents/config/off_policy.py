@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from offtrace.agents.config.base import Config, ConfigError, count
-from offtrace.agents.config.estimator import Samples, check_actions, samples_of
+from offtrace.agents.config.estimator import Samples, samples_of
 from offtrace.modules.replay.limiter import SamplesPerInsert
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class OffPolicyConfig(Config):
     """An algorithm that learns from a replay of all it has seen."""
 
     rescale_actions = True
+    values = "action"
 
     if TYPE_CHECKING:
 
@@ -49,11 +50,6 @@ class OffPolicyConfig(Config):
     def sequences_per_batch(self) -> int:
         """A sequence is learnt from at every step, an n-step window at its first."""
         return self.replay.batch_size // (self.samples.length if self.samples.every_step else 1)
-
-    def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
-        """As :meth:`Config.check_actions`, and such as the estimator can correct."""
-        super().check_actions(actions)
-        check_actions("loss", self.loss.estimator, self.task, actions)
 
     def validate(self) -> None:
         """As :meth:`Config.validate`; replay, collector and budget fit each other."""

@@ -129,13 +129,13 @@ class MixedData(StoringData):
         self.inserted = self.owed = 0
 
     def replayed_rows(self, fresh: int) -> int:
-        """Replayed rows of a batch that has so many fresh ones; of a batch of its own, under ``ratio``, as many.
+        """Replayed rows of a batch that has so many fresh ones; under ``ratio``, of a batch of its own.
 
         Raises:
             ValueError: ``share`` of the batch is no whole number of rows.
         """
         if self.share is None:
-            return fresh
+            return self._open.batch_size
         return rows_of_share(fresh, self.share)
 
     def replayed_batches(self, batch: int) -> int:

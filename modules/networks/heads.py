@@ -141,6 +141,8 @@ class NormalHead(PolicyHead):
     Args:
         init_scale: standard deviation at the start, in units of the action.
         state_dependent: compute the scale from the features; otherwise it is a parameter of its own.
+        bounded: the mean goes through a tanh, into (-1, 1). Where an environment clips its actions to this range, it
+            cannot leave it, and with it the reach of its samples.
 
     The log of the scale is kept in [-5, 2].
     """
@@ -149,12 +151,18 @@ class NormalHead(PolicyHead):
     distribution = DiagonalNormal
 
     def __init__(
-        self, in_features: int, action_dim: int, *, init_scale: float = 1.0, state_dependent: bool = False
+        self,
+        in_features: int,
+        action_dim: int,
+        *,
+        init_scale: float = 1.0,
+        state_dependent: bool = False,
+        bounded: bool = False,
     ) -> None:
         super().__init__()
         if action_dim < 1 or init_scale <= 0:
             raise ValueError(f"action_dim {action_dim} and init_scale {init_scale} must both be positive")
-        self.action_dim = action_dim
+        self.action_dim, self.bounded = action_dim, bounded
         self.loc = nn.Linear(in_features, action_dim)
         self.scale = nn.Linear(in_features, action_dim) if state_dependent else None
         orthogonal(self, POLICY_GAIN)
@@ -162,7 +170,7 @@ class NormalHead(PolicyHead):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """``(loc, scale)``, both [*B, A]."""
-        loc = self.loc(x)
+        loc = self.loc(x).tanh() if self.bounded else self.loc(x)
         log_scale = self.log_scale if self.scale is None else self.log_scale + self.scale(x)
         return loc, log_scale.clamp(*_LOG_SCALE_RANGE).exp().expand_as(loc)
 
