@@ -12,10 +12,9 @@ from offtrace.agents.config import (
     FeedForwardConfig,
     Group,
     MixedConfig,
-    MixedReplayConfig,
     OptimConfig,
+    RatioReplayConfig,
     RolloutTrainConfig,
-    check_actions,
     check_estimator,
 )
 
@@ -46,10 +45,14 @@ class LossConfig(Group):
     """Bound of the trust region around the average policy; null for none."""
     num_samples: int = 5
     """Continuous actions only: those that the advantages of the dueling critic are centred on."""
+    average_critic: bool = False
+    """Continuous actions only: targets come from averages of the critics, which move as the average policy does."""
     learn_scale: bool = False
     """Continuous actions only: learn the standard deviation as well."""
     reward_clip: float | None = None
     """Rewards are clipped to plus or minus this in the learner; null for none."""
+    normalize_advantage: bool = False
+    """Divide the policy's gradient by the size of the advantages, so that delta does not depend on that of rewards."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
@@ -106,18 +109,14 @@ class ACERConfig(MixedConfig):
     env: EnvConfig = field(default_factory=EnvConfig)
     network: ACERNetworkConfig = field(default_factory=ACERNetworkConfig)
     collector: CollectorConfig = field(default_factory=lambda: CollectorConfig(unroll=20))
-    replay: MixedReplayConfig = field(default_factory=lambda: MixedReplayConfig(capacity=80_000, min_size=16_000))
+    replay: RatioReplayConfig = field(default_factory=lambda: RatioReplayConfig(capacity=80_000, min_size=16_000))
     loss: LossConfig = field(default_factory=LossConfig)
     optim: ACEROptimConfig = field(default_factory=_optim)
     train: RolloutTrainConfig = field(default_factory=lambda: RolloutTrainConfig(minibatches=1, epochs=1))
 
     algorithm = "acer"
     rescale_actions = True
-
-    def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
-        """As :meth:`Config.check_actions`, and such as the estimator can correct."""
-        super().check_actions(actions)
-        check_actions("loss", self.loss.estimator, self.task, actions)
+    values = "action"
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
         """A network with the values of all actions beside the policy; of continuous actions a normal policy alone."""
@@ -125,7 +124,7 @@ class ACERConfig(MixedConfig):
 
         if info.num_actions is not None:
             return policy_spec(self, info, critic="q")
-        return policy_spec(self, info, head="normal", critic=None, head_options={"init_scale": 0.3})
+        return policy_spec(self, info, head="normal", critic=None, head_options={"init_scale": 0.3, "bounded": True})
 
     def build(self) -> tuple[Agent, MixedData | RolloutData]:
         """As :meth:`Config.build`."""
@@ -169,7 +168,7 @@ def _train() -> RolloutTrainConfig:
 def control_config() -> ACERConfig:
     """CartPole, near the settings of RL Baselines Zoo: 8 environments, a step size that falls, 500,000 steps."""
     config = ACERConfig(env=EnvConfig(task="CartPole-v1", num_envs=8))
-    config.replay = MixedReplayConfig(capacity=40_000, min_size=8_000)
+    config.replay = RatioReplayConfig(capacity=40_000, min_size=8_000)
     config.optim.schedule, config.train = "linear", _train()
     return config
 
@@ -178,7 +177,7 @@ def continuous_config() -> ACERConfig:
     """cartpole-swingup of dm_control: sequences of 20 steps, 8 replayed batches behind each fresh one, Adam."""
     config = ACERConfig(env=EnvConfig(task="cartpole-swingup", num_envs=4))
     config.network.hidden, config.network.activation = [256, 256], "relu"
-    config.replay = MixedReplayConfig(ratio=8.0, capacity=500_000, min_size=5_000)
+    config.replay = RatioReplayConfig(ratio=8.0, capacity=500_000, min_size=5_000)
     config.loss.clip = 5.0
     config.optim = ACEROptimConfig(lr=3e-4, schedule="constant", average_decay=0.995, clip_grad_norm=40.0)
     config.train = _train()
@@ -195,6 +194,6 @@ def atari_config() -> ACERConfig:
 def paper_config() -> ACERConfig:
     """The published settings: 50,000 steps of each of 16 games in the replay, 200 million frames."""
     config = atari_config()
-    config.replay = MixedReplayConfig(capacity=800_000, min_size=160_000)
+    config.replay = RatioReplayConfig(capacity=800_000, min_size=160_000)
     config.loss.entropy_coef, config.train.total_frames = 0.001, 200_000_000
     return config

@@ -30,12 +30,14 @@ from offtrace.agents.config.resources import check_memory, check_rings
 from offtrace.agents.data import MixedData, ReplayData, RolloutData
 from offtrace.agents.data.acting import rollout_collector
 from offtrace.agents.data.rollouts import RolloutHook
+from offtrace.agents.data.store import ReplayHook
 from offtrace.agents.optim import OptimizerFactory, make_optimizer
 from offtrace.agents.runs.folders import RUNS
 from offtrace.modules.envs import EnvInfo, env_info
 from offtrace.modules.keys import OBSERVATION, VALID
+from offtrace.modules.losses import burn_in
 from offtrace.modules.networks import Critic, DiscreteCritic, StateValue, build_critic, build_value
-from offtrace.modules.replay import Prioritized, Replay, Sampler, Uniform
+from offtrace.modules.replay import LazyPrioritized, Prioritized, Replay, Sampler, Uniform
 
 
 def read_task(config: Config) -> EnvInfo:
@@ -209,7 +211,7 @@ def mixed_agent(
     Raises:
         ConfigError: when the replay does not fit the machine, or the task.
     """
-    if not config.replay.ratio:
+    if not config.replay.form:
         return rollout_agent(config, info, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     check_memory(config, info, RUNS)
     check_rings(config, info)
@@ -219,12 +221,13 @@ def mixed_agent(
         partial(_replay, config, info),
         total_frames=config.train.total_frames,
         min_size=config.replay.min_size,
-        ratio=config.replay.ratio,
+        **config.replay.form,
         frame_skip=info.frame_skip,
         minibatches=config.train.minibatches,
         epochs=config.train.epochs,
         seed=config.train.seed,
         on_rollout=_normalizer_update(config, policy),
+        on_replayed=_state_renewal(config, policy),
     )
     return agent, data
 
@@ -260,6 +263,7 @@ def replay_agent(
         frame_skip=info.frame_skip,
         updates_per_step=config.train.updates_per_step,
         on_rollout=_normalizer_update(config, policy),
+        on_replayed=_state_renewal(config, policy),
     )
     return agent, data
 
@@ -322,6 +326,12 @@ def _normalizer_update(config: Config, policy: Any) -> Callable[[TensorDictBase]
     return update
 
 
+def _state_renewal(config: OffPolicyConfig | MixedConfig, policy: nn.Module) -> ReplayHook | None:
+    """Renews the recurrent state of replayed sequences by the steps in front of them, where the configuration asks."""
+    steps = config.samples.length if config.replay.whole_episodes else config.replay.burn_in
+    return partial(burn_in, policy, steps=steps) if steps else None
+
+
 def _of_all_ranks(tensor: Tensor) -> Tensor:
     """``tensor`` of every rank, one behind the other."""
     if not torch.distributed.is_initialized():
@@ -352,8 +362,10 @@ def _channels_last(config: Config) -> bool:
 def _replay(config: OffPolicyConfig | MixedConfig, info: EnvInfo, rank: int, path: Path | None) -> Replay:
     replay, length = config.replay, config.samples.length
     sampler: Sampler = Uniform()
-    if isinstance(replay, ReplayConfig) and replay.prioritized:
+    if isinstance(replay, ReplayConfig) and replay.sampler == "prioritized":
         sampler = Prioritized(replay.alpha, replay.beta)
+    elif isinstance(replay, ReplayConfig) and replay.sampler == "lazy":
+        sampler = LazyPrioritized(replay.alpha, replay.beta, replay.epsilon)
     return Replay(
         replay.capacity,
         num_envs=config.env.num_envs,
@@ -366,4 +378,6 @@ def _replay(config: OffPolicyConfig | MixedConfig, info: EnvInfo, rank: int, pat
         seed=config.train.seed + 7919 * rank,
         frame_stack=info.frame_stack,
         sampler=sampler,
+        burn_in=replay.burn_in,
+        whole_episodes=replay.whole_episodes,
     )

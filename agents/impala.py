@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any, Literal
 from offtrace.agents.config import (
     Checks,
     CollectorConfig,
+    ConfigError,
     EnvConfig,
     Group,
+    MixedConfig,
     NetworkConfig,
     OptimConfig,
-    RolloutConfig,
     RolloutTrainConfig,
+    ShareReplayConfig,
     check_estimator,
+    check_truncates,
 )
+from offtrace.modules.envs.names import known_actions
 
 if TYPE_CHECKING:
     from offtrace.agents.agent import Agent
-    from offtrace.agents.data import RolloutData
+    from offtrace.agents.data import MixedData, RolloutData
     from offtrace.modules.envs import EnvInfo
 
 
@@ -44,6 +48,11 @@ class LossConfig(Group):
     """Advantages of an update are shifted and scaled to mean 0 and deviation 1."""
     policy_clip: float | None = None
     """Trust region: steps whose ratio has moved further than this get no policy gradient; null for none."""
+    max_kl: float | None = None
+    """Trust region of LASER, in nats: steps whose state the behaviour policy covers too badly are left out; discrete
+    actions only; null for none."""
+    entropy_on_replay: bool = True
+    """The entropy of replayed rows counts too."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
@@ -51,21 +60,33 @@ class LossConfig(Group):
         checks = Checks(self, at)
         checks.fraction("gamma")
         checks.at_least(0, "value_coef", "entropy_coef")
-        checks.positive_or_null("reward_clip", "policy_clip")
+        checks.positive_or_null("reward_clip", "policy_clip", "max_kl")
+        if self.max_kl is not None:
+            check_truncates(at, self.estimator, self.max_kl)
 
 
 @dataclass
-class ImpalaConfig(RolloutConfig):
+class ImpalaConfig(MixedConfig):
     """IMPALA."""
 
     env: EnvConfig = field(default_factory=EnvConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)
+    replay: ShareReplayConfig = field(default_factory=lambda: ShareReplayConfig(capacity=200_000))
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RolloutTrainConfig = field(default_factory=RolloutTrainConfig)
 
     algorithm = "impala"
+
+    def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
+        """As :meth:`Config.check_actions`; ``max_kl`` needs discrete ones."""
+        super().check_actions(actions)
+        if self.loss.max_kl is not None and (actions or known_actions(self.task)) == "continuous":
+            raise ConfigError(
+                f"loss.max_kl is {self.loss.max_kl}, which needs discrete actions; those of {self.task} are "
+                "continuous: it must be null"
+            )
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
         """A network with a state value beside the policy."""
@@ -73,21 +94,21 @@ class ImpalaConfig(RolloutConfig):
 
         return policy_spec(self, info)
 
-    def build(self) -> tuple[Agent, RolloutData]:
+    def build(self) -> tuple[Agent, MixedData | RolloutData]:
         """As :meth:`Config.build`."""
         return make_impala(self)
 
 
-def make_impala(config: ImpalaConfig) -> tuple[Agent, RolloutData]:
+def make_impala(config: ImpalaConfig) -> tuple[Agent, MixedData | RolloutData]:
     """The agent and the data module of ``config``, as :meth:`Config.build`."""
-    from offtrace.agents.assemble import read_task, rollout_agent
+    from offtrace.agents.assemble import mixed_agent, read_task
     from offtrace.modules.losses import ImpalaLoss
     from offtrace.modules.networks import build_policy
 
     info = read_task(config)
     spec = config.policy_spec(info)
     loss = ImpalaLoss(build_policy(**spec["arguments"]), **asdict(config.loss))
-    return rollout_agent(config, info, loss, loss.policy, spec)
+    return mixed_agent(config, info, loss, loss.policy, spec)
 
 
 def atari_config() -> ImpalaConfig:
@@ -108,6 +129,39 @@ def paper_config() -> ImpalaConfig:
         optim=OptimConfig(name="rmsprop_tf", lr=6e-4, eps=0.01, decay=0.99, clip_grad_norm=40.0),
         train=RolloutTrainConfig(total_frames=200_000_000, minibatches=1, epochs=1),
     )
+
+
+def replay_config() -> ImpalaConfig:
+    """The published form with replay: half of every batch of 32 unrolls comes from the last 10,000 of them."""
+    config = paper_config()
+    config.env.num_envs = 16
+    config.replay = ShareReplayConfig(share=0.5, capacity=10_000 * config.collector.unroll)
+    return config
+
+
+def laser_config() -> ImpalaConfig:
+    """LASER: seven replayed rows for each fresh one, a trust region by state, entropy on fresh rows alone.
+
+    As published: unrolls of 19 steps, 7/8 of every batch replayed, uniform, step size and entropy of IMPALA. Not so: a
+    batch has 32 rows, 4 of them fresh, in place of 128, and the replay 800,000 steps, 6 GB, in place of 10 to 15
+    million, for a machine with few cores. The bound of the trust region, which the paper does not tell, is a guess. The
+    paper's network has an LSTM, and replays whole episodes.
+    """
+    config = paper_config()
+    config.env.num_envs, config.train.minibatches = 16, 4
+    config.collector.unroll = 19
+    config.replay = ShareReplayConfig(share=7 / 8, capacity=800_000, min_size=20_000)
+    config.loss.max_kl, config.loss.entropy_on_replay = 0.2, False
+    return config
+
+
+def laser_control_config() -> ImpalaConfig:
+    """CartPole as LASER learns it: one pass, seven replayed rows for each fresh one."""
+    config = control_config()
+    config.replay = ShareReplayConfig(share=7 / 8, capacity=50_000, min_size=2_000)
+    config.loss.max_kl, config.loss.entropy_on_replay, config.loss.policy_clip = 0.2, False, None
+    config.train.minibatches, config.train.epochs = 4, 1
+    return config
 
 
 def control_config() -> ImpalaConfig:

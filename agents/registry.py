@@ -14,6 +14,7 @@ AGENTS = {
     "mpo": "offtrace.agents.mpo:MPOConfig",
     "ppo": "offtrace.agents.ppo:PPOConfig",
     "q_actor_critic": "offtrace.agents.q_actor_critic:QActorCriticConfig",
+    "reactor": "offtrace.agents.reactor:ReactorConfig",
     "sac": "offtrace.agents.sac:SACConfig",
     "vmpo": "offtrace.agents.vmpo:VMPOConfig",
 }

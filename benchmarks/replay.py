@@ -1,11 +1,12 @@
 """Replay against TorchRL's ReplayBuffer: insertion, sampling, memory; alternating, in one process.
 
-    python benchmarks/replay.py                       transitions of 17 numbers, and sequences of 5 and 20; the sum tree
+    python benchmarks/replay.py                       transitions of 17 numbers, and sequences of 5 and 20; the trees
     python benchmarks/replay.py --pixels              transitions of images 9x84x84, in memory-mapped files
 
 Both hold what a tanh-Gaussian policy of 6 actions writes: observation, action, log-probability, loc, scale, pre-tanh
 sample, reward and flags. TorchRL's buffer stores the rollout as a collector gives it, with the successors, and samples
-sequences by its SliceSampler from the ends of the episodes. "by priority" is our replay with ``Prioritized()``. Of
+sequences by its SliceSampler from the ends of the episodes. "by priority" is our replay with ``Prioritized()``. The
+samplers alone draw 64 sequences out of so many starts; of the lazy one a tenth has a priority. Of
 images there is one more column: our replay with ``frame_stack=3``, which stores each of the frames 3x84x84 once. Times
 are medians, in microseconds.
 """
@@ -25,7 +26,7 @@ from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers import RandomSampler, SliceSampler
 
-from offtrace.modules.replay import Prioritized, Replay
+from offtrace.modules.replay import LazyPrioritized, Prioritized, Replay
 from offtrace.modules.replay.sum_tree import SumTree
 
 ENVS, EPISODE, ACTIONS, FRAMES = 8, 1000, 6, 3
@@ -159,6 +160,28 @@ def sum_tree(size: int, rounds: int) -> None:
     print(f"sum tree of {size} numbers: {', '.join(found)}")
 
 
+def samplers(size: int, rounds: int) -> None:
+    """Both prioritised samplers: 64 draws, their 64 updates, and 8 x 16 new starts."""
+    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    for sampler in (Prioritized(), LazyPrioritized()):
+        sampler.bind(size)
+        sampler.add(np.arange(size))
+        known = rng.choice(size, size // 10, replace=False)
+        sampler.update(known, rng.random(len(known)))
+        times: dict[str, list[float]] = {"draw 64": [], "update 64": [], "renew 8 x 16": []}
+        for _ in range(rounds):
+            median(lambda sampler=sampler: sampler.draw(64, generator), times["draw 64"])  # type: ignore[misc]
+            slots, value = sampler.draw(64, generator)[0], rng.random(64)
+            update = lambda sampler=sampler, slots=slots, value=value: sampler.update(slots, value)  # noqa: E731
+            median(update, times["update 64"])
+            slots = (np.arange(8)[:, None] * (size // 8) + rng.integers(size // 8 - 16) + np.arange(16)).ravel()
+            median(
+                lambda sampler=sampler, slots=slots: (sampler.remove(slots), sampler.add(slots)), times["renew 8 x 16"]
+            )  # type: ignore[misc]
+        found = (f"{name} {statistics.median(values):.0f} us" for name, values in times.items())
+        print(f"{sampler} of {size} starts: {', '.join(found)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capacity", type=int, default=100_000)
@@ -169,6 +192,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for size in () if args.pixels else (50_000, 1_000_000):
         sum_tree(size, args.rounds)
+        samplers(size, args.rounds)
     for length in (1,) if args.pixels else (1, 5, 20):
         with tempfile.TemporaryDirectory() as folder:
             compare(

@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from offtrace.modules.losses import MPOLoss as MPOLoss
     from offtrace.modules.losses import PPOLoss as PPOLoss
     from offtrace.modules.losses import QActorCriticLoss as QActorCriticLoss
+    from offtrace.modules.losses import ReactorLoss as ReactorLoss
     from offtrace.modules.losses import SACLoss as SACLoss
     from offtrace.modules.losses import SACv1Loss as SACv1Loss
     from offtrace.modules.losses import VMPOLoss as VMPOLoss
     from offtrace.modules.networks import build_critic as build_critic
     from offtrace.modules.networks import build_policy as build_policy
     from offtrace.modules.networks import build_value as build_value
+    from offtrace.modules.replay import LazyPrioritized as LazyPrioritized
     from offtrace.modules.replay import Prioritized as Prioritized
     from offtrace.modules.replay import Replay as Replay
     from offtrace.modules.replay import Uniform as Uniform
@@ -52,6 +54,7 @@ _MODULE = {
     "GAE": "estimators",
     "ImpalaLoss": "losses",
     "ImportanceSampling": "estimators",
+    "LazyPrioritized": "replay",
     "MPOLoss": "losses",
     "NStep": "estimators",
     "NStepReturn": "estimators",
@@ -60,6 +63,7 @@ _MODULE = {
     "Prioritized": "replay",
     "QActorCriticLoss": "losses",
     "QLambda": "estimators",
+    "ReactorLoss": "losses",
     "Replay": "replay",
     "Retrace": "estimators",
     "SACLoss": "losses",

@@ -155,8 +155,7 @@ def parse(argv: list[str], *, presets: Presets, description: str) -> tuple[Confi
     check_flags(argv, [option for option in parser._option_string_actions if option.startswith("--")])
     source = _value_of("--config", argv)
     if resume:
-        _check_resumed(argv, kind)
-        read_config(Path(resume), kind)
+        _check_resumed(argv, read_config(Path(resume), kind))
         source = str(Path(resume) / "config.yaml")
     types_of = types_of_keys(kind)
     content = read_file(Path(source), types_of, base.algorithm) if source is not None else {}
@@ -253,8 +252,8 @@ def _parsed(
         raise ConfigError(sentence(str(error), types_of, argv, source)) from error
 
 
-def _check_resumed(argv: list[str], kind: type[Config]) -> None:
-    free = [flag for flag in MAY_CHANGE if flag != "train.devices" or kind.devices_may_change]
+def _check_resumed(argv: list[str], begun: Config) -> None:
+    free = [flag for flag in MAY_CHANGE if flag != "train.devices" or begun.devices_may_change]
     for word in argv:
         flag = word.split("=")[0].removeprefix("--")
         if word.startswith("--") and flag not in (*free, "resume", "print_config"):

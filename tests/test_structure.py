@@ -132,6 +132,7 @@ LOSSES: dict[str, tuple[type[Any], ...]] = {
     "mpo": (losses.MPOLoss, losses.DiscreteMPOLoss),
     "ppo": (losses.PPOLoss,),
     "q_actor_critic": (losses.QActorCriticLoss,),
+    "reactor": (losses.ReactorLoss,),
     "sac": (losses.SACLoss, losses.DiscreteSACLoss, losses.SACv1Loss),
     "vmpo": (losses.VMPOLoss,),
 }

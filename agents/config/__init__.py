@@ -3,11 +3,11 @@
 from offtrace.agents.config.base import Checks, Config, ConfigError, Group, available_cores, count, may_have_gpu
 from offtrace.agents.config.collector import CollectorConfig
 from offtrace.agents.config.env import EnvConfig
-from offtrace.agents.config.estimator import check_actions, check_estimator, samples_of
-from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig
+from offtrace.agents.config.estimator import check_actions, check_estimator, check_truncates, samples_of
+from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig, RatioReplayConfig, ShareReplayConfig
 from offtrace.agents.config.network import FeedForwardConfig, NetworkConfig, SeparateNetworksConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
-from offtrace.agents.config.optim import AdamConfig, OptimConfig, SeparateOptimConfig
+from offtrace.agents.config.optim import AdamConfig, OptimConfig, SeparateOptimConfig, TargetAdamConfig
 from offtrace.agents.config.replay import ReplayConfig
 from offtrace.agents.config.rollouts import RolloutConfig
 from offtrace.agents.config.train import ReplayTrainConfig, RolloutTrainConfig, TrainConfig
@@ -26,16 +26,20 @@ __all__ = [
     "NetworkConfig",
     "OffPolicyConfig",
     "OptimConfig",
+    "RatioReplayConfig",
     "ReplayConfig",
     "ReplayTrainConfig",
     "RolloutConfig",
     "RolloutTrainConfig",
     "SeparateNetworksConfig",
     "SeparateOptimConfig",
+    "ShareReplayConfig",
+    "TargetAdamConfig",
     "TrainConfig",
     "available_cores",
     "check_actions",
     "check_estimator",
+    "check_truncates",
     "count",
     "may_have_gpu",
     "samples_of",

@@ -117,10 +117,10 @@ class Config:
 
     algorithm: ClassVar[str]
     """Name of the algorithm."""
-    devices_may_change: ClassVar[bool] = True
-    """Whether a resumed run may have another number of learners."""
     actions: ClassVar[Literal["any", "discrete", "continuous"]] = "any"
     """What the algorithm acts with."""
+    values: ClassVar[Literal["state", "action"]] = "state"
+    """What the loss's estimator is of."""
     rescale_actions: ClassVar[bool] = False
     """Whether the policy's continuous actions are in [-1, 1], to be mapped to a Gymnasium task's bounds."""
 
@@ -147,6 +147,11 @@ class Config:
             """The run."""
 
     @property
+    def devices_may_change(self) -> bool:
+        """Whether a resumed run may have another number of learners."""
+        return True
+
+    @property
     def task(self) -> str:
         """Name of the environment, for :func:`offtrace.modules.envs.make_env`."""
         return self.env.task
@@ -165,9 +170,11 @@ class Config:
 
     def floats_per_step(self, info: EnvInfo) -> int:
         """Numbers of four bytes that the policy writes at a step, beside the action's log-probability; for a replay."""
-        if info.num_actions is not None:
-            return 2 + info.num_actions  # an index of 8 bytes, and logits
-        return 3 * (info.action_dim or 0)
+        action = 2 if info.num_actions is not None else info.action_dim or 0  # an index has 8 bytes
+        parameters = info.num_actions if info.num_actions is not None else 2 * (info.action_dim or 0)
+        recurrent = self.network.recurrent
+        memory = 2 * recurrent + action + 1 if recurrent else 0  # the state, and the last action and reward
+        return action + parameters + memory
 
     def env_options(self) -> dict[str, Any]:
         """What :func:`offtrace.modules.envs.make_env` gets besides name, number and seed."""
@@ -203,7 +210,7 @@ class Config:
         self.check_actions()
 
     def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
-        """Check that the task's actions are such as the algorithm can choose.
+        """Check that the task's actions are such as the algorithm can choose, and its estimator correct.
 
         Args:
             actions: of the task; None: what is known of them without running the user's code.
@@ -211,13 +218,15 @@ class Config:
         Raises:
             ConfigError: one sentence.
         """
-        if self.actions == "any":
-            return
+        from offtrace.agents.config.estimator import check_actions  # imports this module
+
         found = actions or known_actions(self.task)
-        if found not in (None, self.actions):
+        if self.actions != "any" and found not in (None, self.actions):
             raise ConfigError(
                 f"env.task is {self.task}, whose actions are {found}; {self.algorithm} needs {self.actions} ones"
             )
+        if self.values == "action":
+            check_actions("loss", self.loss.estimator, self.task, found)
 
     def check_devices(self, gpus: int) -> None:
         """Check that this machine, with ``gpus`` GPUs, has what the run asks for.

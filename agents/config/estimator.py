@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 from offtrace.agents.config.base import ConfigError
 from offtrace.modules.envs.names import known_actions
-from offtrace.modules.estimators.names import ACTION_ESTIMATORS, check_spec, parse_spec
+from offtrace.modules.estimators.names import ACTION_ESTIMATORS, STATE_ESTIMATORS, check_spec, parse_spec
 
 Kind = Literal["state", "action"]
 
@@ -37,6 +38,31 @@ def check_estimator(at: str, spec: str, kind: Kind, *, every_step: bool = False)
         raise ConfigError(
             f"{at}.estimator is {spec}, which learns from the first step of a sequence alone; here every step of a "
             "rollout is learnt from: it must be another, such as retrace"
+        )
+
+
+def check_truncates(at: str, spec: str, max_kl: float) -> None:
+    """Refuse an estimator of state values, known and of the right form, that does not truncate ratios.
+
+    Args:
+        at: name of the loss's group.
+        spec: the estimator's text.
+        max_kl: the bound that needs it.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    name, options = parse_spec(spec)
+    if ":" in name:
+        own = _own(spec, "state")
+        clip = own.rho_clip if own.ratio_cuts_trace else math.inf
+    else:
+        named = STATE_ESTIMATORS[name]
+        clip = {**named.options, **named.fixed, **options}.get("rho_clip", math.inf)
+    if clip == math.inf:
+        raise ConfigError(
+            f"{at}.max_kl is {max_kl}; {at}.estimator {spec} does not truncate ratios: it must be null, or the "
+            "estimator one such as vtrace"
         )
 
 

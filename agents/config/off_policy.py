@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from offtrace.agents.config.base import Config, ConfigError, count
-from offtrace.agents.config.estimator import Samples, check_actions, samples_of
+from offtrace.agents.config.estimator import Samples, samples_of
 from offtrace.modules.replay.limiter import SamplesPerInsert
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ MOST_UPDATES = 100
 class OffPolicyConfig(Config):
     """An algorithm that learns from a replay of all it has seen."""
 
-    devices_may_change = False  # each has a replay of its own
     rescale_actions = True
+    values = "action"
 
     if TYPE_CHECKING:
 
@@ -37,6 +37,11 @@ class OffPolicyConfig(Config):
             """The run."""
 
     @property
+    def devices_may_change(self) -> bool:
+        """False: each learner has a replay of its own."""
+        return False
+
+    @property
     def samples(self) -> Samples:
         """What the loss's estimator is given."""
         return samples_of(self.loss.estimator, self.replay.length)
@@ -46,15 +51,11 @@ class OffPolicyConfig(Config):
         """A sequence is learnt from at every step, an n-step window at its first."""
         return self.replay.batch_size // (self.samples.length if self.samples.every_step else 1)
 
-    def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
-        """As :meth:`Config.check_actions`, and such as the estimator can correct."""
-        super().check_actions(actions)
-        check_actions("loss", self.loss.estimator, self.task, actions)
-
     def validate(self) -> None:
         """As :meth:`Config.validate`; replay, collector and budget fit each other."""
         super().validate()
         _check_sequences(self)
+        check_recurrent(self)
         check_sizes(self)
         _check_updates(self)
         check_budget(self, self.env.frame_skip)
@@ -62,7 +63,7 @@ class OffPolicyConfig(Config):
 
 def _check_sequences(config: OffPolicyConfig) -> None:
     replay, estimator, (length, every_step) = config.replay, config.loss.estimator, config.samples
-    if samples_of(estimator, 2).length == 1:  # of transitions, by its nature
+    if length == samples_of(estimator, 2).length == 1:  # of transitions, by its nature
         return
     if length < 2:
         raise ConfigError(
@@ -73,6 +74,36 @@ def _check_sequences(config: OffPolicyConfig) -> None:
         raise ConfigError(
             f"replay.batch_size is {replay.batch_size}; loss.estimator {estimator} learns from sequences of "
             f"replay.length, {length}, steps: it must be a multiple of that"
+        )
+
+
+def check_recurrent(config: OffPolicyConfig | MixedConfig) -> None:
+    """Refuse that a recurrent state is renewed where there is none, or in two ways.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    burn_in, whole_episodes = config.replay.burn_in, config.replay.whole_episodes
+    if not burn_in and not whole_episodes:
+        return
+    if not config.network.recurrent:
+        flag, value = ("whole_episodes", "true") if whole_episodes else ("burn_in", burn_in)
+        raise ConfigError(
+            f"replay.{flag} is {value}; it renews a recurrent state, and the network has none: it must be "
+            f"{'false' if whole_episodes else 0}, or network.recurrent above 0"
+        )
+    if burn_in and whole_episodes:
+        raise ConfigError(
+            f"replay.burn_in is {burn_in}; with replay.whole_episodes the state comes from the episode's start: one of "
+            "the two must be 0 or false"
+        )
+    rings = config.env.num_envs * max(1, config.collector.num_workers)
+    most = config.replay.capacity // rings - 2 * config.collector.unroll - config.samples.length
+    if burn_in > max(most, 0):
+        raise ConfigError(
+            f"replay.burn_in is {burn_in}; a replay.capacity of {config.replay.capacity} for "
+            f"{count(rings, 'environment')} leaves room for {max(most, 0)} steps in front of a "
+            "sequence: it must be no more, or the capacity larger"
         )
 
 

@@ -44,6 +44,23 @@ class OptimConfig(AdamConfig):
 
 
 @dataclass
+class TargetAdamConfig(AdamConfig):
+    """Adam, and the target network."""
+
+    beta1: float = 0.0
+    """Of Adam's mean of gradients; 0: without momentum."""
+    target_every: int = 1_000
+    """Updates between two copies into the target network."""
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        super().check(at)
+        checks = Checks(self, at)
+        checks.require("beta1", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        checks.at_least(1, "target_every")
+
+
+@dataclass
 class SeparateOptimConfig(Group):
     """Adam, with a step size for each network."""
 

@@ -25,17 +25,24 @@ class ReplayConfig(Group):
     """Steps collected before the first update."""
     storage: Literal["tensor", "memmap"] = "tensor"
     """In memory, or in files."""
-    sampler: Literal["uniform", "prioritized"] = "uniform"
-    """Every step alike, or in proportion to its temporal difference error (Schaul et al. 2016)."""
+    sampler: Literal["uniform", "prioritized", "lazy"] = "uniform"
+    """Every step alike, or in proportion to its temporal difference error: prioritized gives new steps the largest so
+    far (Schaul et al. 2016), lazy the mean of their neighbours (Reactor)."""
     alpha: float = 0.6
-    """Of prioritized: power of the priorities."""
+    """Of prioritized and lazy: power of the priorities."""
     beta: float = 0.4
-    """Of prioritized: power of the importance weights at the start; it grows to 1 over the training."""
+    """Of prioritized and lazy: power of the importance weights at the start; it grows to 1 over the training."""
+    epsilon: float = 0.1
+    """Of lazy: share of the samples for which every step is alike."""
+
+    # a group of an algorithm that has recurrent networks makes fields of them
+    burn_in = 0
+    whole_episodes = False
 
     @property
     def prioritized(self) -> bool:
         """Whether sampling follows priorities."""
-        return self.sampler == "prioritized"
+        return self.sampler != "uniform"
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
@@ -43,7 +50,7 @@ class ReplayConfig(Group):
         checks.at_least(1, "capacity", "batch_size", "length")
         checks.at_least(0, "min_size", "alpha")
         checks.positive("samples_per_insert")
-        checks.fraction("beta")
+        checks.fraction("beta", "epsilon")
         if self.capacity < max(self.batch_size, self.min_size):
             raise ConfigError(
                 f"{at}.capacity is {self.capacity}; it must hold {at}.batch_size, {self.batch_size}, and "

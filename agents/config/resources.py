@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from offtrace.agents.config.base import ConfigError, count
 from offtrace.agents.config.mixed import MixedConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
+from offtrace.agents.config.replay import ReplayConfig
 
 if TYPE_CHECKING:
     from offtrace.modules.envs import EnvInfo
@@ -22,7 +23,8 @@ def bytes_per_step(config: OffPolicyConfig | MixedConfig, info: EnvInfo) -> int:
     several = list(shapes.values()) if isinstance(shapes, dict) else [shapes]
     observation = sum(math.prod(shape) * (1 if len(shape) == 3 else 4) for shape in several) // info.frame_stack
     mask = info.num_actions or 0 if info.masked else 0
-    books = 18 if config.replay.prioritized else 17
+    sampler = config.replay.sampler if isinstance(config.replay, ReplayConfig) else "uniform"
+    books = {"uniform": 17, "prioritized": 18, "lazy": 21}[sampler]
     return observation + mask + 4 * (config.floats_per_step(info) + 2) + books  # two: log-probability and reward
 
 

@@ -13,9 +13,10 @@ from tensordict import TensorDictBase
 from offtrace.agents.data.acting import Learner
 from offtrace.agents.data.replay import ENDLESS
 from offtrace.agents.data.rollouts import Dealer
-from offtrace.agents.data.store import ReplayFactory, StoringData
+from offtrace.agents.data.store import ReplayFactory, ReplayHook, StoringData
 from offtrace.modules.keys import INDEX, POLICY_VERSION, VALID, WEIGHT
 from offtrace.modules.replay import Replay
+from offtrace.modules.replay.limiter import rows_of_share
 
 if TYPE_CHECKING:
     from offtrace.modules.collectors import Collector
@@ -54,6 +55,7 @@ class MixedData(StoringData):
         seed: of the order, and of the number of replayed batches.
         on_rollout: called once with every fresh rollout ``[N, T]`` on the learner's device, before it is dealt. The
             entries that it sets are dealt and stored.
+        on_replayed: as of :class:`StoringData`.
 
     Raises:
         ValueError: a number is out of range, or not exactly one of ``share`` and ``ratio`` is given.
@@ -80,8 +82,11 @@ class MixedData(StoringData):
         epochs: int = 1,
         seed: int = 0,
         on_rollout: Callable[[TensorDictBase], object] | None = None,
+        on_replayed: ReplayHook | None = None,
     ) -> None:
-        super().__init__(collector_fn, replay_fn, total_frames=total_frames, frame_skip=frame_skip)
+        super().__init__(
+            collector_fn, replay_fn, total_frames=total_frames, frame_skip=frame_skip, on_replayed=on_replayed
+        )
         if (share is None) == (ratio is None):
             raise ValueError(f"share is {share} and ratio is {ratio}; exactly one of them must be given")
         if share is not None and not 0 < share < 1:
@@ -97,8 +102,8 @@ class MixedData(StoringData):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """For the log: steps in the replay, and the frames replayed."""
-        return {"replay/steps": float(self.steps_stored), "replay/replayed_frames": float(self.replayed_frames)}
+        """As :attr:`StoringData.metrics`, and the frames replayed."""
+        return {**super().metrics, "replay/replayed_frames": float(self.replayed_frames)}
 
     @property
     def replays(self) -> bool:
@@ -124,21 +129,14 @@ class MixedData(StoringData):
         self.inserted = self.owed = 0
 
     def replayed_rows(self, fresh: int) -> int:
-        """Replayed rows of a batch that has so many fresh ones; of a batch of its own, under ``ratio``, as many.
+        """Replayed rows of a batch that has so many fresh ones; under ``ratio``, of a batch of its own.
 
         Raises:
             ValueError: ``share`` of the batch is no whole number of rows.
         """
         if self.share is None:
-            return fresh
-        exact = fresh * self.share / (1 - self.share)
-        rows = max(1, round(exact))
-        if abs(exact - rows) > 0.02:
-            raise ValueError(
-                f"share is {self.share:g}; a batch of {fresh} fresh rows would have {exact:.2f} replayed ones: the "
-                f"nearest share that makes whole rows is {rows / (fresh + rows):.3g}"
-            )
-        return rows
+            return self._open.batch_size
+        return rows_of_share(fresh, self.share)
 
     def replayed_batches(self, batch: int) -> int:
         """Replayed batches behind fresh batch number ``batch`` of the rollout; 0 under ``share``."""
@@ -230,7 +228,7 @@ class MixedStream:
     def _sample(self) -> TensorDictBase:
         data = self._data
         data.replayed_frames += self._frames_replayed
-        return data.sample(self._rows).to(self._device, non_blocking=True)
+        return data.replayed(self._device, self._rows)
 
     def _joined(self, fresh: TensorDictBase) -> TensorDictBase:
         """Replayed rows behind fresh ones, with the entries that both have."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tensordict import TensorDictBase
 
 from offtrace.agents.data.acting import Learner, check_sizes
-from offtrace.agents.data.store import ReplayFactory, StoringData
+from offtrace.agents.data.store import ReplayFactory, ReplayHook, StoringData
 from offtrace.modules.keys import NEXT, POLICY_VERSION
 from offtrace.modules.replay import Replay, SamplesPerInsert
 
@@ -43,6 +43,7 @@ class ReplayData(StoringData):
         frame_skip: environment frames per agent step.
         updates_per_step: most batches for one ``training_step``.
         on_rollout: called with every rollout ``[N, T]`` before it is inserted.
+        on_replayed: as of :class:`StoringData`.
 
     Raises:
         ValueError: a number is out of range.
@@ -64,8 +65,11 @@ class ReplayData(StoringData):
         frame_skip: int = 1,
         updates_per_step: int = 8,
         on_rollout: Callable[[TensorDictBase], object] | None = None,
+        on_replayed: ReplayHook | None = None,
     ) -> None:
-        super().__init__(collector_fn, replay_fn, total_frames=total_frames, frame_skip=frame_skip)
+        super().__init__(
+            collector_fn, replay_fn, total_frames=total_frames, frame_skip=frame_skip, on_replayed=on_replayed
+        )
         check_sizes(updates_per_step=updates_per_step, batch_size=batch_size)
         self.batch_size = batch_size
         self.updates_per_step = updates_per_step
@@ -74,9 +78,9 @@ class ReplayData(StoringData):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """For the log: steps in the replay, and steps learnt from per insert, counted since the replay was filled."""
+        """As :attr:`StoringData.metrics`, and the steps learnt from per insert, since the replay was filled."""
         ratio = self.limiter.sampled / max(1, self.limiter.inserted - self.limiter.min_size)
-        return {"replay/steps": float(self.steps_stored), "replay/samples_per_insert": ratio}
+        return {**super().metrics, "replay/samples_per_insert": ratio}
 
     @property
     def steps_to_first_update(self) -> int:
@@ -168,7 +172,7 @@ class ReplayStream:
     def _sample(self) -> TensorDictBase:
         data = self._data
         data.limiter.sample(data.batch_size)
-        return data.sample().to(self._device, non_blocking=True)
+        return data.replayed(self._device)
 
     def _collect(self) -> None:
         data = self._data

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from offtrace.agents.data.acting import ActingData
 from offtrace.modules.envs import EnvironmentFailure
-from offtrace.modules.keys import INDEX, PRIORITY, VALID
+from offtrace.modules.keys import INDEX, POLICY_VERSION, PRIORITY, VALID, WEIGHT
 from offtrace.modules.replay import Replay
+from offtrace.modules.returns import effective_sample_size
 
 if TYPE_CHECKING:
     from offtrace.modules.collectors import Collector
@@ -23,8 +24,20 @@ if TYPE_CHECKING:
 ReplayFactory = Callable[[int, Path | None], Replay]
 """Gives the empty replay of a rank, and takes the folder for its files, or None where it may choose."""
 
+ReplayHook = Callable[[TensorDictBase], TensorDictBase]
+"""Takes a replayed batch ``[B, burn_in + T]`` and returns the one ``[B, T]`` to learn from."""
+
 _HOPELESS = 100
 """Steps, not one of them valid, after which a simulator will not come back."""
+
+
+class _Sampled(NamedTuple):
+    """Of a replayed batch what the log tells of, and the newest version of the weights when it was sampled."""
+
+    version: Tensor | None
+    valid: Tensor | None
+    weight: Tensor | None
+    newest: int
 
 
 class StoringData(ActingData):
@@ -38,6 +51,10 @@ class StoringData(ActingData):
         replay_fn: gives the empty replay of a rank, and takes the folder for its files, or None where it may choose.
         total_frames: environment frames, over all ranks, after which the data ends.
         frame_skip: environment frames per agent step.
+        on_replayed: called with every replayed batch on the learner's device, before it is joined with fresh rows or
+            learnt from, for what has to be computed anew, such as a recurrent state
+            (:func:`offtrace.modules.losses.burn_in`). Needed where the replay gives steps in front of its sequences.
+            Where it goes through whole episodes, it keeps the state that comes back.
 
     Attributes:
         replay: that of this rank, once training begins; None before.
@@ -53,12 +70,34 @@ class StoringData(ActingData):
         *,
         total_frames: int,
         frame_skip: int,
+        on_replayed: ReplayHook | None = None,
     ) -> None:
         super().__init__(collector_fn, total_frames=total_frames, frame_skip=frame_skip)
+        self.on_replayed = on_replayed
         self.replay: Replay | None = None
         self._replay_fn = replay_fn
         self._failed = 0
         self._versions: Tensor | None = None
+        self._sampled: _Sampled | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """For the log: steps in the replay, and of the newest replayed batch what is known of it.
+
+        ``replay/age`` and ``replay/age_max``, over its valid steps: the newest version of the weights minus the one
+        that acted. A version is a push to the actors. ``replay/priority_ess``, where sampling is by priority: the
+        effective sample size of its importance weights, as a fraction.
+        """
+        found = {"replay/steps": float(self.steps_stored)}
+        if self._sampled is None:
+            return found
+        version, valid, weight, newest = self._sampled
+        if version is not None:
+            age = (newest - (version if valid is None else version[valid.view(version.shape)])).double()
+            found |= {"replay/age": float(age.mean()), "replay/age_max": float(age.max())}
+        if weight is not None:
+            found["replay/priority_ess"] = float(effective_sample_size(weight.view(len(weight), -1)[:, 0].log()))
+        return found
 
     @property
     def steps_stored(self) -> int:
@@ -76,9 +115,18 @@ class StoringData(ActingData):
         return torch.tensor([self._version]) if self._versions is None else self._versions
 
     def open_replay(self, rank: int) -> Replay:
-        """Makes the empty replay of ``rank``."""
-        self.replay = self._replay_fn(rank, self._files(rank))
-        return self.replay
+        """Makes the empty replay of ``rank``.
+
+        Raises:
+            ValueError: it gives steps in front of its sequences, and there is no ``on_replayed`` to take them away.
+        """
+        self.replay = replay = self._replay_fn(rank, self._files(rank))
+        if replay.burn_in and self.on_replayed is None:
+            raise ValueError(
+                f"the replay gives {replay.burn_in} steps in front of each sequence, and there is no on_replayed that "
+                "takes them away: give one, such as losses.burn_in with the policy"
+            )
+        return replay
 
     def fill_replay(self, rank: int) -> None:
         """Fills the replay with what the last run had; it stays empty where there is nothing, or not any more.
@@ -122,7 +170,21 @@ class StoringData(ActingData):
     def sample(self, number: int | None = None) -> TensorDictBase:
         """A batch of so many samples, by default the replay's own; the sampler anneals with the training."""
         self._open.sampler.anneal(self.progress)
-        return self._open.sample(number)
+        batch = self._open.sample(number)
+        newest = self._version if self.collector is None else self.collector.version
+        version, valid, weight = (batch.get(key, None) for key in (POLICY_VERSION, VALID, WEIGHT))
+        self._sampled = _Sampled(version, valid, weight, newest)
+        return batch
+
+    def replayed(self, device: torch.device, number: int | None = None) -> TensorDictBase:
+        """As :meth:`sample`, on ``device`` and as ``on_replayed`` returns it."""
+        batch: TensorDictBase = self.sample(number).to(device, non_blocking=True)
+        if self.on_replayed is None:
+            return batch
+        batch = self.on_replayed(batch)
+        if self._open.whole_episodes:
+            self._open.renew(batch)
+        return batch
 
     def feedback(self, batch: TensorDictBase) -> None:
         """Gives a prioritised sampler the errors that the loss wrote into a batch; fresh rows are left out.

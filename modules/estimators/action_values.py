@@ -141,8 +141,13 @@ class ActionValueEstimator(ActionValueForward):
         log_pi: Tensor | None = None,
         log_rho: Tensor | None = None,
         support: Tensor | None = None,
+        trace_mask: Tensor | None = None,
     ) -> ActionEstimate:
         """Target and diagnostics of the selected steps; no gradient flows. Here time changes its dimension.
+
+        With a mask, the ratio of a step's action counts as 0 where it is False, so its coefficient c_t is 0: the sums
+        that began before it end there. The step's own target has no coefficient of its own action, and stays. The
+        diagnostics are about the other steps.
 
         Args:
             selection: what :meth:`select` gave.
@@ -150,6 +155,10 @@ class ActionValueEstimator(ActionValueForward):
             q_value: the target critic's value of the batch's actions, [M], or its distribution [M, atoms].
             log_pi, log_rho: log pi and log pi - log mu of the batch's actions, [M].
             support: the atoms.
+            trace_mask: bool [M], False where the trace is cut; None cuts none.
+
+        Raises:
+            ValueError: there is a mask, and no ratio cuts the trace.
         """
         shape, dtype = selection.outcome.reward.shape, selection.outcome.reward.dtype
         reward, terminated, done, valid = selection.outcome.time_first()
@@ -160,6 +169,11 @@ class ActionValueEstimator(ActionValueForward):
 
         logs: dict[str, Any] = {"log_pi": log_pi, "log_rho": log_rho}
         logs = {name: None if x is None else zero_invalid(sequences(x), valid) for name, x in logs.items()}
+        kept = valid
+        if trace_mask is not None:
+            mask = trace_mask.unflatten(0, shape).transpose(0, 1)
+            logs["log_rho"] = self._masked(logs["log_rho"], mask)
+            kept = mask if valid is None else mask & valid
         target = self.compute(
             reward=reward,
             q_value=sequences(q_value),
@@ -171,7 +185,7 @@ class ActionValueEstimator(ActionValueForward):
             **logs,
             **({} if support is None else {"support": support}),
         )
-        diagnostics = self.diagnose(**logs, done=done, gamma=self._known_gamma(), valid=valid)
+        diagnostics = self.diagnose(**logs, done=done, gamma=self._known_gamma(), valid=kept)
         return ActionEstimate(target.transpose(0, 1).flatten(0, 1), diagnostics)
 
 
@@ -231,8 +245,15 @@ class NStep(ActionValueEstimator):
         log_pi: Tensor | None = None,
         log_rho: Tensor | None = None,
         support: Tensor | None = None,
+        trace_mask: Tensor | None = None,
     ) -> ActionEstimate:
-        """``reward + discount * next_value`` of the selected steps, projected on the ``support`` of a distribution."""
+        """``reward + discount * next_value`` of the selected steps, projected on the ``support`` of a distribution.
+
+        Raises:
+            ValueError: there is a ``trace_mask``; no ratio cuts a window.
+        """
+        if trace_mask is not None:
+            self._masked(log_rho, trace_mask)
         reward, discount = selection.reward, selection.discount
         if support is None:
             target = torch.addcmul(reward, discount, next_value)
@@ -346,6 +367,7 @@ class Retrace(TraceEstimator):
             theorem no longer covers it.
 
     {ActionValueEstimator.__doc__}"""
+    ratio_cuts_trace = True
     bounded = True
 
     def __init__(self, *, lmbda: float = 1.0, root: int = 1, **options: Any) -> None:
@@ -378,6 +400,7 @@ class ImportanceSampling(TraceEstimator):
     Source: Precup, Sutton and Singh 2000.
 
     {ActionValueEstimator.__doc__}"""
+    ratio_cuts_trace = True
     contracts = True
 
     def trace(self, *, log_pi: Tensor, log_rho: Tensor) -> Tensor | float:

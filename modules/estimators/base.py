@@ -72,6 +72,9 @@ class ReturnEstimator(ValueEstimatorBase):
     """Whether it needs the ratio to the behaviour policy."""
     only_discrete: bool = False
     """Whether it needs probabilities of discrete actions."""
+    ratio_cuts_trace: bool = False
+    """Whether a ratio of 0 cuts the trace at its step, and of state values makes the step's TD error 0: then the losses
+    may leave steps out by a ``trace_mask``."""
 
     @dataclass
     class _AcceptedKeys:
@@ -120,6 +123,19 @@ class ReturnEstimator(ValueEstimatorBase):
             raise ValueError(
                 f"{owner} evaluates its own networks: leave those of its estimator {type(self).__name__} out"
             )
+
+    def _masked(self, log_rho: Tensor | None, trace_mask: Tensor) -> Tensor:
+        """``log_rho`` with a ratio of 0 where ``trace_mask``, bool of its shape, is False.
+
+        Raises:
+            ValueError: no ratio cuts the trace.
+        """
+        if log_rho is None or not self.ratio_cuts_trace:
+            raise ValueError(
+                f"{type(self).__name__} got a trace_mask, and no ratio cuts its trace: leave the mask out, or use "
+                f"'{'vtrace' if self.kind == 'state' else 'retrace'}'"
+            )
+        return log_rho.masked_fill(~trace_mask, -math.inf)
 
     def value_estimate(
         self, tensordict: TensorDictBase, target_params: TensorDictBase | None = None, **kwargs: Any

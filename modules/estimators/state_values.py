@@ -46,11 +46,12 @@ class StateValueEstimator(ReturnEstimator):
     """Targets for V(x) and advantages, in a loss or alone on rollouts ``[*B, T]`` in TorchRL's layout.
 
     A loss calls :meth:`estimate` with the values that it has computed. A subclass of your own defines :meth:`compute`,
-    says by ``uses_behaviour`` whether it needs the log-ratio to the behaviour policy, and, where that multiplies its
-    advantages, gives it in :meth:`weight`. It then works in every loss that learns state values, as an object or by its
-    import path, and in TorchRL's: ``loss.make_value_estimator(estimator)`` for ``A2CLoss``, ``PPOLoss`` and relatives.
-    (Such a loss forwards its renamed keys to an instance at the next ``loss.set_keys``, and not all of them: A2C keeps
-    ``sample_log_prob``, both keep ``action``; rename those on the instance.)
+    says by ``uses_behaviour`` whether it needs the log-ratio to the behaviour policy, by ``ratio_cuts_trace`` whether a
+    ratio of 0 leaves a step out, and, where the ratio multiplies its advantages, gives it in :meth:`weight`. It then
+    works in every loss that learns state values, as an object or by its import path, and in TorchRL's:
+    ``loss.make_value_estimator(estimator)`` for ``A2CLoss``, ``PPOLoss`` and relatives. (Such a loss forwards its
+    renamed keys to an instance at the next ``loss.set_keys``, and not all of them: A2C keeps ``sample_log_prob``, both
+    keep ``action``; rename those on the instance.)
 
     Alone, networks you give are called; what you do not give is read from the TensorDict. With neither network it needs
     ``"state_value"``, ``("next", "state_value")`` ``[*B, T, 1]`` and, with ratios, ``"target_log_prob"`` ``[*B, T]``.
@@ -74,6 +75,8 @@ class StateValueEstimator(ReturnEstimator):
     """
 
     kind = "state"
+    rho_clip: float = math.inf
+    """Clip of the ratio in the TD error; ``inf`` where there is none."""
 
     @property
     def diagnostic_keys(self) -> list[str]:
@@ -113,17 +116,40 @@ class StateValueEstimator(ReturnEstimator):
         return {"ess": sample_size(log_rho, like=done, valid=valid)}
 
     @torch.no_grad()
-    def estimate(self, outcome: Outcome, *, value: Tensor, next_value: Tensor, log_rho: Tensor | None) -> StateEstimate:
+    def estimate(
+        self,
+        outcome: Outcome,
+        *,
+        value: Tensor,
+        next_value: Tensor,
+        log_rho: Tensor | None,
+        trace_mask: Tensor | None = None,
+    ) -> StateEstimate:
         """All that a loss needs; no gradient flows. Here time changes its dimension.
+
+        With a mask m, the ratio of a step counts as 0 where m_s is False, which for V-trace is::
+
+            v_s - V(x_s) = m_s [delta_s + gamma k_s c_s (v_{s+1} - V(x_{s+1}))]        A_s = m_s A_s
+
+        Such a step has its own value for a target and no advantage, traces stop before it, and the diagnostics are
+        about the other steps.
 
         Args:
             outcome: of the steps, [B, T].
             value, next_value: V(x) and V(x') of the true successor, [B, T].
             log_rho: log pi - log mu, [B, T], 0 where not valid; None where it is neither known nor needed.
+            trace_mask: bool [B, T], False where a step is left out; None leaves none out.
+
+        Raises:
+            ValueError: there is a mask, and no ratio cuts the trace.
         """
         reward, terminated, done, valid = outcome.time_first()
         dtype, gamma = value.dtype, self._known_gamma()
         log_rho = None if log_rho is None else log_rho.detach().to(dtype).t()
+        learnt = valid
+        if trace_mask is not None:
+            log_rho = self._masked(log_rho, trace_mask.t())
+            learnt = trace_mask.t() if valid is None else trace_mask.t() & valid
         target, advantage = self._compute_valid(
             reward=reward.to(dtype),
             value=value.detach().t(),
@@ -135,7 +161,7 @@ class StateValueEstimator(ReturnEstimator):
             valid=valid,
         )
         weight = zero_invalid(self.weight(torch.zeros_like(target) if log_rho is None else log_rho), valid)
-        diagnostics = self.diagnose(log_rho=log_rho, done=done, gamma=gamma, valid=valid)
+        diagnostics = self.diagnose(log_rho=log_rho, done=done, gamma=gamma, valid=learnt)
         return StateEstimate(target.t(), advantage.t(), weight.t(), diagnostics)
 
     @property
@@ -224,6 +250,7 @@ class VTrace(StateValueEstimator):
             sampling: unbiased, its variance has no bound.
 
     {StateValueEstimator.__doc__}"""
+    ratio_cuts_trace = True
 
     def __init__(
         self,

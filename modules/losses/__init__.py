@@ -5,11 +5,13 @@ from offtrace.modules.losses.acer import ACERLoss
 from offtrace.modules.losses.acer_continuous import ContinuousACERLoss
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.dqn import DQNLoss
-from offtrace.modules.losses.impala import ImpalaLoss
+from offtrace.modules.losses.impala import ImpalaLoss, truncated_policy_kl
 from offtrace.modules.losses.mpo import MPOLoss
 from offtrace.modules.losses.mpo_discrete import DiscreteMPOLoss
 from offtrace.modules.losses.ppo import PPOLoss
 from offtrace.modules.losses.q_actor_critic import QActorCriticLoss
+from offtrace.modules.losses.reactor import ReactorLoss
+from offtrace.modules.losses.recurrent_state import burn_in
 from offtrace.modules.losses.sac import SACLoss
 from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
@@ -34,13 +36,16 @@ __all__ = [
     "MPOLoss",
     "PPOLoss",
     "QActorCriticLoss",
+    "ReactorLoss",
     "SACLoss",
     "SACv1Loss",
     "Stats",
     "Steps",
     "VMPOLoss",
+    "burn_in",
     "compile_loss",
     "evaluate_rollout",
     "read_steps",
     "state_values",
+    "truncated_policy_kl",
 ]

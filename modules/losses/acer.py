@@ -6,7 +6,7 @@ import math
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictParams, dispatch
 from torch import Tensor
 
 from offtrace.modules import keys as k
@@ -166,6 +166,8 @@ class ACERLoss(Loss):
         clip: c, of the importance weights in the policy gradient.
         delta: bound of the trust region; None for none.
         reward_clip: rewards are clipped to [-reward_clip, reward_clip]; None leaves them.
+        normalize_advantage: divide g by the root mean square of Q^ret - V over the valid steps, before the projection:
+            then ``delta`` does not depend on the size of the rewards. The paper does not.
 
     Reads (names change by :meth:`set_keys`) what the network reads, also under ``"next"``; ``"action"`` int64 [B, T];
     of the behaviour policy ``"action_log_prob"`` and all ``"logits"`` [B, T, A]; ``("next", ...)`` ``"reward"``,
@@ -182,6 +184,9 @@ class ACERLoss(Loss):
         KeyError: when an entry is missing, by its name.
     """
 
+    policy: ProbabilisticTensorDictSequential
+    policy_params: TensorDictParams
+    target_policy_params: TensorDictParams
     reads_behaviour = True
 
     def __init__(
@@ -196,6 +201,7 @@ class ACERLoss(Loss):
         clip: float = 10.0,
         delta: float | None = 1.0,
         reward_clip: float | None = None,
+        normalize_advantage: bool = False,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, clip=clip, delta=delta)
@@ -210,6 +216,7 @@ class ACERLoss(Loss):
         self.add_network("policy", policy, target=True)
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.clip, self.delta, self.reward_clip = clip, delta, reward_clip
+        self.normalize_advantage = normalize_advantage
         losses = ["loss_policy", "loss_value", "loss_entropy"]
         diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "pg_rho_clipped"]
         average = ["projected", "kl_average"] if delta is not None else []
@@ -267,6 +274,8 @@ class ACERLoss(Loss):
             q_return=q_return,
             clip=self.clip,
         )
+        if self.normalize_advantage:
+            gradient = gradient / stats.root_mean_square(q_return - value)
         projected = gradient
         if self.delta is not None:
             log_average = self._average(policy)

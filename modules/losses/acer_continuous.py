@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictParams, dispatch
 from torch import Tensor
 
 from offtrace.modules import keys as k
@@ -57,6 +57,15 @@ def gaussian_kl_gradient(*, average_loc: Tensor, average_scale: Tensor, loc: Ten
     return torch.cat([distance / scale, 1 - ratio.square() - distance.square()], -1)
 
 
+class _Critic(NamedTuple):
+    """V of the steps and of their successors, Q~ of the action and of a new one of the policy, [B, T] each."""
+
+    value: Tensor
+    next_value: Tensor
+    q_value: Tensor
+    q_fresh: Tensor
+
+
 class ContinuousACERLoss(Loss):
     """Critic and policy gradient of ACER on continuous actions (Wang et al. 2017, arXiv 1611.01224, section 4).
 
@@ -90,6 +99,11 @@ class ContinuousACERLoss(Loss):
         num_samples: n.
         learn_scale: False leaves the scale as it is at the start, as in the paper.
         reward_clip: rewards are clipped to [-reward_clip, reward_clip]; None leaves them.
+        normalize_advantage: divide g by the root mean square of Q^opc - V over the valid steps, before the projection:
+            then ``delta`` does not depend on the size of the rewards. The paper does not.
+        average_critic: Q^ret, Q^opc, V^target and the V that the policy is compared with come from averages of the two
+            networks, ``target("value")`` and ``target("advantage")``, which have to follow after every update. The
+            paper's come from the networks that learn.
 
     Reads (names change by :meth:`set_keys`) what the networks read, also under ``"next"``; ``"action"`` [B, T, D]; of
     the behaviour policy ``"action_log_prob"`` [B, T], ``"loc"`` and ``"scale"`` [B, T, D]; ``("next", ...)``
@@ -102,6 +116,15 @@ class ContinuousACERLoss(Loss):
         KeyError: when an entry is missing, by its name.
     """
 
+    policy: ProbabilisticTensorDictSequential
+    policy_params: TensorDictParams
+    target_policy_params: TensorDictParams
+    value: StateValue
+    value_params: TensorDictParams
+    target_value_params: TensorDictParams
+    advantage: Critic
+    advantage_params: TensorDictParams
+    target_advantage_params: TensorDictParams
     reads_behaviour = True
 
     def __init__(
@@ -120,6 +143,8 @@ class ContinuousACERLoss(Loss):
         num_samples: int = 5,
         learn_scale: bool = False,
         reward_clip: float | None = None,
+        normalize_advantage: bool = False,
+        average_critic: bool = False,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, clip=clip, delta=delta, num_samples=num_samples)
@@ -137,11 +162,12 @@ class ContinuousACERLoss(Loss):
         self.__dict__["uncorrected"] = QLambda(gamma=gamma)  # no submodule: state_dict knows nothing of it
         self.state_keys = list(policy.in_keys)
         self.add_network("policy", policy, target=True)
-        self.add_network("value", value)
-        self.add_network("advantage", advantage)
+        self.add_network("value", value, target=average_critic)
+        self.add_network("advantage", advantage, target=average_critic)
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.clip, self.delta, self.reward_clip = clip, delta, reward_clip
         self.num_samples, self.learn_scale = num_samples, learn_scale
+        self.normalize_advantage, self.average_critic = normalize_advantage, average_critic
         losses = ["loss_policy", "loss_value", "loss_entropy"]
         diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "pg_rho_clipped"]
         average = ["projected", "kl_average"] if delta is not None else []
@@ -168,19 +194,23 @@ class ContinuousACERLoss(Loss):
             fresh = loc + scale * torch.randn(1 + self.num_samples, *loc.shape, dtype=loc.dtype, device=loc.device)
 
         # the stochastic dueling critic of a and a'
-        values = self.value(policy.unroll.inputs.select(*self.value.in_keys)).get(self.tensor_keys.value).squeeze(-1)
-        value, next_value = policy.unroll.steps(values), policy.unroll.successors(values).detach()
-        q_value, q_fresh = self._dueling(policy, value, torch.cat([policy.action.unsqueeze(0), fresh]))
+        actions = torch.cat([policy.action.unsqueeze(0), fresh])
+        critic = self._critic(policy, actions, self.value, self.advantage)
+        q_value = critic.q_value
 
         # Q^ret, Q^opc and V^target, constant
         with torch.no_grad():
+            known = critic
+            if self.average_critic:
+                known = self._critic(policy, actions, self.target("value"), self.target("advantage"))
+            value = known.value
             selection = self.estimator.select(policy.outcome, gamma=self.gamma)
-            known: dict[str, Any] = {"q_value": q_value.flatten(), "next_value": next_value.flatten()}
-            known |= {"log_pi": policy.log_pi.flatten(), "log_rho": log_rho.flatten()}
-            estimate = self.estimator.estimate(selection, **known)
+            given: dict[str, Any] = {"q_value": known.q_value.flatten(), "next_value": known.next_value.flatten()}
+            given |= {"log_pi": policy.log_pi.flatten(), "log_rho": log_rho.flatten()}
+            estimate = self.estimator.estimate(selection, **given)
             q_return = estimate.target.view_as(q_value)
-            q_opc = self.uncorrected.estimate(selection, **known).target.view_as(q_value)
-            target = log_rho.exp().clamp(max=1) * (q_return - q_value) + value
+            q_opc = self.uncorrected.estimate(selection, **given).target.view_as(q_value)
+            target = log_rho.exp().clamp(max=1) * (q_return - known.q_value) + value
 
             # truncated gradient with its bias correction, then the trust region
             weight, _ = truncated_weights(log_rho=log_rho, clip=self.clip)
@@ -189,8 +219,10 @@ class ContinuousACERLoss(Loss):
             score = gaussian_score(action=policy.action, loc=loc, scale=scale)
             fresh_score = gaussian_score(action=fresh[0], loc=loc, scale=scale)
             gradient = (weight * (q_opc - value)).unsqueeze(-1) * score
-            gradient = gradient + (correction * (q_fresh - value)).unsqueeze(-1) * fresh_score
+            gradient = gradient + (correction * (known.q_fresh - value)).unsqueeze(-1) * fresh_score
             gradient = self._learnt(gradient)
+            if self.normalize_advantage:
+                gradient = gradient / stats.root_mean_square(q_opc - value)
             projected = gradient
             if self.delta is not None:
                 average = self._average(policy)
@@ -204,7 +236,7 @@ class ContinuousACERLoss(Loss):
         statistics = torch.cat([loc, scale.log()], -1)
         out = {
             "loss_policy": -stats.reduce((zero_invalid(projected, valid) * statistics).sum(-1)),
-            "loss_value": (0.5 * self.value_coef) * stats.reduce(error.square() + (target - value).square()),
+            "loss_value": (0.5 * self.value_coef) * stats.reduce(error.square() + (target - critic.value).square()),
             "loss_entropy": -self.entropy_coef * stats.reduce(entropy),
         }
 
@@ -218,15 +250,15 @@ class ContinuousACERLoss(Loss):
                 out["kl_average"] = stats.mean(torch.distributions.kl_divergence(average, policy.dist))
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
 
-    def _dueling(self, policy: EvaluatedPolicy, value: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Q~(x, a) with gradient, and Q~(x, a') without, [B, T] each, of the actions a, a', u_1, ..., u_n."""
-        inputs = policy.unroll.inputs
-        keys = [key for key in self.advantage.in_keys if key != k.ACTION]
-        states = {key: policy.unroll.steps(inputs.get(key)).flatten(0, 1) for key in keys}
-        found = self.advantage.values(states, actions.flatten(1, 2)).view(actions.shape[:-1])
-        of_action, of_fresh = found[0], found[1].detach()
-        baseline = found[2:].mean(0)
-        return value + of_action - baseline, (value + of_fresh - baseline).detach()
+    def _critic(self, policy: EvaluatedPolicy, actions: Tensor, value: Any, advantage: Any) -> _Critic:
+        """V and Q~ with gradient, of the actions a, a', u_1, ..., u_n; by the networks ``value`` and ``advantage``."""
+        inputs, unroll = policy.unroll.inputs, policy.unroll
+        values = value(inputs.select(*value.in_keys)).get(self.tensor_keys.value).squeeze(-1)
+        states = {key: unroll.steps(inputs.get(key)).flatten(0, 1) for key in advantage.in_keys if key != k.ACTION}
+        of_actions = advantage.values(states, actions.flatten(1, 2)).view(actions.shape[:-1])
+        centred = of_actions[:2] - of_actions[2:].mean(0)
+        now = unroll.steps(values)
+        return _Critic(now, unroll.successors(values).detach(), now + centred[0], (now + centred[1]).detach())
 
     def _learnt(self, statistics: Tensor) -> Tensor:
         """Of means and logs of the scales [*B, 2 D] those that are learnt; zero in place of the others."""

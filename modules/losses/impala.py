@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
+from torch import Tensor
 
+from offtrace.modules import keys as k
+from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.estimators.state_values import StateValueEstimator
+from offtrace.modules.losses.acer import behaviour_parameter
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics, trust_region
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, check_positive
-from offtrace.modules.losses.unroll import evaluate_rollout, state_values
+from offtrace.modules.losses.steps import check_arguments, check_positive, entry
+from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout, state_values
+
+
+@torch.no_grad()
+def truncated_policy_kl(*, log_probs: Tensor, behaviour_log_probs: Tensor, rho_clip: float) -> Tensor:
+    """How far the policy that V-trace values is from the policy itself, at each state, in nats::
+
+        pi_rho(a) = min(rho_clip mu(a), pi(a)) / sum over b of min(rho_clip mu(b), pi(b))
+
+        KL(pi || pi_rho) = sum over a of pi(a) (log pi(a) - log(rho_clip mu(a)))_+
+                           + log of the sum over b of min(rho_clip mu(b), pi(b))
+
+    Schmitt et al. 2020, arXiv 1909.11583: where it is large, V-trace's gradient may point the wrong way. An action with
+    pi = 0 adds nothing, an illegal one, with mu = 0 as well, neither; one with pi above 0 and mu = 0 gives infinity.
+
+    Args:
+        log_probs: log pi(.|x), ``[*B, A]``.
+        behaviour_log_probs: log mu(.|x), ``[*B, A]``.
+        rho_clip: above 0; inf truncates nothing, and gives 0.
+
+    Returns:
+        ``[*B]``, at least 0.
+    """
+    probs = log_probs.exp()
+    bound = behaviour_log_probs + math.log(rho_clip)  # -inf + inf is NaN, and no bound
+    above = torch.where(probs > 0, probs * (log_probs - bound).clamp(min=0), 0).nan_to_num(nan=0.0, posinf=math.inf)
+    covered = torch.fmin(log_probs, bound).logsumexp(-1)
+    divergence = above.sum(-1)
+    return torch.where(divergence.isinf(), divergence, (divergence + covered).clamp(min=0))
 
 
 class ImpalaLoss(Loss):
@@ -48,21 +84,33 @@ class ImpalaLoss(Loss):
         policy_clip: where pi/mu has already moved beyond 1 +- policy_clip in the direction the advantage asks for, the
             step gives no policy gradient: the trust region of PPO (Schulman et al. 2017, arXiv 1707.06347) on V-trace
             advantages, which makes several passes over a rollout safe. None: as in the paper.
+        max_kl: b of LASER's trust region (Schmitt et al. 2020, arXiv 1909.11583): a step counts only if
+            KL(pi || pi_rho) of its state, by :func:`truncated_policy_kl` with the estimator's ``rho_clip``, is below
+            it. The others leave policy and value term, and traces stop before them; under ``"mean"`` they still count
+            in the number that is divided by. The test is about the state, over all its actions: one of the action taken
+            would bias. The paper does not tell its b. Discrete actions only. None: no step is left out.
+        entropy_on_replay: whether replayed rows have an entropy term; LASER gives it to fresh ones alone, which are
+            those with ``"index"`` -1, and all of a batch without that entry. In number of steps divided by, nothing
+            changes.
 
     Reads (names change by :meth:`set_keys`) the inputs of the policy, ``"action"``, ``"action_log_prob"`` [B, T] and
     ``("next", ...)`` ``"reward"``, ``"terminated"``, ``"done"`` [B, T, 1]; ``"valid"`` [B, T, 1] where there is one,
     and TorchRL's own masks. Parameters of the behaviour distribution give the exact KL; without them it is estimated
-    from the actions.
+    from the actions; ``max_kl`` needs them, ``"logits"`` [B, T, A]. ``"index"`` [B, T] where there is one, without
+    ``entropy_on_replay``.
 
     Returns the three losses and, detached scalars over the valid steps, those of the estimator (``ess``, effective
     sample size as a fraction in (0, 1]; ``trace_length`` in steps and ``contraction`` of the value's operator, by
     :func:`offtrace.modules.returns.trace_reach`; ``rho_clipped``, ``c_clipped`` and ``pg_rho_clipped``, fractions of
     ratios above the clips that it has); ``ratio_mean`` of pi/mu, ``inf`` where it overflows; ``entropy`` in nats;
     ``kl`` of behaviour to target in nats; ``explained_variance`` of the targets by the value; ``advantage_std``, before
-    normalisation; ``policy_clipped``, fraction of steps outside the trust region; ``valid_count``.
+    normalisation; ``policy_clipped``, fraction of steps outside the trust region; ``valid_count``. With ``max_kl``
+    also ``outside``, the fraction of the valid steps that it leaves out; then ``explained_variance``,
+    ``advantage_std``, ``policy_clipped`` and those of the estimator are about the others.
 
     Raises:
-        ValueError: on an argument out of range, an estimator that does not fit, or a batch that is not [B, T].
+        ValueError: on an argument out of range, an estimator (or a policy, with ``max_kl``) that does not fit, or a
+            batch that is not [B, T].
         KeyError: when an entry is missing, by its name.
     """
 
@@ -80,10 +128,18 @@ class ImpalaLoss(Loss):
         reward_clip: float | None = None,
         normalize_advantage: bool = False,
         policy_clip: float | None = None,
+        max_kl: float | None = None,
+        entropy_on_replay: bool = True,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
-        check_positive(reward_clip=reward_clip, policy_clip=policy_clip)
+        check_positive(reward_clip=reward_clip, policy_clip=policy_clip, max_kl=max_kl)
+        if max_kl is not None and list(policy[-1].in_keys) != [k.LOGITS]:
+            raise ValueError(
+                f"max_kl is {max_kl}; it needs a policy over discrete actions, and this one has {policy[-1].in_keys}: "
+                "it must be None"
+            )
         super().__init__()
+        self.max_kl, self.entropy_on_replay = max_kl, entropy_on_replay
         self.bind_estimator(estimator, "state", gamma=gamma)
         self.policy = policy
         self.state_keys = list(policy.in_keys)
@@ -92,7 +148,27 @@ class ImpalaLoss(Loss):
         self.reward_clip, self.normalize_advantage, self.policy_clip = reward_clip, normalize_advantage, policy_clip
         losses = ["loss_policy", "loss_value", "loss_entropy"]
         diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "policy_clipped"]
-        self.out_keys = [*losses, *diagnostics, "valid_count", *self.estimator.diagnostic_keys]
+        outside = ["outside"] if max_kl is not None else []
+        self.out_keys = [*losses, *diagnostics, *outside, "valid_count", *self.estimator.diagnostic_keys]
+
+    def bind_estimator(self, spec: Any, kind: str, **options: Any) -> None:
+        """As :meth:`Loss.bind_estimator`; with ``max_kl`` one that truncates ratios.
+
+        Raises:
+            ValueError: it does not.
+        """
+        super().bind_estimator(spec, kind, **options)
+        found = self.estimator
+        if self.max_kl is not None and (not found.ratio_cuts_trace or found.rho_clip == math.inf):
+            raise ValueError(
+                f"max_kl is {self.max_kl}; it needs an estimator that truncates ratios, and {type(found).__name__} "
+                "as it is here does not: use 'vtrace', or no max_kl"
+            )
+
+    @property
+    def in_keys(self) -> list[Any]:
+        """Entries that are read."""
+        return [*super().in_keys, k.LOGITS] if self.max_kl is not None else super().in_keys
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -102,26 +178,55 @@ class ImpalaLoss(Loss):
         value, next_value = state_values(self, policy)
         stats = Stats(policy.outcome.valid, policy.outcome.reward, self.reduction)
 
+        # steps of states where the policy that is valued is too far from the policy are left out
+        inside, learnt = self._inside(tensordict, policy), stats
+        if inside is not None:
+            valid = policy.outcome.valid
+            learnt = Stats(inside if valid is None else inside & valid, policy.outcome.reward, self.reduction)
+
         # target and advantage, constant
         log_rho = policy.log_rho
         assert log_rho is not None
-        estimate = self.estimator.estimate(policy.outcome, value=value, next_value=next_value, log_rho=log_rho)
+        estimate = self.estimator.estimate(
+            policy.outcome, value=value, next_value=next_value, log_rho=log_rho, trace_mask=inside
+        )
         advantage = estimate.advantage
         if self.normalize_advantage:
-            advantage = stats.standardised(advantage, estimate.weight)
-        advantage, outside = trust_region(advantage, log_rho, self.policy_clip)
+            advantage = learnt.standardised(advantage, estimate.weight)
+        advantage, clipped = trust_region(advantage, log_rho, self.policy_clip)
 
         # the three terms
         entropy, error = policy.dist.entropy(), estimate.target - value
         out = {
-            "loss_policy": -stats.reduce(advantage * policy.log_pi),
-            "loss_value": (0.5 * self.value_coef) * stats.reduce(error.square()),
-            "loss_entropy": -self.entropy_coef * stats.reduce(entropy),
+            "loss_policy": -stats.reduce(zero_invalid(advantage * policy.log_pi, inside)),
+            "loss_value": (0.5 * self.value_coef) * stats.reduce(zero_invalid(error.square(), inside)),
+            "loss_entropy": -self.entropy_coef * stats.reduce(zero_invalid(entropy, self._fresh(tensordict))),
         }
 
         # diagnostics
-        out["policy_clipped"] = stats.mean(outside)
+        out["policy_clipped"] = learnt.mean(clipped)
         out |= rollout_diagnostics(
-            stats, entropy=entropy, advantage=estimate.advantage, target=estimate.target, error=error
+            learnt, entropy=entropy, advantage=estimate.advantage, target=estimate.target, error=error
         )
+        if inside is not None:  # these are about all valid steps
+            with torch.no_grad():
+                out |= {"entropy": stats.mean(entropy), "valid_count": stats.count}
+                out["outside"] = stats.mean((~inside).to(entropy.dtype))
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
+
+    def _inside(self, tensordict: TensorDictBase, policy: EvaluatedPolicy) -> Tensor | None:
+        """Which steps are learnt from, bool [B, T]; None for all."""
+        if self.max_kl is None:
+            return None
+        divergence = truncated_policy_kl(
+            log_probs=policy.params[k.LOGITS].log_softmax(-1),
+            behaviour_log_probs=behaviour_parameter(self, tensordict, k.LOGITS).log_softmax(-1),
+            rho_clip=self.estimator.rho_clip,
+        )
+        return divergence < self.max_kl
+
+    def _fresh(self, tensordict: TensorDictBase) -> Tensor | None:
+        """Which steps have an entropy term, bool [B, T]; None for all."""
+        if self.entropy_on_replay or tensordict.get(k.INDEX, None) is None:
+            return None
+        return entry(self, tensordict, k.INDEX, tensordict.batch_size) == -1

@@ -57,6 +57,19 @@ class Stats:
         return self.variance(x).sqrt()
 
     @torch.no_grad()
+    def root_mean_square(self, x: Tensor) -> Tensor:
+        """Scalar, of ``x`` [*B] over the valid steps of all ranks, at least 1e-8.
+
+        The ranks are those of ``torch.distributed``; every rank must call it as often as the others.
+        """
+        y = x.double()
+        sums = torch.stack([self.sum(y * y), self.sum(torch.ones_like(y))])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        squares, count = sums.unbind()
+        return (squares / count.clamp(min=1)).sqrt().clamp(min=1e-8).to(x.dtype)
+
+    @torch.no_grad()
     def standardised(self, x: Tensor, weight: Tensor) -> Tensor:
         """``x`` - m ``weight`` [*B], of mean zero and standard deviation one over the valid steps of all ranks.
 

@@ -81,7 +81,7 @@ def read_steps(
         # the successor of a terminal or invalid step may be anything, and no network may see it
         next_observation[key] = torch.where(bootstraps.view(-1, *(1,) * (x.ndim - 1)), next_x, x)
     action = zero_invalid(selection.at(_action(loss, tensordict, shape, discrete=discrete)), valid)
-    weight = _weight(loss, tensordict, selection, shape)
+    weight = read_weight(loss, tensordict, selection)
     return Steps(observation, next_observation, action, valid, weight, selection)
 
 
@@ -114,6 +114,23 @@ def read_log_prob(loss: Loss, tensordict: TensorDictBase, steps: Steps) -> Tenso
     if not loss.estimator.uses_behaviour and tensordict.get(key, None) is None:
         return None
     return steps.selection.at(entry(loss, tensordict, key, shape))
+
+
+def read_weight(loss: Loss, tensordict: TensorDictBase, selection: Selection) -> Tensor | None:
+    """Importance weights [M] divided by the largest of the batch, of all ranks, or None where there are none.
+
+    Every rank must call it alike.
+    """
+    key = loss.tensor_keys.weight
+    if tensordict.get(key, None) is None:
+        return None
+    weight = entry(loss, tensordict, key, tuple(tensordict.batch_size))
+    if not weight.is_floating_point():
+        raise TypeError(f"{key!r} must be a floating-point tensor, got {weight.dtype}")
+    largest = weight.detach().max()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return selection.at(weight.detach().to(loss.dtype)) / largest
 
 
 def log_ratio(log_pi: Tensor | None, log_mu: Tensor | None) -> Tensor | None:
@@ -231,17 +248,3 @@ def _valid(loss: Loss, tensordict: TensorDictBase) -> Tensor | None:
             mask = entry(loss, tensordict, key, tensordict.batch_size)
             valid = mask if valid is None else valid & mask
     return valid
-
-
-def _weight(loss: Loss, tensordict: TensorDictBase, selection: Selection, shape: tuple[int, ...]) -> Tensor | None:
-    """Importance weights divided by the largest of the batch, of all ranks; every rank must call it alike."""
-    key = loss.tensor_keys.weight
-    if tensordict.get(key, None) is None:
-        return None
-    weight = entry(loss, tensordict, key, shape)
-    if not weight.is_floating_point():
-        raise TypeError(f"{key!r} must be a floating-point tensor, got {weight.dtype}")
-    largest = weight.detach().max()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return selection.at(weight.detach().to(loss.dtype)) / largest

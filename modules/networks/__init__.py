@@ -1,7 +1,7 @@
 """Networks: encoders, a recurrent core, heads; the policy and the critics they compose; one builder of all."""
 
 from offtrace.modules.networks.build import CRITICS, HEADS, build_critic, build_policy, build_value
-from offtrace.modules.networks.core import LSTMCore
+from offtrace.modules.networks.core import LSTMCore, SeparateCores
 from offtrace.modules.networks.critics import CategoricalCritic, Critic, DiscreteCritic, StateValue
 from offtrace.modules.networks.distributions import (
     MASKED_LOGIT,
@@ -66,6 +66,7 @@ __all__ = [
     "PolicyNetwork",
     "PopArtHead",
     "ResNetConv",
+    "SeparateCores",
     "ShallowConv",
     "StateValue",
     "TanhNormal",

@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offtrace.modules.naming import nearest
-from offtrace.modules.networks.core import LSTMCore
+from offtrace.modules.networks.core import LSTMCore, SeparateCores
 from offtrace.modules.networks.critics import CategoricalCritic, Critic, DiscreteCritic, StateValue
 from offtrace.modules.networks.ensembles import EnsembleMLP
 from offtrace.modules.networks.heads import (
@@ -77,6 +77,8 @@ def build_policy(
     channels_last: bool = False,
     recurrent: int | None = None,
     last_step: bool = True,
+    separate_cores: bool = False,
+    detach_policy: bool = False,
     head: str | None = None,
     head_options: Mapping[str, Any] | None = None,
     critic: str | None = "v",
@@ -96,11 +98,14 @@ def build_policy(
         masked: read ``"action_mask"``; discrete actions only.
         recurrent: size of the LSTM between encoder and heads, or None for a feed-forward net.
         last_step: the LSTM also reads ``"last_action"`` and ``"last_reward"``.
+        separate_cores: policy and critic have an LSTM each, see :class:`SeparateCores`.
+        detach_policy: what policy and critic share learns from the critic alone: the policy's gradient stops behind its
+            own head or, with separate cores, its own core.
         head: ``"categorical"`` or ``"greedy"`` (DQN; needs critic ``"q"``); ``"normal"`` (IMPALA, PPO, V-MPO),
             ``"tanh"`` (SAC), ``"gaussian"`` or ``"full_gaussian"`` (MPO). None: categorical or normal.
-        head_options: keyword arguments of the head: :class:`GreedyHead` ``epsilon``; :class:`NormalHead`
-            ``init_scale``, ``state_dependent``; :class:`TanhNormalHead` ``log_scale``; :class:`GaussianHead` and
-            :class:`CholeskyHead` ``init_scale``, ``min_scale``.
+        head_options: keyword arguments of the head: :class:`CategoricalHead` and :class:`GreedyHead` ``epsilon``;
+            :class:`NormalHead` ``init_scale``, ``state_dependent``; :class:`TanhNormalHead` ``log_scale``;
+            :class:`GaussianHead` and :class:`CholeskyHead` ``init_scale``, ``min_scale``.
         critic: ``"v"`` writes the value of the state, ``"q"`` the values of all discrete actions; None: neither.
         critic_options: of ``"v"``: ``popart`` (bool, see :class:`PopArtHead`; for the losses that update it). Of
             ``"q"``: ``dueling`` (bool, see :class:`ActionValueHead`); ``atoms`` and ``v_max`` (see
@@ -118,12 +123,16 @@ def build_policy(
         head = "categorical" if num_actions is not None else "normal"
     _check_head(head, head_options or {}, num_actions, action_dim, critic)
     _check_critic(critic, critic_options or {}, num_actions)
+    _check_shared(head, critic, recurrent, separate_cores=separate_cores, detach_policy=detach_policy)
     encoder = make_encoder(network, observation_shape, hidden, activation=activation, channels_last=channels_last)
     features = int(encoder.out_features)  # type: ignore[arg-type]
-    core = None
+    core: LSTMCore | None = None
     if recurrent is not None:
         inputs = {"num_actions": num_actions, "action_dim": action_dim} if last_step else {}
-        core = LSTMCore(features, recurrent, **inputs)
+        if separate_cores:
+            core = SeparateCores(features, recurrent, detach_policy=detach_policy, **inputs)
+        else:
+            core = LSTMCore(features, recurrent, **inputs)
         features = core.out_features
     net = PolicyNetwork(
         encoder,
@@ -132,6 +141,7 @@ def build_policy(
         core,
         _normalizer(normalize, observation_shape, normalize_clip),
         observation_names=observation_names(observation_shape),
+        detach_policy=detach_policy,
     )
     return Policy(net, smoothing=smoothing)
 
@@ -240,6 +250,18 @@ def _check_critic(critic: str | None, options: Mapping[str, Any], num_actions: i
     if critic == "q" and num_actions is None:
         raise ValueError("critic='q' needs discrete actions; of continuous actions there is no list of values")
     _check_options(f"critic={critic!r}", options, _CRITIC_OPTIONS[critic])
+
+
+def _check_shared(
+    head: str, critic: str | None, recurrent: int | None, *, separate_cores: bool, detach_policy: bool
+) -> None:
+    if separate_cores and recurrent is None:
+        raise ValueError("separate_cores=True needs recurrent, the size of each core, got recurrent=None")
+    for name, value in (("separate_cores", separate_cores), ("detach_policy", detach_policy)):
+        if value and (critic is None or head == "greedy"):
+            raise ValueError(
+                f"{name}=True needs a policy and a critic that share a network, got head={head!r} and critic={critic!r}"
+            )
 
 
 def _check_options(what: str, options: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The recurrent core."""
+"""Recurrent cores."""
 
 from __future__ import annotations
 
@@ -37,15 +37,7 @@ class LSTMCore(nn.Module):
         self.last_step = num_actions is not None or action_dim is not None
         extra = (num_actions or action_dim or 0) + 1 if self.last_step else 0
         self.out_features = self.hidden_size = hidden_size
-        self.cell = nn.LSTMCell(in_features + extra, hidden_size)
-        for name, parameter in self.cell.named_parameters():
-            if name.startswith("weight"):
-                for gate in parameter.data.chunk(4):
-                    nn.init.orthogonal_(gate)
-            else:
-                nn.init.zeros_(parameter)
-        # the cell adds two biases; the gates are input, forget, cell, output
-        self.cell.bias_ih.data[hidden_size : 2 * hidden_size] = 1.0
+        self.cell = _cell(in_features + extra, hidden_size)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """The transform by which an environment carries the state; TorchRL's collectors look for this method."""
@@ -75,3 +67,52 @@ class LSTMCore(nn.Module):
             h, c = self.step(now, first, h, c)
             outputs.append(h)
         return torch.stack(outputs, 1)
+
+
+class SeparateCores(LSTMCore):
+    """Two LSTMs over the same input, one of the policy and one of the critic, as in Reactor.
+
+    The state, and the features of :meth:`unroll`, are those of the policy and behind them those of the critic, ``2
+    hidden_size`` numbers together; each head reads its own half, of ``out_features``.
+
+    Gruslys et al. 2018, arXiv 1704.04651, section 3.4.
+
+    Args:
+        in_features, num_actions, action_dim: as of :class:`LSTMCore`.
+        hidden_size: of each.
+        detach_policy: no gradient of the policy reaches what is before the cores.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_size: int,
+        *,
+        num_actions: int | None = None,
+        action_dim: int | None = None,
+        detach_policy: bool = False,
+    ) -> None:
+        super().__init__(in_features, hidden_size, num_actions=num_actions, action_dim=action_dim)
+        self.policy_cell = _cell(self.cell.input_size, hidden_size)
+        self.detach_policy = detach_policy
+        self.hidden_size = 2 * hidden_size
+
+    def step(self, x: Tensor, is_init: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`LSTMCore.step`, ``h`` and ``c`` [N, 2 H]."""
+        policy, critic = zip(*(state.masked_fill(is_init, 0).chunk(2, -1) for state in (h, c)), strict=True)
+        policy = self.policy_cell(x.detach() if self.detach_policy else x, policy)
+        critic = self.cell(x, critic)
+        return torch.cat([policy[0], critic[0]], -1), torch.cat([policy[1], critic[1]], -1)
+
+
+def _cell(in_features: int, hidden_size: int) -> nn.LSTMCell:
+    cell = nn.LSTMCell(in_features, hidden_size)
+    for name, parameter in cell.named_parameters():
+        if name.startswith("weight"):
+            for gate in parameter.data.chunk(4):
+                nn.init.orthogonal_(gate)
+        else:
+            nn.init.zeros_(parameter)
+    # the cell adds two biases; the gates are input, forget, cell, output
+    cell.bias_ih.data[hidden_size : 2 * hidden_size] = 1.0
+    return cell

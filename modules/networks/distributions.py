@@ -20,6 +20,22 @@ def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill(~mask, MASKED_LOGIT)
 
 
+def mix_uniform(logits: Tensor, epsilon: float, mask: Tensor | None = None) -> Tensor:
+    """log((1 - epsilon) softmax(logits) + epsilon / n), [*B, A], with n the number of legal actions.
+
+    Args:
+        logits: [*B, A], those of illegal actions masked.
+        epsilon: above 0 and below 1.
+        mask: bool [*B, A], True = legal; None: all are.
+    """
+    log_probs = logits.log_softmax(-1) + math.log1p(-epsilon)
+    if mask is None:
+        return torch.logaddexp(log_probs, log_probs.new_full((), math.log(epsilon / logits.shape[-1])))
+    # where nothing is legal there is no policy; it must not be NaN either
+    share = (epsilon / mask.sum(-1, keepdim=True).clamp(min=1).to(logits.dtype)).log()
+    return mask_logits(torch.logaddexp(log_probs, share), mask)
+
+
 _CONSTANT = 0.5 * math.log(2 * math.pi) + 2 * math.log(2)
 
 

@@ -19,6 +19,7 @@ from offtrace.modules.networks.distributions import (
     FullNormal,
     TanhNormal,
     mask_logits,
+    mix_uniform,
 )
 from offtrace.modules.networks.initialise import POLICY_GAIN, orthogonal
 
@@ -52,25 +53,31 @@ class CategoricalHead(PolicyHead):
     """Logits of ``num_actions`` actions. Weights orthogonal with gain 0.01, biases zero.
 
     Args:
+        epsilon: in [0, 1). The policy is (1 - epsilon) softmax + epsilon / n over n legal actions, and the logits are
+            the logarithm of that: what is sampled, stored and learnt is the mixture. 0 leaves them as they are.
         masked: read a mask of legal actions; illegal ones get probability exactly 0.
     """
 
     out_keys = (LOGITS,)
     distribution = Categorical
 
-    def __init__(self, in_features: int, num_actions: int, *, masked: bool = False) -> None:
+    def __init__(self, in_features: int, num_actions: int, *, epsilon: float = 0.0, masked: bool = False) -> None:
         super().__init__()
         if num_actions < 1:
             raise ValueError(f"num_actions is {num_actions}; it must be at least 1")
+        if not 0 <= epsilon < 1:
+            raise ValueError(f"epsilon must be at least 0 and below 1, got {epsilon}")
         self.masked = masked
         self.num_actions = num_actions
+        self.epsilon = epsilon
         self.linear = nn.Linear(in_features, num_actions)
         orthogonal(self, POLICY_GAIN)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """``(logits,)`` [*B, A]; ``mask`` bool [*B, A], True = legal."""
         logits = self.linear(x)
-        return (logits if mask is None else mask_logits(logits, mask),)
+        logits = logits if mask is None else mask_logits(logits, mask)
+        return (mix_uniform(logits, self.epsilon, mask) if self.epsilon else logits,)
 
 
 class GreedyHead(PolicyHead):
@@ -134,6 +141,8 @@ class NormalHead(PolicyHead):
     Args:
         init_scale: standard deviation at the start, in units of the action.
         state_dependent: compute the scale from the features; otherwise it is a parameter of its own.
+        bounded: the mean goes through a tanh, into (-1, 1). Where an environment clips its actions to this range, it
+            cannot leave it, and with it the reach of its samples.
 
     The log of the scale is kept in [-5, 2].
     """
@@ -142,12 +151,18 @@ class NormalHead(PolicyHead):
     distribution = DiagonalNormal
 
     def __init__(
-        self, in_features: int, action_dim: int, *, init_scale: float = 1.0, state_dependent: bool = False
+        self,
+        in_features: int,
+        action_dim: int,
+        *,
+        init_scale: float = 1.0,
+        state_dependent: bool = False,
+        bounded: bool = False,
     ) -> None:
         super().__init__()
         if action_dim < 1 or init_scale <= 0:
             raise ValueError(f"action_dim {action_dim} and init_scale {init_scale} must both be positive")
-        self.action_dim = action_dim
+        self.action_dim, self.bounded = action_dim, bounded
         self.loc = nn.Linear(in_features, action_dim)
         self.scale = nn.Linear(in_features, action_dim) if state_dependent else None
         orthogonal(self, POLICY_GAIN)
@@ -155,7 +170,7 @@ class NormalHead(PolicyHead):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """``(loc, scale)``, both [*B, A]."""
-        loc = self.loc(x)
+        loc = self.loc(x).tanh() if self.bounded else self.loc(x)
         log_scale = self.log_scale if self.scale is None else self.log_scale + self.scale(x)
         return loc, log_scale.clamp(*_LOG_SCALE_RANGE).exp().expand_as(loc)
 

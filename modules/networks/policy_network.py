@@ -22,7 +22,7 @@ from offtrace.modules.keys import (
     RECURRENT_C,
     RECURRENT_H,
 )
-from offtrace.modules.networks.core import LSTMCore
+from offtrace.modules.networks.core import LSTMCore, SeparateCores
 from offtrace.modules.networks.heads import PolicyHead
 from offtrace.modules.networks.normalise import DictNormalizer, ObservationNormalizer
 from offtrace.modules.networks.observations import ObservationNetwork, States
@@ -57,10 +57,12 @@ class PolicyNetwork(ObservationNetwork):
         encoder: observation [N, *shape] to features [N, F].
         head: features to the parameters of the action distribution; :class:`GreedyHead` reads action values instead.
         value_head: features to the value of the state, or of every discrete action.
-        core: recurrent core between encoder and heads.
+        core: recurrent core between encoder and heads; of :class:`SeparateCores` each head reads its own half.
         normalizer: applied to the observation first.
         observation_key: name of the observation.
         observation_names: names of the entries of a dictionary observation; None: it is one tensor.
+        detach_policy: no gradient of the policy passes its head: encoder and core learn from the values alone. Separate
+            cores have a setting of their own, which stops it behind the policy's core.
 
     Raises:
         ValueError: if the head reads action values and no value head gives them.
@@ -78,11 +80,13 @@ class PolicyNetwork(ObservationNetwork):
         *,
         observation_key: Any = OBSERVATION,
         observation_names: Sequence[str] | None = None,
+        detach_policy: bool = False,
     ) -> None:
         super().__init__(encoder, normalizer, observation_key=observation_key, observation_names=observation_names)
         if head.reads_values and not isinstance(value_head, ActionValueHead | CategoricalValueHead):
             raise ValueError(f"{type(head).__name__} reads action values, which value_head={value_head} does not give")
         self.core = core
+        self.detach_policy = detach_policy
         self.head = head
         self.value_head = value_head
         self._masked = head.masked or (value_head is not None and value_head.masked)
@@ -185,13 +189,21 @@ class PolicyNetwork(ObservationNetwork):
             assert value_head is not None
             values = value_head.outputs(features, mask if value_head.masked else None)
             return head(values[-1], mask if head.masked else None), values
-        params = head(features, mask if head.masked else None)
-        return params, () if value_head is None else value_head.outputs(features, mask if value_head.masked else None)
+        policy, critic = self._parts(features)
+        params = head(policy, mask if head.masked else None)
+        return params, () if value_head is None else value_head.outputs(critic, mask if value_head.masked else None)
+
+    def _parts(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What policy head and value head read of features [*B, F]."""
+        if isinstance(self.core, SeparateCores):
+            policy, critic = features.chunk(2, -1)
+            return policy, critic
+        return features.detach() if self.detach_policy else features, features
 
     def _read_by_head(self, head: PolicyHead, features: Tensor, mask: Tensor | None) -> Tensor:
         """What the policy head reads: the features, or the action values."""
         if not head.reads_values:
-            return features
+            return self._parts(features)[0]
         assert self.value_head is not None
         return self.value_head.outputs(features, mask if self.value_head.masked else None)[-1]
 

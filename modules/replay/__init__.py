@@ -12,19 +12,21 @@ if TYPE_CHECKING:
     from offtrace.modules.replay.buffer import Replay as Replay
     from offtrace.modules.replay.files import DamagedReplay as DamagedReplay
     from offtrace.modules.replay.limiter import SamplesPerInsert as SamplesPerInsert
+    from offtrace.modules.replay.samplers import LazyPrioritized as LazyPrioritized
     from offtrace.modules.replay.samplers import Prioritized as Prioritized
     from offtrace.modules.replay.samplers import Sampler as Sampler
     from offtrace.modules.replay.samplers import Uniform as Uniform
 
 _MODULE = {
     "DamagedReplay": "files",
+    "LazyPrioritized": "samplers",
     "Prioritized": "samplers",
     "Replay": "buffer",
     "Sampler": "samplers",
     "SamplesPerInsert": "limiter",
     "Uniform": "samplers",
 }
-__all__ = ["DamagedReplay", "Prioritized", "Replay", "Sampler", "SamplesPerInsert", "Uniform"]
+__all__ = sorted(_MODULE)
 
 
 def __getattr__(name: str) -> Any:

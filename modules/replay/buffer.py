@@ -47,6 +47,18 @@ class Replay:
     newest, and a sample's stacks are put together from k slots in a row. They come back bit for bit, whatever the
     environment pads the first stack of an episode with, because its k - 1 older frames take slots too.
 
+    A recurrent network finds in a sequence's first step the state that its actor had there. Two options are for those
+    that compute it again:
+
+    - ``burn_in``: the sequences are drawn as they are, at the start of an episode too, and come with so many steps of
+      their episode in front, as far as there are any. ``valid`` is False in place of the others, whose entries, state
+      included, are those of the first that is there.
+    - ``whole_episodes``: the rows of a batch go through episodes from their beginning, ``length`` steps in each batch,
+      and come with the sequence before in front. A row whose episode has ended, whose sequence before is overwritten,
+      or which has come up with the actor, begins another one: uniform over the episodes whose first step is still
+      there; where there is none, as where a single one fills its ring, any sequence. :meth:`renew` stores the state
+      that was computed, for the next time.
+
     Args:
         capacity: slots, rounded up to a multiple of the rings; an ended episode takes ``frame_stack`` more than its
             steps.
@@ -64,6 +76,8 @@ class Replay:
         frame_stack: frames of equal size along the first dimension of the one observation ``[k * C, ...]``, the newest
             last; 1 stores observations whole.
         sampler: what draws the steps with which samples begin; :class:`Uniform` if not given.
+        burn_in: steps in front of each sequence.
+        whole_episodes: rows go through whole episodes; ``burn_in`` is then ``length``, and not to be given.
 
     Raises:
         ValueError: a number is out of range or does not fit the others, or the sampler belongs to another replay.
@@ -90,6 +104,8 @@ class Replay:
         device: str | torch.device = "cpu",
         frame_stack: int = 1,
         sampler: Sampler | None = None,
+        burn_in: int = 0,
+        whole_episodes: bool = False,
     ) -> None:
         sizes = {"num_envs": num_envs, "batch_size": batch_size, "num_workers": num_workers, "length": length}
         for name, value in {"capacity": capacity, **sizes, "frame_stack": frame_stack}.items():
@@ -104,7 +120,9 @@ class Replay:
                 f"length is {length}; a capacity of {capacity} leaves each of {rings} environments {size - 1} steps, "
                 f"so it must be below {size}"
             )
+        _check_recurrent(burn_in, whole_episodes, length, size, sampler)
         size += frame_stack - 1  # the oldest slots of a ring lack older frames
+        self.burn_in, self.whole_episodes = length if whole_episodes else burn_in, whole_episodes
         self.capacity, self.num_envs, self.num_workers = capacity, num_envs, num_workers
         self.batch_size, self.length, self.pad = batch_size, length, pad and length > 1
         self.device, self.frame_stack = torch.device(device), frame_stack
@@ -112,7 +130,11 @@ class Replay:
         self._storage = Storage(rings * size, storage, path, self.device)
         self.sampler: Sampler = Uniform() if sampler is None else sampler
         self.sampler.bind(rings * size)
-        self._rings = Rings(rings, size, length, self.sampler, pad=self.pad, older=frame_stack - 1)
+        self._rings = Rings(
+            rings, size, length, self.sampler, pad=self.pad, older=frame_stack - 1, before=self.burn_in,
+            episodes=whole_episodes,
+        )  # fmt: skip
+        self._begun = np.zeros(0, np.int64)  # with whole_episodes, the items with which the newest rows began
         self._generator = torch.Generator().manual_seed(seed)
         self._inserting = False
         self._state: list[Key] = []  # entries of which a step has a successor
@@ -125,7 +147,7 @@ class Replay:
 
     @property
     def num_starts(self) -> int:
-        """Steps with which a sample may begin."""
+        """Steps that may be drawn for a sample to begin with."""
         return len(self.sampler)
 
     @property
@@ -179,10 +201,10 @@ class Replay:
             return number
 
     def sample(self, batch_size: int | None = None) -> TensorDict:
-        """A batch ``[B]``, or ``[B, length]`` with ``length`` above 1, in memory of its own.
+        """A batch ``[B]``, or ``[B, burn_in + length]`` with ``length`` above 1, in memory of its own.
 
         Holds what the rollouts held, the successors under ``"next"``, the three flags there as bool ``[*, 1]``, and
-        with ``pad`` the bool ``"valid"`` ``[*, 1]``. ``"index"``, int64 ``[*]``, names the sample for
+        with ``pad`` or ``burn_in`` the bool ``"valid"`` ``[*, 1]``. ``"index"``, int64 ``[*]``, names the sample for
         :meth:`update_priorities`; a prioritised sampler adds ``"weight"``, float32 ``[*]``. In sequences all steps of
         a sample have its name and weight, in the memory of one, and a state and its successor share memory: change
         them out of place.
@@ -195,12 +217,33 @@ class Replay:
         with self._lock:
             self._check_whole()
             self._check_starts()
-            slots, weight = self.sampler.draw(number, self._generator)
+            slots, weight = self._draw(number)
             self.sampled += number * self.length
-            found = {INDEX: self._tensor(self._rings.items(slots))}
+            items = self._rings.items(slots)
+            if self.whole_episodes:
+                self._begun = items
+            found = {INDEX: self._tensor(items)}
             if weight is not None:
                 found[WEIGHT] = self._tensor(weight)
             return self._transitions(slots, found) if self.length == 1 else self._sequences(slots, found)
+
+    def renew(self, batch: TensorDictBase) -> None:
+        """Stores the state of a batch's first steps again, but for the observation: what was computed anew since.
+
+        Args:
+            batch: ``[B, length]``, without the steps in front. Those that were overwritten since are passed over.
+
+        Raises:
+            DamagedReplay: an insertion was interrupted half-way.
+        """
+        with self._lock:
+            self._check_whole()
+            slots, there = self._rings.slots_of(_of_each(batch[INDEX], "index", torch.int64))
+            index, rows = self._tensor(slots[there]), torch.from_numpy(there.nonzero()[0])
+            for key in self._state:
+                if key[0] != OBSERVATION:
+                    first = batch[key][:, 0].detach().to(self.device)
+                    self._storage.leaves[key].index_copy_(0, index, first[rows.to(self.device)])
 
     def update_priorities(self, index: Tensor, priority: Tensor) -> int:
         """Gives samples new priorities, for instance the absolute TD error of each.
@@ -259,6 +302,7 @@ class Replay:
                     "open": rings.open,
                     "run": rings.run,
                     "generator": self._generator.get_state().numpy(),
+                    **({"begun": self._begun} if self.whole_episodes else {}),
                 },
                 facts={
                     **self._shape(),
@@ -295,13 +339,29 @@ class Replay:
             rings.held, rings.longest = int(facts["held"]), int(facts["longest"])
             arrays = {key.removeprefix("sampler_"): book for key, book in books.items() if key.startswith("sampler_")}
             self.sampler.restore(rings.starts, arrays, facts["sampler_numbers"])
+            self._begun = books["begun"].copy() if self.whole_episodes else self._begun
             self._generator.set_state(torch.from_numpy(books["generator"].copy()))
             self._inserting = False
             self.inserted, self.sampled, self.dropped = (int(facts[x]) for x in ("inserted", "sampled", "dropped"))
 
     def _shape(self) -> dict[str, Any]:
         names = ("capacity", "num_envs", "num_workers", "length", "pad", "frame_stack")
-        return {**{name: getattr(self, name) for name in names}, "sampler": str(self.sampler)}
+        sampler = f"{self.sampler}, whole episodes" if self.whole_episodes else str(self.sampler)
+        return {**{name: getattr(self, name) for name in names}, "sampler": sampler}
+
+    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Slots with which samples begin, ``[number]``, and their importance weights."""
+        if not self.whole_episodes:
+            return self.sampler.draw(number, self._generator)
+        if len(self.sampler):
+            slots, _ = self.sampler.draw(number, self._generator)
+        else:
+            starts = self._rings.starts
+            slots = starts[torch.randint(len(starts), (number,), generator=self._generator).numpy()]
+        rows = min(number, len(self._begun))
+        following, goes_on = self._rings.following(self._begun[:rows])
+        slots[:rows] = np.where(goes_on, following, slots[:rows])
+        return slots, None
 
     def _insert(
         self, entries: dict[Key, Tensor], whole: dict[Key, Tensor], flags: dict[str, np.ndarray], worker: int
@@ -379,7 +439,8 @@ class Replay:
         flags = self._tensor(self._rings.ends(slots)).unsqueeze(-1)
         next_entries[TERMINATED], next_entries[TRUNCATED], next_entries[DONE], init = flags.unbind()
         if self._has_init:
-            root[IS_INIT] = init
+            # padding repeats a step, which may be an episode's first; a state that is reset there would be lost
+            root[IS_INIT] = init & named[VALID] if VALID in named else init
         # as a dict it would be gone through twice
         root[NEXT] = TensorDict(next_entries, slots.shape, device=self.device)
         return TensorDict({**root, **named}, slots.shape, device=self.device)
@@ -395,7 +456,7 @@ class Replay:
             )
 
     def _check_starts(self) -> None:
-        if len(self.sampler):
+        if len(self.sampler) or (self.whole_episodes and len(self._rings.starts)):
             return
         if self.inserted and self._rings.longest < self.length:
             raise ValueError(
@@ -406,6 +467,26 @@ class Replay:
             f"no sample of length {self.length} can begin anywhere: the replay has {len(self)} steps; insert more of "
             "them before the first batch (min_size)"
         )
+
+
+def _check_recurrent(burn_in: int, whole_episodes: bool, length: int, size: int, sampler: Sampler | None) -> None:
+    if burn_in < 0:
+        raise ValueError(f"burn_in is {burn_in}; it must be at least 0")
+    if whole_episodes and burn_in:
+        raise ValueError(
+            f"burn_in is {burn_in}, and whole_episodes is True: the sequence before is in front then, and it must be 0"
+        )
+    if (burn_in or whole_episodes) and length < 2:
+        name = "whole_episodes is True" if whole_episodes else f"burn_in is {burn_in}"
+        raise ValueError(f"{name}; that is for sequences, of a length of 2 or more, and length is {length}")
+    steps = length if whole_episodes else burn_in
+    if steps + length >= size:
+        raise ValueError(
+            f"{steps} steps in front of sequences of {length} need {steps + length}; the capacity leaves each "
+            f"environment {size - 1} steps, so both together must be below {size}"
+        )
+    if whole_episodes and sampler is not None and sampler.prioritized:
+        raise ValueError(f"whole_episodes is True, and the sampler is {sampler}; rows that go on have no priorities")
 
 
 def _flags(entries: dict[Key, Tensor], envs: int, steps: int) -> dict[str, np.ndarray]:

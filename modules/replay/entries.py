@@ -25,6 +25,7 @@ from offtrace.modules.keys import (
     TERMINATED,
     TRUNCATED,
     VALID,
+    VALUE,
     VALUE_LOGITS,
     WEIGHT,
     WORKER,
@@ -35,7 +36,7 @@ Key = tuple[str, ...]
 # Bookkeeping of episodes and collectors, flags, of which one byte a step is kept, and what a critic said while acting.
 _LEFT_OUT = {
     DONE, TERMINATED, TRUNCATED, IS_INIT, VALID, EPISODE_REWARD, EPISODE_LENGTH, EPISODE_END, WORKER, "collector",
-    "_reset", ACTION_VALUE, VALUE_LOGITS,
+    "_reset", ACTION_VALUE, VALUE, VALUE_LOGITS,
 }  # fmt: skip
 
 

@@ -89,3 +89,23 @@ class SamplesPerInsert:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the counters."""
         self.inserted, self.sampled = int(state_dict["inserted"]), int(state_dict["sampled"])
+
+
+def rows_of_share(fresh: int, share: float) -> int:
+    """Replayed rows of a batch that has ``fresh`` other ones, where they are to be a share of it: a whole number.
+
+    Args:
+        fresh: rows that are not replayed, at least 1.
+        share: above 0 and below 1; two digits will do for a third.
+
+    Raises:
+        ValueError: it is no whole number of rows.
+    """
+    exact = fresh * share / (1 - share)
+    rows = max(1, round(exact))
+    if abs(exact - rows) > 0.02:
+        raise ValueError(
+            f"share is {share:g}; a batch of {fresh} fresh rows would have {exact:.2f} replayed ones: the nearest "
+            f"share that makes whole rows is {rows / (fresh + rows):.3g}"
+        )
+    return rows

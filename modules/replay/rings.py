@@ -71,7 +71,8 @@ class Rings:
     stretch of valid steps of one episode.
 
     A slot is a start when a sample may begin there: the whole window of ``length`` steps is known; with ``pad`` also
-    the last steps of an ended run, whose windows are shorter. The sampler is told of starts that come and go.
+    the last steps of an ended run, whose windows are shorter. The sampler is told of starts that come and go, with
+    ``episodes`` only of those with which an episode begins.
 
     Where a state is a stack of frames and a slot holds the newest one, the others lie in the ``older`` slots before it:
     those of the steps before, and ahead of a run's first step as many slots that hold nothing else. So whatever an
@@ -85,6 +86,8 @@ class Rings:
         sampler: draws the starts.
         pad: shorter windows at the end of a run.
         older: frames of a state besides the newest.
+        before: steps of the run in front of a sample, as far as they are there.
+        episodes: the sampler draws the first steps of episodes alone.
 
     Attributes:
         flags: uint8 ``[number * size]``.
@@ -93,9 +96,20 @@ class Rings:
     """
 
     def __init__(
-        self, number: int, size: int, length: int, sampler: Sampler, *, pad: bool = False, older: int = 0
+        self,
+        number: int,
+        size: int,
+        length: int,
+        sampler: Sampler,
+        *,
+        pad: bool = False,
+        older: int = 0,
+        before: int = 0,
+        episodes: bool = False,
     ) -> None:
         self.number, self.size, self.length, self.pad, self.older = number, size, length, pad, older
+        self.before = before
+        self._drawn = START | INIT if episodes else START
         self.sampler = sampler
         self.flags = np.zeros(number * size, np.uint8)
         self.written = np.zeros(number, np.int64)  # slots of each ring so far, the provisional one not counted
@@ -214,7 +228,7 @@ class Rings:
         slots = np.concatenate(found)
         if len(slots):
             self.flags[slots] |= START
-            self.sampler.add(slots)
+            self.sampler.add(slots[self.flags[slots] & self._drawn == self._drawn])
 
     def _last(
         self, base: np.ndarray, absolute: np.ndarray, run: np.ndarray, ended: np.ndarray, floor: np.ndarray
@@ -229,7 +243,7 @@ class Rings:
         every = np.concatenate([step_slots, other_slots])
         old = self.flags[every]
         self.held += len(step_slots) - int((old & STEP != 0).sum())
-        gone = every[old & START != 0]
+        gone = every[old & self._drawn == self._drawn]
         self.flags[step_slots] = flags
         self.flags[other_slots] = 0
         if len(gone):
@@ -261,6 +275,22 @@ class Rings:
         slots = ring * self.size + absolute % self.size
         return slots, (absolute >= head - self.size) & (self.flags[slots] & START != 0)
 
+    def following(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of samples that began with ``items`` ``[B]``, where the next ones begin: the ``length``-th slots behind them.
+
+        Returns:
+            The slots, and whether a sample may begin there that goes on from the whole one before, which must still
+            be there itself; bool ``[B]``.
+        """
+        ring, absolute = items % self.number, items // self.number
+        head, base = (self.written + self.open)[ring], ring * self.size
+        piece = base[:, None] + (absolute[:, None] + np.arange(self.length)) % self.size
+        slots = base + (absolute + self.length) % self.size
+        goes_on = (absolute >= head - self.size) & (absolute + self.length < head)
+        # behind the last step of a run stands a slot that is none
+        goes_on &= (self.flags.take(piece) & STEP != 0).all(1) & (self.flags.take(slots) & START != 0)
+        return slots, goes_on
+
     def successors(self, slots: np.ndarray) -> np.ndarray:
         """The next slots, ``[B]``."""
         successors = slots + 1
@@ -279,20 +309,29 @@ class Rings:
         return ends
 
     def windows(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """States ``[B, length + 1]``, steps ``[B, length]`` and, with ``pad``, which of them are valid ``[B, length]``.
+        """States ``[B, before + length + 1]``, steps ``[B, before + length]`` and which of them are valid, as many.
 
-        In the padding, the steps repeat the window's last one and the states the one after it.
+        In the padding behind a run, the steps repeat the window's last one and the states the one after it. Where a run
+        has fewer than ``before`` steps in front of the window, its first one there stands for those that are missing.
+        All are valid, and that is None, without ``pad`` and ``before``.
         """
-        states = slots[:, None] + np.arange(self.length + 1)
-        end = slots - slots % self.size + self.size
-        states -= (states >= end[:, None]) * self.size
-        if not self.pad:
+        base = slots - slots % self.size
+        states = slots[:, None] + np.arange(-self.before, self.length + 1)
+        if self.before:
+            states += (states < base[:, None]) * self.size
+        states -= (states >= base[:, None] + self.size) * self.size
+        if not self.pad and not self.before:
             return states, states[:, :-1], None
-        valid = np.logical_and.accumulate(self.flags.take(states[:, :-1]) & STEP != 0, 1)
-        known = valid.sum(1, keepdims=True)
-        time = np.arange(self.length + 1)
-        steps = np.take_along_axis(states, np.minimum(time[:-1], known - 1), 1)
-        return np.take_along_axis(states, np.minimum(time, known), 1), steps, valid
+        there = self.flags.take(states[:, :-1]) & STEP != 0
+        # from the window's first step outwards, in both directions
+        valid = np.logical_and.accumulate(there[:, self.before :], 1)
+        first, known = np.int64(0), self.before + valid.sum(1, keepdims=True)
+        if self.before:
+            front = np.logical_and.accumulate(there[:, : self.before][:, ::-1], 1)[:, ::-1]
+            valid, first = np.concatenate([front, valid], 1), self.before - front.sum(1, keepdims=True)
+        time = np.arange(self.before + self.length + 1)
+        steps = np.take_along_axis(states, np.clip(time[:-1], first, known - 1), 1)
+        return np.take_along_axis(states, np.clip(time, first, known), 1), steps, valid
 
     @property
     def filled(self) -> np.ndarray:

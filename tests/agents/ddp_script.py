@@ -19,11 +19,11 @@ from tensordict import TensorDict, TensorDictBase
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import WeightSync
 from offtrace.agents.impala import control_config, make_impala
-from offtrace.modules.losses import ImpalaLoss
+from offtrace.modules.losses import ACERLoss, ImpalaLoss
 from offtrace.modules.networks import build_policy
 
 ENVS, STEPS = 3, 5
-REDUCTIONS = ("sum", "mean")
+LOSSES = ("sum", "mean", "acer")
 
 
 def fit(agent: Agent, data: Any, ranks: int, callbacks: list[pl.Callback] | None = None) -> pl.Trainer:
@@ -139,16 +139,27 @@ def sgd(params: Iterator[torch.Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=1.0)
 
 
+def make_loss(name: str) -> Any:
+    """IMPALA's of either reduction, or ACER's, whose average policy is far enough for the trust region to act."""
+    sizes: dict[str, Any] = {"network": "mlp", "observation_shape": [4], "num_actions": 2, "hidden": [8]}
+    if name != "acer":
+        return ImpalaLoss(build_policy(**sizes), reduction=name, normalize_advantage=name == "mean")
+    loss = ACERLoss(build_policy(**sizes, critic="q"), delta=0.01, normalize_advantage=True)
+    for average in loss.target_policy_params.values(True, True):
+        average.data += 0.3 * torch.randn(average.shape)
+    return loss
+
+
 def gradients(folder: Path, ranks: int) -> None:
-    for reduction in REDUCTIONS:
+    for name in LOSSES:
         torch.manual_seed(0)
-        policy = build_policy(network="mlp", observation_shape=[4], num_actions=2, action_dim=None, hidden=[8])
-        loss = ImpalaLoss(policy, reduction=reduction, normalize_advantage=reduction == "mean")
-        before = {name: value.detach().clone() for name, value in policy.named_parameters()}
-        agent = Agent(loss, policy, optimizer=partial(sgd), total_frames=1, schedule="constant")
+        loss = make_loss(name)
+        parameters = [(key, value) for key, value in loss.named_parameters() if value.requires_grad]
+        before = {key: value.detach().clone() for key, value in parameters}
+        agent = Agent(loss, loss.policy, optimizer=partial(sgd), total_frames=1, schedule="constant")
         trainer = fit(agent, FixedData(ranks), ranks)
-        moved = {name: before[name] - value.detach() for name, value in policy.named_parameters()}
-        torch.save(moved, folder / f"{reduction}{trainer.global_rank}.pt")
+        moved = {key: before[key] - value.detach() for key, value in parameters}
+        torch.save(moved, folder / f"{name}{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from offtrace.agents.data import MixedData
 from offtrace.agents.optim import make_optimizer
 from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
-from offtrace.modules.losses import ImpalaLoss
+from offtrace.modules.losses import ImpalaLoss, burn_in
 from offtrace.modules.networks import build_policy
 from offtrace.modules.replay import Replay
 
@@ -28,19 +28,29 @@ ENVS, STEPS = 4, 6
 
 def fit(name: str, folder: Path) -> None:
     pl.seed_everything(0, verbose=False)
-    policy = build_policy(network="mlp", observation_shape=[4], num_actions=2, action_dim=None, hidden=[16])
+    episodes = name == "episodes"
+    policy = build_policy(
+        network="mlp",
+        observation_shape=[4],
+        num_actions=2,
+        action_dim=None,
+        hidden=[16],
+        recurrent=6 if episodes else None,
+    )
 
     def collector(rank: int, frames: int) -> Any:
-        env = partial(make_env, "CartPole-v1", ENVS)
+        env = partial(make_env, "CartPole-v1", ENVS, **({"last_step": True} if episodes else {}))
         return make_collector(env, policy, frames_per_batch=ENVS * STEPS, num_workers=0, start=frames, rank=rank)
 
     def replay(rank: int, path: Path | None) -> Replay:
-        return Replay(500, num_envs=ENVS, batch_size=2, length=STEPS, pad=True, seed=rank)
+        return Replay(500, num_envs=ENVS, batch_size=2, length=STEPS, pad=True, seed=rank, whole_episodes=episodes)
 
     total = 2 * 6 * ENVS * STEPS
     loss = ImpalaLoss(policy, gamma=0.99)
     agent = Agent(loss, policy, optimizer=make_optimizer("adam", lr=1e-3, eps=1e-5), total_frames=total)
-    form = {name: 0.5 if name == "share" else 1.0}
+    form: dict[str, Any] = {"ratio": 1.0} if name == "ratio" else {"share": 0.5}
+    if episodes:
+        form["on_replayed"] = partial(burn_in, policy, steps=STEPS)
     data = MixedData(collector, replay, total_frames=total, min_size=ENVS * STEPS, minibatches=2, **form)
     trainer = pl.Trainer(
         accelerator="cpu", devices=2,
@@ -64,5 +74,5 @@ def fit(name: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for form in ("share", "ratio"):
+    for form in ("share", "ratio", "episodes"):
         fit(form, Path(sys.argv[1]))

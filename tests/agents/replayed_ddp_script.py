@@ -1,4 +1,4 @@
-"""Run by test_replayed.py: SAC, then MPO, on two gloo ranks; writes what each rank ended with into a folder.
+"""Run by test_replayed.py: SAC, MPO and Reactor in turn on two gloo ranks; writes how each rank ended into a folder.
 
 python replayed_ddp_script.py FOLDER
 """
@@ -14,13 +14,18 @@ import torch
 
 from offtrace.agents.callbacks import WeightSync
 from offtrace.agents.mpo import MPOConfig
+from offtrace.agents.reactor import memory_config
 from offtrace.agents.sac import SACConfig
 
 
 def fit(name: str, folder: Path) -> None:
-    config: Any = SACConfig() if name == "sac" else MPOConfig()
-    config.env.task, config.env.num_envs, config.collector.unroll = "Pendulum-v1", 1, 8
-    config.network.hidden = config.network.critic_hidden = [16, 16]
+    config: Any = {"sac": SACConfig, "mpo": MPOConfig, "reactor": memory_config}[name]()
+    config.env.num_envs, config.collector.unroll = 1, 8
+    config.network.hidden = [16, 16]
+    if name == "reactor":
+        config.network.recurrent, config.replay.length = 8, 4
+    else:
+        config.env.task, config.network.critic_hidden = "Pendulum-v1", [16, 16]
     config.network.normalize = True
     config.replay.capacity, config.replay.batch_size, config.replay.min_size = 500, 8, 16
     config.replay.samples_per_insert = 4.0
@@ -46,5 +51,5 @@ def fit(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for algorithm in ("sac", "mpo"):
+    for algorithm in ("sac", "mpo", "reactor"):
         fit(algorithm, Path(sys.argv[1]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.agents.ddp_script import REDUCTIONS, gradients
+from tests.agents.ddp_script import LOSSES, gradients
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("ddp_script.py")
@@ -36,16 +36,16 @@ def test_ranks_collect_for_themselves_and_stay_identical(tmp_path: Path) -> None
 
 
 def test_the_gradient_is_that_of_the_joined_batch(tmp_path: Path) -> None:
-    """Before clipping, with 14 valid steps on one rank and 6 on the other; of both reductions."""
+    """Before clipping, with 14 valid steps on one rank and 6 on the other; of IMPALA's and of ACER's loss."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
     gradients(one, ranks=1)
     run("gradients", str(two))
-    for reduction in REDUCTIONS:
-        joined = torch.load(one / f"{reduction}0.pt")
+    for loss in LOSSES:
+        joined = torch.load(one / f"{loss}0.pt")
         for rank in (0, 1):
-            gradient = torch.load(two / f"{reduction}{rank}.pt")
+            gradient = torch.load(two / f"{loss}{rank}.pt")
             for name, value in joined.items():
                 assert value.abs().max() > 0
                 torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=2e-6)

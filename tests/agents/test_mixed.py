@@ -19,7 +19,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import Checkpoints, WeightSync
-from offtrace.agents.data import MixedData
+from offtrace.agents.data import MixedData, ReplayData
 from offtrace.agents.optim import make_optimizer
 from offtrace.modules.collectors import PackedRollout, make_collector
 from offtrace.modules.envs import make_env
@@ -131,7 +131,8 @@ def test_of_every_batch_a_share_is_replayed() -> None:
             assert rows == [0, 1, 2, 3]
     assert data.frames == 6 * ROLLOUT
     assert data.replayed_frames == 4 * per_rollout * 2 * STEPS
-    assert data.metrics == {"replay/steps": 6.0 * ROLLOUT, "replay/replayed_frames": float(data.replayed_frames)}
+    assert data.metrics["replay/steps"] == 6.0 * ROLLOUT
+    assert data.metrics["replay/replayed_frames"] == float(data.replayed_frames)
 
 
 def test_padding_and_failed_steps_are_told_and_entries_are_those_of_both() -> None:
@@ -144,6 +145,42 @@ def test_padding_and_failed_steps_are_told_and_entries_are_those_of_both() -> No
     lengths = old["valid"].sum(1).flatten()
     assert ((lengths >= 1) & (lengths <= STEPS)).all()
     assert not old["valid"].all(), "episodes are shorter than sequences"
+
+
+def test_the_age_of_what_is_replayed_is_told() -> None:
+    """Versions between the newest weights and those that acted, over the steps that are no padding."""
+    data = mixed(share=0.5, collector=partial(Collector, end=2))
+    data._version = 9  # of a run that went before
+    assert data.metrics == {"replay/steps": 0.0, "replay/replayed_frames": 0.0}
+    seen = 0
+    for batch in data.train_dataloader():
+        assert data.collector is not None
+        if "index" not in batch:
+            assert "replay/age" not in data.metrics
+            continue
+        old = batch[2:]
+        ages = data.collector.version - old["policy_version"][old["valid"].squeeze(-1)]
+        assert data.metrics["replay/age"] == pytest.approx(float(ages.double().mean()))
+        assert data.metrics["replay/age_max"] == ages.max() > 0
+        assert "replay/priority_ess" not in data.metrics
+        data.collector.version += 3
+        seen += 1
+    assert seen == 4 * 2
+
+
+def test_how_unequal_priorities_are_is_told() -> None:
+    """The effective sample size of the importance weights, (sum w)^2 / (n sum w^2), one a row."""
+    data = mixed(share=0.5, replay_fn=partial(replay, sampler=Prioritized(alpha=1.0, beta=0.7, epsilon=0.0)))
+    sizes = []
+    for batch in data.train_dataloader():
+        if "weight" in batch:
+            weight = batch["weight"][2:, 0].double()
+            sizes.append(data.metrics["replay/priority_ess"])
+            assert sizes[-1] == pytest.approx(float(weight.sum() ** 2 / (2 * weight.square().sum())), abs=1e-6)
+            batch["td_error"] = 1.0 + 9.0 * torch.rand(4, 1).expand(4, STEPS)
+            data.feedback(batch)
+    assert sizes[0] == pytest.approx(1)
+    assert min(sizes) < 0.99
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0.2, 1), (1 / 3, 2), (0.333, 2), (0.5, 4), (0.75, 12)])
@@ -287,6 +324,82 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], words: str) -> No
         mixed(**options).train_dataloader()
 
 
+def test_what_is_replayed_goes_through_the_hook_first() -> None:
+    """On its way to the batch; the steps in front go away there, and are not counted."""
+    seen = []
+
+    def cut(batch: TensorDictBase) -> TensorDictBase:
+        assert batch.shape == (2, 3 + STEPS)
+        assert batch["valid"][:, 3:].any(1).all()
+        seen.append(batch)
+        return batch[:, 3:].clone()
+
+    for form in ({"share": 0.5}, {"ratio": 2.0}):
+        seen.clear()
+        data = mixed(replay_fn=partial(replay, burn_in=3), on_replayed=cut, **form)
+        old = [batch[-2:] for batch in data.train_dataloader() if "index" in batch]
+        assert len(old) == len(seen) > 0
+        for batch, whole in zip(old, seen, strict=True):
+            assert torch.equal(batch["observation"], whole["observation"][:, 3:])
+        assert data.replayed_frames == len(old) * 2 * STEPS
+    words = "gives 3 steps in front of each sequence, and there is no on_replayed that takes them away"
+    with pytest.raises(ValueError, match=words):
+        mixed(share=0.5, replay_fn=partial(replay, burn_in=3)).train_dataloader()
+
+
+class Remembering(Collector):
+    """Its steps have a recurrent state, 1 while acting, and begin episodes with the first of every second rollout."""
+
+    def __next__(self) -> TensorDictBase:
+        first = self.taken % 2 == 0
+        rollout = super().__next__()
+        rollout["is_init"] = torch.zeros(ENVS, STEPS, 1, dtype=torch.bool)
+        rollout["is_init"][:, 0] = first
+        rollout["memory"] = torch.ones(ENVS, STEPS, 1)
+        rollout["next", "memory"] = torch.ones(ENVS, STEPS, 1)
+        return rollout
+
+
+def test_of_whole_episodes_the_renewed_state_is_kept() -> None:
+    """The second half of an episode comes behind the first, whose state is that of the last time."""
+    fronts = []
+
+    def renew(batch: TensorDictBase) -> TensorDictBase:
+        there = batch["valid"][:, 0, 0]
+        fronts.extend(batch["memory"][there, 0, 0].tolist())
+        assert (batch["memory"][:, STEPS] >= 1).all()
+        rest = batch[:, STEPS:].clone()
+        rest["memory"][:, 0] = 5.0
+        return rest
+
+    replay_fn = partial(replay, whole_episodes=True)
+    data = mixed(20, share=0.5, collector=Remembering, replay_fn=replay_fn, on_replayed=renew)
+    for batch in data.train_dataloader():
+        if "index" in batch:
+            assert (batch["memory"][2:, 0] == 5.0).all()
+    assert len(fronts) > 5
+    assert set(fronts) == {5.0}
+
+
+def test_replayed_samples_go_through_the_hook_first() -> None:
+    """Where there are no fresh rows in a batch."""
+    seen = []
+
+    def cut(batch: TensorDictBase) -> TensorDictBase:
+        seen.append(batch)
+        return batch[:, 3:].clone()
+
+    data = ReplayData(
+        Collector, partial(replay, burn_in=3), total_frames=6 * ROLLOUT, batch_size=2 * STEPS, samples_per_insert=1.0,
+        min_size=2 * ROLLOUT, on_replayed=cut,
+    )  # fmt: skip
+    found = [batch for batches in data.train_dataloader() for batch in data.updates(batches)]
+    assert len(found) == len(seen) == 4 * ROLLOUT // (2 * STEPS)
+    for batch, whole in zip(found, seen, strict=True):
+        assert batch.shape == (2, STEPS)
+        assert torch.equal(batch["observation"], whole["observation"][:, 3:])
+
+
 # With an agent
 
 
@@ -350,7 +463,7 @@ def test_two_ranks_stay_bit_identical(tmp_path: Path) -> None:
     """Two gloo ranks, each with its own environments and replay."""
     script = Path(__file__).with_name("mixed_ddp_script.py")
     subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=240)
-    for name in ("share", "ratio"):
+    for name in ("share", "ratio", "episodes"):
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
         for key in ("frames", "replayed_frames", "updates"):
             assert first[key] == second[key] > 0

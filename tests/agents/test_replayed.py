@@ -551,7 +551,7 @@ def test_two_ranks_stay_bit_identical(tmp_path: Path) -> None:
     """Two gloo ranks, each with its own environments and replay: the same weights, targets, duals and temperature."""
     script = Path(__file__).with_name("replayed_ddp_script.py")
     subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=180)
-    for name in ("sac", "mpo"):
+    for name in ("sac", "mpo", "reactor"):
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in range(2))
         assert first["frames"] == second["frames"] == 2 * 4 * ROLLOUT
         for key, value in first["weights"].items():

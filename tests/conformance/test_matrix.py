@@ -38,9 +38,12 @@ def small(config: Config, task: str) -> Any:
         found.replay.samples_per_insert, found.replay.length = 2.0, 4
         if hasattr(found.network, "critic_hidden"):
             found.network.critic_hidden = [8, 8]
-    elif isinstance(config, MixedConfig):
-        found.network.critic_hidden = [8, 8]
-        found.train.minibatches, found.replay.capacity, found.replay.min_size, found.replay.ratio = 1, 400, 32, 1.0
+    elif isinstance(config, MixedConfig) and config.replay.form:
+        if hasattr(found.network, "critic_hidden"):
+            found.network.critic_hidden = [8, 8]
+        found.train.minibatches, found.train.epochs, found.replay.capacity, found.replay.min_size = 1, 1, 400, 32
+        if "ratio" in config.replay.form:
+            found.replay.ratio = 1.0
     else:
         found.train.minibatches, found.train.epochs = 2, 1
     return found
@@ -65,12 +68,18 @@ VARIANTS: dict[str, Callable[[], Any]] = {
         "dqn", network__dueling=True, network__atoms=11, replay__sampler="prioritized", loss__estimator="n_step(n=3)"
     ),
     "sac-retrace-prioritized": kinds("sac", loss__estimator="retrace(lmbda=0.9)", replay__sampler="prioritized"),
+    "sac-retrace-lazy": kinds("sac", loss__estimator="retrace(lmbda=0.9)", replay__sampler="lazy"),
     "sac-v1": kinds("sac", loss__version=1, loss__reward_scale=5.0),
     "mpo-retrace": kinds("mpo", loss__estimator="retrace(lmbda=0.9)"),
     "dmpo": kinds("mpo", network__atoms=11),
+    "reactor-values": kinds("reactor", network__atoms=0, network__recurrent=0, replay__sampler="uniform"),
+    "impala-replay": kinds("impala", replay__share=0.5),
+    "impala-burn-in": kinds("impala", replay__share=0.5, network__recurrent=8, replay__burn_in=4),
+    "impala-whole-episodes": kinds("impala", replay__share=0.5, network__recurrent=8, replay__whole_episodes=True),
+    "laser": kinds("impala", replay__share=0.5, loss__max_kl=0.01, loss__entropy_on_replay=False),
     "vmpo-popart": kinds("vmpo", network__popart=True),
 }
-ONLY_DISCRETE = {"dqn", "q_actor_critic", "dqn-rainbow"}
+ONLY_DISCRETE = {"dqn", "laser", "q_actor_critic", "dqn-rainbow", "reactor", "reactor-values"}
 ONLY_CONTINUOUS = {"sac-v1", "dmpo"}
 
 
@@ -92,13 +101,13 @@ def test_an_agent_trains_on_a_task_or_refuses_it(variant: str, task: str, tmp_pa
 
 
 @pytest.mark.parametrize("task", ["Vector", "Images", "Continuous"])
-@pytest.mark.parametrize("algorithm", AGENTS)
-def test_an_lstm_trains_where_the_algorithm_has_one(algorithm: str, task: str, tmp_path: Path) -> None:
-    config = small(config_class(algorithm)(), task)
-    if "recurrent" not in vars(config.network) or refused(algorithm, task):
+@pytest.mark.parametrize("variant", [*AGENTS, "impala-replay"])
+def test_an_lstm_trains_where_the_algorithm_has_one(variant: str, task: str, tmp_path: Path) -> None:
+    config = small(VARIANTS[variant](), task)
+    if "recurrent" not in vars(config.network) or refused(variant, task):
         return
     config.network.recurrent = 8
-    if algorithm == "ppo":
+    if variant == "ppo":
         config.train.deal, config.train.minibatches = "environments", 2
     runs(config, tmp_path)
 

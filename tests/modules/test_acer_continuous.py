@@ -46,8 +46,9 @@ def stored(masked: bool = False) -> TensorDict:
 def make(**options: Any) -> ContinuousACERLoss:
     loss = ContinuousACERLoss(*networks(), gamma=GAMMA, num_samples=SAMPLES, **options)
     with torch.no_grad():
-        for parameter in loss.target_policy_params.values(True, True):
-            parameter.add_(0.2 * torch.randn_like(parameter))
+        for name in ("policy", *(("value", "advantage") if loss.average_critic else ())):
+            for parameter in getattr(loss, f"target_{name}_params").values(True, True):
+                parameter.add_(0.2 * torch.randn_like(parameter))
     return loss
 
 
@@ -86,22 +87,24 @@ def test_the_dueling_critic_has_the_policys_mean_in_v() -> None:
     loss = make()
     td = stored()
     policy = evaluate_rollout(loss, td)
-    value = torch.randn(5, 7, dtype=torch.float64)
     actions = torch.randn(SAMPLES, 5, 7, DIM, dtype=torch.float64)
-    q = [loss._dueling(policy, value, torch.cat([a[None], a[None], actions]))[0] for a in actions]
-    torch.testing.assert_close(torch.stack(q).mean(0), value)
+    found = [loss._critic(policy, torch.cat([a[None], a[None], actions]), loss.value, loss.advantage) for a in actions]
+    torch.testing.assert_close(torch.stack([x.q_value for x in found]).mean(0), found[0].value)
 
 
 @pytest.mark.parametrize("learn_scale", [False, True])
 @pytest.mark.parametrize("delta", [None, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_loss_equals_the_direct_sums(learn_scale: bool, delta: float | None, masked: bool, reduction: str) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("average_critic", [False, True])
+def test_loss_equals_the_direct_sums(
+    learn_scale: bool, delta: float | None, masked: bool, reduction: str, normalize: bool, average_critic: bool
+) -> None:
     """One step at a time, in the order of the paper's box, from the same draws."""
-    loss, td = (
-        make(learn_scale=learn_scale, delta=delta, clip=1.2, value_coef=0.7, entropy_coef=0.03, reduction=reduction),
-        stored(masked),
-    )
+    options = {"learn_scale": learn_scale, "delta": delta, "reduction": reduction, "normalize_advantage": normalize}
+    options["average_critic"] = average_critic
+    loss, td = make(clip=1.2, value_coef=0.7, entropy_coef=0.03, **options), stored(masked)
     torch.manual_seed(5)
     out = loss(td)
     loc, scale = parameters_of(loss.policy, td["observation"])
@@ -110,22 +113,43 @@ def test_loss_equals_the_direct_sums(learn_scale: bool, delta: float | None, mas
     average = [x.detach() for x in parameters_of(loss.target("policy"), td["observation"])]
     observation, action = td["observation"], td["action"]
 
-    def state_value(x: Tensor) -> Tensor:
-        return loss.value.values({"observation": x.reshape(-1, FEATURES)}).view(x.shape[:-1])
-
-    def advantage(a: Tensor) -> Tensor:
+    def critic(value: Any, advantage: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """V of the steps and behind them, Q~ of the action and of a'."""
         flat = observation.reshape(-1, FEATURES)
-        return loss.advantage.values({"observation": flat}, a.reshape(-1, DIM)).view(a.shape[:-1])
+        v, after = (
+            value.values({"observation": x.reshape(-1, FEATURES)}).view(5, 7)
+            for x in (observation, td["next", "observation"])
+        )
+        of = [advantage.values({"observation": flat}, a.reshape(-1, DIM)).view(5, 7) for a in (action, *fresh)]
+        baseline = torch.stack(of[2:]).mean(0)
+        return v, after, v + of[0] - baseline, v + of[1] - baseline
 
-    value, following = state_value(observation), state_value(td["next", "observation"]).detach()
-    baseline = torch.stack([advantage(u) for u in fresh[1:]]).mean(0)
-    q, q_fresh = value + advantage(action) - baseline, (value + advantage(fresh[0]) - baseline).detach()
+    learnt = critic(loss.value, loss.advantage)
+    known = learnt
+    if average_critic:
+        known = critic(loss.target("value"), loss.target("advantage"))
+    value, following, q, q_fresh = (x.detach() for x in known)
     dist, behaviour = Normal(loc, scale), Normal(td["loc"], td["scale"])
     rho = (dist.log_prob(action).sum(-1) - td["action_log_prob"]).exp().detach()
     fresh_rho = (dist.log_prob(fresh[0]) - behaviour.log_prob(fresh[0])).sum(-1).exp().detach()
     reward, terminated, done = (td["next", key].squeeze(-1) for key in ("reward", "terminated", "done"))
     valid = td["valid"].squeeze(-1) if masked else torch.ones(5, 7, dtype=torch.bool)
     count = int(valid.sum())
+    size = 1.0
+    if normalize:
+        squares = []
+        for b in range(5):
+            opc = None
+            for t in reversed(range(7)):
+                if not valid[b, t]:
+                    opc = None
+                    continue
+                if opc is None or done[b, t]:
+                    opc = 0.0 if terminated[b, t] else float(following[b, t])
+                opc = float(reward[b, t]) + GAMMA * opc
+                squares.append((opc - float(value[b, t])) ** 2)
+                opc = opc - float(q[b, t]) + float(value[b, t])
+        size = math.sqrt(sum(squares) / count)
     policy_term = value_term = torch.zeros((), dtype=torch.float64)
     projected = 0
     corrections = 0.0
@@ -148,7 +172,7 @@ def test_loss_equals_the_direct_sums(learn_scale: bool, delta: float | None, mas
             corrections += correction
             objective = weight * f.log_prob(action[b, t]).sum()
             objective = objective + correction * (float(q_fresh[b, t]) - v) * f.log_prob(fresh[0, b, t]).sum()
-            g = torch.autograd.grad(objective, own, retain_graph=True)[0]
+            g = torch.autograd.grad(objective, own, retain_graph=True)[0] / size
             kl = torch.distributions.kl_divergence(Normal(average[0][b, t], average[1][b, t]), f).sum()
             k = torch.autograd.grad(kl, own)[0]
             if not learn_scale:
@@ -158,7 +182,8 @@ def test_loss_equals_the_direct_sums(learn_scale: bool, delta: float | None, mas
             z = g - excess / float(k @ k) * k
             policy_term = policy_term - z @ statistics
             target = min(1.0, float(rho[b, t])) * (ret - q_t) + v
-            value_term = value_term + 0.7 * 0.5 * ((ret - q[b, t]) ** 2 + (target - value[b, t]) ** 2)
+            errors = ret - learnt[2][b, t], target - learnt[0][b, t]
+            value_term = value_term + 0.7 * 0.5 * (errors[0] ** 2 + errors[1] ** 2)
             c = min(1.0, float(rho[b, t]) ** (1 / DIM))
             ret, opc = c * (ret - q_t) + v, (opc - q_t) + v
     scale_of = 1 if reduction == "sum" else count

@@ -237,7 +237,8 @@ def stored(policy: Any, **kwargs: Any) -> TensorDict:
 @pytest.mark.parametrize("delta", [None, 0.2])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_loss_equals_the_direct_sums(delta: float | None, masked: bool, reduction: str) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_loss_equals_the_direct_sums(delta: float | None, masked: bool, reduction: str, normalize: bool) -> None:
     """The gradient of the logits, one step at a time."""
     policy = policy_of()
     td = stored(policy)
@@ -245,12 +246,10 @@ def test_loss_equals_the_direct_sums(delta: float | None, masked: bool, reductio
     valid = td["valid"].squeeze(-1) if masked else torch.ones(5, 7, dtype=torch.bool)
     loss = ACERLoss(
         policy, estimator="retrace(lmbda=0.8)", gamma=GAMMA, value_coef=0.7, entropy_coef=0.03, clip=1.3, delta=delta,
-        reduction=reduction,
+        reduction=reduction, normalize_advantage=normalize,
     )  # fmt: skip
     with torch.no_grad():
-        for parameter in (
-            loss.target_policy_params.parameters() if False else loss.target_policy_params.values(True, True)
-        ):
+        for parameter in loss.target_policy_params.values(True, True):
             parameter.add_(0.3 * torch.randn_like(parameter))
     out = loss(td)
     log_pi, q = network(loss.policy, td["observation"])
@@ -258,13 +257,17 @@ def test_loss_equals_the_direct_sums(delta: float | None, masked: bool, reductio
     target, _ = direct(loss.policy, td, "retrace")
     pi, mu, taken = log_pi.exp(), td["logits"].softmax(-1), chosen(q, td)
     surrogate, projected, corrections = torch.zeros(5, 7, dtype=torch.float64), 0, 0.0
+    size = 1.0
+    if normalize:
+        errors = [float(target[i] - (pi[i] * q[i]).sum()) ** 2 for i in map(tuple, valid.nonzero().tolist())]
+        size = math.sqrt(sum(errors) / len(errors))
     for b in range(5):
         for t in range(7):
             case = {
                 "probs": pi[b, t].detach()[None], "behaviour_probs": mu[b, t][None], "action": td["action"][b, t][None],
                 "q_value": q[b, t].detach()[None], "q_return": target[b, t][None],
             }  # fmt: skip
-            g = direct_gradient(case, 1.3)[0]
+            g = direct_gradient(case, 1.3)[0] / size
             against = -(log_average[b, t].exp() / pi[b, t]).detach()
             excess = float((against * g).sum()) - (math.inf if delta is None else delta)
             z = g - max(0.0, excess) / float(against.square().sum()) * against

@@ -226,6 +226,19 @@ def test_own_environments_by_import_path(tmp_path: Path, monkeypatch: pytest.Mon
     sys.modules.pop("own_envs")
 
 
+def test_cartpole_without_velocities_is_cartpole() -> None:
+    env = make_env("offtrace.modules.envs.memory:cartpole_positions", 3, seed=4)
+    whole = make_env("CartPole-v1", 3, seed=4)
+    seen, expected = env.reset(), whole.reset()
+    for _ in range(60):
+        assert torch.equal(seen["observation"], expected["observation"][:, [0, 2]])
+        action = torch.randint(2, (3,))
+        step, other = (x.step_and_maybe_reset(td.set("action", action)) for x, td in ((env, seen), (whole, expected)))
+        for key in ("reward", "terminated", "truncated", "done"):
+            assert torch.equal(step[0]["next", key], other[0]["next", key])
+        seen, expected = step[1], other[1]
+
+
 def test_descriptions() -> None:
     cartpole, pendulum, pong = (env_info(name) for name in ("CartPole-v1", "Pendulum-v1", "pong"))
     assert (cartpole.observation_shape, cartpole.num_actions, cartpole.action_dim) == ((4,), 2, None)

@@ -16,8 +16,10 @@ from offtrace.modules.losses import A2CLoss, ImpalaLoss, PPOLoss
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.vmpo import VMPOLoss
 from tests.modules import test_impala_loss as impala
+from tests.modules import test_laser as laser
 from tests.modules import test_mpo_loss as mpo
 from tests.modules import test_q_actor_critic_loss as q_actor_critic
+from tests.modules import test_reactor_loss as reactor
 from tests.modules import test_sac_loss as sac
 from tests.modules import test_vmpo_loss as vmpo
 
@@ -26,11 +28,17 @@ Case = tuple[Loss, TensorDict]
 CASES: dict[str, Callable[[], Case]] = {
     "impala": lambda: (ImpalaLoss(impala.make()), impala.rollout()),
     "impala-continuous": lambda: (ImpalaLoss(impala.make(action_dim=2)), impala.rollout(dim=2)),
+    "impala-laser": lambda: (
+        ImpalaLoss(impala.make(), max_kl=0.1, entropy_on_replay=False),
+        laser.replayed(valid=False),
+    ),
     "a2c": lambda: (A2CLoss(impala.make()), impala.rollout()),
     "a2c-vtrace": lambda: (A2CLoss(impala.make(action_dim=2), estimator="vtrace"), impala.rollout(dim=2)),
     "ppo": lambda: (PPOLoss(impala.make()), impala.rollout()),
     "ppo-value-clip": lambda: (PPOLoss(impala.make(action_dim=2), value_clip=0.2), impala.rollout(dim=2)),
     "q-actor-critic": lambda: (q_actor_critic.QActorCriticLoss(q_actor_critic.policy_of()), impala.rollout()),
+    "reactor": lambda: (reactor.reactor_loss(reactor.policy_of()), reactor.stored()),
+    "reactor-values": lambda: (reactor.reactor_loss(reactor.policy_of("values")), reactor.stored()),
     "vmpo": lambda: (VMPOLoss(vmpo.make()).double(), vmpo.rollout()),
     "vmpo-diagonal": lambda: (VMPOLoss(vmpo.make("diagonal")).double(), vmpo.rollout("diagonal")),
     "sac": lambda: (sac.sac("retrace"), finite(sac.replay(6, 5))),

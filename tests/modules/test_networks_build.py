@@ -82,7 +82,7 @@ def inputs(shape: Any, *batch: int) -> TensorDict:
 
 ACTIONS_OF = {head: DISCRETE if head in ("categorical", "greedy") else CONTINUOUS for head in HEADS}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "categorical": [{}],
+    "categorical": [{}, {"epsilon": 0.1}],
     "greedy": [{}, {"epsilon": 0.5}],
     "normal": [{}, {"init_scale": 0.5, "state_dependent": True}],
     "tanh": [{}, {"log_scale": "tanh"}],

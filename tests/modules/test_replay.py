@@ -188,7 +188,7 @@ def check_batch(batch: TensorDict, wanted: dict[Any, Any], length: int, pad: boo
         assert not flat["next", "done"][row, : known - 1].any()
         first = flat["observation"][row, 0, 2] == 0
         if "is_init" in flat.keys():  # noqa: SIM118
-            assert flat["is_init"][row, :known].flatten().tolist() == [bool(first), *[False] * (known - 1)]
+            assert flat["is_init"][row].flatten().tolist() == [bool(first), *[False] * (length - 1)]
         for t in range(known, length):  # padding repeats the last step and the state after it
             assert torch.equal(flat["action"][row, t], flat["action"][row, known - 1])
             assert flat["observation"][row, t].tolist() == list(window[-1])

@@ -11,7 +11,7 @@ from offtrace.recipes import cli
 
 TRAINING = (
     "impala_atari", "impala_control", "a2c", "ppo", "q_actor_critic", "vmpo_control", "acer_atari", "acer_control",
-    "dqn", "sac_control", "mpo_control",
+    "dqn", "sac_control", "mpo_control", "reactor_atari", "reactor_control",
 )  # fmt: skip
 ON_ROLLOUTS = ("impala_atari", "impala_control", "a2c", "ppo", "q_actor_critic", "vmpo_control")
 MIXING = ("acer_atari", "acer_control")

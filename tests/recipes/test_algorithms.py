@@ -19,6 +19,7 @@ ROLLOUTS = [*COMMON, "--env.num_envs=4", "--collector.unroll=8", "--train.miniba
 REPLAY = [*COMMON, "--env.num_envs=2", "--collector.unroll=8", "--replay.capacity=400", "--replay.batch_size=8",
           "--replay.min_size=24", "--replay.samples_per_insert=2"]  # fmt: skip
 MIXED = [*COMMON, "--env.num_envs=2", "--collector.unroll=8", "--replay.capacity=400", "--replay.min_size=16"]
+REPLAYED = ["--replay.share=0.5", "--replay.capacity=400", "--replay.min_size=32", "--train.minibatches=2"]
 SMALL = ["--network.hidden=[8,8]"]
 SEPARATE = [*SMALL, "--network.critic_hidden=[8,8]"]
 CONTINUOUS, DISCRETE = "--env.task=Pendulum-v1", "--env.task=CartPole-v1"
@@ -53,6 +54,9 @@ def arguments(name: str) -> list[str]:
     [
         ("impala_control", [*SMALL, "--preset=default"]),
         ("impala_control", [*SMALL, "--preset=pendulum"]),
+        ("impala_control", [*SMALL, *REPLAYED]),
+        ("impala_control", [*SMALL, *REPLAYED, "--network.recurrent=8", "--replay.storage=memmap"]),
+        ("impala_control", ["--preset=laser", *SMALL, *REPLAYED]),
         ("a2c", SMALL),
         ("a2c", [*SMALL, CONTINUOUS, "--loss.estimator=n_step(n=3)"]),
         ("a2c", [DISCRETE, "--preset=atari"]),
@@ -86,6 +90,10 @@ def arguments(name: str) -> list[str]:
         ("mpo_control", [CONTINUOUS, "--preset=full", "--replay.min_size=32"]),
         ("mpo_control", [CONTINUOUS, "--network.atoms=51", "--network.v_max=200", "--replay.min_size=32"]),
         ("mpo_control", ["--preset=discrete", "--replay.length=4"]),
+        ("reactor_control", ["--replay.length=4"]),
+        ("reactor_control", ["--preset=memory", "--replay.length=4", "--loss.priority=total_variation"]),
+        ("reactor_control", ["--replay.length=4", "--network.atoms=0", "--network.normalize=true", "--loss.clip=5"]),
+        ("reactor_atari", [DISCRETE, "--replay.length=4", "--loss.estimator=tree_backup(lmbda=0.9)"]),
     ],
 )
 def test_a_recipe_trains_and_goes_on(name: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,13 +121,15 @@ def test_ppo_logs_the_diagnostics_of_its_rollouts() -> None:
     finite()
 
 
-@pytest.mark.parametrize("name", ["impala_atari", "dqn", "acer_atari"])
+@pytest.mark.parametrize("name", ["impala_atari", "dqn", "acer_atari", "reactor_atari"])
 def test_images_from_end_to_end(name: str) -> None:
     """Every kind of data once on what an Atari game shows."""
     argv = ["--env.task=pong", "--train.total_frames=256", "--train.final_eval=false", "--train.eval_every=1000000"]
     network = ["--network.hidden=[16]", "--network.encoder=shallow"]
     if name == "dqn":
         argv += ["--preset=rainbow", "--replay.min_size=32", "--env.num_envs=2", "--replay.capacity=500"]
+    if name == "reactor_atari":
+        argv += ["--network.recurrent=8", "--replay.length=4", "--env.num_envs=2", "--replay.capacity=500"]
     data = ROLLOUTS if name in ON_ROLLOUTS else MIXED if name in MIXING else REPLAY
     assert main_of(name)([*data, *network, *argv]) == 0
     assert json.loads((RUN / "summary.json").read_text())["frames"] == 256

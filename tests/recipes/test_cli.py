@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from offtrace.agents.config import ConfigError
+from offtrace.agents.config import ConfigError, ShareReplayConfig
 from offtrace.agents.impala import ImpalaConfig, atari_config, paper_config
 from offtrace.agents.runs.checkpoint import CheckpointError, load_policy
 from offtrace.agents.runs.folders import RunError, new_run, read_config, write_config
@@ -114,10 +115,10 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, words: str) -> None:
 def test_learners_with_a_replay_each_keep_their_number(tmp_path: Path) -> None:
     for config, words in (
         (SACConfig(), "--train.devices cannot change in a resumed run"),
+        (ImpalaConfig(replay=ShareReplayConfig(share=0.5)), "--train.devices cannot change in a resumed run"),
         (ImpalaConfig(), "has no checkpoints/last.ckpt"),
     ):
-        folder = tmp_path / config.algorithm
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
         write_config(config, folder)
         with pytest.raises((ConfigError, RunError), match=words):
             cli.parse(
@@ -360,8 +361,9 @@ def test_a_resumed_run_keeps_its_configuration(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("name", TRAINING)
 def test_no_flag_is_offered_that_is_always_refused(name: str) -> None:
     network = vars(recipes.parse(name).network)
-    assert ("recurrent" in network) == (name in ON_ROLLOUTS)
-    assert ("init_scale" in network) == (name not in ("dqn", "sac_control"))
+    reactor = name.startswith("reactor")
+    assert ("recurrent" in network) == (name in ON_ROLLOUTS or reactor)
+    assert ("init_scale" in network) == (name not in ("dqn", "sac_control") and not reactor)
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_replayed_recipes_from_end_to_end(
     assert (summary["evaluation"]["action_change"] is not None) == continuous
     assert [frames for frames, _ in summary["scores"]] == [32 * repeat, 64 * repeat]
     assert column("replay/samples_per_insert")[-1] == 2
-    for name in (metric, "train/updates_per_second", "train/frames_per_second", "train/lag", "train/grad_norm"):
+    for name in (metric, "train/updates_per_second", "train/lag", "train/grad_norm", "replay/age", "replay/age_max"):
         assert column(name), name
     assert evaluate.main(["runs/a/checkpoints/last.ckpt", "--episodes=2"]) == 0
     assert f"{task}, greedy actions, 2 whole episodes" in capsys.readouterr().out

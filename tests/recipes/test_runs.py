@@ -126,11 +126,15 @@ def test_atari_with_a_video(tmp_path: Path) -> None:
     assert (tmp_path / "runs/p/episode.gif").read_bytes()[:3] == b"GIF"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_end(tmp_path: Path, number: signal.Signals) -> None:
+REPLAYED = ["--replay.share=0.5", "--replay.capacity=4000", "--replay.min_size=64", "--network.recurrent=8",
+            "--replay.whole_episodes=true"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "more"), [(signal.SIGINT, []), (signal.SIGTERM, []), (signal.SIGINT, REPLAYED)])
+def test_signals_save_and_end(tmp_path: Path, number: signal.Signals, more: list[str]) -> None:
     process = subprocess.Popen(
         [sys.executable, str(RECIPES / "impala_control.py"), *TINY, "--train.name", "s",
-         "--train.total_frames", "100000000"],
+         "--train.total_frames", "100000000", *more],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     metrics = tmp_path / "runs/s/metrics.csv"
@@ -147,6 +151,12 @@ def test_signals_save_and_end(tmp_path: Path, number: signal.Signals) -> None:
     assert children
     _, left = psutil.wait_procs(children, timeout=60)
     assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE], "processes are left behind"
+    if more:  # with the replay
+        frames = json.loads((tmp_path / "runs/s/summary.json").read_text())["frames"]
+        done = recipe("impala_control", tmp_path, "--resume", "runs/s", "--train.total_frames", str(frames + 256))
+        assert done.returncode == 0, done.stderr
+        assert "empty replay" not in done.stderr
+        assert json.loads((tmp_path / "runs/s/summary.json").read_text())["frames"] >= frames + 256
 
 
 def test_a_signal_before_torch_is_there(tmp_path: Path) -> None:

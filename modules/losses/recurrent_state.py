@@ -1,0 +1,71 @@
+"""The recurrent state of replayed sequences, computed again by the weights of now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.modules.tensordict_module.rnn import set_recurrent_mode
+
+from offtrace.modules.keys import NEXT, VALID
+
+
+def recurrent_keys(policy: Any) -> list[Any]:
+    """The entries of ``policy`` that are recurrent state: those it reads, and writes under ``"next"``."""
+    return [key for key in policy.in_keys if (NEXT, key) in policy.out_keys]
+
+
+@torch.no_grad()
+def burn_in(policy: Any, batch: TensorDictBase, steps: int) -> TensorDictBase:
+    """Runs the policy's network over the first steps of sequences, and puts its state where learning begins.
+
+    Kapturowski et al. 2019 (R2D2): the state that a replay stored is that of old weights. From it the network is run
+    over ``steps`` steps, without gradient and one after the other as an actor does, and what comes out replaces the
+    stored state of the step behind them. A step with ``valid`` False leaves the state as it is.
+
+    The paper shortens the burn-in at the start of an episode. So does the replay (``Replay(burn_in=...)``): it draws
+    sequences as without burn-in and adds the steps in front that there are, so that every step of an episode is learnt
+    from as often as without, the first ones with a shorter burn-in, or none, where the state is 0 anyway. Of other
+    sequences, whose episode ends inside the first ``steps``, nothing behind them is valid, and nothing is learnt from.
+
+    Args:
+        policy: what the losses take: its ``get_dist_params`` writes the next state, its ``in_keys`` are read.
+        batch: ``[B, steps + T]``, with the state of its first step.
+        steps: at least 0; 0 leaves the stored state.
+
+    Returns:
+        ``[B, T]``, a copy.
+
+    Raises:
+        ValueError: the policy has no recurrent state, or the batch no step behind the burn-in.
+        KeyError: when an entry is missing, by its name.
+    """
+    keys = recurrent_keys(policy)
+    if not keys:
+        raise ValueError("the policy has no recurrent state that steps in front of a sequence could renew")
+    if batch.ndim != 2 or not 0 <= steps < batch.shape[1]:
+        raise ValueError(
+            f"the batch is {list(batch.shape)}, and the burn-in {steps} steps; it must be [B, steps + T] with a T of 1 "
+            "or more"
+        )
+    valid = batch.get(VALID, None)
+    valid = None if valid is None else valid.view(batch.shape)
+    for key in policy.in_keys:
+        if batch.get(key, None) is None:
+            raise KeyError(f"the policy reads {key!r}, which the batch lacks")
+    state: dict[Any, Tensor] = {key: batch[key][:, 0] for key in keys}
+    with set_recurrent_mode(False):
+        for t in range(steps):
+            inputs: dict[Any, Tensor] = {key: batch[key][:, t] for key in policy.in_keys}
+            out = policy.get_dist_params(TensorDict(inputs | state, batch.shape[:1]))
+            for key in keys:
+                found = out[NEXT, key]
+                if valid is not None:
+                    found = torch.where(valid[:, t].view(-1, *(1,) * (found.ndim - 1)), found, state[key])
+                state[key] = found
+    rest = batch[:, steps:].clone()
+    for key in keys:
+        rest[key][:, 0] = state[key]
+    return rest

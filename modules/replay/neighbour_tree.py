@@ -1,0 +1,157 @@
+"""Priorities of which some are not known yet and are taken from the neighbours'."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+_FAN = 16  # children of a node, and slots of the smallest block
+_FREE, _WAITING, _KNOWN = 0, 1, 2
+
+
+class _Sums(NamedTuple):
+    """Of the items below a node, or of several nodes, ``[*B]`` each.
+
+    ``priority`` and ``known``: sum and number of the known priorities; ``waiting``: number of items that have none;
+    ``weight``: of all of them, where one priority at least is known; else 0.
+    """
+
+    priority: np.ndarray
+    known: np.ndarray
+    waiting: np.ndarray
+    weight: np.ndarray
+
+
+class NeighbourTree:
+    """Items in slots, with a weight each that a draw is proportional to: a power of a priority, known or inferred.
+
+    An item whose priority is not known takes the mean of the known ones in the smallest block of 16, 256, 4096, ...
+    slots around it that has one; a block begins at a multiple of its size. Where none is known at all, all items weigh
+    1. The nodes of the tree are these blocks: of each it holds sum and number of the known priorities, the number of
+    items without, and the weight of them all, added up anew from its children in one order at every change. So it is a
+    function of the items alone, and a tree that is built from saved ones is the same tree.
+
+    Args:
+        size: slots; 0 at first.
+        power: of the priorities.
+    """
+
+    def __init__(self, size: int, power: float) -> None:
+        self._power = power
+        rows = max(1, -(-size // _FAN))
+        self._kinds, self._priorities = np.zeros((rows, _FAN), np.uint8), np.zeros((rows, _FAN))
+        # of the nodes above: the four sums of each 16 neighbours
+        self._levels: list[np.ndarray] = []
+        while rows > 1:
+            rows = -(-rows // _FAN)
+            self._levels.append(np.zeros((rows, len(_Sums._fields), _FAN)))
+        self.kinds = self._kinds.reshape(-1)[:size]
+        self.priorities = self._priorities.reshape(-1)[:size]
+        self._root = _Sums(*np.zeros((len(_Sums._fields), 1)))
+        self._whole = True  # False while the sums are behind the items
+
+    @property
+    def count(self) -> int:
+        """Number of items."""
+        self._mend()
+        return int(self._root.known[0] + self._root.waiting[0])
+
+    @property
+    def total(self) -> float:
+        """Weight of all items."""
+        self._mend()
+        return float((self._root.weight if self._root.known[0] else self._root.waiting)[0])
+
+    def add(self, slots: np.ndarray) -> None:
+        """Items into ``slots`` ``[M]``, without priorities."""
+        self._set(slots, _WAITING, 0.0)
+
+    def remove(self, slots: np.ndarray) -> None:
+        """The items in ``slots`` ``[M]`` go."""
+        self._set(slots, _FREE, 0.0)
+
+    def set(self, slots: np.ndarray, priority: np.ndarray) -> None:
+        """The items in ``slots`` ``[M]`` have these priorities; of one that is there twice the last counts."""
+        self._set(slots, _KNOWN, priority)
+
+    def fill(self, slots: np.ndarray, kinds: np.ndarray, priorities: np.ndarray) -> None:
+        """What the attributes ``kinds`` and ``priorities`` held at ``slots``, all items of another tree."""
+        self._whole = False
+        self.kinds[:], self.priorities[:] = _FREE, 0.0
+        self.kinds[slots], self.priorities[slots] = kinds, priorities
+        self._mend()
+
+    def find(self, mass: np.ndarray, alike: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots and weights ``[B]`` of the items at which a cumulative sum over the slots passes ``mass`` ``[B]``.
+
+        Where ``alike``, bool ``[B]``, every item counts 1, and ``0 <= mass <= count``; else its weight, and ``mass`` is
+        at most the total. Never of what counts 0, whatever rounding does: at each node the mass is kept below the sum.
+        """
+        self._mend()
+        rows, node = np.arange(len(mass)), np.zeros(len(mass), np.int64)
+        here = _Sums(*(np.broadcast_to(x, mass.shape) for x in self._root))
+        mean, weight = np.ones(len(mass)), np.zeros(len(mass))
+        sums = np.zeros((len(mass), _FAN + 1))
+        for level in range(len(self._levels), -1, -1):
+            below = self._below(level, node)
+            mean = np.where(here.known > 0, self._mean(here), mean)
+            weights = _weights(below, mean)
+            np.cumsum(np.where(alike[:, None], below.known + below.waiting, weights), 1, out=sums[:, 1:])
+            mass = np.minimum(mass, np.nextafter(sums[:, -1], 0.0))
+            child = (sums[:, 1:] <= mass[:, None]).sum(1)
+            mass = mass - sums[rows, child]
+            here, weight = _Sums(*(x[rows, child] for x in below)), weights[rows, child]
+            node = node * _FAN + child
+        return node, weight
+
+    def _set(self, slots: np.ndarray, kind: int, priority: np.ndarray | float) -> None:
+        self._whole = False
+        self.kinds[slots], self.priorities[slots] = kind, priority
+        self._sum_up(slots)
+
+    def _below(self, level: int, nodes: np.ndarray) -> _Sums:
+        """Of the children of ``nodes`` ``[M]``, ``[M, 16]`` each; on level 0 they are the slots."""
+        if level:
+            return _Sums(*self._levels[level - 1].take(nodes, 0).transpose(1, 0, 2))
+        kinds, priorities = self._kinds.take(nodes, 0), self._priorities.take(nodes, 0)
+        known = kinds == _KNOWN
+        return _Sums(priorities, known.astype(float), (kinds == _WAITING).astype(float), self._raised(priorities))
+
+    def _joined(self, below: _Sums) -> _Sums:
+        """Of nodes ``[M]`` with these children."""
+        priority, known, waiting = (np.cumsum(x, 1)[:, -1] for x in below[:3])
+        here = _Sums(priority, known, waiting, priority)
+        weight = np.cumsum(_weights(below, self._mean(here)), 1)[:, -1]
+        return here._replace(weight=np.where(known > 0, weight, 0.0))
+
+    def _mean(self, here: _Sums) -> np.ndarray:
+        """The weight of an item for which the mean of the known priorities stands in."""
+        return self._raised(here.priority / np.maximum(here.known, 1.0))
+
+    def _raised(self, priority: np.ndarray) -> np.ndarray:
+        raised: np.ndarray = priority if self._power == 1 else priority**self._power
+        return raised
+
+    def _sum_up(self, slots: np.ndarray) -> None:
+        """Adds up what is above ``slots``."""
+        for level in range(len(self._levels) + 1):
+            slots = slots // _FAN
+            if len(slots) > 1:  # neighbours share their node
+                slots = slots[np.concatenate([[True], slots[1:] != slots[:-1]])]
+            joined = self._joined(self._below(level, slots))
+            if level < len(self._levels):
+                self._levels[level][slots // _FAN, :, slots % _FAN] = np.stack(joined, 1)
+            elif len(slots):
+                self._root = _Sums(*(x[-1:] for x in joined))
+        self._whole = True
+
+    def _mend(self) -> None:
+        # A signal's exception may break in between an item and its sums.
+        if not self._whole:
+            self._sum_up(np.arange(len(self.kinds)))
+
+
+def _weights(below: _Sums, mean: np.ndarray) -> np.ndarray:
+    """Of children ``[M, 16]``: their own, or that which the mean ``[M]`` gives all items of one that knows nothing."""
+    return np.where(below.known > 0, below.weight, below.waiting * mean[:, None])
