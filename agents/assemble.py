@@ -184,7 +184,7 @@ def rollout_agent(
     agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     hooks = [hook for hook in (_normalizer_update(config, policy), on_rollout) if hook is not None]
     data = RolloutData(
-        partial(rollout_collector, config, policy),
+        partial(rollout_collector, config, info.frame_stack, policy),
         total_frames=config.train.total_frames,
         frame_skip=info.frame_skip,
         minibatches=config.train.minibatches,
@@ -217,7 +217,7 @@ def mixed_agent(
     check_rings(config, info)
     agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     data = MixedData(
-        partial(rollout_collector, config, policy),
+        partial(rollout_collector, config, info.frame_stack, policy),
         partial(_replay, config, info),
         total_frames=config.train.total_frames,
         min_size=config.replay.min_size,
@@ -254,7 +254,7 @@ def replay_agent(
         config, loss, policy, spec, optimizer=optimizer, after_update=after_update, compile=config.train.compile
     )
     data = ReplayData(
-        partial(rollout_collector, config, policy),
+        partial(rollout_collector, config, info.frame_stack, policy),
         partial(_replay, config, info),
         total_frames=config.train.total_frames,
         batch_size=config.replay.batch_size,

@@ -22,6 +22,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from offtrace.agents.config import Config, ConfigError, may_have_gpu
 from offtrace.agents.runs.folders import RunError, config_text, discard, new_run, read_config
 from offtrace.agents.runs.missing import no_checkpoint
+from offtrace.modules.envs.names import environment_module
+from offtrace.modules.fork_server import start_fork_server
 from offtrace.modules.naming import nearest
 from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_file, sentence, types_of_keys
 
@@ -80,6 +82,8 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
 
 
 def _run(config: Config, folder: Path, resume: Path | None) -> int:
+    if config.collector.num_workers:  # it imports for the actors while this process does for the learner
+        start_fork_server(environment_module(config.task))
     from offtrace.agents.runs.run import RunFailed, RunRefused, lines, run  # torch and Lightning for what runs only
 
     try:

@@ -54,12 +54,13 @@ def test_imports_point_one_way(folder: str) -> None:
 USES: dict[str, set[str]] = {
     "keys": set(),
     "naming": set(),
+    "fork_server": set(),
     "returns": set(),
     "estimators": {"returns", "keys", "naming"},
     "networks": {"keys", "naming"},
     "losses": {"estimators", "returns", "networks", "keys"},
     "envs": {"keys", "naming"},
-    "collectors": {"envs", "keys"},
+    "collectors": {"envs", "keys", "fork_server"},
     "replay": {"keys"},
 }
 """What each part of the modules may know besides itself: neither collector nor replay knows the other, or a loss."""

@@ -19,7 +19,7 @@ from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT, VALID
 
 if TYPE_CHECKING:
     from offtrace.agents.config import Config
-    from offtrace.modules.collectors import Collector
+    from offtrace.modules.collectors import Collector, PackedRollout
 
 
 class EpisodeMeter:
@@ -36,15 +36,15 @@ class EpisodeMeter:
         self.returns: deque[float] = deque(maxlen=100)
         self.dropped = 0
 
-    def note(self, rollout: TensorDictBase) -> None:
+    def note(self, rollout: PackedRollout) -> None:
         """Adds the episodes that ended in a rollout, where the environment tells of episodes."""
-        valid = rollout.get(VALID, None)
+        valid = rollout.get(VALID)
         if valid is not None:  # each step that is no data ends an episode
             self.dropped += int((~valid).sum())
-        ends = rollout.get((NEXT, EPISODE_END), None)
-        if ends is None:
+        ends, found = (rollout.get((NEXT, name)) for name in (EPISODE_END, EPISODE_REWARD))
+        if ends is None or found is None:
             return
-        returns = rollout[NEXT, EPISODE_REWARD][ends].tolist()
+        returns = found[ends].tolist()
         self.count += len(returns)
         self.returns.extend(returns)
 
@@ -276,8 +276,11 @@ class PlainData:
         self._learnt = frames
 
 
-def rollout_collector(config: Config, policy: nn.Module, rank: int, frames: int) -> Collector:
-    """The collector of ``rank`` for a run of ``config`` that begins or goes on at ``frames``."""
+def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank: int, frames: int) -> Collector:
+    """The collector of ``rank`` for a run of ``config`` that begins or goes on at ``frames``.
+
+    ``frame_stack``: frames in an observation of the task.
+    """
     env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
     return make_collector(
         env_fn,
@@ -290,4 +293,5 @@ def rollout_collector(config: Config, policy: nn.Module, rank: int, frames: int)
         step_timeout=config.collector.step_timeout,
         threads_per_worker=config.collector.threads,
         device=config.collector.device,
+        frame_stack=frame_stack,
     )

@@ -193,9 +193,10 @@ class MixedStream:
         data = self._data
         yield from self._replayed()  # what a stopped run owed
         while data.frames < data.total_frames:
-            rollout = next(self._collector)
-            data.episodes.note(rollout)
-            fresh = rollout.to(self._device, non_blocking=True)
+            packed = self._collector.take()
+            data.episodes.note(packed)
+            fresh = packed.unpack(self._device)
+            rollout = fresh.clone(False) if self._device.type == "cpu" else packed.unpack()
             if data.on_rollout is not None:
                 before = dict(fresh.items(True, True))
                 data.on_rollout(fresh)

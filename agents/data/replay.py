@@ -176,9 +176,10 @@ class ReplayStream:
 
     def _collect(self) -> None:
         data = self._data
-        rollout = next(self._collector)
+        packed = self._collector.take()
+        data.episodes.note(packed)
+        rollout = packed.unpack()
         data._versions = rollout[NEXT, POLICY_VERSION]
-        data.episodes.note(rollout)
         if data.on_rollout is not None:
             data.on_rollout(rollout)
         data.insert(rollout)

@@ -190,9 +190,9 @@ class RolloutStream:
         if not data.deals_steps:
             # The first order is applied by the copy that takes the rollout out of the actors' memory.
             self._collector.order = lambda size: data.dealer.order(size, self._learner.rank, data.rollouts)
-        rollout = next(self._collector)
-        data.episodes.note(rollout)
-        rollout = rollout.to(self._learner.device, non_blocking=True)
+        packed = self._collector.take()
+        data.episodes.note(packed)
+        rollout = packed.unpack(self._learner.device)
         if data.on_rollout is not None:
             data._diagnostics = data.on_rollout(rollout) or {}
         return rollout.flatten(0, 1) if data.deals_steps else rollout

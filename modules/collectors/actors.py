@@ -6,24 +6,31 @@ call never mixes two sets of weights, and the version written beside an action i
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
 
 import cloudpickle
 import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
 from torchrl.collectors import Collector
 
+from offtrace.modules.collectors.frames import FRAMES, Packer
+from offtrace.modules.collectors.memory import Key, Layout, SharedBlock, lay_out
 from offtrace.modules.collectors.weights import SharedWeights, named_tensors
 from offtrace.modules.keys import POLICY_VERSION
+
+_MESSAGE_LIMIT = 16_000  # characters of a traceback
 
 
 def actor_seed(seed: int, rank: int, worker: int, start: int = 0) -> int:
@@ -71,68 +78,138 @@ class Actor(TensorDictModuleBase):
         return out
 
 
-class ActorCollector(Collector):
-    """TorchRL's collector with an :class:`Actor` for a policy, in an actor process or in the learner's own.
+class ActorSpec(NamedTuple):
+    """What the actors of a collector are made of.
 
-    A class of its own because the process runner of TorchRL passes neither ``track_traj_ids`` on nor the error of a
-    worker back.
-
-    Args:
-        shared: the shared memory.
-        policy_bytes: the pickled policy. Pickled by value, so no tensor of it is shared with anybody.
-        seeds: of each worker; in a process of its own they also seed torch, numpy and random.
+    Attributes:
+        env_fn: called as ``env_fn(seed=...)``; gives an environment of batch size ``[N]``.
+        policy: on the CPU, the actors' own.
+        seeds: of each actor's environment; in a process of its own also of torch, numpy and random.
+        frames_per_batch: N T, the size of a rollout.
+        frame_stack: frames in an observation, of which each travels once; 1: observations travel whole.
         device: where the policy runs.
+        threads: torch threads of an actor process.
     """
 
-    def __init__(
-        self,
-        create_env_fn: Callable[..., Any],
-        *,
-        shared: SharedWeights,
-        policy_bytes: bytes,
-        seeds: list[int],
-        device: str | torch.device,
-        **kwargs: Any,
-    ) -> None:
-        self._shared = shared
-        worker = kwargs.pop("worker_idx", None)
-        self._worker = worker or 0
-        for name in ("policy", "policy_factory", "policy_device", "env_device", "storing_device", "traj_pool"):
-            kwargs.pop(name, None)
-        try:
-            if shared.errors:
-                _seed_everything(seeds[self._worker])
-            policy = cloudpickle.loads(policy_bytes).to(device)
-            super().__init__(
-                create_env_fn,
-                Actor(policy.requires_grad_(False), shared, self._worker),
-                worker_idx=worker,
-                policy_device=device,
-                env_device="cpu",
-                storing_device="cpu",
-                track_traj_ids=False,
-                **kwargs,
+    env_fn: Callable[..., Any]
+    policy: nn.Module
+    seeds: list[int]
+    frames_per_batch: int
+    frame_stack: int
+    device: str | torch.device
+    threads: int
+
+    def make(self, shared: SharedWeights, worker: int) -> Collector:
+        """TorchRL's collector with an :class:`Actor` for a policy.
+
+        Raises:
+            ValueError: the environments do not divide a rollout.
+        """
+        policy = self.policy.to(self.device).requires_grad_(False)
+        collector = Collector(
+            self.env_fn,
+            Actor(policy, shared, worker),
+            create_env_kwargs={"seed": self.seeds[worker]},
+            frames_per_batch=self.frames_per_batch,
+            total_frames=-1,
+            policy_device=self.device,
+            env_device="cpu",
+            storing_device="cpu",
+            trust_policy=True,
+            no_cuda_sync=torch.device(self.device).type == "cpu",
+            use_buffers=True,
+            auto_register_policy_transforms=True,
+            track_traj_ids=False,
+            return_same_td=True,
+        )
+        if self.frames_per_batch % collector.n_env:
+            raise ValueError(
+                f"frames_per_batch is {self.frames_per_batch}; it must be a multiple of the {collector.n_env} "
+                "environments"
             )
-            self._check_frames(kwargs["frames_per_batch"])
-            shared.num_envs = self.n_env
-            shared.steps[self._worker] = 0  # TorchRL has tried the policy once
-        except Exception:
-            shared.report(self._worker, traceback.format_exc())
-            raise
+        shared.num_envs = collector.n_env
+        shared.steps[worker] = 0  # TorchRL has tried the policy once
+        return collector
 
-    def _check_frames(self, frames: int) -> None:
-        if frames % self.n_env:
-            raise ValueError(f"frames_per_batch is {frames}; it must be a multiple of the {self.n_env} environments")
 
-    def rollout(self) -> TensorDictBase:
-        """One rollout [N, T]; an error is left for the learner before it ends the process."""
-        try:
-            return super().rollout()
-        except Exception:
-            if not self._shared.errors:
-                raise
-            self._shared.report(self._worker, traceback.format_exc())
-            raise SystemExit(1) from None  # the learner tells the user; a second traceback here would only confuse
+class Up(NamedTuple):
+    """An actor is there."""
+
+
+class Rollout(NamedTuple):
+    """A rollout lies in the actor's block; ``layout`` says how where that is new, and the block follows.
+
+    ``shape`` is [N, T].
+    """
+
+    shape: torch.Size
+    layout: Layout | None
+
+
+class Failed(NamedTuple):
+    """An actor ends with this traceback."""
+
+    traceback: str
+
+
+def run_actor(worker: int, pipe: Connection, shared: SharedWeights, spec: SharedBlock) -> None:
+    """An actor process: one rollout for every message that comes through ``pipe``, until it is closed.
+
+    Args:
+        worker: number of the actor.
+        pipe: answers go back through it, :class:`Up`, :class:`Rollout` or :class:`Failed`.
+        shared: the weights.
+        spec: the pickled :class:`ActorSpec`.
+    """
+    _initialise_process()
+    collector = None
+    try:
+        made: ActorSpec = cloudpickle.loads(spec.whole.numpy().tobytes())
+        torch.set_num_threads(made.threads)
+        _seed_everything(made.seeds[worker])
+        collector = made.make(shared, worker)
+        rollouts, outbox = iter(collector), _Outbox(pipe, made.frame_stack)
+        pipe.send(Up())
+        while True:
+            pipe.recv()
+            outbox.put(next(rollouts))
+    except (
+        EOFError,
+        BrokenPipeError,
+        ConnectionResetError,
+        SystemExit,
+    ):  # the learner has closed the pipe, or asks to leave
+        pass
+    except BaseException:
+        pipe.send(Failed(traceback.format_exc()[-_MESSAGE_LIMIT:]))
+    finally:
+        if collector is not None:
+            collector.shutdown()
+
+
+class _Outbox:
+    """Copies rollouts into a block that the learner sees, a new one where the last does not fit."""
+
+    def __init__(self, pipe: Connection, frame_stack: int) -> None:
+        self._pipe = pipe
+        self._packer = Packer(frame_stack)
+        self._layout: Layout = {}
+        self._views: Mapping[Key, Tensor] = {}
+
+    def put(self, rollout: TensorDictBase) -> None:
+        packed = self._packer.pack(rollout, self._views.get(FRAMES))
+        layout, size = lay_out(packed)
+        block = None
+        if layout != self._layout:
+            block = SharedBlock(size)
+            self._layout, self._views = layout, block.views(layout)
+        for key, tensor in packed.items():
+            if tensor is not self._views[key]:
+                self._views[key].copy_(tensor)
+        self._pipe.send(Rollout(rollout.shape, None if block is None else layout))
+        if block is not None:
+            block.send(self._pipe)
+            block.close()
 
 
 def _seed_everything(seed: int) -> None:
@@ -141,14 +218,15 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def initialise_process(parent: int) -> None:
-    """First call in an actor process: deaf to what the learner handles, and gone when the learner is gone."""
+def _initialise_process() -> None:
+    """Deaf to what the learner handles, and gone when the learner is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    learner = multiprocessing.parent_process()
+    assert learner is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
+        wait([learner.sentinel])
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+    threading.Thread(target=watch, daemon=True, name="learner-watch").start()

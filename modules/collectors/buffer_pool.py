@@ -25,13 +25,17 @@ class BufferPool:
 
     def empty_like(self, source: Tensor) -> Tensor:
         """Contiguous tensor of the shape and type of ``source``; its content is undefined."""
-        if source.numel() * source.element_size() < _LARGE:
-            return torch.empty(source.shape, dtype=source.dtype)
-        held = self._held.setdefault((source.shape, source.dtype), [])
+        return self.empty(source.shape, source.dtype)
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Contiguous tensor; its content is undefined."""
+        if shape.numel() * dtype.itemsize < _LARGE:
+            return torch.empty(shape, dtype=dtype)
+        held = self._held.setdefault((shape, dtype), [])
         for tensor in held:
             if _holders(tensor) == 1:
                 return tensor.detach()  # a new holder of the same storage
-        tensor = torch.empty(source.shape, dtype=source.dtype)
+        tensor = torch.empty(shape, dtype=dtype)
         if len(held) < self.keep:
             held.append(tensor)
         return tensor.detach()

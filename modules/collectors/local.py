@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from offtrace.modules.collectors.actors import ActorCollector
+from offtrace.modules.collectors.actors import ActorSpec
+from offtrace.modules.collectors.frames import Packer
+from offtrace.modules.collectors.memory import Key
+from offtrace.modules.collectors.protocol import Copy
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 
@@ -19,14 +22,17 @@ class LocalBackend:
     Nothing runs beside the learner. Actions are drawn from the generators of this process.
 
     Args:
-        env_fn: gives the environment.
+        spec: of the actor.
         shared: the weights.
-        options: of :class:`ActorCollector`.
+
+    Raises:
+        ValueError: the environments do not divide a rollout.
     """
 
-    def __init__(self, env_fn: Callable[..., Any], shared: SharedWeights, options: dict[str, Any]) -> None:
+    def __init__(self, spec: ActorSpec, shared: SharedWeights) -> None:
         self._shared = shared
-        self._collector = ActorCollector(env_fn, return_same_td=True, shared=shared, **options)
+        self._collector = spec.make(shared, 0)
+        self._packer = Packer(spec.frame_stack)
         self._iterator: Iterator[TensorDictBase] | None = None
 
     @property
@@ -47,7 +53,7 @@ class LocalBackend:
         """As of the protocol."""
         return self._shared.publish(tensors)
 
-    def take(self, copied: Callable[[TensorDictBase], TensorDictBase]) -> tuple[TensorDictBase, int]:
+    def take(self, copied: Copy) -> tuple[dict[Key, Tensor], torch.Size, int]:
         """As of the protocol; the actor is number 0.
 
         Raises:
@@ -56,7 +62,8 @@ class LocalBackend:
         try:
             if self._iterator is None:
                 self._iterator = iter(self._collector)
-            return copied(next(self._iterator)), 0
+            rollout = next(self._iterator)
+            return copied(self._packer.pack(rollout)), rollout.shape, 0
         except EnvironmentFailure:
             raise
         except Exception as error:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import cloudpickle
 import torch
 from torchrl.envs import EnvBase
 
-from offtrace.modules.collectors.actors import actor_seed
+from offtrace.modules.collectors.actors import ActorSpec, actor_seed
 from offtrace.modules.collectors.local import LocalBackend
 from offtrace.modules.collectors.processes import ProcessBackend
 from offtrace.modules.collectors.protocol import Backend, Collector
@@ -46,6 +44,7 @@ def make_collector(
     step_timeout: float = 60.0,
     threads_per_worker: int = 1,
     device: str | torch.device = "cpu",
+    frame_stack: int = 1,
 ) -> Collector:
     """Collector of rollouts ``[N, T]``, in process or in N processes.
 
@@ -60,38 +59,32 @@ def make_collector(
         step_timeout: seconds that one step (a reset included) may take in an actor process. Not applied in process.
         threads_per_worker: torch threads of an actor process. Two processes of one thread do more than one of two.
         device: where the actors run their copy of the policy; rollouts are always on the CPU.
+        frame_stack: frames that an observation stacks along its first dimension, the newest last, each the one before
+            moved by one frame within an episode. Then each frame travels once, a fifth or less of the bytes, and the
+            learner puts the stacks together again. 1: observations travel whole.
 
     Raises:
-        ValueError: a size is not positive or frames_per_batch does not divide by N.
+        ValueError: a size is not positive, frames_per_batch does not divide by N, or what actor processes need does not
+            pickle.
         EnvironmentFailure: an actor process did not come up; its own message is in the text.
     """
     for name, value, least in (
         ("frames_per_batch", frames_per_batch, 1),
         ("num_workers", num_workers, 0),
         ("threads_per_worker", threads_per_worker, 1),
+        ("frame_stack", frame_stack, 1),
     ):
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     if step_timeout <= 0:
         raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds")
     actor = copy.deepcopy(policy).to("cpu")
-    shared = SharedWeights(actor, num_workers, torch.multiprocessing.get_context("spawn"))
+    shared = SharedWeights(actor, max(num_workers, 1))
     seeds = [actor_seed(seed, rank, worker, start) for worker in range(max(num_workers, 1))]
-    env_fns = [partial(env_fn, seed=s) for s in seeds]
-    options: dict[str, Any] = {
-        "policy_bytes": cloudpickle.dumps(actor),
-        "seeds": seeds,
-        "device": device,
-        "frames_per_batch": frames_per_batch,
-        "total_frames": -1,
-        "trust_policy": True,
-        "no_cuda_sync": torch.device(device).type == "cpu",
-        "use_buffers": True,
-        "auto_register_policy_transforms": True,
-    }
+    spec = ActorSpec(env_fn, actor, seeds, frames_per_batch, frame_stack, device, threads_per_worker)
     backend: Backend
     if num_workers == 0:
-        backend = LocalBackend(env_fns[0], shared, options)
+        backend = LocalBackend(spec, shared)
     else:
-        backend = ProcessBackend(env_fns, shared, options, step_timeout=step_timeout, threads=threads_per_worker)
-    return RolloutCollector(backend, frames_per_batch=frames_per_batch)
+        backend = ProcessBackend(spec, shared, step_timeout=step_timeout)
+    return RolloutCollector(backend, frames_per_batch=frames_per_batch, frame_stack=frame_stack)

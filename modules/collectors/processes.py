@@ -3,189 +3,161 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing.resource_tracker
-import queue
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import cloudpickle
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.collectors import MultiAsyncCollector
 
-from offtrace.modules.collectors.actors import ActorCollector, initialise_process
+from offtrace.modules.collectors.actors import ActorSpec, Failed, Rollout, Up, run_actor
+from offtrace.modules.collectors.memory import Key, SharedBlock
+from offtrace.modules.collectors.protocol import Copy
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
+from offtrace.modules.fork_server import context, signals_blocked, start_fork_server
 
-_POLL = 0.1  # seconds between two looks at the workers' health while a rollout is awaited
+_POLL = 0.1  # seconds between two looks at the actors' health while a rollout is awaited
 _START_ALLOWANCE = 120.0  # seconds for importing the libraries, on top of the time one step may take
 _SHUTDOWN_TIMEOUT = 4.0
 _KILL_TIMEOUT = 10.0  # a killed process is gone at once, unless the machine is loaded or hangs
 
 
-class RoundRobinCollector(MultiAsyncCollector):
-    """TorchRL's asynchronous collector with a place in the queue for every worker, emptied in turn.
+class ActorProcess:
+    """One actor process, as the learner sees it.
 
-    TorchRL's queue holds one rollout; a worker that cannot put its own within a second collects again over it. A
-    worker has at most one rollout waiting, so with one place for each no put ever waits and none is lost: a worker
-    stands still until its rollout was copied out, which is the backpressure.
+    Args:
+        worker: its number.
+        shared: the weights.
+        spec: the pickled :class:`ActorSpec`.
+
+    Attributes:
+        process, worker: as they are.
+        up: whether it has told that it is there.
+        has_rollout: whether a rollout waits in its memory.
+        since: when it was last told to go on, ``time.monotonic()``.
     """
 
-    def __init__(self, *args: Any, shared: SharedWeights, step_timeout: float, **kwargs: Any) -> None:
+    def __init__(self, worker: int, shared: SharedWeights, spec: SharedBlock) -> None:
+        self.worker = worker
         self._shared = shared
-        self._step_timeout = step_timeout
-        self.copy_out: Callable[[TensorDictBase], TensorDictBase] = TensorDictBase.clone
-        self.turn = 0  # the worker that made the rollout given last
-        super().__init__(*args, **kwargs)
+        self._entries: dict[Key, Tensor] = {}
+        self._shape = torch.Size()
+        self.pipe, theirs = context().Pipe()
+        self.process = context().Process(
+            target=run_actor, args=(worker, theirs, shared, spec), name=f"actor {worker}", daemon=False
+        )
+        self.up = self.has_rollout = False
+        self.since = time.monotonic()
+        self.process.start()
+        theirs.close()  # so that the pipe ends when the actor does
 
-    @property
-    def _queue_len(self) -> int:
-        return int(self.num_workers)
+    def go_on(self) -> None:
+        """Let it make its next rollout, over the last one."""
+        self.has_rollout = False
+        with contextlib.suppress(OSError):  # it has died, which is found when its rollout is awaited
+            self.pipe.send(None)
+        self.since = time.monotonic()
 
-    def _run_processes(self) -> None:
-        # Workers must see neither Ctrl-C nor a SIGTERM to the whole process group, which the learner handles: a blocked
-        # signal stays blocked in the child. The tracker is started first because its start unblocks them.
-        multiprocessing.resource_tracker.ensure_running()
-        allowance = _START_ALLOWANCE + self._step_timeout
-        watchdog = threading.Timer(allowance, self.kill)
-        watchdog.daemon = True
-        watchdog.start()
+    def rollout(self) -> tuple[Mapping[Key, Tensor], torch.Size]:
+        """Entries and shape of what waits, in the memory that the actor writes the next one to."""
+        return self._entries, self._shape
+
+    def read(self) -> None:
+        """Take in what it says.
+
+        Raises:
+            EnvironmentFailure: it failed, or is dead.
+        """
         try:
-            with _signals_blocked():
-                super()._run_processes()
-        except BaseException:  # a signal arrives when it is let through again
-            self.kill()
-            self.release()
-            raise
-        finally:
-            watchdog.cancel()
+            message = self.pipe.recv()
+            if isinstance(message, Rollout) and message.layout is not None:
+                self._entries = SharedBlock.receive(self.pipe).views(message.layout)
+                self._shape = message.shape
+        except (EOFError, OSError):
+            self.process.join(_KILL_TIMEOUT)
+            raise self._dead() from None
+        if isinstance(message, Failed):
+            reason = message.traceback.strip().splitlines()[-1]
+            raise EnvironmentFailure(
+                f"actor process {self.worker} failed at step {self.step}: {reason}\n\nIn the actor process:\n"
+                f"{message.traceback}"
+            )
+        self.up = self.up or isinstance(message, Up)
+        self.has_rollout = isinstance(message, Rollout)
 
-    def kill(self) -> None:
-        """End the workers without asking, and wait for their ends, or zombies would stay."""
-        processes = getattr(self, "procs", ())
-        for process in processes:
-            with contextlib.suppress(Exception):
-                process.kill()
-        for process in processes:
-            with contextlib.suppress(Exception):
-                process.join(_KILL_TIMEOUT)
+    def check_alive(self) -> None:
+        """Look whether the process is there, or what it said last.
 
-    def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
-        """As TorchRL's, with a shorter time by default."""
-        super().shutdown(_SHUTDOWN_TIMEOUT if timeout is None else timeout, close_env, raise_on_error)
-        self.kill()  # TorchRL waits no longer for those it had to kill than its time lasts
+        Raises:
+            EnvironmentFailure: it is dead.
+        """
+        if not self.process.is_alive() and not self.pipe.poll():
+            raise self._dead()
+
+    def _dead(self) -> EnvironmentFailure:
+        code = self.process.exitcode
+        cause = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return EnvironmentFailure(f"actor process {self.worker} ended by itself at step {self.step} ({cause}).")
+
+    def check_moving(self, limit: float) -> None:
+        """Look whether it has made a step within ``limit`` seconds.
+
+        Raises:
+            EnvironmentFailure: it hangs.
+        """
+        idle = time.monotonic() - max(self.since, float(self._shared.beats[self.worker]))
+        if idle > limit:
+            raise EnvironmentFailure(
+                f"actor process {self.worker} has made no step for {idle:.1f} s (step {self.step} hangs; the limit "
+                f"step_timeout is {limit:g} s)"
+            )
 
     def release(self) -> None:
-        """After shutdown: let go of semaphores and shared memory, which last as long as somebody holds them."""
-        for name in ("queue_out", "_traj_pool", "collector_class", "copy_out"):
-            self.__dict__.pop(name, None)
+        """Let go of pipe and memory."""
+        self.pipe.close()
+        self._entries = {}
 
-    def iterator(self) -> Iterator[TensorDictBase]:
-        """Rollouts [N, T] of worker 0, 1, ..., 0, 1, ... without end, each a copy."""
-        resumed = [0.0] * self.num_workers
-        for worker in range(self.num_workers):
-            resumed[worker] = self._resume(worker)
-        self.running = True
-        arrived: set[int] = set()
-        turn = 0
-        while True:
-            while turn not in arrived:
-                arrived |= self._arrivals()
-                if turn not in arrived:
-                    self._check(turn, resumed[turn])
-            arrived.remove(turn)
-            rollout = self.copy_out(self.out_tensordicts[turn])
-            resumed[turn] = self._resume(turn)
-            self.turn = turn
-            yield rollout
-            turn = (turn + 1) % self.num_workers
-
-    def _resume(self, worker: int) -> float:
-        self.pipes[worker].send((None, "continue"))
-        return time.monotonic()
-
-    def _arrivals(self) -> set[int]:
-        try:
-            data, count = self.queue_out.get(timeout=_POLL)
-        except queue.Empty:
-            return set()
-        if count:
-            return {data}
-        rollout, worker = data  # the first message carries the shared memory
-        self.out_tensordicts[worker] = rollout
-        return {worker}
-
-    def _check(self, awaited: int, resumed: float) -> None:
-        try:
-            self._raise_if_unwell(awaited, resumed)
-        except EnvironmentFailure:
-            self.kill()  # a worker that hangs would use up all the time it is given to leave
-            raise
-
-    def _raise_if_unwell(self, awaited: int, resumed: float) -> None:
-        for worker, process in enumerate(self.procs):
-            message = self._shared.errors_of(worker)
-            if message is not None or not process.is_alive():
-                process.join(0.2)
-                message = message or self._shared.errors_of(worker)
-                raise EnvironmentFailure(describe(self._shared, worker, message, process.exitcode))
-        idle = time.monotonic() - max(resumed, float(self._shared.beats[awaited]))
-        if idle > self._step_timeout:
-            step = int(self._shared.steps[awaited])
-            raise EnvironmentFailure(
-                f"actor process {awaited} has made no step for {idle:.1f} s (step {step} hangs; the limit step_timeout "
-                f"is {self._step_timeout:g} s)"
-            )
+    @property
+    def step(self) -> int:
+        """The number of its last step."""
+        return int(self._shared.steps[self.worker])
 
 
 class ProcessBackend:
     """Meets :class:`~offtrace.modules.collectors.protocol.Backend`: actors are one rollout ahead of the learner.
 
+    An actor makes a rollout when it is told to, into memory that the learner sees, and stands still until that was
+    copied out: which is the backpressure, and why no rollout is lost. All of them start at the same time.
+
     Args:
-        env_fns: gives the environment of each actor.
+        spec: of the actors, one for each of its seeds.
         shared: the weights.
-        options: of :class:`ActorCollector`.
         step_timeout: seconds that one step, a reset included, may take.
-        threads: torch threads of each actor.
 
     Raises:
+        ValueError: the environment's maker or the policy does not pickle.
         EnvironmentFailure: an actor did not come up; its own message is in the text.
     """
 
-    def __init__(
-        self,
-        env_fns: Sequence[Callable[..., Any]],
-        shared: SharedWeights,
-        options: dict[str, Any],
-        *,
-        step_timeout: float,
-        threads: int,
-    ) -> None:
+    def __init__(self, spec: ActorSpec, shared: SharedWeights, *, step_timeout: float) -> None:
         self._shared = shared
-        self._iterator: Iterator[TensorDictBase] | None = None
-        special = {name: options.pop(name) for name in ("policy_bytes", "seeds", "device")}
+        self._step_timeout = step_timeout
+        self._turn = 0
+        self._acting = False
+        self._actors: list[ActorProcess] = []
+        pickled = _pickled(spec)
+        start_fork_server()
         try:
-            self._collector = RoundRobinCollector(
-                env_fns,
-                collector_class=partial(ActorCollector, shared=shared, **special),
-                init_fn=partial(initialise_process, shared.parent),
-                num_threads=torch.get_num_threads(),
-                num_sub_threads=threads,
-                shared=shared,
-                step_timeout=step_timeout,
-                **options,
-            )
-        except Exception as error:
-            messages = [shared.errors_of(worker) for worker in range(len(env_fns))]
-            shared.release()
-            worker, message = next(((w, m) for w, m in enumerate(messages) if m), (0, None))
-            if message is None:
-                raise EnvironmentFailure(f"an actor process did not come up: {error}") from error
-            raise EnvironmentFailure(describe(shared, worker, message, None)) from None
+            with signals_blocked():
+                for worker in range(len(spec.seeds)):
+                    self._actors.append(ActorProcess(worker, shared, pickled))
+            self._wait_until(lambda: all(actor.up for actor in self._actors), _START_ALLOWANCE + step_timeout)
+        except BaseException:
+            self._kill()
+            raise
 
     @property
     def version(self) -> int:
@@ -204,56 +176,92 @@ class ProcessBackend:
     @property
     def pids(self) -> list[int]:
         """Of the actor processes."""
-        return [process.pid for process in self._collector.procs]
+        return [int(actor.process.pid or 0) for actor in self._actors]
 
     def publish(self, tensors: Mapping[str, Tensor]) -> int:
         """As of the protocol."""
         return self._shared.publish(tensors)
 
-    def take(self, copied: Callable[[TensorDictBase], TensorDictBase]) -> tuple[TensorDictBase, int]:
+    def take(self, copied: Copy) -> tuple[dict[Key, Tensor], torch.Size, int]:
         """As of the protocol.
 
         Raises:
             EnvironmentFailure: an actor raised, died or hung. All are ended then.
         """
-        self._collector.copy_out = copied
+        if not self._acting:
+            self._acting = True
+            for actor in self._actors:
+                actor.go_on()
+        actor = self._actors[self._turn]
         try:
-            if self._iterator is None:
-                self._iterator = iter(self._collector)
-            return next(self._iterator), self._collector.turn
+            self._wait_until(lambda: actor.has_rollout, None)
         except EnvironmentFailure:
+            self._kill()  # one that hangs would use up all the time it is given to leave
             raise
-        except Exception as error:
-            raise self._shared.failure(error) from error
-        finally:
-            self._collector.copy_out = TensorDictBase.clone  # keeps nothing alive that belongs to the caller
+        entries, shape = actor.rollout()
+        entries = copied(entries)
+        actor.go_on()
+        worker, self._turn = self._turn, (self._turn + 1) % len(self._actors)
+        return entries, shape, worker
 
     def shutdown(self) -> None:
-        """Ask, then terminate, then kill, within about 5 seconds."""
+        """Ask, then kill, within about 5 seconds."""
         self._shared.stop()
-        self._collector.shutdown(raise_on_error=False)
-        self._collector.release()
+        for actor in self._actors:
+            actor.pipe.close()
+        limit = time.monotonic() + _SHUTDOWN_TIMEOUT
+        for actor in self._actors:
+            actor.process.join(max(0.0, limit - time.monotonic()))
+        self._kill()
         self._shared.release()
-        self._iterator = None
+
+    def _wait_until(self, condition: Callable[[], bool], seconds: float | None) -> None:
+        """Take in what the actors say until ``condition`` holds; ``seconds`` are the most that all of it may take.
+
+        Raises:
+            EnvironmentFailure: an actor failed, died or hangs, or the time is over.
+        """
+        pipes = {actor.pipe: actor for actor in self._actors}
+        limit = None if seconds is None else time.monotonic() + seconds
+        while not condition():
+            ready: list[Any] = wait(list(pipes), _POLL)
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                pipes[pipe].read()
+            if ready:
+                continue
+            for actor in self._actors:
+                actor.check_alive()
+            if limit is None:
+                self._actors[self._turn].check_moving(self._step_timeout)
+            elif time.monotonic() > limit:
+                late = [actor.worker for actor in self._actors if not actor.up]
+                raise EnvironmentFailure(f"actor process {late[0]} did not come up within {seconds:.0f} s")
+
+    def _kill(self) -> None:
+        """End the actors without asking, and wait for their ends, or zombies would stay."""
+        for actor in self._actors:
+            with contextlib.suppress(Exception):
+                actor.process.kill()
+        for actor in self._actors:
+            with contextlib.suppress(Exception):
+                actor.process.join(_KILL_TIMEOUT)
+            actor.release()
 
 
-def describe(shared: SharedWeights, worker: int, message: str | None, exitcode: int | None) -> str:
-    """One sentence, then the worker's own traceback."""
-    step = int(shared.steps[worker])
-    if message is None:
-        cause = f"signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"
-        return f"actor process {worker} ended by itself at step {step} ({cause})."
-    reason = message.strip().splitlines()[-1]
-    return f"actor process {worker} failed at step {step}: {reason}\n\nIn the actor process:\n{message}"
+def _pickled(spec: ActorSpec) -> SharedBlock:
+    """In shared memory, because what is larger than a pipe would keep the start of a process waiting for its imports.
 
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    Raises:
+        ValueError: it does not pickle.
+    """
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        data = cloudpickle.dumps(spec)
+    except Exception as error:
+        raise ValueError(
+            f"the environment's maker or the policy does not pickle, which actor processes need: {error}; leave out "
+            "what cannot be copied (open files, locks, windows), or collect in this process with num_workers=0"
+        ) from error
+    block = SharedBlock(len(data))
+    block.whole.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return block

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+
+from offtrace.modules.collectors.frames import PackedRollout
+from offtrace.modules.collectors.memory import Key
+
+Copy = Callable[[Mapping[Key, Tensor]], dict[Key, Tensor]]
+"""Copies the entries of a rollout into the learner's own memory."""
 
 
 class Collector(Protocol):
@@ -33,6 +40,9 @@ class Collector(Protocol):
 
     def __next__(self) -> TensorDictBase:
         """The next rollout, in memory of its own; ``"worker"`` says who made it, ``"policy_version"`` with what."""
+
+    def take(self) -> PackedRollout:
+        """The same, each frame in it once: ``unpack(device)`` puts the stacks together there."""
 
     def update_policy(self, policy_or_weights: nn.Module | TensorDictBase | Mapping[str, Tensor]) -> int:
         """Gives the actors new weights, a copy, and returns the new version."""
@@ -70,8 +80,8 @@ class Backend(Protocol):
             KeyError: a weight is missing or unknown.
         """
 
-    def take(self, copied: Callable[[TensorDictBase], TensorDictBase]) -> tuple[TensorDictBase, int]:
-        """The next rollout ``[N, T]``, as ``copied`` gives it, and the number of its actor, from 0.
+    def take(self, copied: Copy) -> tuple[dict[Key, Tensor], torch.Size, int]:
+        """The next rollout's packed entries, as ``copied`` gives them, [N, T], and the number of its actor, from 0.
 
         The actor's memory may be written again once ``copied`` has returned. The actors' rollouts come in turn, so that
         the lag is bounded, and none is lost.

@@ -12,6 +12,8 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from offtrace.modules.collectors.buffer_pool import BufferPool
+from offtrace.modules.collectors.frames import FRAMES, PackedRollout
+from offtrace.modules.collectors.memory import Key
 from offtrace.modules.collectors.protocol import Backend
 from offtrace.modules.collectors.weights import named_tensors
 from offtrace.modules.keys import NEXT, POLICY_VERSION, VALID, WORKER
@@ -32,16 +34,18 @@ class RolloutCollector:
     Args:
         backend: runs the actors.
         frames_per_batch: N T, the size of a rollout.
+        frame_stack: frames in an observation, of which each comes from the backend once; 1: observations come whole.
 
     Attributes:
-        backend, frames_per_batch: as given.
+        backend, frames_per_batch, frame_stack: as given.
         order: maps N to a permutation of the environments in which to copy the next rollout out, or None. The copy is
             made anyway, so shuffling here is free.
         pin_memory: copy into page-locked memory, from which a transfer to a GPU need not wait.
     """
 
-    def __init__(self, backend: Backend, *, frames_per_batch: int) -> None:
+    def __init__(self, backend: Backend, *, frames_per_batch: int, frame_stack: int = 1) -> None:
         self.backend = backend
+        self.frame_stack = frame_stack
         self.frames_per_batch = frames_per_batch
         self.order: Callable[[int], Tensor] | None = None
         self.pin_memory = False
@@ -68,7 +72,11 @@ class RolloutCollector:
         return self
 
     def __next__(self) -> TensorDictBase:
-        """Next rollout ``[N, T]``.
+        """Next rollout ``[N, T]``; errors as of :meth:`take`."""
+        return self.take().unpack()
+
+    def take(self) -> PackedRollout:
+        """Next rollout ``[N, T]``, as it travels: each frame in it once.
 
         Raises:
             EnvironmentFailure: an actor raised, died or hung; its own message is in the text. All actors are ended.
@@ -77,15 +85,15 @@ class RolloutCollector:
         if self._closed:
             raise RuntimeError("the collector was shut down; make a new one")
         try:
-            rollout, worker = self.backend.take(self._copy_out)
+            entries, shape, worker = self.backend.take(self._copy_out)
         except Exception:
             self.shutdown()
             raise
-        rollout[WORKER] = self._stamp(worker, rollout.shape)
-        rollout[NEXT, POLICY_VERSION] = rollout[POLICY_VERSION]
-        if (NEXT, VALID) in rollout.keys(True):  # a simulator's word on the step; at the root it was on the one before
-            rollout[VALID] = rollout.pop((NEXT, VALID))
-        return rollout
+        entries[WORKER] = self._stamp(worker, shape)
+        entries[NEXT, POLICY_VERSION] = entries[POLICY_VERSION]
+        if (NEXT, VALID) in entries:  # a simulator's word on the step; at the root it was on the one before
+            entries[VALID] = entries.pop((NEXT, VALID))
+        return PackedRollout(entries, shape, self.frame_stack, self._memory)
 
     def update_policy(self, policy_or_weights: nn.Module | TensorDictBase | Mapping[str, Tensor]) -> int:
         """Give the actors new weights and return the new version.
@@ -119,22 +127,28 @@ class RolloutCollector:
         if not getattr(self, "_closed", True):
             self.shutdown()
 
-    def _copy_out(self, rollout: TensorDictBase) -> TensorDictBase:
-        order = None if self.order is None else self.order(rollout.shape[0])
+    def _copy_out(self, entries: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        order = None if self.order is None else self.order(self.num_envs)
 
-        def copied(source: Tensor) -> Tensor:
+        def copied(key: Key, source: Tensor) -> Tensor:
             if self.pin_memory:  # its allocator recycles by itself, and knows which transfers are under way
                 out = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             else:
                 out = self._memory.empty_like(source)
-            return out.copy_(source) if order is None else torch.index_select(source, 0, order, out=out)
+            if order is None or key == FRAMES:  # the order of frames is that of the places where stacks begin
+                return out.copy_(source)
+            return torch.index_select(source, 0, order, out=out)
 
-        return rollout.exclude(*_EXCLUDED).apply(copied)
+        return {key: copied(key, source) for key, source in entries.items() if _root(key) not in _EXCLUDED}
 
     def _stamp(self, worker: int, shape: torch.Size) -> Tensor:
         if self.pin_memory:
             return torch.full(shape, worker, pin_memory=True)
         return torch.tensor(worker).expand(shape)  # one number for all steps
+
+
+def _root(key: Key) -> str:
+    return key if isinstance(key, str) else key[0]
 
 
 def _shutdown_if_alive(reference: weakref.ref[RolloutCollector]) -> None:

@@ -1,22 +1,24 @@
 """The memory that the learner shares with its actors.
 
-The weights travel through one buffer guarded by a lock. The learner copies its parameters in and raises the version.
+The weights travel through one block guarded by a lock. The learner copies its parameters in and raises the version.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from offtrace.modules.collectors.memory import Key, SharedBlock, lay_out
 from offtrace.modules.envs import EnvironmentFailure
 
 _LOCK_TIMEOUT = 30.0
-_MESSAGE_LIMIT = 16_000  # characters; a pipe takes 64 KiB without a reader
+_LOCK_POLL = 2e-4
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -27,27 +29,40 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 class SharedWeights:
-    """The newest weights and their version, and with them heartbeats, error messages and the stop flag.
+    """The newest weights and their version, and with them heartbeats and the stop flag.
 
     Args:
         policy: gives names, shapes and first values of the weights.
-        workers: number of actor processes; 0 for one actor in the learner's own process.
-        context: the multiprocessing context the processes are started with.
+        workers: number of actors.
     """
 
-    def __init__(self, policy: nn.Module, workers: int, context: Any) -> None:
-        self.weights = {name: t.to("cpu", copy=True) for name, t in named_tensors(policy).items()}
-        self.state = torch.zeros(3, dtype=torch.int64)  # version, stop, environments of one actor
-        self.steps = torch.zeros(max(workers, 1), dtype=torch.int64)
-        self.beats = torch.zeros(max(workers, 1), dtype=torch.float64)  # time.monotonic() of the last step, seconds
-        self.lock: Any = threading.Lock()
-        self.errors: list[Any] = []
-        if workers:
-            for tensor in (*self.weights.values(), self.state, self.steps, self.beats):
-                tensor.share_memory_()
-            self.lock = context.Lock()
-            self.errors = [context.SimpleQueue() for _ in range(workers)]
-        self.parent = os.getpid()
+    def __init__(self, policy: nn.Module, workers: int) -> None:
+        weights = {_key(name): tensor for name, tensor in named_tensors(policy).items()}
+        # version, stop, environments of one actor; steps of each; time.monotonic() of the last one, seconds
+        books: dict[Key, Tensor] = {
+            "state": torch.zeros(3, dtype=torch.int64),
+            "steps": torch.zeros(workers, dtype=torch.int64),
+            "beats": torch.zeros(workers, dtype=torch.float64),
+        }
+        self._layout, size = lay_out({**weights, **books})
+        self._open(SharedBlock(size))
+        for key, tensor in weights.items():
+            self.weights[key[1]].copy_(tensor)
+
+    def _open(self, block: SharedBlock) -> None:
+        self._block = block
+        views = block.views(self._layout)
+        self.state, self.steps, self.beats = (views.pop(name) for name in ("state", "steps", "beats"))
+        self.weights = {key[1]: tensor for key, tensor in views.items()}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For an actor process: the block itself, not what is in it."""
+        return {"layout": self._layout, "block": self._block}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._layout = state["layout"]
+        self._open(state["block"])
 
     @property
     def version(self) -> int:
@@ -76,49 +91,49 @@ class SharedWeights:
 
         Raises:
             KeyError: when a weight is missing or unknown.
-            RuntimeError: when an actor died while it held the lock.
+            RuntimeError: when an actor holds the lock and does not go on.
         """
         if tensors.keys() != self.weights.keys():
             odd = sorted(tensors.keys() ^ self.weights.keys())
             raise KeyError(f"the weights do not fit the policy of the actors: {odd[:5]} are on one side only")
-        self._acquire()
-        try:
+        with self._locked():
             for name, buffer in self.weights.items():
                 buffer.copy_(tensors[name])
             self.state[0] += 1
             return int(self.state[0])
-        finally:
-            self.lock.release()
 
     def load_into(self, tensors: Mapping[str, Tensor]) -> int:
         """Copy the newest weights into ``tensors`` and return their version."""
-        self._acquire()
-        try:
+        with self._locked():
             for name, buffer in self.weights.items():
                 tensors[name].copy_(buffer)
             return int(self.state[0])
-        finally:
-            self.lock.release()
 
     def release(self) -> None:
-        """Let go of lock and queues, whose names stay in the file system as long as somebody holds them."""
-        self.lock, self.errors = threading.Lock(), []
-
-    def report(self, worker: int, message: str) -> None:
-        """Leave an error message for the learner."""
-        if self.errors:
-            self.errors[worker].put(message[-_MESSAGE_LIMIT:])
-
-    def errors_of(self, worker: int) -> str | None:
-        """First message that the actor left, or None."""
-        if self.errors and not self.errors[worker].empty():
-            return str(self.errors[worker].get())
-        return None
+        """Let go of the memory that was shared; the books stay as they are."""
+        self.state, self.steps, self.beats = (x.clone() for x in (self.state, self.steps, self.beats))
+        self.weights = {}
+        self._block.close()
+        del self._block
 
     def failure(self, error: Exception) -> EnvironmentFailure:
-        """What the learner raises for an error that no actor process has reported."""
+        """What the learner raises for an error in its own process."""
         return EnvironmentFailure(f"collection failed at step {int(self.steps[0])}: {type(error).__name__}: {error}")
 
-    def _acquire(self) -> None:
-        if not self.lock.acquire(timeout=_LOCK_TIMEOUT):
-            raise RuntimeError(f"the lock on the actors' weights was not free within {_LOCK_TIMEOUT:.0f} s")
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process, and one thread of it, at a time; who dies lets go."""
+        with self._lock:
+            limit = time.monotonic() + _LOCK_TIMEOUT
+            while not self._block.lock():
+                if time.monotonic() > limit:
+                    raise RuntimeError(f"the lock on the actors' weights was not free within {_LOCK_TIMEOUT:.0f} s")
+                time.sleep(_LOCK_POLL)
+            try:
+                yield
+            finally:
+                self._block.unlock()
+
+
+def _key(name: str) -> Key:
+    return ("weights", name)

@@ -101,6 +101,14 @@ def task_kind(name: str) -> Kind:
     return "gymnasium"
 
 
+def environment_module(name: str) -> str:
+    """Name of the module with the environments of the task's kind."""
+    return {
+        "atari": "offtrace.modules.envs.atari",
+        "dm_control": "offtrace.modules.envs.control",
+    }.get(task_kind(name), "offtrace.modules.envs.gym")
+
+
 def check_name(name: str) -> None:
     """Raises ``ValueError`` for a name that :func:`offtrace.modules.envs.make_env` refuses.
 

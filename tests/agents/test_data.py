@@ -14,6 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from offtrace.agents.data import PlainData, RolloutData
 from offtrace.agents.data.rollouts import Dealer
+from offtrace.modules.collectors import PackedRollout
 
 ENVS, STEPS = 6, 5
 
@@ -33,6 +34,10 @@ class Collector:
         sample = torch.arange(ENVS * STEPS).view(ENVS, STEPS) + self.taken * ENVS * STEPS
         self.taken += 1
         return TensorDict({"sample": sample if self.order is None else sample[self.order(ENVS)]}, [ENVS, STEPS])
+
+    def take(self) -> PackedRollout:
+        rollout = next(self)
+        return PackedRollout(dict(rollout.items(True, True)), rollout.shape, 1)
 
     def shutdown(self) -> None:
         self.closed = True

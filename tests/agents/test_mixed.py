@@ -21,7 +21,7 @@ from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.data import MixedData, ReplayData
 from offtrace.agents.optim import make_optimizer
-from offtrace.modules.collectors import make_collector
+from offtrace.modules.collectors import PackedRollout, make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.losses import ImpalaLoss
 from offtrace.modules.networks import build_policy
@@ -75,6 +75,10 @@ class Collector:
             rollout["valid"] = torch.ones(ENVS, STEPS, 1, dtype=torch.bool)
             rollout["valid"][:, 0] = False
         return rollout
+
+    def take(self) -> PackedRollout:
+        rollout = next(self)
+        return PackedRollout(dict(rollout.items(True, True)), rollout.shape, 1)
 
     def shutdown(self) -> None:
         """Nothing to end."""

@@ -7,7 +7,6 @@ the batch must agree at every single step.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -25,7 +24,6 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.collectors import MultiAsyncCollector
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
@@ -35,7 +33,6 @@ from offtrace.modules.collectors.buffer_pool import BufferPool
 from offtrace.modules.envs import EnvironmentFailure
 
 ENVS, STEPS = 4, 5
-_PREFIX = f"offtrace{os.getpid()}"
 
 
 class StampEnv(EnvBase):
@@ -109,8 +106,10 @@ def push(collector: RolloutCollector, policy: WeightPolicy) -> None:
 
 
 def _is_worker(process: psutil.Process) -> bool:
+    """A fork of the fork server has its command line, and the server itself is no worker."""
     try:
-        return "spawn_main" in " ".join(process.cmdline())
+        parent = process.parent()
+        return parent is not None and all("forkserver" in " ".join(p.cmdline()) for p in (process, parent))
     except psutil.NoSuchProcess:  # it has ended meanwhile, or ended before and nobody has asked how
         return False
 
@@ -141,16 +140,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """Names left in shared memory by this process and its workers, which inherit the prefix of their semaphores."""
+    """Names in shared memory, where neither learner nor actors leave any, and what this process maps of it."""
     folder = Path("/dev/shm")
-    return {p.name for p in folder.iterdir() if _PREFIX in p.name} if folder.exists() else set()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_names(sockets: None) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(multiprocessing.current_process()._config, "semprefix", "/" + _PREFIX)  # type: ignore[attr-defined]
-        yield
+    mapped = {f"{m.addr} {m.path}" for m in psutil.Process().memory_maps(grouped=False) if str(folder) in m.path}
+    return mapped | ({p.name for p in folder.iterdir()} if folder.exists() else set())
 
 
 @pytest.fixture(autouse=True)
@@ -285,15 +278,9 @@ WORKERS, UPDATES, ROLLOUTS = 2, 2, 8
 
 
 class SlowRun:
-    """What a learner saw that stands still in two of its updates.
+    """What a learner saw that stands still in two of its updates, until all actors have done what they may do."""
 
-    Args:
-        overwrites: until an actor has collected again over a rollout that nobody took; or else until all have done what
-            they may do, and longer than TorchRL's queue would let them wait.
-    """
-
-    def __init__(self, *, overwrites: bool = False) -> None:
-        self.overwrites = overwrites
+    def __init__(self) -> None:
         self.rollouts: list[TensorDictBase] = []
         self.lags: list[int] = []
         self.spawned: set[int] = set()
@@ -315,12 +302,9 @@ class SlowRun:
         shared = collector.backend._shared  # type: ignore[attr-defined]
         seeds = [int(rollout["observation"][0, 0, 2]) for rollout in self.rollouts]
         allowed = torch.tensor([seeds.count(actor_seed(3, 0, worker)) + 1 for worker in range(WORKERS)]) * STEPS
-        if self.overwrites:
-            assert wait_until(lambda: bool((shared.steps > allowed).any()))
-        else:
-            assert wait_until(lambda: bool((shared.steps == allowed).all()))
-            time.sleep(1.5)
-            assert (shared.steps == allowed).all()
+        assert wait_until(lambda: bool((shared.steps == allowed).all()))
+        time.sleep(0.5)
+        assert (shared.steps == allowed).all()
 
     def steps(self) -> dict[tuple[int, int], list[int]]:
         """Steps in the order of arrival by (seed, environment)."""
@@ -339,24 +323,10 @@ def slow_run() -> SlowRun:
     return SlowRun()
 
 
-@pytest.fixture(scope="module")
-def slow_run_on_torchrl_queue() -> SlowRun:
-    # undone before the fixture is handed out: a module's fixture lives on through the tests of our own queue
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("_queue_len", "iterator"):
-            patch.setattr(processes.RoundRobinCollector, name, getattr(MultiAsyncCollector, name))
-        return SlowRun(overwrites=True)
-
-
 @pytest.mark.slow
 def test_every_step_arrives_once(slow_run: SlowRun) -> None:
     assert slow_run.whole()
     assert {len(steps) for steps in slow_run.steps().values()} == {ROLLOUTS // WORKERS * STEPS}
-
-
-@pytest.mark.slow
-def test_the_queue_of_torchrl_would_lose_steps(slow_run_on_torchrl_queue: SlowRun) -> None:
-    assert not slow_run_on_torchrl_queue.whole()
 
 
 @pytest.mark.slow
@@ -374,7 +344,7 @@ def test_the_version_is_that_of_the_weights_that_acted(slow_run: SlowRun) -> Non
 
 
 @pytest.mark.slow
-def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun, slow_run_on_torchrl_queue: SlowRun) -> None:
+def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun) -> None:
     seeds = [int(rollout["observation"][0, 0, 2]) for rollout in slow_run.rollouts]
     assert seeds == [actor_seed(3, 0, 0), actor_seed(3, 0, 1)] * (ROLLOUTS // WORKERS)
     for rollout, worker in zip(slow_run.rollouts, [0, 1] * (ROLLOUTS // WORKERS), strict=True):
@@ -382,9 +352,9 @@ def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun, slow_run
         assert torch.equal(rollout["worker"], torch.full((ENVS, STEPS), worker))
     first, second = slow_run.rollouts[:2]
     assert (first["action"] != second["action"]).any()
-    again = {int(r["observation"][0, 0, 2]): r for r in reversed(slow_run_on_torchrl_queue.rollouts)}  # first of each
-    for rollout, seed in zip((first, second), seeds[:2], strict=True):
-        torch.testing.assert_close(rollout["action"], again[seed]["action"])
+    with make(WORKERS, seed=3) as collector:
+        for rollout in (first, second):
+            torch.testing.assert_close(rollout["action"], next(collector)["action"])
 
 
 @pytest.mark.slow
@@ -448,12 +418,11 @@ def test_an_actor_that_had_to_be_killed_is_waited_for(monkeypatch: pytest.Monkey
 # Ends of the learner's process: (how it ends, its exit code)
 
 _SCRIPT = """
-import multiprocessing, signal, sys
+import signal, sys
 sys.path.insert(0, {folder!r})
 from test_collectors import make
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background of a script ignore
-    multiprocessing.current_process()._config["semprefix"] = {prefix!r}
     env = {{"fail": "hang"}} if sys.argv[1] == "kill" else {{"delay": 0.01}}
     print("starting", flush=True)
     collector = make(1, env=env)
@@ -470,7 +439,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("end", ["raise", "interrupt", "interrupt while starting", "kill"])
 def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
     script = tmp_path / "learner.py"
-    script.write_text(_SCRIPT.format(folder=str(Path(__file__).parent), prefix="/" + _PREFIX))
+    script.write_text(_SCRIPT.format(folder=str(Path(__file__).parent)))
     with subprocess.Popen(
         [sys.executable, str(script), end],
         stdout=subprocess.PIPE,
@@ -495,7 +464,9 @@ def _interrupt(learner: subprocess.Popen[str], end: str) -> int:
     assert learner.stdout.readline() == "starting\n"
     if end == "interrupt while starting":
         root, found = psutil.Process(learner.pid), list[int]()
-        assert wait_until(lambda: bool(found.extend(p.pid for p in root.children() if _is_worker(p)) or found))
+        assert wait_until(
+            lambda: bool(found.extend(p.pid for p in root.children(recursive=True) if _is_worker(p)) or found)
+        )
         time.sleep(1.0)  # it imports
         worker = found[0]
     else:
