@@ -13,7 +13,7 @@ from offtrace.agents.config import (
     FeedForwardConfig,
     Group,
     OffPolicyConfig,
-    ReplayConfig,
+    RecurrentReplayConfig,
     ReplayTrainConfig,
     TargetAdamConfig,
     check_estimator,
@@ -79,8 +79,8 @@ class ReactorNetworkConfig(FeedForwardConfig):
         checks.categorical()
 
 
-def _replay() -> ReplayConfig:
-    return ReplayConfig(
+def _replay() -> RecurrentReplayConfig:
+    return RecurrentReplayConfig(
         capacity=200_000, batch_size=4 * 32, length=32, samples_per_insert=8.0, min_size=10_000,
         sampler="lazy", alpha=1.0, beta=1.0, epsilon=0.1,
     )  # fmt: skip
@@ -101,7 +101,7 @@ class ReactorConfig(OffPolicyConfig):
     env: EnvConfig = field(default_factory=lambda: EnvConfig(num_envs=8))
     network: ReactorNetworkConfig = field(default_factory=ReactorNetworkConfig)
     collector: CollectorConfig = field(default_factory=lambda: CollectorConfig(num_workers=0, unroll=16))
-    replay: ReplayConfig = field(default_factory=_replay)
+    replay: RecurrentReplayConfig = field(default_factory=_replay)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: TargetAdamConfig = field(default_factory=_optim)
     train: ReplayTrainConfig = field(default_factory=_train)

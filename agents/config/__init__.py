@@ -8,7 +8,7 @@ from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig, RatioRe
 from offtrace.agents.config.network import FeedForwardConfig, NetworkConfig, SeparateNetworksConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
 from offtrace.agents.config.optim import AdamConfig, OptimConfig, SeparateOptimConfig, TargetAdamConfig
-from offtrace.agents.config.replay import ReplayConfig
+from offtrace.agents.config.replay import RecurrentReplayConfig, ReplayConfig
 from offtrace.agents.config.rollouts import RolloutConfig
 from offtrace.agents.config.train import ReplayTrainConfig, RolloutTrainConfig, TrainConfig
 
@@ -27,6 +27,7 @@ __all__ = [
     "OffPolicyConfig",
     "OptimConfig",
     "RatioReplayConfig",
+    "RecurrentReplayConfig",
     "ReplayConfig",
     "ReplayTrainConfig",
     "RolloutConfig",

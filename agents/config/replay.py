@@ -56,3 +56,25 @@ class ReplayConfig(Group):
                 f"{at}.capacity is {self.capacity}; it must hold {at}.batch_size, {self.batch_size}, and "
                 f"{at}.min_size, {self.min_size}"
             )
+
+
+@dataclass
+class RecurrentReplayConfig(ReplayConfig):
+    """The replay."""
+
+    burn_in: int = 0
+    """Recurrent networks only: steps in front of a replayed sequence that the network is run over, from the stored
+    state, to renew the state (R2D2); 0: the stored state."""
+    whole_episodes: bool = False
+    """Recurrent networks only: replayed rows go through whole episodes from their start, a sequence in each batch, and
+    the state is computed anew (LASER)."""
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        super().check(at)
+        Checks(self, at).at_least(0, "burn_in")
+        if self.whole_episodes and self.prioritized:
+            raise ConfigError(
+                f"{at}.sampler is {self.sampler}; with {at}.whole_episodes rows go on where they were, and have no "
+                "priorities: it must be uniform"
+            )

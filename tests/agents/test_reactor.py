@@ -62,13 +62,21 @@ def fit(config: ReactorConfig, folder: Path, *, stop: int, resume: Path | None =
     return agent, data
 
 
+SLOW_FORMS: list[dict[str, Any]] = [
+    {"sampler": "prioritized"},
+    {"sampler": "uniform"},
+    {"sampler": "uniform", "whole_episodes": True},
+]
+
+
 @pytest.mark.parametrize(
-    "sampler", ["lazy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("prioritized", "uniform"))]
+    "form", [{"sampler": "lazy", "burn_in": 3}, *(pytest.param(form, marks=pytest.mark.slow) for form in SLOW_FORMS)]
 )
-def test_k_and_k_updates_are_2k(tmp_path: Path, sampler: Any) -> None:
+def test_k_and_k_updates_are_2k(tmp_path: Path, form: dict[str, Any]) -> None:
     """Bit for bit: weights, targets, replay with its recurrent states and priorities, and counters."""
     k, config = 6, small(12)
-    config.replay.sampler = sampler
+    for name, value in form.items():
+        setattr(config.replay, name, value)
     half, _ = fit(config, tmp_path / "one" / "a", stop=k)
     resumed, resumed_data = fit(config, tmp_path / "one" / "b", stop=2 * k, resume=tmp_path / "one" / "a" / "last.ckpt")
     whole, data = fit(config, tmp_path / "other" / "c", stop=2 * k, renew=k)
@@ -172,6 +180,8 @@ def test_any_estimator_of_every_step_learns_from_sequences() -> None:
         ("replay", "capacity", 60, r"replay\.capacity is 60; for 4 environments and a collector\.unroll of 6"),
         ("replay", "length", 1, r"replay\.length is 1; Reactor's samples are sequences: at least 2"),
         ("replay", "length", 6, r"replay\.batch_size is 20; .* sequences of replay\.length, 6, steps"),
+        ("replay", "burn_in", -1, r"replay\.burn_in is -1; it must be at least 0"),
+        ("replay", "whole_episodes", True, r"replay\.sampler is lazy; with replay\.whole_episodes .* must be uniform"),
         ("replay", "epsilon", 1.1, r"replay\.epsilon is 1\.1; it must be between 0 and 1"),
         ("replay", "min_size", 10, r"replay\.min_size is 10; for batches of 4 sequences of 5 steps"),
         ("loss", "clip", 0.0, r"loss\.clip is 0\.0; it must be above 0; inf never truncates"),
