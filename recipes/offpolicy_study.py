@@ -2,8 +2,9 @@
 
 In the spirit of table 2 of Espeholt et al. 2018, arXiv 1802.01561, on tasks of seconds: the actors' weights are a fixed
 number of updates old, and a share of every batch comes from a replay of recent rollouts. Everything happens in order in
-one process per training: a rollout, an update, a push of old weights. No trust region and no normalised advantages,
-which would hide what a correction does.
+one process per training: a rollout, an update, a push of old weights. The first five arms differ in their estimator
+alone, without trust region and normalised advantages, which would hide what a correction does. The last three are the
+policy updates of ACER, LASER and Reactor as they are published, trust regions included.
 
 Written to the folder: study.csv (a finished training is kept and not run again), study.md, study.png.
 """
@@ -24,7 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from offtrace.agents.config import ConfigError
 from offtrace.modules.naming import nearest
@@ -37,14 +38,34 @@ if TYPE_CHECKING:
 
     from offtrace.modules.networks import Policy
 
-ESTIMATORS = {
-    "vtrace": "vtrace",
-    "retrace": "retrace",
-    "importance_sampling": "importance_sampling",
-    "one_step": "one_step",
-    "none": "gae",
+
+class Arm(NamedTuple):
+    """How a training learns: the loss by its name in ``offtrace.modules``, its estimator and options.
+
+    ``critic`` is ``"v"`` or ``"q"``; ``target`` what follows the networks of the loss after every update, of itself or
+    of ``every`` so many: ``tau`` is the part by which it moves.
+    """
+
+    loss: str
+    estimator: str
+    critic: str = "v"
+    options: dict[str, Any] = {}  # noqa: RUF012  of a NamedTuple
+    tau: float = 0.0
+    every: int = 1
+
+
+ARMS = {
+    "vtrace": Arm("ImpalaLoss", "vtrace"),
+    "retrace": Arm("QActorCriticLoss", "retrace", "q"),
+    "importance_sampling": Arm("ImpalaLoss", "importance_sampling"),
+    "one_step": Arm("ImpalaLoss", "one_step"),
+    "none": Arm("ImpalaLoss", "gae"),
+    "acer": Arm("ACERLoss", "retrace", "q", tau=0.01),
+    "laser": Arm("ImpalaLoss", "vtrace", options={"max_kl": 0.2, "entropy_on_replay": False}),
+    # the paper copies its target after 1,000 updates, three times as many as a training here has
+    "reactor": Arm("ReactorLoss", "retrace", "q", tau=1.0, every=10),
 }
-"""Names in table and figure, and the estimators of the losses."""
+"""Names in table and figure."""
 LAGS = (0, 1, 4, 16, 64)
 MEMORY = 100
 """Rollouts that the replay holds."""
@@ -89,31 +110,36 @@ def train(cell: Cell, task: Task, observe: Observer | None = None) -> Result:
     """One training; deterministic but for ``seconds``.
 
     Args:
-        cell: estimator, lag, share of replay, seed.
+        cell: arm, lag, share of replay, seed.
         task: what everything else is.
         observe: called before each update with its number, the fresh rollout and the learner's policy.
     """
     import torch
     from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-    from offtrace.modules import ImpalaLoss, QActorCriticLoss, build_policy
+    from offtrace import modules
+    from offtrace.modules.keys import INDEX
+    from offtrace.modules.losses import FastHardUpdate, FastSoftUpdate
     from offtrace.recipes import study_tasks
 
     start = time.perf_counter()
     torch.manual_seed(cell.seed)
     kind: type[study_tasks.ArrayTask] = getattr(study_tasks, cell.task)
-    env = kind(task.num_envs, cell.seed)
+    env, arm = kind(task.num_envs, cell.seed), ARMS[cell.arm]
     network: dict[str, Any] = {
         "network": "mlp", "observation_shape": [env.features], "num_actions": env.num_actions, "hidden": task.hidden,
-        "critic": "q" if cell.estimator == "retrace" else "v",
+        "critic": arm.critic,
     }  # fmt: skip
-    policy, actor = build_policy(**network), build_policy(**network)
-    kind_of_loss = QActorCriticLoss if cell.estimator == "retrace" else ImpalaLoss
-    loss = kind_of_loss(
-        policy, estimator=f"{ESTIMATORS[cell.estimator]}(lmbda={task.lmbda})", gamma=task.gamma,
-        value_coef=task.value_coef, entropy_coef=task.entropy_coef, reduction="mean",
+    learner, actor = modules.build_policy(**network), modules.build_policy(**network)
+    loss = getattr(modules, arm.loss)(
+        learner, estimator=f"{arm.estimator}(lmbda={task.lmbda})", gamma=task.gamma, value_coef=task.value_coef,
+        entropy_coef=task.entropy_coef, reduction="mean", **arm.options,
     )  # fmt: skip
-    optimizer = torch.optim.Adam(policy.parameters(), lr=task.lr, eps=1e-5)
+    policy = loss.policy
+    follower: Any = None
+    if arm.tau:
+        follower = FastHardUpdate(loss) if arm.tau == 1 else FastSoftUpdate(loss, tau=arm.tau)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=task.lr, eps=1e-5)
     memory = ReplayBuffer(storage=LazyTensorStorage(MEMORY * task.num_envs))
     replayed = task.replayed(cell.replay)
     past = deque([_weights(policy)], maxlen=cell.lag + 1)
@@ -127,16 +153,19 @@ def train(cell: Cell, task: Task, observe: Observer | None = None) -> Result:
         if observe is not None:
             observe(update, batch, policy)
         if replayed:
+            batch[INDEX] = torch.zeros(batch.shape, dtype=torch.long)
             memory.extend(batch)
-            batch = torch.cat([batch, memory.sample(replayed)])
+            batch = torch.cat([batch.set(INDEX, torch.full(batch.shape, -1)), memory.sample(replayed)])
         out = loss(batch)
         optimizer.zero_grad()
         (out["loss_policy"] + out["loss_value"] + out["loss_entropy"]).backward()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), task.clip_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), task.clip_grad_norm)
         if norm.isfinite():
             optimizer.step()
         else:  # plain importance sampling overflows
             skipped += 1
+        if follower is not None and (update + 1) % arm.every == 0:
+            follower.step()
         past.append(_weights(policy))
         for name, values in diagnostics.items():
             values.append(float(out[name]))
@@ -196,7 +225,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one seed, three lags, no replay: a minute or two")
     parser.add_argument("--folder", type=Path, default=Path("runs/offpolicy_study"), help="for csv, table and figure")
     parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(TASKS)}")
-    parser.add_argument("--estimators", nargs="+", help=f"default: {' '.join(ESTIMATORS)}")
+    parser.add_argument("--arms", nargs="+", help=f"default: {' '.join(ARMS)}")
     parser.add_argument("--lags", nargs="+", type=int, help=f"in updates; default: {' '.join(map(str, LAGS))}")
     parser.add_argument("--replay", nargs="+", type=float, help="shares of a batch; default: 0 0.5")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2 3 4")
@@ -207,13 +236,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     quick: dict[str, Any] = {"lags": [0, 4, 64], "replay": [0.0], "seeds": [0]}
     full: dict[str, Any] = {
-        "tasks": list(TASKS), "estimators": list(ESTIMATORS), "lags": list(LAGS), "replay": [0.0, 0.5],
+        "tasks": list(TASKS), "arms": list(ARMS), "lags": list(LAGS), "replay": [0.0, 0.5],
         "seeds": [0, 1, 2, 3, 4],
     }  # fmt: skip
     for name, value in (full | quick if args.quick else full).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, known in (("tasks", tuple(TASKS)), ("estimators", tuple(ESTIMATORS))):
+    for name, known in (("tasks", tuple(TASKS)), ("arms", tuple(ARMS))):
         for word in getattr(args, name):
             if word not in known:
                 raise ConfigError(f"--{name} has {word}; they must be of {', '.join(known)}{nearest(word, known)}")
@@ -280,10 +309,8 @@ def study(args: argparse.Namespace, tasks: dict[str, Task] | None = None) -> int
     rows = read_rows(path)
     # seeds first, so that a study that is stopped has whole seeds
     wanted = dict.fromkeys(
-        Cell(task, replay, estimator, lag, seed, args.updates or tasks[task].updates, tasks[task].digest())
-        for seed, task, replay, lag, estimator in itertools.product(
-            args.seeds, args.tasks, args.replay, args.lags, args.estimators
-        )
+        Cell(task, replay, arm, lag, seed, args.updates or tasks[task].updates, tasks[task].digest())
+        for seed, task, replay, lag, arm in itertools.product(args.seeds, args.tasks, args.replay, args.lags, args.arms)
     )
     missing = [cell for cell in wanted if cell not in rows]
     soon = "; the first takes about half a minute" if missing else ""
@@ -297,7 +324,7 @@ def study(args: argparse.Namespace, tasks: dict[str, Task] | None = None) -> int
         left = (time.perf_counter() - start) / count * (len(missing) - count)
         print(
             f"{count}/{len(missing)} {cell.task} seed {cell.seed}, {cell.replay:.0%} replay, lag {cell.lag}, "
-            f"{cell.estimator}: return {result.score:.3g}, trace {result.trace_length:.2g}, about {left / 60:.0f} min "
+            f"{cell.arm}: return {result.score:.3g}, trace {result.trace_length:.2g}, about {left / 60:.0f} min "
             "left",
             flush=True,
         )
@@ -305,8 +332,8 @@ def study(args: argparse.Namespace, tasks: dict[str, Task] | None = None) -> int
     if missing:
         run_cells(missing, processes=args.processes, done=done, tasks=tasks)
     chosen = {cell: rows[cell] for cell in wanted}
-    write_table(args.folder / "study.md", chosen, estimators=args.estimators)
-    draw(args.folder / "study.png", chosen, estimators=args.estimators)
+    write_table(args.folder / "study.md", chosen, arms=args.arms)
+    draw(args.folder / "study.png", chosen, arms=args.arms)
     print(f"written: {', '.join(str(args.folder / name) for name in ('study.csv', 'study.md', 'study.png'))}")
     return 0
 

@@ -21,7 +21,7 @@ class Cell:
     task: str
     replay: float
     """Share of a batch's unrolls that comes from the replay."""
-    estimator: str
+    arm: str
     lag: int
     """Age in updates of the weights that act."""
     seed: int
@@ -95,15 +95,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def grouped(rows: Rows, value: str) -> dict[tuple[str, float], dict[str, dict[int, list[float]]]]:
-    """Values of the seeds by (task, replay), estimator and lag."""
+    """Values of the seeds by (task, replay), arm and lag."""
     out: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for cell, result in sorted(rows.items(), key=lambda item: item[0]):
-        out[cell.task, cell.replay][cell.estimator][cell.lag].append(getattr(result, value))
+        out[cell.task, cell.replay][cell.arm][cell.lag].append(getattr(result, value))
     return out
 
 
-def write_table(path: Path, rows: Rows, *, estimators: Iterable[str]) -> None:
-    """Markdown, for each task and share of replay: estimator by lag, mean return [95 % interval], and trace lengths."""
+def write_table(path: Path, rows: Rows, *, arms: Iterable[str]) -> None:
+    """Markdown, for each task and share of replay: arm by lag, mean return [95 % interval], and trace lengths."""
     lines = []
     traces = grouped(rows, "trace_length")
     for (task, replay), table in grouped(rows, "score").items():
@@ -115,8 +115,8 @@ def write_table(path: Path, rows: Rows, *, estimators: Iterable[str]) -> None:
             (f"{title}: return by lag, {kind}", table, _with_interval),
             (f"{title}: steps a trace carries, by lag", traces[task, replay], _mean),
         ):
-            lines += [heading, "", _row(["estimator", *map(str, lags)]), _row(["---"] * (len(lags) + 1))]
-            shown = [name for name in estimators if name in source]
+            lines += [heading, "", _row(["arm", *map(str, lags)]), _row(["---"] * (len(lags) + 1))]
+            shown = [name for name in arms if name in source]
             lines += [_row([name, *(show(source[name].get(lag, [])) for lag in lags)]) for name in shown]
             lines.append("")
     path.write_text("\n".join(lines))
@@ -142,8 +142,8 @@ def _number(x: float) -> str:
     return f"{round(x, 6) + 0.0:.3g}"
 
 
-def draw(path: Path, rows: Rows, *, estimators: Sequence[str]) -> None:
-    """A PNG: return and trace length against lag, one line with its interval per estimator."""
+def draw(path: Path, rows: Rows, *, arms: Sequence[str]) -> None:
+    """A PNG: return and trace length against lag, one line with its interval per arm."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -154,16 +154,16 @@ def draw(path: Path, rows: Rows, *, estimators: Sequence[str]) -> None:
     labels: dict[str, Any] = {}
     for line, (value, name) in enumerate((("score", "return"), ("trace_length", "steps a trace carries"))):
         for axis, key in zip(axes[line], columns, strict=True):
-            for index, estimator in enumerate(estimators):
-                by_lag = grouped(rows, value)[key].get(estimator, {})
+            for index, arm in enumerate(arms):
+                by_lag = grouped(rows, value)[key].get(arm, {})
                 if not by_lag:
                     continue
                 lags = sorted(by_lag)
                 low, high = zip(*(interval(by_lag[lag]) for lag in lags), strict=True)
                 means = [np.mean(by_lag[lag]) for lag in lags]
-                (drawn,) = axis.plot(lags, means, color=f"C{index}", marker="o", markersize=3, label=estimator)
+                (drawn,) = axis.plot(lags, means, color=f"C{index}", marker="o", markersize=3, label=arm)
                 axis.fill_between(lags, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
-                labels[estimator] = drawn
+                labels[arm] = drawn
             axis.set_xscale("symlog", linthresh=1)
             axis.set_xticks(sorted({cell.lag for cell in rows}), [str(x) for x in sorted({c.lag for c in rows})])
             axis.minorticks_off()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from offtrace import modules
 from offtrace.modules.networks import build_policy
 from offtrace.recipes import offpolicy_study as study
 from offtrace.recipes.study_report import Cell, _number, interval, read_rows
@@ -103,9 +105,36 @@ def test_half_of_the_batch_is_replayed_and_everything_is_deterministic() -> None
     assert first.frames == fresh.frames == 10 * 4 * 6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["acer", "laser", "reactor"])
+def test_the_published_updates_learn_from_fresh_and_replayed_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh rows are told from replayed ones, and what must follow the networks does."""
+    given: list[Any] = []
+    kind = getattr(modules, study.ARMS[name].loss)
+    forward = kind.forward
+
+    def spy(self: Any, batch: Any) -> Any:
+        averages = self._modules.get("target_policy_params")
+        moved = None if averages is None else [x.clone() for x in averages.values(True, True)]
+        given.append((batch["index"].clone(), moved))
+        return forward(self, batch)
+
+    monkeypatch.setattr(kind, "forward", spy)
+    study.train(Cell("Catch", 0.5, name, 2, 3, 12, ""), TINY["Catch"])
+    assert len(given) == 12
+    assert all(index.tolist() == [[-1] * 6] * 4 + [[0] * 6] * 4 for index, _ in given)
+    changes = [
+        any(not torch.equal(x, y) for x, y in zip(one[1], other[1], strict=True))
+        for one, other in itertools.pairwise(given)
+        if one[1] is not None
+    ]
+    expected = {"acer": [True] * 11, "laser": [], "reactor": [False] * 9 + [True, False]}
+    assert changes == expected[name]
+
+
 def arguments(folder: Path, *more: str) -> Any:
     words = ["--folder", str(folder), "--tasks", "CartPole", "--lags", "0", "2", "--replay", "0", "--updates", "10"]
-    return study.parse([*words, "--estimators", "vtrace", "none", "--seeds", "0", *more])
+    return study.parse([*words, "--arms", "vtrace", "none", "--seeds", "0", *more])
 
 
 @pytest.mark.slow
@@ -124,14 +153,14 @@ def test_files_agree_and_what_has_finished_is_not_run_again(
     assert len(ran) == 4
     with open(tmp_path / "study.csv") as file:
         table = list(csv.DictReader(file))
-    assert [(row["estimator"], row["lag"]) for row in table] == [(cell.estimator, str(cell.lag)) for cell in ran]
+    assert [(row["arm"], row["lag"]) for row in table] == [(cell.arm, str(cell.lag)) for cell in ran]
     assert (tmp_path / "study.png").read_bytes()[:4] == b"\x89PNG"
     text = (tmp_path / "study.md").read_text()
     for row in table:
         assert f"{float(row['score']):.3g}" in text
         assert f"{float(row['trace_length']):.3g}" in text
     # on-policy the two are one, and stale data shortens the trace of the one that corrects
-    rows = {(cell.estimator, cell.lag): result for cell, result in read_rows(tmp_path / "study.csv").items()}
+    rows = {(cell.arm, cell.lag): result for cell, result in read_rows(tmp_path / "study.csv").items()}
     assert rows["vtrace", 0].score == rows["none", 0].score
     assert rows["vtrace", 0].ess == pytest.approx(1)
     assert rows["vtrace", 2].trace_length < rows["none", 2].trace_length
@@ -150,7 +179,7 @@ def test_files_agree_and_what_has_finished_is_not_run_again(
         both = [
             result.score
             for cell, result in read_rows(tmp_path / "study.csv").items()
-            if (cell.estimator, cell.lag, cell.settings) == (estimator, lag, TINY["CartPole"].digest())
+            if (cell.arm, cell.lag, cell.settings) == (estimator, lag, TINY["CartPole"].digest())
         ]
         low, high = interval(both)
         assert f"{np.mean(both):.3g} [{low:.3g}, {high:.3g}]" in text
@@ -183,7 +212,7 @@ def test_an_interrupted_study_ends_its_processes_and_keeps_what_has_finished(tmp
         "--seeds",
         "0",
     ]
-    words = [*command, "--tasks", "CartPole", "--updates", "10", "--estimators", "vtrace"]
+    words = [*command, "--tasks", "CartPole", "--updates", "10", "--arms", "vtrace"]
     assert subprocess.run(words, timeout=300, capture_output=True).returncode == 0
     words[words.index("10")] = "1000000"
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -214,8 +243,8 @@ def test_intervals() -> None:
     ("words", "message"),
     [
         (
-            ["--estimators", "vtrace", "retraec"],
-            "--estimators has retraec; they must be of vtrace, .*did you mean retrace?",
+            ["--arms", "vtrace", "retraec"],
+            "--arms has retraec; they must be of vtrace, .*did you mean retrace?",
         ),
         (["--tasks", "Pong"], "--tasks has Pong; they must be of CartPole, Catch"),
         (["--lags", "-1"], "--lags has -1; it must be at least 0"),
