@@ -152,6 +152,11 @@ class Config:
         return True
 
     @property
+    def rollouts_per_batch(self) -> int:
+        """Rollouts of different actors that are taken together."""
+        return 1
+
+    @property
     def task(self) -> str:
         """Name of the environment, for :func:`offtrace.modules.envs.make_env`."""
         return self.env.task

@@ -136,7 +136,7 @@ class MixedConfig(RolloutConfig):
     @property
     def sequences_per_batch(self) -> int:
         """Those sampled at a time: as many as a fresh batch has environments, or the share of its batch."""
-        found: int = self.replay.rows(self.env.num_envs // self.train.minibatches)
+        found: int = self.replay.rows(self.env.num_envs * self.rollouts_per_batch // self.train.minibatches)
         return found
 
     def validate(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offtrace.agents.config.base import Config, ConfigError
+from offtrace.agents.config.base import Config, ConfigError, count
 
 if TYPE_CHECKING:
     from offtrace.agents.config.optim import AdamConfig
@@ -30,10 +30,28 @@ class RolloutConfig(Config):
         """``collector.sync_every``, or all updates on a rollout."""
         return self.collector.sync_every or self.train.minibatches * self.train.epochs
 
+    @property
+    def rollouts_per_batch(self) -> int:
+        """As :attr:`Config.rollouts_per_batch`, by ``train.unrolls``."""
+        return max(1, self.train.unrolls // self.env.num_envs)
+
     def validate(self) -> None:
-        """As :meth:`Config.validate`; the minibatches divide what is dealt to them."""
+        """As :meth:`Config.validate`; the actors give what is dealt, and the minibatches divide it."""
         super().validate()
-        dealt, what = self.env.num_envs, f"env.num_envs, {self.env.num_envs}"
+        unrolls, envs, actors = self.train.unrolls, self.env.num_envs, max(1, self.collector.num_workers)
+        if unrolls % envs:
+            raise ConfigError(
+                f"train.unrolls is {unrolls}; an actor gives one of each of its environments: it must be a multiple "
+                f"of env.num_envs, {envs}"
+            )
+        if unrolls > envs * actors:
+            raise ConfigError(
+                f"train.unrolls is {unrolls}; {count(actors, 'actor')} (collector.num_workers) of "
+                f"{count(envs, 'environment')} (env.num_envs) can give {envs * actors}: it must be at most that"
+            )
+        dealt, what = envs * self.rollouts_per_batch, f"env.num_envs, {envs}"
+        if unrolls:
+            what = f"train.unrolls, {unrolls}"
         if self.deals_steps:
             dealt *= self.collector.unroll
             what = f"the {dealt} steps of a rollout (env.num_envs times collector.unroll)"

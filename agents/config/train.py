@@ -55,11 +55,15 @@ class RolloutTrainConfig(TrainConfig):
     """Updates a rollout is dealt to."""
     epochs: int = 4
     """Passes over a rollout."""
+    unrolls: int = 0
+    """Unrolls, of one environment each, that are dealt together. More than env.num_envs come from several actors, which
+    makes batches larger or data younger; 0: those of one actor."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         super().check(at)
         Checks(self, at).at_least(1, "minibatches", "epochs")
+        Checks(self, at).at_least(0, "unrolls")
 
 
 @dataclass

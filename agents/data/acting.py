@@ -294,4 +294,5 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
         threads_per_worker=config.collector.threads,
         device=config.collector.device,
         frame_stack=frame_stack,
+        rollouts_per_batch=config.rollouts_per_batch,
     )

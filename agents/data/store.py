@@ -154,7 +154,7 @@ class StoringData(ActingData):
         raise NotImplementedError(f"{type(self).__name__} must define begin_empty")
 
     def insert(self, rollout: TensorDictBase) -> None:
-        """Inserts a rollout ``[N, T]`` of one actor, its environments in their own order.
+        """Inserts a rollout ``[N, T]`` of one actor or several, their environments in their own order.
 
         Raises:
             EnvironmentFailure: the simulator has failed in every step for long.
@@ -165,7 +165,8 @@ class StoringData(ActingData):
             raise EnvironmentFailure(
                 f"the simulator failed in each of the last {self._failed} steps; there is nothing to learn from"
             )
-        self._open.extend(rollout)
+        for part in rollout.split(self._open.num_envs):  # of one actor each
+            self._open.extend(part)
 
     def sample(self, number: int | None = None) -> TensorDictBase:
         """A batch of so many samples, by default the replay's own; the sampler anneals with the training."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,19 +18,20 @@ from offtrace.modules.collectors.rollouts import RolloutCollector
 from offtrace.modules.collectors.weights import SharedWeights
 
 
-def lag_bound(num_workers: int, updates_per_rollout: int, push_interval: int = 1) -> int:
+def lag_bound(num_workers: int, updates: int, push_interval: int = 1, rollouts_per_batch: int = 1) -> int:
     """Largest policy lag, in learner updates, that a sample can have when it is used.
 
-    Let the learner make U updates on each rollout and push its weights every P updates. Rollouts are taken from the W
-    workers in turn, and a worker begins its next rollout when its last one is taken. From then until that next rollout
-    is taken the learner works on one rollout of every worker, W U updates; the last update on it sees U - 1 more. The
-    weights pushed last were at most P - 1 updates old when the rollout began. So
+    Let the learner make U updates on R rollouts that it takes together, and push its weights every P updates. Rollouts
+    are taken from the W workers in turn, and a worker begins its next rollout when its last one is taken. Its next one
+    is the W-th behind that, and so at most ceil(W / R) takings away: from its beginning until it is taken the learner
+    makes at most so many times U updates. The last update on it sees U - 1 more. The weights pushed last were at most
+    P - 1 updates old when the rollout began. So
 
-        lag <= W U + (U - 1) + (P - 1).
+        lag <= ceil(W / R) U + (U - 1) + (P - 1).
 
     In process (W = 0) the rollout begins when it is asked for, and the formula holds with W = 0.
     """
-    return num_workers * updates_per_rollout + (updates_per_rollout - 1) + (push_interval - 1)
+    return math.ceil(num_workers / rollouts_per_batch) * updates + (updates - 1) + (push_interval - 1)
 
 
 def make_collector(
@@ -45,6 +47,7 @@ def make_collector(
     threads_per_worker: int = 1,
     device: str | torch.device = "cpu",
     frame_stack: int = 1,
+    rollouts_per_batch: int = 1,
 ) -> Collector:
     """Collector of rollouts ``[N, T]``, in process or in N processes.
 
@@ -62,10 +65,12 @@ def make_collector(
         frame_stack: frames that an observation stacks along its first dimension, the newest last, each the one before
             moved by one frame within an episode. Then each frame travels once, a fifth or less of the bytes, and the
             learner puts the stacks together again. 1: observations travel whole.
+        rollouts_per_batch: R, rollouts of different actors that are taken together and come as one ``[R N, T]``; at
+            most the number of actors.
 
     Raises:
-        ValueError: a size is not positive, frames_per_batch does not divide by N, or what actor processes need does not
-            pickle.
+        ValueError: a size is not positive or larger than the actors allow, frames_per_batch does not divide by N, or
+            what actor processes need does not pickle.
         EnvironmentFailure: an actor process did not come up; its own message is in the text.
     """
     for name, value, least in (
@@ -73,9 +78,15 @@ def make_collector(
         ("num_workers", num_workers, 0),
         ("threads_per_worker", threads_per_worker, 1),
         ("frame_stack", frame_stack, 1),
+        ("rollouts_per_batch", rollouts_per_batch, 1),
     ):
         if value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if rollouts_per_batch > max(1, num_workers):
+        raise ValueError(
+            f"rollouts_per_batch is {rollouts_per_batch}; they come from different actors, so it must be at most "
+            f"{max(1, num_workers)}, their number"
+        )
     if step_timeout <= 0:
         raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds")
     actor = copy.deepcopy(policy).to("cpu")
@@ -87,4 +98,6 @@ def make_collector(
         backend = LocalBackend(spec, shared)
     else:
         backend = ProcessBackend(spec, shared, step_timeout=step_timeout)
-    return RolloutCollector(backend, frames_per_batch=frames_per_batch, frame_stack=frame_stack)
+    return RolloutCollector(
+        backend, frames_per_batch=frames_per_batch, frame_stack=frame_stack, rollouts_per_batch=rollouts_per_batch
+    )

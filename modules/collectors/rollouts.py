@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from offtrace.modules.collectors.buffer_pool import BufferPool
-from offtrace.modules.collectors.frames import FRAMES, PackedRollout
+from offtrace.modules.collectors.frames import FIRST, FRAMES, PackedRollout
 from offtrace.modules.collectors.memory import Key
 from offtrace.modules.collectors.protocol import Backend
 from offtrace.modules.collectors.weights import named_tensors
@@ -33,20 +33,24 @@ class RolloutCollector:
 
     Args:
         backend: runs the actors.
-        frames_per_batch: N T, the size of a rollout.
+        frames_per_batch: N T, the size of an actor's rollout.
         frame_stack: frames in an observation, of which each comes from the backend once; 1: observations come whole.
+        rollouts_per_batch: R, rollouts of different actors that come as one ``[R N, T]``.
 
     Attributes:
-        backend, frames_per_batch, frame_stack: as given.
+        backend, frame_stack, rollouts_per_batch: as given.
+        frames_per_batch: R N T.
         order: maps N to a permutation of the environments in which to copy the next rollout out, or None. The copy is
             made anyway, so shuffling here is free.
         pin_memory: copy into page-locked memory, from which a transfer to a GPU need not wait.
     """
 
-    def __init__(self, backend: Backend, *, frames_per_batch: int, frame_stack: int = 1) -> None:
+    def __init__(
+        self, backend: Backend, *, frames_per_batch: int, frame_stack: int = 1, rollouts_per_batch: int = 1
+    ) -> None:
         self.backend = backend
-        self.frame_stack = frame_stack
-        self.frames_per_batch = frames_per_batch
+        self.frame_stack, self.rollouts_per_batch = frame_stack, rollouts_per_batch
+        self.frames_per_batch = frames_per_batch * rollouts_per_batch
         self.order: Callable[[int], Tensor] | None = None
         self.pin_memory = False
         self._memory = BufferPool()
@@ -65,8 +69,8 @@ class RolloutCollector:
 
     @property
     def num_envs(self) -> int:
-        """N, the environments of one actor."""
-        return self.backend.num_envs
+        """R N, the environments of a rollout."""
+        return self.backend.num_envs * self.rollouts_per_batch
 
     def __iter__(self) -> RolloutCollector:
         return self
@@ -85,11 +89,10 @@ class RolloutCollector:
         if self._closed:
             raise RuntimeError("the collector was shut down; make a new one")
         try:
-            entries, shape, worker = self.backend.take(self._copy_out)
+            entries, shape = self._take()
         except Exception:
             self.shutdown()
             raise
-        entries[WORKER] = self._stamp(worker, shape)
         entries[NEXT, POLICY_VERSION] = entries[POLICY_VERSION]
         if (NEXT, VALID) in entries:  # a simulator's word on the step; at the root it was on the one before
             entries[VALID] = entries.pop((NEXT, VALID))
@@ -127,19 +130,59 @@ class RolloutCollector:
         if not getattr(self, "_closed", True):
             self.shutdown()
 
-    def _copy_out(self, entries: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    def _take(self) -> tuple[dict[Key, Tensor], torch.Size]:
+        """Entries and shape of the next batch; the copy out of the actors' memory joins and orders the rows."""
         order = None if self.order is None else self.order(self.num_envs)
+        if self.rollouts_per_batch == 1:
+            entries, shape, worker = self.backend.take(partial(self._copied, order=order))
+            entries[WORKER] = self._stamp(worker, shape)
+            return entries, shape
+        rows = self.backend.num_envs
+        places = torch.arange(self.num_envs) if order is None else order.argsort()
+        joined: dict[Key, Tensor] = {}
+        frames: list[Tensor] = []
+        for part in places.split(rows):
+            _, shape, worker = self.backend.take(partial(self._join, joined, frames, part))
+            if WORKER not in joined:
+                joined[WORKER] = self._empty(torch.Size([self.num_envs, *shape[1:]]), torch.int64)
+            joined[WORKER][part] = worker
+        if frames:
+            number = sum(map(len, frames))
+            joined[FRAMES] = torch.cat(
+                frames, out=self._empty(torch.Size([number, *frames[0].shape[1:]]), frames[0].dtype)
+            )
+        return joined, torch.Size([self.num_envs, *shape[1:]])
+
+    def _copied(self, entries: Mapping[Key, Tensor], order: Tensor | None = None) -> dict[Key, Tensor]:
+        """One actor's entries, in memory of their own."""
 
         def copied(key: Key, source: Tensor) -> Tensor:
-            if self.pin_memory:  # its allocator recycles by itself, and knows which transfers are under way
-                out = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            else:
-                out = self._memory.empty_like(source)
+            out = self._empty(source.shape, source.dtype)
             if order is None or key == FRAMES:  # the order of frames is that of the places where stacks begin
                 return out.copy_(source)
             return torch.index_select(source, 0, order, out=out)
 
-        return {key: copied(key, source) for key, source in entries.items() if _root(key) not in _EXCLUDED}
+        return {key: copied(key, source) for key, source in _wanted(entries)}
+
+    def _join(
+        self, joined: dict[Key, Tensor], frames: list[Tensor], rows: Tensor, entries: Mapping[Key, Tensor]
+    ) -> dict[Key, Tensor]:
+        """Writes one of several actors' entries into ``rows`` of ``joined``, and adds its frames to the list."""
+        before = sum(map(len, frames))
+        for key, source in _wanted(entries):
+            if key == FRAMES:
+                frames.append(self._memory.empty_like(source).copy_(source))
+                continue
+            if key not in joined:
+                joined[key] = self._empty(torch.Size([self.num_envs, *source.shape[1:]]), source.dtype)
+            # numpy writes whole rows, torch their elements one by one
+            joined[key].numpy()[rows.numpy()] = (source + before if key == FIRST else source).numpy()
+        return joined
+
+    def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if self.pin_memory:  # its allocator recycles by itself, and knows which transfers are under way
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return self._memory.empty(shape, dtype)
 
     def _stamp(self, worker: int, shape: torch.Size) -> Tensor:
         if self.pin_memory:
@@ -147,8 +190,10 @@ class RolloutCollector:
         return torch.tensor(worker).expand(shape)  # one number for all steps
 
 
-def _root(key: Key) -> str:
-    return key if isinstance(key, str) else key[0]
+def _wanted(entries: Mapping[Key, Tensor]) -> Iterator[tuple[Key, Tensor]]:
+    for key, source in entries.items():
+        if (key if isinstance(key, str) else key[0]) not in _EXCLUDED:
+            yield key, source
 
 
 def _shutdown_if_alive(reference: weakref.ref[RolloutCollector]) -> None:

@@ -126,6 +126,58 @@ def test_how_the_state_is_renewed_is_seen_in_the_weights(tmp_path: Path) -> None
     assert not torch.equal(batches[0], batches[2])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_batch_is_made_of_the_unrolls_of_several_actors(share: float, tmp_path: Path) -> None:
+    """Counted once, and inserted as what each actor made."""
+    config = small(12)
+    config.collector.num_workers, config.train.unrolls, config.replay.share = 2, 2 * ENVS, share
+    config.validate()
+    agent, data = make_impala(config)
+    seen: list[Any] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
+            fresh = batch if batch.get("index", None) is None else batch[batch["index"][:, 0] < 0]
+            seen.append((len(fresh), set() if share else set(fresh["worker"].unique().tolist())))
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            if share:
+                assert data.replay is not None
+                workers = data.replay.sample(200)["index"][:, 0] % (2 * ENVS) // ENVS
+                assert set(workers.tolist()) == {0, 1}
+                assert data.replay.inserted == 12 * ROLLOUT
+
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[WeightSync(config.updates_per_push()), Watch()],
+    )  # fmt: skip
+    trainer.fit(agent, data)
+    assert data.frames == 12 * ROLLOUT
+    assert data.rollouts == 6
+    assert agent.updates == 6 * 4
+    assert all(number == 2 * ENVS // 4 for number, _ in seen)
+    assert set().union(*(workers for _, workers in seen)) == (set() if share else {0, 1})
+
+
+@pytest.mark.parametrize(
+    ("unrolls", "minibatches", "words"),
+    [
+        (-8, 4, r"train\.unrolls is -8; it must be at least 0"),
+        (12, 4, r"train\.unrolls is 12; .* it must be a multiple of env\.num_envs, 8"),
+        (24, 4, r"train\.unrolls is 24; 2 actors \(collector\.num_workers\) of 8 environments .* can give 16"),
+        (16, 3, r"train\.minibatches is 3; it must divide train\.unrolls, 16"),
+    ],
+)
+def test_unrolls_that_actors_cannot_give_are_one_sentence(unrolls: int, minibatches: int, words: str) -> None:
+    config = small(12)
+    config.replay.share, config.collector.num_workers = 0.0, 2
+    config.train.unrolls, config.train.minibatches = unrolls, minibatches
+    with pytest.raises(ConfigError, match=words):
+        config.validate()
+
+
 def test_the_papers_form_of_replay() -> None:
     config = replay_config()
     config.validate()

@@ -248,6 +248,9 @@ def test_an_error_in_process_names_its_cause() -> None:
         ({"num_workers": -1}, "num_workers is -1"),
         ({"threads_per_worker": 0}, "threads_per_worker is 0"),
         ({"step_timeout": 0.0}, "step_timeout is 0"),
+        ({"rollouts_per_batch": 0}, "rollouts_per_batch is 0"),
+        ({"rollouts_per_batch": 3, "num_workers": 2}, "rollouts_per_batch is 3; .* at most 2, their number"),
+        ({"rollouts_per_batch": 2, "num_workers": 0}, "rollouts_per_batch is 2; .* at most 1, their number"),
         ({"frames_per_batch": ENVS * STEPS + 1, "num_workers": 0}, "multiple of the 4 environments"),
     ],
 )
@@ -270,6 +273,9 @@ def test_lag_bound_in_the_cases_one_can_count_by_hand() -> None:
     assert lag_bound(1, 1) == 1  # collected during the update before
     assert lag_bound(1, 4) == 7
     assert lag_bound(2, 3, push_interval=4) == 11
+    assert lag_bound(4, 3, rollouts_per_batch=2) == 8
+    assert lag_bound(3, 2, rollouts_per_batch=2) == 5  # every other rollout waits two batches
+    assert lag_bound(2, 1, rollouts_per_batch=2) == 1
 
 
 # Two actor processes and a slow learner
@@ -355,6 +361,60 @@ def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun) -> None:
     with make(WORKERS, seed=3) as collector:
         for rollout in (first, second):
             torch.testing.assert_close(rollout["action"], next(collector)["action"])
+
+
+class JoinedRun:
+    """Three actors, of which two rollouts come together, and two updates on each batch."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[TensorDictBase] = []
+        self.lags: list[int] = []
+        policy = WeightPolicy()
+        order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
+        with make(3, policy=policy, seed=3, env={"delay": 0.005}, rollouts_per_batch=2) as collector:
+            assert collector.num_envs == 2 * ENVS
+            assert collector.frames_per_batch == 2 * ENVS * STEPS
+            for number in range(9):
+                collector.order = (lambda _: order) if number >= 6 else None
+                self.rollouts.append(next(collector))
+                for _ in range(UPDATES):
+                    self.lags.append(collector.version - int(self.rollouts[-1]["policy_version"].min()))
+                    push(collector, policy)
+        for rollout in self.rollouts[6:]:  # as they would have come without
+            for key, value in rollout.items(True, True):
+                rollout[key] = value[order.argsort()]
+
+
+@pytest.fixture(scope="module")
+def joined_run() -> JoinedRun:
+    return JoinedRun()
+
+
+@pytest.mark.slow
+def test_rollouts_of_several_actors_come_as_one(joined_run: JoinedRun) -> None:
+    """Every step once and in its order, with its actor's number, version and seed, shuffled or not."""
+    seen: dict[tuple[int, int], list[int]] = {}
+    workers = []
+    for rollout in joined_run.rollouts:
+        assert rollout.shape == (2 * ENVS, STEPS)
+        torch.testing.assert_close(rollout["weight"].long(), rollout["policy_version"])
+        for part in rollout.split(ENVS):
+            worker = int(part["worker"][0, 0])
+            workers.append(worker)
+            assert (part["worker"] == worker).all()
+            assert (part["observation"][..., 2] == actor_seed(3, 0, worker)).all()
+            assert torch.equal(part["observation"][:, 0, 0], torch.arange(ENVS).double())
+            torch.testing.assert_close(part["next", "observation"][..., 1], part["observation"][..., 1] + 1)
+            for env, step, _ in part["observation"].flatten(0, 1).long().tolist():
+                seen.setdefault((worker, env), []).append(step)
+    assert workers == [0, 1, 2] * 6
+    assert all(steps == list(range(6 * STEPS)) for steps in seen.values())
+    assert len(seen) == 3 * ENVS
+
+
+@pytest.mark.slow
+def test_the_lag_of_joined_rollouts_stays_below_its_bound(joined_run: JoinedRun) -> None:
+    assert 0 < max(joined_run.lags) <= lag_bound(3, UPDATES, rollouts_per_batch=2)
 
 
 @pytest.mark.slow

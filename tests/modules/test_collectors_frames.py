@@ -130,6 +130,27 @@ def test_games_arrive_as_the_actor_saw_them(workers: int, options: dict[str, Any
             assert torch.equal(one[key], other[key]), key
 
 
+@pytest.mark.slow
+def test_frames_of_several_actors_come_as_one() -> None:
+    """The same two rollouts together, shuffled, and one after the other."""
+    torch.manual_seed(1)
+    policy = build_policy(network="shallow", observation_shape=[4, 84, 84], num_actions=4)
+    order = torch.tensor([2, 5, 0, 1, 4, 3])
+    found: list[list[TensorDictBase]] = []
+    for together in (1, 2):
+        with make_collector(
+            partial(make_env, "breakout", 3), policy, frames_per_batch=3 * 40, num_workers=2, frame_stack=4,
+            rollouts_per_batch=together,
+        ) as collector:  # fmt: skip
+            collector.order = None if together == 1 else lambda _: order
+            found.append([next(collector).clone() for _ in range(4 // together)])
+    assert any(bool(x["next", "done"][:, :-1].any()) for x in found[0]), "no episode ended inside a rollout"
+    for number, joined in enumerate(found[1]):
+        apart = torch.cat(found[0][2 * number : 2 * number + 2])[order]
+        for key in apart.keys(True, True):
+            assert torch.equal(joined[key], apart[key]), key
+
+
 def test_an_order_is_applied_to_the_stacks_too() -> None:
     order = torch.tensor([2, 0, 1])
     found = []
