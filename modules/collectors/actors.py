@@ -13,20 +13,21 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cloudpickle
 import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.collectors import Collector
 
 from offtrace.modules.collectors.frames import FRAMES, Packer
-from offtrace.modules.collectors.memory import Key, Layout, SharedBlock, lay_out
+from offtrace.modules.collectors.memory import Layout, Mailbox, SharedBlock
+from offtrace.modules.collectors.server import RemotePolicy, Server, ServerOptions
 from offtrace.modules.collectors.weights import SharedWeights, named_tensors
 from offtrace.modules.keys import POLICY_VERSION
 
@@ -46,12 +47,17 @@ def actor_seed(seed: int, rank: int, worker: int, start: int = 0) -> int:
 class Actor(TensorDictModuleBase):
     """A policy that fetches the newest weights before it acts, stamps its version and shows that it is alive.
 
+    With ``remote`` a server has the weights and acts; ``policy`` then says what is read and written.
+
     Adds ``"policy_version"`` (int64 ``[*B]``) to what the policy writes.
     """
 
-    def __init__(self, policy: TensorDictModuleBase, shared: SharedWeights, worker: int) -> None:
+    def __init__(
+        self, policy: TensorDictModuleBase, shared: SharedWeights, worker: int, remote: RemotePolicy | None = None
+    ) -> None:
         super().__init__()
         self.policy = policy
+        self._remote = remote
         self.in_keys = list(policy.in_keys)
         self.out_keys = [*policy.out_keys, POLICY_VERSION]
         self._shared = shared
@@ -68,6 +74,9 @@ class Actor(TensorDictModuleBase):
             raise SystemExit(0)
         self._steps[self._worker] += 1
         self._beats[self._worker] = time.monotonic()
+        if self._remote is not None:
+            version = self._remote(tensordict)
+            return tensordict.set(POLICY_VERSION, torch.full(tensordict.shape, version, dtype=torch.int64))
         if self._state[0] != self._loaded:
             self._loaded = self._shared.load_into(self._tensors)
             self._stamp = torch.empty(0, dtype=torch.int64)
@@ -89,6 +98,7 @@ class ActorSpec(NamedTuple):
         frame_stack: frames in an observation, of which each travels once; 1: observations travel whole.
         device: where the policy runs.
         threads: torch threads of an actor process.
+        server: None: every actor has a copy of the policy; else one server acts for all.
     """
 
     env_fn: Callable[..., Any]
@@ -98,25 +108,27 @@ class ActorSpec(NamedTuple):
     frame_stack: int
     device: str | torch.device
     threads: int
+    server: ServerOptions | None = None
 
-    def make(self, shared: SharedWeights, worker: int) -> Collector:
+    def make(self, shared: SharedWeights, worker: int, remote: RemotePolicy | None = None) -> Collector:
         """TorchRL's collector with an :class:`Actor` for a policy.
 
         Raises:
             ValueError: the environments do not divide a rollout.
         """
-        policy = self.policy.to(self.device).requires_grad_(False)
+        device = self.device if remote is None else "cpu"
+        policy = self.policy.to(device).requires_grad_(False)
         collector = Collector(
             self.env_fn,
-            Actor(policy, shared, worker),
+            Actor(policy, shared, worker, remote),
             create_env_kwargs={"seed": self.seeds[worker]},
             frames_per_batch=self.frames_per_batch,
             total_frames=-1,
-            policy_device=self.device,
+            policy_device=device,
             env_device="cpu",
             storing_device="cpu",
             trust_policy=True,
-            no_cuda_sync=torch.device(self.device).type == "cpu",
+            no_cuda_sync=torch.device(device).type == "cpu",
             use_buffers=True,
             auto_register_policy_transforms=True,
             track_traj_ids=False,
@@ -152,7 +164,9 @@ class Failed(NamedTuple):
     traceback: str
 
 
-def run_actor(worker: int, pipe: Connection, shared: SharedWeights, spec: SharedBlock) -> None:
+def run_actor(
+    worker: int, pipe: Connection, shared: SharedWeights, spec: SharedBlock, server: Connection | None = None
+) -> None:
     """An actor process: one rollout for every message that comes through ``pipe``, until it is closed.
 
     Args:
@@ -160,6 +174,7 @@ def run_actor(worker: int, pipe: Connection, shared: SharedWeights, spec: Shared
         pipe: answers go back through it, :class:`Up`, :class:`Rollout` or :class:`Failed`.
         shared: the weights.
         spec: the pickled :class:`ActorSpec`.
+        server: the actor's pipe to the server, where there is one.
     """
     _initialise_process()
     collector = None
@@ -167,7 +182,8 @@ def run_actor(worker: int, pipe: Connection, shared: SharedWeights, spec: Shared
         made: ActorSpec = cloudpickle.loads(spec.whole.numpy().tobytes())
         torch.set_num_threads(made.threads)
         _seed_everything(made.seeds[worker])
-        collector = made.make(shared, worker)
+        remote = None if server is None else RemotePolicy(server, list(cast("Any", made.policy).in_keys))
+        collector = made.make(shared, worker, remote)
         rollouts, outbox = iter(collector), _Outbox(pipe, made.frame_stack)
         pipe.send(Up())
         while True:
@@ -187,26 +203,39 @@ def run_actor(worker: int, pipe: Connection, shared: SharedWeights, spec: Shared
             collector.shutdown()
 
 
+def run_server(pipe: Connection, shared: SharedWeights, spec: SharedBlock, actors: list[Connection]) -> None:
+    """The process of the server.
+
+    Args:
+        pipe: to the learner; :class:`Up` or :class:`Failed` go through it.
+        shared: the weights.
+        spec: the pickled :class:`ActorSpec`.
+        actors: pipes to the actors.
+    """
+    _initialise_process()
+    try:
+        made: ActorSpec = cloudpickle.loads(spec.whole.numpy().tobytes())
+        assert made.server is not None
+        torch.set_num_threads(made.threads)
+        _seed_everything(made.server.seed)
+        server = Server(made.policy.to(made.device), shared, actors, made.server)
+        pipe.send(Up())
+        server.serve()
+    except BaseException:
+        pipe.send(Failed(traceback.format_exc()[-_MESSAGE_LIMIT:]))
+
+
 class _Outbox:
-    """Copies rollouts into a block that the learner sees, a new one where the last does not fit."""
+    """Puts rollouts where the learner sees them."""
 
     def __init__(self, pipe: Connection, frame_stack: int) -> None:
         self._pipe = pipe
         self._packer = Packer(frame_stack)
-        self._layout: Layout = {}
-        self._views: Mapping[Key, Tensor] = {}
+        self._mailbox = Mailbox()
 
     def put(self, rollout: TensorDictBase) -> None:
-        packed = self._packer.pack(rollout, self._views.get(FRAMES))
-        layout, size = lay_out(packed)
-        block = None
-        if layout != self._layout:
-            block = SharedBlock(size)
-            self._layout, self._views = layout, block.views(layout)
-        for key, tensor in packed.items():
-            if tensor is not self._views[key]:
-                self._views[key].copy_(tensor)
-        self._pipe.send(Rollout(rollout.shape, None if block is None else layout))
+        block = self._mailbox.put(self._packer.pack(rollout, self._mailbox.views.get(FRAMES)))
+        self._pipe.send(Rollout(rollout.shape, None if block is None else self._mailbox.layout))
         if block is not None:
             block.send(self._pipe)
             block.close()

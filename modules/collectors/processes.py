@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -12,7 +14,7 @@ import cloudpickle
 import torch
 from torch import Tensor
 
-from offtrace.modules.collectors.actors import ActorSpec, Failed, Rollout, Up, run_actor
+from offtrace.modules.collectors.actors import ActorSpec, Failed, Rollout, Up, run_actor, run_server
 from offtrace.modules.collectors.memory import Key, SharedBlock
 from offtrace.modules.collectors.protocol import Copy
 from offtrace.modules.collectors.weights import SharedWeights
@@ -25,34 +27,101 @@ _SHUTDOWN_TIMEOUT = 4.0
 _KILL_TIMEOUT = 10.0  # a killed process is gone at once, unless the machine is loaded or hangs
 
 
-class ActorProcess:
-    """One actor process, as the learner sees it.
+class ChildProcess:
+    """A process that the learner has started, and what it says.
+
+    Args:
+        target: what runs in it, called with its end of a pipe and ``arguments``.
+        what: its name in messages.
+        shared: the weights, with the signs of life.
+        place: its place in those.
+        arguments: further ones; those that are pipes are closed here once it has them.
+
+    Attributes:
+        process, pipe, what: as they are.
+        up: whether it has told that it is there.
+    """
+
+    def __init__(
+        self, target: Callable[..., None], what: str, shared: SharedWeights, place: int, *arguments: Any
+    ) -> None:
+        self.what, self.up = what, False
+        self._shared, self._place = shared, place
+        self.pipe, theirs = context().Pipe()
+        self.process = context().Process(target=target, args=(theirs, shared, *arguments), name=what, daemon=False)
+        self.process.start()
+        theirs.close()  # so that the pipe ends when the process does
+
+    def read(self) -> None:
+        """Take in what it says.
+
+        Raises:
+            EnvironmentFailure: it failed, or is dead.
+        """
+        try:
+            message = self.pipe.recv()
+            self.note(message)
+        except (EOFError, OSError):
+            self.process.join(_KILL_TIMEOUT)
+            raise self._dead() from None
+        if isinstance(message, Failed):
+            reason = message.traceback.strip().splitlines()[-1]
+            raise EnvironmentFailure(
+                f"{self.what} failed at step {self.step}: {reason}\n\nIn its process:\n{message.traceback}"
+            )
+        self.up = self.up or isinstance(message, Up)
+
+    def note(self, message: Any) -> None:
+        """What a subclass keeps of a message."""
+
+    def check_alive(self) -> None:
+        """Look whether the process is there, or what it said last.
+
+        Raises:
+            EnvironmentFailure: it is dead.
+        """
+        if not self.process.is_alive() and not self.pipe.poll():
+            raise self._dead()
+
+    def idle(self, since: float = 0.0) -> float:
+        """Seconds since its last sign of life, or since ``since``, if that is later."""
+        return time.monotonic() - max(since, float(self._shared.beats[self._place]))
+
+    @property
+    def step(self) -> int:
+        """The number of its last step."""
+        return int(self._shared.steps[self._place])
+
+    def release(self) -> None:
+        """Let go of what it holds."""
+        self.pipe.close()
+
+    def _dead(self) -> EnvironmentFailure:
+        code = self.process.exitcode
+        cause = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return EnvironmentFailure(f"{self.what} ended by itself at step {self.step} ({cause}).")
+
+
+class ActorProcess(ChildProcess):
+    """One actor.
 
     Args:
         worker: its number.
         shared: the weights.
         spec: the pickled :class:`ActorSpec`.
+        server: its pipe to the server, where there is one.
 
     Attributes:
-        process, worker: as they are.
-        up: whether it has told that it is there.
+        worker: as given.
         has_rollout: whether a rollout waits in its memory.
         since: when it was last told to go on, ``time.monotonic()``.
     """
 
-    def __init__(self, worker: int, shared: SharedWeights, spec: SharedBlock) -> None:
-        self.worker = worker
-        self._shared = shared
+    def __init__(self, worker: int, shared: SharedWeights, spec: SharedBlock, server: Connection | None) -> None:
+        self.worker, self.has_rollout, self.since = worker, False, time.monotonic()
         self._entries: dict[Key, Tensor] = {}
         self._shape = torch.Size()
-        self.pipe, theirs = context().Pipe()
-        self.process = context().Process(
-            target=run_actor, args=(worker, theirs, shared, spec), name=f"actor {worker}", daemon=False
-        )
-        self.up = self.has_rollout = False
-        self.since = time.monotonic()
-        self.process.start()
-        theirs.close()  # so that the pipe ends when the actor does
+        super().__init__(partial(run_actor, worker), f"actor process {worker}", shared, worker, spec, server)
 
     def go_on(self) -> None:
         """Let it make its next rollout, over the last one."""
@@ -65,65 +134,17 @@ class ActorProcess:
         """Entries and shape of what waits, in the memory that the actor writes the next one to."""
         return self._entries, self._shape
 
-    def read(self) -> None:
-        """Take in what it says.
-
-        Raises:
-            EnvironmentFailure: it failed, or is dead.
-        """
-        try:
-            message = self.pipe.recv()
-            if isinstance(message, Rollout) and message.layout is not None:
-                self._entries = SharedBlock.receive(self.pipe).views(message.layout)
-                self._shape = message.shape
-        except (EOFError, OSError):
-            self.process.join(_KILL_TIMEOUT)
-            raise self._dead() from None
-        if isinstance(message, Failed):
-            reason = message.traceback.strip().splitlines()[-1]
-            raise EnvironmentFailure(
-                f"actor process {self.worker} failed at step {self.step}: {reason}\n\nIn the actor process:\n"
-                f"{message.traceback}"
-            )
-        self.up = self.up or isinstance(message, Up)
+    def note(self, message: Any) -> None:
+        """Whether there is a rollout, and where."""
         self.has_rollout = isinstance(message, Rollout)
-
-    def check_alive(self) -> None:
-        """Look whether the process is there, or what it said last.
-
-        Raises:
-            EnvironmentFailure: it is dead.
-        """
-        if not self.process.is_alive() and not self.pipe.poll():
-            raise self._dead()
-
-    def _dead(self) -> EnvironmentFailure:
-        code = self.process.exitcode
-        cause = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        return EnvironmentFailure(f"actor process {self.worker} ended by itself at step {self.step} ({cause}).")
-
-    def check_moving(self, limit: float) -> None:
-        """Look whether it has made a step within ``limit`` seconds.
-
-        Raises:
-            EnvironmentFailure: it hangs.
-        """
-        idle = time.monotonic() - max(self.since, float(self._shared.beats[self.worker]))
-        if idle > limit:
-            raise EnvironmentFailure(
-                f"actor process {self.worker} has made no step for {idle:.1f} s (step {self.step} hangs; the limit "
-                f"step_timeout is {limit:g} s)"
-            )
+        if isinstance(message, Rollout) and message.layout is not None:
+            self._entries = SharedBlock.receive(self.pipe).views(message.layout)
+            self._shape = message.shape
 
     def release(self) -> None:
         """Let go of pipe and memory."""
-        self.pipe.close()
+        super().release()
         self._entries = {}
-
-    @property
-    def step(self) -> int:
-        """The number of its last step."""
-        return int(self._shared.steps[self.worker])
 
 
 class ProcessBackend:
@@ -148,16 +169,31 @@ class ProcessBackend:
         self._turn = 0
         self._acting = False
         self._actors: list[ActorProcess] = []
+        self._server: ChildProcess | None = None
         pickled = _pickled(spec)
         start_fork_server()
         try:
             with signals_blocked():
-                for worker in range(len(spec.seeds)):
-                    self._actors.append(ActorProcess(worker, shared, pickled))
+                self._start(spec, pickled)
             self._wait_until(lambda: all(actor.up for actor in self._actors), _START_ALLOWANCE + step_timeout)
         except BaseException:
             self._kill()
             raise
+
+    def _start(self, spec: ActorSpec, pickled: SharedBlock) -> None:
+        number = len(spec.seeds)
+        # each actor's pipe to the server: its own end, and the server's
+        pipes = [context().Pipe() if spec.server is not None else (None, None) for _ in range(number)]
+        try:
+            if spec.server is not None:
+                ends = [end for _, end in pipes]
+                self._server = ChildProcess(run_server, "the inference server", self._shared, number, pickled, ends)
+            for worker, (end, _) in enumerate(pipes):
+                self._actors.append(ActorProcess(worker, self._shared, pickled, end))
+        finally:  # so that a pipe ends when one of its two processes does
+            for end in itertools.chain(*pipes):
+                if end is not None:
+                    end.close()
 
     @property
     def version(self) -> int:
@@ -177,6 +213,11 @@ class ProcessBackend:
     def pids(self) -> list[int]:
         """Of the actor processes."""
         return [int(actor.process.pid or 0) for actor in self._actors]
+
+    @property
+    def _processes(self) -> list[ChildProcess]:
+        # the server first: actors end when it does, and it is the cause then
+        return [*([] if self._server is None else [self._server]), *self._actors]
 
     def publish(self, tensors: Mapping[str, Tensor]) -> int:
         """As of the protocol."""
@@ -207,46 +248,74 @@ class ProcessBackend:
     def shutdown(self) -> None:
         """Ask, then kill, within about 5 seconds."""
         self._shared.stop()
-        for actor in self._actors:
-            actor.pipe.close()
+        for child in self._processes:
+            child.pipe.close()
         limit = time.monotonic() + _SHUTDOWN_TIMEOUT
-        for actor in self._actors:
-            actor.process.join(max(0.0, limit - time.monotonic()))
+        for child in self._processes:
+            child.process.join(max(0.0, limit - time.monotonic()))
         self._kill()
         self._shared.release()
 
     def _wait_until(self, condition: Callable[[], bool], seconds: float | None) -> None:
-        """Take in what the actors say until ``condition`` holds; ``seconds`` are the most that all of it may take.
+        """Take in what the processes say until ``condition`` holds; ``seconds`` are the most that all of it may take.
 
         Raises:
-            EnvironmentFailure: an actor failed, died or hangs, or the time is over.
+            EnvironmentFailure: one failed, died or hangs, or the time is over.
         """
-        pipes = {actor.pipe: actor for actor in self._actors}
+        pipes = {child.pipe: child for child in self._processes}
         limit = None if seconds is None else time.monotonic() + seconds
         while not condition():
             ready: list[Any] = wait(list(pipes), _POLL)
             for pipe in ready:
-                assert isinstance(pipe, Connection)
-                pipes[pipe].read()
+                self._read(pipes[pipe])
             if ready:
                 continue
-            for actor in self._actors:
-                actor.check_alive()
+            for child in self._processes:
+                child.check_alive()
             if limit is None:
-                self._actors[self._turn].check_moving(self._step_timeout)
+                self._check_moving(self._actors[self._turn])
             elif time.monotonic() > limit:
-                late = [actor.worker for actor in self._actors if not actor.up]
-                raise EnvironmentFailure(f"actor process {late[0]} did not come up within {seconds:.0f} s")
+                late = next(child for child in self._processes if not child.up)
+                raise EnvironmentFailure(f"{late.what} did not come up within {seconds:.0f} s")
+
+    def _read(self, child: ChildProcess) -> None:
+        try:
+            child.read()
+        except EnvironmentFailure:
+            if self._server is not None and child is not self._server:
+                self._server.process.join(_POLL)
+                while self._server.pipe.poll():  # its word, or its end
+                    self._server.read()
+            raise
+
+    def _check_moving(self, actor: ActorProcess) -> None:
+        """Look whether the actor, or the server that it may wait for, has shown a sign of life in time.
+
+        Raises:
+            EnvironmentFailure: one hangs.
+        """
+        limit = self._step_timeout
+        if self._server is not None and self._server.idle(actor.since) > limit:
+            raise EnvironmentFailure(
+                f"the inference server has answered nothing for {self._server.idle(actor.since):.1f} s (batch "
+                f"{self._server.step} hangs; the limit step_timeout is {limit:g} s)"
+            )
+        idle = actor.idle(actor.since)
+        if idle > limit:
+            raise EnvironmentFailure(
+                f"{actor.what} has made no step for {idle:.1f} s (step {actor.step} hangs; the limit step_timeout "
+                f"is {limit:g} s)"
+            )
 
     def _kill(self) -> None:
-        """End the actors without asking, and wait for their ends, or zombies would stay."""
-        for actor in self._actors:
+        """End the processes without asking, and wait for their ends, or zombies would stay."""
+        for child in self._processes:
             with contextlib.suppress(Exception):
-                actor.process.kill()
-        for actor in self._actors:
+                child.process.kill()
+        for child in self._processes:
             with contextlib.suppress(Exception):
-                actor.process.join(_KILL_TIMEOUT)
-            actor.release()
+                child.process.join(_KILL_TIMEOUT)
+            child.release()
 
 
 def _pickled(spec: ActorSpec) -> SharedBlock:

@@ -7,6 +7,7 @@ the batch must agree at every single step.
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import signal
@@ -30,9 +31,12 @@ from torchrl.envs import EnvBase
 from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector, processes
 from offtrace.modules.collectors.actors import actor_seed
 from offtrace.modules.collectors.buffer_pool import BufferPool
+from offtrace.modules.collectors.server import ServerOptions
 from offtrace.modules.envs import EnvironmentFailure
 
 ENVS, STEPS = 4, 5
+WAYS: dict[str, dict[str, Any]] = {"copies": {}, "server": {"server": ServerOptions()}}
+"""How actor processes act: each with a copy of the policy, or all through one server. Both keep one contract."""
 
 
 class StampEnv(EnvBase):
@@ -140,10 +144,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """Names in shared memory, where neither learner nor actors leave any, and what this process maps of it."""
+    """What this process maps of shared memory, and names there that tell of it; learner and actors make none."""
     folder = Path("/dev/shm")
     mapped = {f"{m.addr} {m.path}" for m in psutil.Process().memory_maps(grouped=False) if str(folder) in m.path}
-    return mapped | ({p.name for p in folder.iterdir()} if folder.exists() else set())
+    names = (p.name for p in folder.iterdir()) if folder.exists() else ()
+    return mapped | {name for name in names if str(os.getpid()) in name}
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +254,7 @@ def test_an_error_in_process_names_its_cause() -> None:
         ({"threads_per_worker": 0}, "threads_per_worker is 0"),
         ({"step_timeout": 0.0}, "step_timeout is 0"),
         ({"rollouts_per_batch": 0}, "rollouts_per_batch is 0"),
+        ({"server": ServerOptions(), "num_workers": 0}, "num_workers is 0; an inference server acts for actor"),
         ({"rollouts_per_batch": 3, "num_workers": 2}, "rollouts_per_batch is 3; .* at most 2, their number"),
         ({"rollouts_per_batch": 2, "num_workers": 0}, "rollouts_per_batch is 2; .* at most 1, their number"),
         ({"frames_per_batch": ENVS * STEPS + 1, "num_workers": 0}, "multiple of the 4 environments"),
@@ -286,13 +292,14 @@ WORKERS, UPDATES, ROLLOUTS = 2, 2, 8
 class SlowRun:
     """What a learner saw that stands still in two of its updates, until all actors have done what they may do."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str) -> None:
+        self.way = way
         self.rollouts: list[TensorDictBase] = []
         self.lags: list[int] = []
         self.spawned: set[int] = set()
         before, memory = children(), shared_memory()
         policy = WeightPolicy()
-        with make(WORKERS, policy=policy, seed=3, env={"delay": 0.005}) as collector:
+        with make(WORKERS, policy=policy, seed=3, env={"delay": 0.005}, **WAYS[way]) as collector:
             self.spawned = children() - before
             for number in range(ROLLOUTS):
                 rollout = next(collector)
@@ -308,9 +315,9 @@ class SlowRun:
         shared = collector.backend._shared  # type: ignore[attr-defined]
         seeds = [int(rollout["observation"][0, 0, 2]) for rollout in self.rollouts]
         allowed = torch.tensor([seeds.count(actor_seed(3, 0, worker)) + 1 for worker in range(WORKERS)]) * STEPS
-        assert wait_until(lambda: bool((shared.steps == allowed).all()))
+        assert wait_until(lambda: bool((shared.steps[:WORKERS] == allowed).all()))
         time.sleep(0.5)
-        assert (shared.steps == allowed).all()
+        assert (shared.steps[:WORKERS] == allowed).all()
 
     def steps(self) -> dict[tuple[int, int], list[int]]:
         """Steps in the order of arrival by (seed, environment)."""
@@ -324,9 +331,9 @@ class SlowRun:
         return all(steps == list(range(len(steps))) for steps in self.steps().values())
 
 
-@pytest.fixture(scope="module")
-def slow_run() -> SlowRun:
-    return SlowRun()
+@pytest.fixture(scope="module", params=WAYS)
+def slow_run(request: pytest.FixtureRequest) -> SlowRun:
+    return SlowRun(request.param)
 
 
 @pytest.mark.slow
@@ -358,6 +365,8 @@ def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun) -> None:
         assert torch.equal(rollout["worker"], torch.full((ENVS, STEPS), worker))
     first, second = slow_run.rollouts[:2]
     assert (first["action"] != second["action"]).any()
+    if slow_run.way == "server":  # its one generator serves whoever comes first
+        return
     with make(WORKERS, seed=3) as collector:
         for rollout in (first, second):
             torch.testing.assert_close(rollout["action"], next(collector)["action"])
@@ -419,7 +428,7 @@ def test_the_lag_of_joined_rollouts_stays_below_its_bound(joined_run: JoinedRun)
 
 @pytest.mark.slow
 def test_shutdown_leaves_nothing(slow_run: SlowRun) -> None:
-    assert len(slow_run.spawned) == WORKERS
+    assert len(slow_run.spawned) == WORKERS + (slow_run.way == "server")
     assert slow_run.left == (set(), set())
 
 
@@ -431,13 +440,15 @@ def _no_environment(seed: int) -> EnvBase:
 
 
 @pytest.mark.slow
-def test_an_environment_that_cannot_be_made_is_quoted() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_an_environment_that_cannot_be_made_is_quoted(way: str) -> None:
     with pytest.raises(EnvironmentFailure, match="actor process 0 failed at step 0: ValueError: there is no game"):
-        make_collector(_no_environment, WeightPolicy(), frames_per_batch=ENVS * STEPS)
+        make_collector(_no_environment, WeightPolicy(), frames_per_batch=ENVS * STEPS, **WAYS[way])
 
 
-def test_a_raising_environment_is_quoted(capfd: pytest.CaptureFixture[str]) -> None:
-    collector = make(1, env={"fail": "raise"})
+@pytest.mark.parametrize("way", ["copies", pytest.param("server", marks=pytest.mark.slow)])
+def test_a_raising_environment_is_quoted(way: str, capfd: pytest.CaptureFixture[str]) -> None:
+    collector = make(1, env={"fail": "raise"}, **WAYS[way])
     next(collector)
     with pytest.raises(EnvironmentFailure, match=r"(?s)step 7: ValueError: the gripper fell off.*in _step"):
         next(collector)
@@ -445,10 +456,11 @@ def test_a_raising_environment_is_quoted(capfd: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
-def test_a_hanging_environment_is_found() -> None:
-    collector = make(1, env={"fail": "hang"}, step_timeout=5.0)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hanging_environment_is_found(way: str) -> None:
+    collector = make(1, env={"fail": "hang"}, step_timeout=5.0, **WAYS[way])
     next(collector)
-    with pytest.raises(EnvironmentFailure, match="step 7 hangs") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"actor process 0 .*step 7 hangs") as caught:
         next(collector)
     idle = re.search(r"made no step for (\d+\.\d) s", str(caught.value))
     assert idle is not None
@@ -456,13 +468,53 @@ def test_a_hanging_environment_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_found() -> None:
-    collector = make(1, env={"delay": 0.2})
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_worker_is_found(way: str) -> None:
+    collector = make(1, env={"delay": 0.2}, **WAYS[way])
     next(collector)
     os.kill(collector.backend.pids[0], signal.SIGKILL)
-    with pytest.raises(EnvironmentFailure, match="signal 9"):  # noqa: PT012
+    with pytest.raises(EnvironmentFailure, match=r"actor process 0 .*signal 9"):  # noqa: PT012
         next(collector)  # may have been on its way already
         next(collector)
+
+
+class FaultyPolicy(WeightPolicy):
+    """Raises, hangs, or ends its process, once the learner has pushed."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if float(self.weight) > 0:
+            if self.fault == "raise":
+                raise ValueError("no such layer")
+            if self.fault == "hang":
+                time.sleep(1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(tensordict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise", r"(?s)the inference server failed at step \d+: ValueError: no such layer.*in forward"),
+        (
+            "hang",
+            r"the inference server has answered nothing for \d+\.\d s \(batch \d+ hangs; the limit step_timeout is 5",
+        ),
+        ("kill", r"the inference server ended by itself at step \d+ \(signal 9\)"),
+    ],
+)
+def test_a_server_that_fails_is_named(fault: str, words: str) -> None:
+    """And not the actors, which it takes with it."""
+    policy = FaultyPolicy(fault)
+    collector = make(2, policy=policy, step_timeout=5.0, **WAYS["server"])
+    next(collector)
+    push(collector, policy)
+    with pytest.raises(EnvironmentFailure, match=words):
+        collections.deque(collector, maxlen=0)
 
 
 @pytest.mark.slow
