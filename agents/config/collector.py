@@ -44,6 +44,6 @@ class CollectorConfig(Group):
         checks.positive("step_timeout")
         if self.acting == "server" and not self.num_workers:
             raise ConfigError(
-                f"{at}.acting is server, which acts for actor processes, and {at}.num_workers is 0: it must be 1 or more"
+                f"{at}.acting is server, which acts for actor processes, and {at}.num_workers is 0: it must be above 0"
             )
         checks.require("device", lambda value: re.fullmatch(r"cpu|cuda(:\d+)?", value), "cpu, cuda or cuda:<number>")

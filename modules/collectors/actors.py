@@ -6,6 +6,7 @@ call never mixes two sets of weights, and the version written beside an action i
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -27,7 +28,7 @@ from torchrl.collectors import Collector
 
 from offtrace.modules.collectors.frames import FRAMES, Packer
 from offtrace.modules.collectors.memory import Layout, Mailbox, SharedBlock
-from offtrace.modules.collectors.server import RemotePolicy, Server, ServerOptions
+from offtrace.modules.collectors.server import RemotePolicy, Server, ServerGone, ServerOptions
 from offtrace.modules.collectors.weights import SharedWeights, named_tensors
 from offtrace.modules.keys import POLICY_VERSION
 
@@ -42,6 +43,10 @@ def actor_seed(seed: int, rank: int, worker: int, start: int = 0) -> int:
     """
     word = np.random.SeedSequence([seed, rank, worker, start]).generate_state(1)[0]
     return int(word) % (2**31 - 2**17)
+
+
+class Leave(BaseException):
+    """The learner wants no more, or is gone."""
 
 
 class Actor(TensorDictModuleBase):
@@ -71,11 +76,14 @@ class Actor(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Act on ``tensordict`` [*B]."""
         if self._state[1]:
-            raise SystemExit(0)
+            raise Leave
         self._steps[self._worker] += 1
         self._beats[self._worker] = time.monotonic()
         if self._remote is not None:
-            version = self._remote(tensordict)
+            try:
+                version = self._remote(tensordict)
+            except ServerGone:
+                raise Leave from None
             return tensordict.set(POLICY_VERSION, torch.full(tensordict.shape, version, dtype=torch.int64))
         if self._state[0] != self._loaded:
             self._loaded = self._shared.load_into(self._tensors)
@@ -99,6 +107,7 @@ class ActorSpec(NamedTuple):
         device: where the policy runs.
         threads: torch threads of an actor process.
         server: None: every actor has a copy of the policy; else one server acts for all.
+        environ: the learner's environment variables, for its processes.
     """
 
     env_fn: Callable[..., Any]
@@ -109,6 +118,7 @@ class ActorSpec(NamedTuple):
     device: str | torch.device
     threads: int
     server: ServerOptions | None = None
+    environ: dict[str, str] = {}  # noqa: RUF012  of a NamedTuple
 
     def make(self, shared: SharedWeights, worker: int, remote: RemotePolicy | None = None) -> Collector:
         """TorchRL's collector with an :class:`Actor` for a policy.
@@ -159,8 +169,9 @@ class Rollout(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """An actor ends with this traceback."""
+    """A process ends with this error, said in one line, and its traceback."""
 
+    reason: str
     traceback: str
 
 
@@ -176,28 +187,21 @@ def run_actor(
         spec: the pickled :class:`ActorSpec`.
         server: the actor's pipe to the server, where there is one.
     """
-    _initialise_process()
     collector = None
     try:
-        made: ActorSpec = cloudpickle.loads(spec.whole.numpy().tobytes())
-        torch.set_num_threads(made.threads)
+        made = _begin(spec)
         _seed_everything(made.seeds[worker])
         remote = None if server is None else RemotePolicy(server, list(cast("Any", made.policy).in_keys))
         collector = made.make(shared, worker, remote)
         rollouts, outbox = iter(collector), _Outbox(pipe, made.frame_stack)
-        pipe.send(Up())
+        _send(pipe, Up())
         while True:
-            pipe.recv()
+            _wait_for(pipe)
             outbox.put(next(rollouts))
-    except (
-        EOFError,
-        BrokenPipeError,
-        ConnectionResetError,
-        SystemExit,
-    ):  # the learner has closed the pipe, or asks to leave
+    except Leave:
         pass
-    except BaseException:
-        pipe.send(Failed(traceback.format_exc()[-_MESSAGE_LIMIT:]))
+    except BaseException as error:  # SystemExit too: an environment may want to end the process
+        _report(pipe, error)
     finally:
         if collector is not None:
             collector.shutdown()
@@ -212,17 +216,51 @@ def run_server(pipe: Connection, shared: SharedWeights, spec: SharedBlock, actor
         spec: the pickled :class:`ActorSpec`.
         actors: pipes to the actors.
     """
-    _initialise_process()
     try:
-        made: ActorSpec = cloudpickle.loads(spec.whole.numpy().tobytes())
+        made = _begin(spec)
         assert made.server is not None
-        torch.set_num_threads(made.threads)
         _seed_everything(made.server.seed)
         server = Server(made.policy.to(made.device), shared, actors, made.server)
-        pipe.send(Up())
+        _send(pipe, Up())
         server.serve()
-    except BaseException:
-        pipe.send(Failed(traceback.format_exc()[-_MESSAGE_LIMIT:]))
+    except Leave:
+        pass
+    except BaseException as error:
+        _report(pipe, error)
+
+
+def _begin(spec: SharedBlock) -> ActorSpec:
+    """What every process of ours does first; the spec."""
+    _initialise_process()
+    made: ActorSpec = cloudpickle.loads(spec.whole.numpy().tobytes())
+    spec.close()
+    spec.whole = torch.empty(0, dtype=torch.uint8)  # nobody needs it again
+    os.environ.clear()  # the server has those of when it was started
+    os.environ.update(made.environ)
+    torch.set_num_threads(made.threads)
+    return made
+
+
+def _wait_for(pipe: Connection) -> None:
+    try:
+        pipe.recv()
+    except (EOFError, OSError):
+        raise Leave from None
+
+
+def _send(pipe: Connection, message: Any) -> None:
+    try:
+        pipe.send(message)
+    except OSError:
+        raise Leave from None
+
+
+def _report(pipe: Connection, error: BaseException) -> None:
+    """Tell the learner of the error with which this process ends."""
+    reason = " ".join("".join(traceback.format_exception_only(error)).split())
+    message = Failed(reason, "".join(traceback.format_exception(error))[-_MESSAGE_LIMIT:])
+    with contextlib.suppress(Leave):
+        _send(pipe, message)
 
 
 class _Outbox:
@@ -235,7 +273,7 @@ class _Outbox:
 
     def put(self, rollout: TensorDictBase) -> None:
         block = self._mailbox.put(self._packer.pack(rollout, self._mailbox.views.get(FRAMES)))
-        self._pipe.send(Rollout(rollout.shape, None if block is None else self._mailbox.layout))
+        _send(self._pipe, Rollout(rollout.shape, None if block is None else self._mailbox.layout))
         if block is not None:
             block.send(self._pipe)
             block.close()
@@ -249,8 +287,6 @@ def _seed_everything(seed: int) -> None:
 
 def _initialise_process() -> None:
     """Deaf to what the learner handles, and gone when the learner is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     learner = multiprocessing.parent_process()
     assert learner is not None
 
@@ -259,3 +295,8 @@ def _initialise_process() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="learner-watch").start()
+    # a handler that does nothing, and no blocked or ignored signal: those would be inherited by programs that an
+    # environment starts
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,9 @@ def make_collector(
     actor = copy.deepcopy(policy).to("cpu")
     shared = SharedWeights(actor, max(num_workers, 1) + (server is not None))
     seeds = [actor_seed(seed, rank, worker, start) for worker in range(max(num_workers, 1))]
-    spec = ActorSpec(env_fn, actor, seeds, frames_per_batch, frame_stack, device, threads_per_worker, server)
+    spec = ActorSpec(
+        env_fn, actor, seeds, frames_per_batch, frame_stack, device, threads_per_worker, server, dict(os.environ)
+    )
     backend: Backend
     if num_workers == 0:
         backend = LocalBackend(spec, shared)

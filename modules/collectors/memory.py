@@ -48,6 +48,8 @@ class SharedBlock:
         OSError: there is not so much memory.
     """
 
+    _fd = -1
+
     def __init__(self, size: int, fd: int | None = None) -> None:
         self.size = size
         self._fd = _anonymous_file(size) if fd is None else fd

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 import cloudpickle
@@ -19,11 +21,12 @@ from offtrace.modules.collectors.memory import Key, SharedBlock
 from offtrace.modules.collectors.protocol import Copy
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
-from offtrace.modules.fork_server import context, signals_blocked, start_fork_server
+from offtrace.modules.fork_server import ForkedProcess, start_fork_server
 
 _POLL = 0.1  # seconds between two looks at the actors' health while a rollout is awaited
 _START_ALLOWANCE = 120.0  # seconds for importing the libraries, on top of the time one step may take
 _SHUTDOWN_TIMEOUT = 4.0
+_UNKNOWN = 255  # the exit code of a process whose fork server is gone
 _KILL_TIMEOUT = 10.0  # a killed process is gone at once, unless the machine is loaded or hangs
 
 
@@ -40,17 +43,24 @@ class ChildProcess:
     Attributes:
         process, pipe, what: as they are.
         up: whether it has told that it is there.
+        idle: seconds for which it has been waited for since its last sign of life.
     """
 
     def __init__(
         self, target: Callable[..., None], what: str, shared: SharedWeights, place: int, *arguments: Any
     ) -> None:
         self.what, self.up = what, False
+        self.idle, self._beat = 0.0, 0.0
         self._shared, self._place = shared, place
-        self.pipe, theirs = context().Pipe()
-        self.process = context().Process(target=target, args=(theirs, shared, *arguments), name=what, daemon=False)
-        self.process.start()
-        theirs.close()  # so that the pipe ends when the process does
+        self.pipe, theirs = Pipe()
+        self.process = ForkedProcess(target, what, (theirs, shared, *arguments))
+        try:
+            self.process.start()
+        except OSError as error:
+            self.pipe.close()
+            raise EnvironmentFailure(f"{what} was not started: {error}") from error
+        finally:
+            theirs.close()  # so that the pipe ends when the process does
 
     def read(self) -> None:
         """Take in what it says.
@@ -65,9 +75,8 @@ class ChildProcess:
             self.process.join(_KILL_TIMEOUT)
             raise self._dead() from None
         if isinstance(message, Failed):
-            reason = message.traceback.strip().splitlines()[-1]
             raise EnvironmentFailure(
-                f"{self.what} failed at step {self.step}: {reason}\n\nIn its process:\n{message.traceback}"
+                f"{self.what} failed at step {self.step}: {message.reason}\n\nIn its process:\n{message.traceback}"
             )
         self.up = self.up or isinstance(message, Up)
 
@@ -83,9 +92,15 @@ class ChildProcess:
         if not self.process.is_alive() and not self.pipe.poll():
             raise self._dead()
 
-    def idle(self, since: float = 0.0) -> float:
-        """Seconds since its last sign of life, or since ``since``, if that is later."""
-        return time.monotonic() - max(since, float(self._shared.beats[self._place]))
+    def wait_for_beat(self, seconds: float) -> float:
+        """Called after each ``seconds`` of waiting for it: how long it has been waited for since its last sign of life.
+
+        A time in which this process itself stood still, suspended with the others, does not count.
+        """
+        beat = float(self._shared.beats[self._place])
+        self.idle = seconds + (self.idle if beat == self._beat else 0.0)
+        self._beat = beat
+        return self.idle
 
     @property
     def step(self) -> int:
@@ -99,7 +114,15 @@ class ChildProcess:
     def _dead(self) -> EnvironmentFailure:
         code = self.process.exitcode
         cause = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        return EnvironmentFailure(f"{self.what} ended by itself at step {self.step} ({cause}).")
+        if code == _UNKNOWN:
+            cause = "how is not known: the fork server, its parent, is gone"
+        return EnvironmentFailure(f"{self.what} ended by itself at step {self.step} ({cause})")
+
+    def kill(self) -> None:
+        """End it without asking; whether or not its parent is there to tell of it."""
+        with contextlib.suppress(OSError):
+            if self.process.pid is not None and self.process.exitcode in (None, _UNKNOWN):
+                os.kill(self.process.pid, signal.SIGKILL)
 
 
 class ActorProcess(ChildProcess):
@@ -114,11 +137,10 @@ class ActorProcess(ChildProcess):
     Attributes:
         worker: as given.
         has_rollout: whether a rollout waits in its memory.
-        since: when it was last told to go on, ``time.monotonic()``.
     """
 
     def __init__(self, worker: int, shared: SharedWeights, spec: SharedBlock, server: Connection | None) -> None:
-        self.worker, self.has_rollout, self.since = worker, False, time.monotonic()
+        self.worker, self.has_rollout = worker, False
         self._entries: dict[Key, Tensor] = {}
         self._shape = torch.Size()
         super().__init__(partial(run_actor, worker), f"actor process {worker}", shared, worker, spec, server)
@@ -128,7 +150,7 @@ class ActorProcess(ChildProcess):
         self.has_rollout = False
         with contextlib.suppress(OSError):  # it has died, which is found when its rollout is awaited
             self.pipe.send(None)
-        self.since = time.monotonic()
+        self.idle = 0.0
 
     def rollout(self) -> tuple[Mapping[Key, Tensor], torch.Size]:
         """Entries and shape of what waits, in the memory that the actor writes the next one to."""
@@ -173,17 +195,18 @@ class ProcessBackend:
         pickled = _pickled(spec)
         start_fork_server()
         try:
-            with signals_blocked():
-                self._start(spec, pickled)
+            self._start(spec, pickled)
             self._wait_until(lambda: all(actor.up for actor in self._actors), _START_ALLOWANCE + step_timeout)
         except BaseException:
             self._kill()
             raise
+        finally:
+            pickled.close()
 
     def _start(self, spec: ActorSpec, pickled: SharedBlock) -> None:
         number = len(spec.seeds)
         # each actor's pipe to the server: its own end, and the server's
-        pipes = [context().Pipe() if spec.server is not None else (None, None) for _ in range(number)]
+        pipes = [Pipe() if spec.server is not None else (None, None) for _ in range(number)]
         try:
             if spec.server is not None:
                 ends = [end for _, end in pipes]
@@ -251,10 +274,12 @@ class ProcessBackend:
         for child in self._processes:
             child.pipe.close()
         limit = time.monotonic() + _SHUTDOWN_TIMEOUT
-        for child in self._processes:
-            child.process.join(max(0.0, limit - time.monotonic()))
-        self._kill()
-        self._shared.release()
+        try:
+            for child in self._processes:
+                child.process.join(max(0.0, limit - time.monotonic()))
+        finally:  # a second Ctrl-C too must leave nobody
+            self._kill()
+            self._shared.release()
 
     def _wait_until(self, condition: Callable[[], bool], seconds: float | None) -> None:
         """Take in what the processes say until ``condition`` holds; ``seconds`` are the most that all of it may take.
@@ -265,6 +290,7 @@ class ProcessBackend:
         pipes = {child.pipe: child for child in self._processes}
         limit = None if seconds is None else time.monotonic() + seconds
         while not condition():
+            before = time.monotonic()
             ready: list[Any] = wait(list(pipes), _POLL)
             for pipe in ready:
                 self._read(pipes[pipe])
@@ -273,7 +299,7 @@ class ProcessBackend:
             for child in self._processes:
                 child.check_alive()
             if limit is None:
-                self._check_moving(self._actors[self._turn])
+                self._check_moving(self._actors[self._turn], min(time.monotonic() - before, 2 * _POLL))
             elif time.monotonic() > limit:
                 late = next(child for child in self._processes if not child.up)
                 raise EnvironmentFailure(f"{late.what} did not come up within {seconds:.0f} s")
@@ -288,20 +314,21 @@ class ProcessBackend:
                     self._server.read()
             raise
 
-    def _check_moving(self, actor: ActorProcess) -> None:
+    def _check_moving(self, actor: ActorProcess, seconds: float) -> None:
         """Look whether the actor, or the server that it may wait for, has shown a sign of life in time.
+
+        ``seconds``: since the last look.
 
         Raises:
             EnvironmentFailure: one hangs.
         """
         limit = self._step_timeout
-        if self._server is not None and self._server.idle(actor.since) > limit:
+        if self._server is not None and (idle := self._server.wait_for_beat(seconds)) > limit:
             raise EnvironmentFailure(
-                f"the inference server has answered nothing for {self._server.idle(actor.since):.1f} s (batch "
-                f"{self._server.step} hangs; the limit step_timeout is {limit:g} s)"
+                f"the inference server has answered nothing for {idle:.1f} s (batch {self._server.step} hangs; the "
+                f"limit step_timeout is {limit:g} s)"
             )
-        idle = actor.idle(actor.since)
-        if idle > limit:
+        if (idle := actor.wait_for_beat(seconds)) > limit:
             raise EnvironmentFailure(
                 f"{actor.what} has made no step for {idle:.1f} s (step {actor.step} hangs; the limit step_timeout "
                 f"is {limit:g} s)"
@@ -310,8 +337,7 @@ class ProcessBackend:
     def _kill(self) -> None:
         """End the processes without asking, and wait for their ends, or zombies would stay."""
         for child in self._processes:
-            with contextlib.suppress(Exception):
-                child.process.kill()
+            child.kill()
         for child in self._processes:
             with contextlib.suppress(Exception):
                 child.process.join(_KILL_TIMEOUT)

@@ -36,6 +36,10 @@ class ServerOptions(NamedTuple):
     seed: int = 0
 
 
+class ServerGone(Exception):
+    """There is nobody to ask."""
+
+
 class Request(NamedTuple):
     """Inputs lie in the actor's block; ``layout`` says how where that is new, and the block follows."""
 
@@ -67,7 +71,7 @@ class RemotePolicy:
         """Adds to ``tensordict`` [N] what the policy writes; the version of the weights.
 
         Raises:
-            SystemExit: the server is gone, which the learner tells.
+            ServerGone: which the learner tells.
         """
         found = {key: tensordict.get(key, None) for key in self._in_keys}
         inputs: dict[Key, Tensor] = {key: tensor for key, tensor in found.items() if tensor is not None}
@@ -81,7 +85,7 @@ class RemotePolicy:
             if reply.layout is not None:
                 self._answers = SharedBlock.receive(self._pipe).views(reply.layout)
         except (EOFError, OSError):
-            raise SystemExit(0) from None
+            raise ServerGone from None
         for key, tensor in self._answers.items():
             tensordict.set(key, tensor.clone())
         return reply.version

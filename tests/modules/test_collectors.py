@@ -8,6 +8,7 @@ the batch must agree at every single step.
 from __future__ import annotations
 
 import collections
+import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -37,6 +39,14 @@ from offtrace.modules.envs import EnvironmentFailure
 ENVS, STEPS = 4, 5
 WAYS: dict[str, dict[str, Any]] = {"copies": {}, "server": {"server": ServerOptions()}}
 """How actor processes act: each with a copy of the policy, or all through one server. Both keep one contract."""
+
+
+ENDS: dict[str, BaseException] = {
+    "reset": ConnectionResetError("the simulator's peer is gone"),
+    "eof": EOFError("no more input"),
+    "exit": SystemExit("no licence"),
+    "lines": ValueError("two\n  lines"),
+}
 
 
 class StampEnv(EnvBase):
@@ -72,6 +82,8 @@ class StampEnv(EnvBase):
             raise ValueError("the gripper fell off")
         if self.step_number == self.at and self.fail == "hang":
             time.sleep(1000)
+        if self.step_number == self.at and self.fail in ENDS:
+            raise ENDS[self.fail]
         reward = torch.ones(*self.batch_size, 1)
         return TensorDict({**self._observe(), "reward": reward}, self.batch_size)
 
@@ -421,6 +433,28 @@ def test_rollouts_of_several_actors_come_as_one(joined_run: JoinedRun) -> None:
     assert len(seen) == 3 * ENVS
 
 
+def test_an_interrupt_between_two_of_several_rollouts_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    collector = make(0)
+    collector.rollouts_per_batch = 2
+    take, calls = collector.backend.take, 0
+
+    def interrupted(copied: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return take(copied)
+
+    monkeypatch.setattr(collector.backend, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(collector)
+    rollout = next(collector)
+    assert (
+        rollout["observation"][:, :, 1].tolist() == [list(range(STEPS))] * ENVS + [list(range(STEPS, 2 * STEPS))] * ENVS
+    )
+    collector.shutdown()
+
+
 @pytest.mark.slow
 def test_the_lag_of_joined_rollouts_stays_below_its_bound(joined_run: JoinedRun) -> None:
     assert 0 < max(joined_run.lags) <= lag_bound(3, UPDATES, rollouts_per_batch=2)
@@ -476,6 +510,62 @@ def test_a_killed_worker_is_found(way: str) -> None:
     with pytest.raises(EnvironmentFailure, match=r"actor process 0 .*signal 9"):  # noqa: PT012
         next(collector)  # may have been on its way already
         next(collector)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("reset", "ConnectionResetError: the simulator's peer is gone"),
+        ("eof", "EOFError: no more input"),
+        ("exit", "SystemExit: no licence"),
+        ("lines", "ValueError: two lines"),
+    ],
+)
+def test_whatever_an_environment_ends_with_is_told(end: str, words: str) -> None:
+    """Errors that look like those of a learner who is gone, and a wish to end the process."""
+    collector = make(1, env={"fail": end})
+    next(collector)
+    with pytest.raises(EnvironmentFailure, match=f"actor process 0 failed at step 7: {words}\n"):
+        next(collector)
+
+
+def _of_this_process(seed: int) -> EnvBase:
+    """Tells of its process by the error with which it ends."""
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    program.terminate()
+    raise ValueError(f"{os.environ.get('OFFTRACE_TEST')}, {'/of/this/test' in sys.path}, {program.wait(60)}")
+
+
+@pytest.mark.slow
+def test_an_actor_has_the_learners_variables_and_path_and_no_blocked_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of now, not of when the fork server was started; and a program that an environment starts can be terminated."""
+    make(1).shutdown()
+    monkeypatch.setenv("OFFTRACE_TEST", "42")
+    monkeypatch.syspath_prepend("/of/this/test")
+    with pytest.raises(EnvironmentFailure, match=r"ValueError: 42, True, -15"):
+        make_collector(_of_this_process, WeightPolicy(), frames_per_batch=ENVS * STEPS)
+
+
+@pytest.mark.slow
+def test_processes_of_the_users_own_are_what_they_were() -> None:
+    """Those of multiprocessing's fork server, which is not ours."""
+    make(1).shutdown()
+    process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(1000,), daemon=True)
+    process.start()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_time_in_which_everything_stood_still_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was suspended for longer than step_timeout goes on."""
+    beats = torch.zeros(1, dtype=torch.float64)
+    monkeypatch.setattr(processes.ForkedProcess, "start", lambda self: None)
+    child = processes.ChildProcess(print, "it", SimpleNamespace(beats=beats), 0)  # type: ignore[arg-type]
+    assert [child.wait_for_beat(0.5) for _ in range(3)] == [0.5, 1.0, 1.5]
+    beats += 1
+    assert child.wait_for_beat(0.5) == 0.5
 
 
 class FaultyPolicy(WeightPolicy):
@@ -535,7 +625,7 @@ sys.path.insert(0, {folder!r})
 from test_collectors import make
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background of a script ignore
-    env = {{"fail": "hang"}} if sys.argv[1] == "kill" else {{"delay": 0.01}}
+    env = {{"fail": "hang"}} if sys.argv[1] in ("kill", "interrupt twice") else {{"delay": 0.01}}
     print("starting", flush=True)
     collector = make(1, env=env)
     next(collector)
@@ -548,7 +638,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["raise", "interrupt", "interrupt while starting", "kill"])
+@pytest.mark.parametrize("end", ["raise", "interrupt", "interrupt twice", "interrupt while starting", "kill"])
 def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
     script = tmp_path / "learner.py"
     script.write_text(_SCRIPT.format(folder=str(Path(__file__).parent)))
@@ -566,7 +656,7 @@ def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
             learner.kill()
     assert learner.returncode not in (0, None)
     assert wait_until(lambda: ended(worker))
-    if end != "kill":
+    if end not in ("kill", "interrupt twice"):
         assert errors.count("Traceback") == 1, errors
 
 
@@ -585,6 +675,9 @@ def _interrupt(learner: subprocess.Popen[str], end: str) -> int:
         worker = int(learner.stdout.readline().split()[1])
     if end.startswith("interrupt"):
         os.killpg(learner.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+        if end == "interrupt twice":  # it waits for an actor that hangs
+            time.sleep(1.0)
+            os.killpg(learner.pid, signal.SIGINT)
     elif end == "kill":
         learner.kill()
     return worker
