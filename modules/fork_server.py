@@ -1,21 +1,27 @@
 """The process from which actor processes are forked: it has imported the libraries once, for all of them.
 
 A process started afresh spends seconds of a core on imports. A fork of this server is there in a hundredth of a second,
-and takes nothing from the learner: no thread, no lock, no GPU.
+and takes nothing from the learner: no thread, no lock, no GPU. The server is one of our own, beside the one that
+multiprocessing has for everybody: what it imports and which signals it blocks is nobody else's matter. A process forked
+from it does not run the learner's main script, as those of multiprocessing do: what it runs must be importable, or
+pickled by value.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import io
+import os
 import signal
 import sys
-from collections.abc import Iterator
-from multiprocessing import forkserver, resource_tracker
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, popen_forkserver, process, reduction, resource_tracker, spawn, util
+from multiprocessing.context import set_spawning_popen
 from typing import Any
 
 _ALWAYS = ("offtrace.modules.collectors.actors", "offtrace.modules.networks.policy")
 _IF_USED = tuple(f"offtrace.modules.envs.{name}" for name in ("atari", "control", "gym"))
+_server = forkserver.ForkServer()
 
 
 def start_fork_server(*modules: str) -> None:
@@ -25,33 +31,90 @@ def start_fork_server(*modules: str) -> None:
         modules: further ones that it imports. One that is not there is passed over. Those of environments that this
             process has imported, it imports too.
     """
-    if not _has_fork_server():
-        return
     used = [name for name in _IF_USED if name in sys.modules]
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*_ALWAYS, *used, *modules])
+    _server.set_forkserver_preload([*_ALWAYS, *used, *modules])
     # its start lets through the signals that are blocked below
     resource_tracker.ensure_running()
-    with signals_blocked():
-        forkserver.ensure_running()
+    path = os.pathsep.join(place or os.getcwd() for place in sys.path)
+    # the libraries that it imports may ask for GPUs, and a process that has met one cannot be forked
+    with _environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""), _signals_blocked():
+        _server.ensure_running()
 
 
-def context() -> Any:
-    """How actor processes are started: from the server, or afresh on a system that cannot fork."""
-    return multiprocessing.get_context("forkserver" if _has_fork_server() else "spawn")
+class ForkedProcess(process.BaseProcess):
+    """As ``multiprocessing.Process``, from our server.
+
+    SIGINT and SIGTERM, which the learner handles for all, are blocked when ``target`` is called; it must let them
+    through. Arguments are pickled, and pipes and shared memory among them handed over.
+
+    Raises:
+        OSError: in ``start``, the server is gone or cannot be reached.
+    """
+
+    _start_method = "forkserver"
+
+    def __init__(self, target: Callable[..., None], name: str, arguments: tuple[Any, ...]) -> None:
+        super().__init__(target=target, name=name, args=arguments)
+
+    @staticmethod
+    def _Popen(process_obj: process.BaseProcess) -> _Popen:
+        return _Popen(process_obj)
+
+
+class _Popen(popen_forkserver.Popen):
+    """As that of multiprocessing, from our server, and without the main script."""
+
+    finalizer: Any
+    _fds: list[int]
+
+    def _launch(self, process_obj: process.BaseProcess) -> None:
+        preparation = spawn.get_preparation_data(process_obj.name)
+        for key in ("init_main_from_name", "init_main_from_path"):
+            preparation.pop(key, None)
+        buffer = io.BytesIO()
+        set_spawning_popen(self)
+        try:
+            reduction.dump(preparation, buffer)
+            reduction.dump(process_obj, buffer)
+        finally:
+            set_spawning_popen(None)
+        try:
+            self.sentinel, write = _server.connect_to_new_process(self._fds)
+            ours = os.dup(write)  # by its end the process knows that of the learner
+            self.finalizer = util.Finalize(self, _close, (ours, self.sentinel))
+            with open(write, "wb", closefd=True) as file:
+                file.write(buffer.getbuffer())
+            self.pid = forkserver.read_signed(self.sentinel)
+        except (OSError, EOFError) as error:
+            raise OSError(
+                f"the fork server, from which actor processes are made, has ended or cannot be reached: {error}"
+            ) from error
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 @contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """What is started in it has SIGINT and SIGTERM blocked: the learner alone handles those."""
-    if not hasattr(signal, "pthread_sigmask"):
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
         yield
-        return
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is started in it has SIGINT and SIGTERM blocked: the learner alone handles those."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _has_fork_server() -> bool:
-    return "forkserver" in multiprocessing.get_all_start_methods()

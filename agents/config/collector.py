@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
-from offtrace.agents.config.base import Checks, Group
+from offtrace.agents.config.base import Checks, ConfigError, Group
 
 
 @dataclass
@@ -18,8 +19,14 @@ class CollectorConfig(Group):
     """Agent steps of an environment in one rollout."""
     threads: int = 1
     """Torch threads of an actor process."""
+    acting: Literal["copies", "server"] = "copies"
+    """copies: every actor has a copy of the policy; server: one process acts for all, on what requests have arrived."""
+    server_batch: int = 0
+    """Of the server: environments at which a batch is full; 0: all actors."""
+    server_wait: float = 0.001
+    """Of the server: seconds that a batch waits for more requests after its first."""
     device: str = "cpu"
-    """Where the actors run their copy of the policy: cpu, cuda or cuda:<n>."""
+    """Where the actors run their copy of the policy, or the server its one: cpu, cuda or cuda:<n>."""
     step_timeout: float = 60.0
     """Seconds after which a step that did not return counts as hung."""
     sync_every: int = 0
@@ -32,6 +39,11 @@ class CollectorConfig(Group):
         """As :meth:`Group.check`."""
         checks = Checks(self, at)
         checks.at_least(1, "unroll", "threads")
-        checks.at_least(0, "num_workers", "sync_every", "lag")
+        checks.at_least(0, "num_workers", "sync_every", "lag", "server_batch")
+        checks.require("server_wait", lambda value: 0 <= value < self.step_timeout, "at least 0, below step_timeout")
         checks.positive("step_timeout")
+        if self.acting == "server" and not self.num_workers:
+            raise ConfigError(
+                f"{at}.acting is server, which acts for actor processes, and {at}.num_workers is 0: it must be above 0"
+            )
         checks.require("device", lambda value: re.fullmatch(r"cpu|cuda(:\d+)?", value), "cpu, cuda or cuda:<number>")

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from offtrace.modules.collectors import make_collector
+from offtrace.modules.collectors import ServerOptions, actor_seed, make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT, VALID
 
@@ -295,4 +295,14 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
         device=config.collector.device,
         frame_stack=frame_stack,
         rollouts_per_batch=config.rollouts_per_batch,
+        server=_server(config, rank, frames),
     )
+
+
+def _server(config: Config, rank: int, frames: int) -> ServerOptions | None:
+    collector = config.collector
+    if collector.acting == "copies":
+        return None
+    # behind the actors' own
+    seed = actor_seed(config.train.seed, rank, collector.num_workers, frames)
+    return ServerOptions(collector.server_batch, collector.server_wait, seed)

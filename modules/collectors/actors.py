@@ -6,6 +6,7 @@ call never mixes two sets of weights, and the version written beside an action i
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -13,20 +14,21 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cloudpickle
 import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.collectors import Collector
 
 from offtrace.modules.collectors.frames import FRAMES, Packer
-from offtrace.modules.collectors.memory import Key, Layout, SharedBlock, lay_out
+from offtrace.modules.collectors.memory import Layout, Mailbox, SharedBlock
+from offtrace.modules.collectors.server import RemotePolicy, Server, ServerGone, ServerOptions
 from offtrace.modules.collectors.weights import SharedWeights, named_tensors
 from offtrace.modules.keys import POLICY_VERSION
 
@@ -43,15 +45,24 @@ def actor_seed(seed: int, rank: int, worker: int, start: int = 0) -> int:
     return int(word) % (2**31 - 2**17)
 
 
+class Leave(BaseException):
+    """The learner wants no more, or is gone."""
+
+
 class Actor(TensorDictModuleBase):
     """A policy that fetches the newest weights before it acts, stamps its version and shows that it is alive.
+
+    With ``remote`` a server has the weights and acts; ``policy`` then says what is read and written.
 
     Adds ``"policy_version"`` (int64 ``[*B]``) to what the policy writes.
     """
 
-    def __init__(self, policy: TensorDictModuleBase, shared: SharedWeights, worker: int) -> None:
+    def __init__(
+        self, policy: TensorDictModuleBase, shared: SharedWeights, worker: int, remote: RemotePolicy | None = None
+    ) -> None:
         super().__init__()
         self.policy = policy
+        self._remote = remote
         self.in_keys = list(policy.in_keys)
         self.out_keys = [*policy.out_keys, POLICY_VERSION]
         self._shared = shared
@@ -65,9 +76,15 @@ class Actor(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Act on ``tensordict`` [*B]."""
         if self._state[1]:
-            raise SystemExit(0)
+            raise Leave
         self._steps[self._worker] += 1
         self._beats[self._worker] = time.monotonic()
+        if self._remote is not None:
+            try:
+                version = self._remote(tensordict)
+            except ServerGone:
+                raise Leave from None
+            return tensordict.set(POLICY_VERSION, torch.full(tensordict.shape, version, dtype=torch.int64))
         if self._state[0] != self._loaded:
             self._loaded = self._shared.load_into(self._tensors)
             self._stamp = torch.empty(0, dtype=torch.int64)
@@ -89,6 +106,8 @@ class ActorSpec(NamedTuple):
         frame_stack: frames in an observation, of which each travels once; 1: observations travel whole.
         device: where the policy runs.
         threads: torch threads of an actor process.
+        server: None: every actor has a copy of the policy; else one server acts for all.
+        environ: the learner's environment variables, for its processes.
     """
 
     env_fn: Callable[..., Any]
@@ -98,25 +117,28 @@ class ActorSpec(NamedTuple):
     frame_stack: int
     device: str | torch.device
     threads: int
+    server: ServerOptions | None = None
+    environ: dict[str, str] = {}  # noqa: RUF012  of a NamedTuple
 
-    def make(self, shared: SharedWeights, worker: int) -> Collector:
+    def make(self, shared: SharedWeights, worker: int, remote: RemotePolicy | None = None) -> Collector:
         """TorchRL's collector with an :class:`Actor` for a policy.
 
         Raises:
             ValueError: the environments do not divide a rollout.
         """
-        policy = self.policy.to(self.device).requires_grad_(False)
+        device = self.device if remote is None else "cpu"
+        policy = self.policy.to(device).requires_grad_(False)
         collector = Collector(
             self.env_fn,
-            Actor(policy, shared, worker),
+            Actor(policy, shared, worker, remote),
             create_env_kwargs={"seed": self.seeds[worker]},
             frames_per_batch=self.frames_per_batch,
             total_frames=-1,
-            policy_device=self.device,
+            policy_device=device,
             env_device="cpu",
             storing_device="cpu",
             trust_policy=True,
-            no_cuda_sync=torch.device(self.device).type == "cpu",
+            no_cuda_sync=torch.device(device).type == "cpu",
             use_buffers=True,
             auto_register_policy_transforms=True,
             track_traj_ids=False,
@@ -147,12 +169,15 @@ class Rollout(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """An actor ends with this traceback."""
+    """A process ends with this error, said in one line, and its traceback."""
 
+    reason: str
     traceback: str
 
 
-def run_actor(worker: int, pipe: Connection, shared: SharedWeights, spec: SharedBlock) -> None:
+def run_actor(
+    worker: int, pipe: Connection, shared: SharedWeights, spec: SharedBlock, server: Connection | None = None
+) -> None:
     """An actor process: one rollout for every message that comes through ``pipe``, until it is closed.
 
     Args:
@@ -160,53 +185,95 @@ def run_actor(worker: int, pipe: Connection, shared: SharedWeights, spec: Shared
         pipe: answers go back through it, :class:`Up`, :class:`Rollout` or :class:`Failed`.
         shared: the weights.
         spec: the pickled :class:`ActorSpec`.
+        server: the actor's pipe to the server, where there is one.
     """
-    _initialise_process()
     collector = None
     try:
-        made: ActorSpec = cloudpickle.loads(spec.whole.numpy().tobytes())
-        torch.set_num_threads(made.threads)
+        made = _begin(spec)
         _seed_everything(made.seeds[worker])
-        collector = made.make(shared, worker)
+        remote = None if server is None else RemotePolicy(server, list(cast("Any", made.policy).in_keys))
+        collector = made.make(shared, worker, remote)
         rollouts, outbox = iter(collector), _Outbox(pipe, made.frame_stack)
-        pipe.send(Up())
+        _send(pipe, Up())
         while True:
-            pipe.recv()
+            _wait_for(pipe)
             outbox.put(next(rollouts))
-    except (
-        EOFError,
-        BrokenPipeError,
-        ConnectionResetError,
-        SystemExit,
-    ):  # the learner has closed the pipe, or asks to leave
+    except Leave:
         pass
-    except BaseException:
-        pipe.send(Failed(traceback.format_exc()[-_MESSAGE_LIMIT:]))
+    except BaseException as error:  # SystemExit too: an environment may want to end the process
+        _report(pipe, error)
     finally:
         if collector is not None:
             collector.shutdown()
 
 
+def run_server(pipe: Connection, shared: SharedWeights, spec: SharedBlock, actors: list[Connection]) -> None:
+    """The process of the server.
+
+    Args:
+        pipe: to the learner; :class:`Up` or :class:`Failed` go through it.
+        shared: the weights.
+        spec: the pickled :class:`ActorSpec`.
+        actors: pipes to the actors.
+    """
+    try:
+        made = _begin(spec)
+        assert made.server is not None
+        _seed_everything(made.server.seed)
+        server = Server(made.policy.to(made.device), shared, actors, made.server)
+        _send(pipe, Up())
+        server.serve()
+    except Leave:
+        pass
+    except BaseException as error:
+        _report(pipe, error)
+
+
+def _begin(spec: SharedBlock) -> ActorSpec:
+    """What every process of ours does first; the spec."""
+    _initialise_process()
+    made: ActorSpec = cloudpickle.loads(spec.whole.numpy().tobytes())
+    spec.close()
+    spec.whole = torch.empty(0, dtype=torch.uint8)  # nobody needs it again
+    os.environ.clear()  # the server has those of when it was started
+    os.environ.update(made.environ)
+    torch.set_num_threads(made.threads)
+    return made
+
+
+def _wait_for(pipe: Connection) -> None:
+    try:
+        pipe.recv()
+    except (EOFError, OSError):
+        raise Leave from None
+
+
+def _send(pipe: Connection, message: Any) -> None:
+    try:
+        pipe.send(message)
+    except OSError:
+        raise Leave from None
+
+
+def _report(pipe: Connection, error: BaseException) -> None:
+    """Tell the learner of the error with which this process ends."""
+    reason = " ".join("".join(traceback.format_exception_only(error)).split())
+    message = Failed(reason, "".join(traceback.format_exception(error))[-_MESSAGE_LIMIT:])
+    with contextlib.suppress(Leave):
+        _send(pipe, message)
+
+
 class _Outbox:
-    """Copies rollouts into a block that the learner sees, a new one where the last does not fit."""
+    """Puts rollouts where the learner sees them."""
 
     def __init__(self, pipe: Connection, frame_stack: int) -> None:
         self._pipe = pipe
         self._packer = Packer(frame_stack)
-        self._layout: Layout = {}
-        self._views: Mapping[Key, Tensor] = {}
+        self._mailbox = Mailbox()
 
     def put(self, rollout: TensorDictBase) -> None:
-        packed = self._packer.pack(rollout, self._views.get(FRAMES))
-        layout, size = lay_out(packed)
-        block = None
-        if layout != self._layout:
-            block = SharedBlock(size)
-            self._layout, self._views = layout, block.views(layout)
-        for key, tensor in packed.items():
-            if tensor is not self._views[key]:
-                self._views[key].copy_(tensor)
-        self._pipe.send(Rollout(rollout.shape, None if block is None else layout))
+        block = self._mailbox.put(self._packer.pack(rollout, self._mailbox.views.get(FRAMES)))
+        _send(self._pipe, Rollout(rollout.shape, None if block is None else self._mailbox.layout))
         if block is not None:
             block.send(self._pipe)
             block.close()
@@ -220,8 +287,6 @@ def _seed_everything(seed: int) -> None:
 
 def _initialise_process() -> None:
     """Deaf to what the learner handles, and gone when the learner is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     learner = multiprocessing.parent_process()
     assert learner is not None
 
@@ -230,3 +295,8 @@ def _initialise_process() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="learner-watch").start()
+    # a handler that does nothing, and no blocked or ignored signal: those would be inherited by programs that an
+    # environment starts
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})

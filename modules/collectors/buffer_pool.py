@@ -13,15 +13,16 @@ class BufferPool:
 
     Fresh memory costs more than what is written to it: the system has to map and clear every page, 9 to 25 ms for the
     36 MB of an Atari rollout against 2 ms for the copy. A tensor counts as in use while anything refers to its
-    storage: the tensor, a view, an array, a graph.
+    storage: the tensor, a view, an array, a graph. Tensors of nearly the same number of bytes, up to an eighth more,
+    use each other's memory.
 
     Args:
-        keep: how many tensors of one shape and type to hold on to.
+        keep: how many of one size to hold on to.
     """
 
     def __init__(self, keep: int = 6) -> None:
         self.keep = keep
-        self._held: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._held: dict[int, list[Tensor]] = {}
 
     def empty_like(self, source: Tensor) -> Tensor:
         """Contiguous tensor of the shape and type of ``source``; its content is undefined."""
@@ -29,16 +30,18 @@ class BufferPool:
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Contiguous tensor; its content is undefined."""
-        if shape.numel() * dtype.itemsize < _LARGE:
+        number = shape.numel() * dtype.itemsize
+        if number < _LARGE:
             return torch.empty(shape, dtype=dtype)
-        held = self._held.setdefault((shape, dtype), [])
-        for tensor in held:
-            if _holders(tensor) == 1:
-                return tensor.detach()  # a new holder of the same storage
-        tensor = torch.empty(shape, dtype=dtype)
-        if len(held) < self.keep:
-            held.append(tensor)
-        return tensor.detach()
+        step = 1 << (number.bit_length() - 4)  # eight sizes to a power of two
+        size = -(-number // step) * step
+        held = self._held.setdefault(size, [])
+        memory = next((tensor for tensor in held if _holders(tensor) == 1), None)
+        if memory is None:
+            memory = torch.empty(size, dtype=torch.uint8)
+            if len(held) < self.keep:
+                held.append(memory)
+        return memory[:number].view(dtype).view(shape)  # a new holder of the same storage
 
 
 def _holders(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offtrace.modules.collectors.buffer_pool import BufferPool
 from offtrace.modules.collectors.memory import Key
-from offtrace.modules.keys import DONE, NEXT, OBSERVATION
+from offtrace.modules.keys import DONE, NEXT, OBSERVATION, VALID
 
 FRAMES: Key = "_frames"
 FIRST: Key = "_first"
@@ -67,6 +67,9 @@ def check_stacks(rollout: TensorDictBase, stack: int) -> None:
     observation, successor = (_framewise(rollout[key], stack) for key in (_STACK, _NEXT_STACK))
     wrong = (successor[:, :, :-1] != observation[:, :, 1:]).flatten(2).any(2)
     wrong[:, :-1] |= (observation[:, 1:] != successor[:, :-1]).flatten(2).any(2) & ~plan.resets[:, 1:]
+    valid = rollout.get((NEXT, VALID), None)
+    if valid is not None:  # where a simulator failed the successor is not known, whatever stands there
+        wrong &= valid.squeeze(-1)
     if wrong.any():
         env, step = wrong.nonzero()[0].tolist()
         raise ValueError(
@@ -150,7 +153,8 @@ class PackedRollout:
     def unpack(self, device: torch.device | str = "cpu") -> TensorDict:
         """The rollout as a TensorDict on ``device``, bit for bit what the actor saw; transfers do not wait.
 
-        A state and its successor share memory: change them out of place.
+        Where a step is not valid what stands for its successor is not kept. A state and its successor share memory:
+        change them out of place.
         """
         entries = {key: tensor.to(device, non_blocking=True) for key, tensor in self.entries.items()}
         if self.stack > 1:

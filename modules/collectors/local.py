@@ -9,7 +9,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from offtrace.modules.collectors.actors import ActorSpec
-from offtrace.modules.collectors.frames import Packer
+from offtrace.modules.collectors.frames import FRAMES, Packer
 from offtrace.modules.collectors.memory import Key
 from offtrace.modules.collectors.protocol import Copy
 from offtrace.modules.collectors.weights import SharedWeights
@@ -33,6 +33,7 @@ class LocalBackend:
         self._shared = shared
         self._collector = spec.make(shared, 0)
         self._packer = Packer(spec.frame_stack)
+        self._frames: Tensor | None = None
         self._iterator: Iterator[TensorDictBase] | None = None
 
     @property
@@ -63,7 +64,9 @@ class LocalBackend:
             if self._iterator is None:
                 self._iterator = iter(self._collector)
             rollout = next(self._iterator)
-            return copied(self._packer.pack(rollout)), rollout.shape, 0
+            packed = self._packer.pack(rollout, self._frames)
+            self._frames = packed.get(FRAMES)
+            return copied(packed), rollout.shape, 0
         except EnvironmentFailure:
             raise
         except Exception as error:

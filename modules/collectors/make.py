@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from offtrace.modules.collectors.local import LocalBackend
 from offtrace.modules.collectors.processes import ProcessBackend
 from offtrace.modules.collectors.protocol import Backend, Collector
 from offtrace.modules.collectors.rollouts import RolloutCollector
+from offtrace.modules.collectors.server import ServerOptions
 from offtrace.modules.collectors.weights import SharedWeights
 
 
@@ -48,6 +50,7 @@ def make_collector(
     device: str | torch.device = "cpu",
     frame_stack: int = 1,
     rollouts_per_batch: int = 1,
+    server: ServerOptions | None = None,
 ) -> Collector:
     """Collector of rollouts ``[N, T]``, in process or in N processes.
 
@@ -67,6 +70,8 @@ def make_collector(
             learner puts the stacks together again. 1: observations travel whole.
         rollouts_per_batch: R, rollouts of different actors that are taken together and come as one ``[R N, T]``; at
             most the number of actors.
+        server: None: every actor has a copy of the policy. Else one process acts for all actors, on ``device``, and
+            makes one batch of the requests that have arrived.
 
     Raises:
         ValueError: a size is not positive or larger than the actors allow, frames_per_batch does not divide by N, or
@@ -87,12 +92,16 @@ def make_collector(
             f"rollouts_per_batch is {rollouts_per_batch}; they come from different actors, so it must be at most "
             f"{max(1, num_workers)}, their number"
         )
+    if server is not None and not num_workers:
+        raise ValueError("num_workers is 0; an inference server acts for actor processes: it must be at least 1")
     if step_timeout <= 0:
         raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds")
     actor = copy.deepcopy(policy).to("cpu")
-    shared = SharedWeights(actor, max(num_workers, 1))
+    shared = SharedWeights(actor, max(num_workers, 1) + (server is not None))
     seeds = [actor_seed(seed, rank, worker, start) for worker in range(max(num_workers, 1))]
-    spec = ActorSpec(env_fn, actor, seeds, frames_per_batch, frame_stack, device, threads_per_worker)
+    spec = ActorSpec(
+        env_fn, actor, seeds, frames_per_batch, frame_stack, device, threads_per_worker, server, dict(os.environ)
+    )
     backend: Backend
     if num_workers == 0:
         backend = LocalBackend(spec, shared)

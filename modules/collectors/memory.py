@@ -48,6 +48,8 @@ class SharedBlock:
         OSError: there is not so much memory.
     """
 
+    _fd = -1
+
     def __init__(self, size: int, fd: int | None = None) -> None:
         self.size = size
         self._fd = _anonymous_file(size) if fd is None else fd
@@ -99,6 +101,26 @@ class SharedBlock:
 
     def __reduce__(self) -> Any:
         return _attached, (self.size, reduction.DupFd(self._fd))
+
+
+class Mailbox:
+    """Tensors that go through a block of this process's own to another one, which reads them where they lie."""
+
+    def __init__(self) -> None:
+        self.layout: Layout = {}
+        self.views: dict[Key, Tensor] = {}
+
+    def put(self, tensors: Mapping[Key, Tensor]) -> SharedBlock | None:
+        """Copies them in, over the last ones; a new block where they do not fit, which must be sent."""
+        layout, size = lay_out(tensors)
+        block = None
+        if layout != self.layout:
+            block = SharedBlock(size)
+            self.layout, self.views = layout, block.views(layout)
+        for key, tensor in tensors.items():
+            if tensor is not self.views[key]:
+                self.views[key].copy_(tensor)
+        return block
 
 
 def lay_out(tensors: Mapping[Key, Tensor]) -> tuple[Layout, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -20,6 +21,17 @@ from offtrace.modules.keys import NEXT, POLICY_VERSION, VALID, WORKER
 
 # Never True at the root of a rollout, or a copy of what ("next", key) holds.
 _EXCLUDED = ("done", "terminated", "truncated", "episode_reward", "episode_length", "episode_end", "collector")
+
+
+class _Half:
+    """A batch of several rollouts, of which some are taken."""
+
+    def __init__(self, places: Tensor) -> None:
+        self.places = places  # of the rows, in the order in which they are taken
+        self.taken = 0
+        self.joined: dict[Key, Tensor] = {}
+        self.frames: list[Tensor] = []
+        self.shape = torch.Size()
 
 
 class RolloutCollector:
@@ -54,7 +66,9 @@ class RolloutCollector:
         self.order: Callable[[int], Tensor] | None = None
         self.pin_memory = False
         self._memory = BufferPool()
+        self._half: _Half | None = None
         self._closed = False
+        self._owner = os.getpid()
         self._at_exit = partial(_shutdown_if_alive, weakref.ref(self))
         atexit.register(self._at_exit)  # before multiprocessing's own hook, which would wait for the workers
 
@@ -103,7 +117,13 @@ class RolloutCollector:
 
         Takes a module of the same structure, ``TensorDict.from_module(module).data`` or a ``state_dict``, on any
         device. The weights are copied; every step that begins after the call uses them.
+
+        Raises:
+            KeyError: a weight is missing or unknown.
+            RuntimeError: after ``shutdown``.
         """
+        if self._closed:
+            raise RuntimeError("the collector was shut down; make a new one")
         if isinstance(policy_or_weights, nn.Module):
             return self.backend.publish(named_tensors(policy_or_weights))
         if isinstance(policy_or_weights, TensorDictBase):
@@ -111,8 +131,8 @@ class RolloutCollector:
         return self.backend.publish(policy_or_weights)
 
     def shutdown(self) -> None:
-        """End all actors: ask, then terminate, then kill, within about 5 seconds. Further calls do nothing."""
-        if self._closed:
+        """End all actors: ask, then kill, within about 5 seconds. Further calls do nothing."""
+        if self._closed or os.getpid() != self._owner:  # a fork of the learner has no say
             return
         self._closed = True
         atexit.unregister(self._at_exit)
@@ -137,21 +157,22 @@ class RolloutCollector:
             entries, shape, worker = self.backend.take(partial(self._copied, order=order))
             entries[WORKER] = self._stamp(worker, shape)
             return entries, shape
-        rows = self.backend.num_envs
-        places = torch.arange(self.num_envs) if order is None else order.argsort()
-        joined: dict[Key, Tensor] = {}
-        frames: list[Tensor] = []
-        for part in places.split(rows):
-            _, shape, worker = self.backend.take(partial(self._join, joined, frames, part))
+        # kept until it is whole: a Ctrl-C between two takings must lose nothing
+        half = self._half = self._half or _Half(torch.arange(self.num_envs) if order is None else order.argsort())
+        joined, frames = half.joined, half.frames
+        for part in half.places.split(self.backend.num_envs)[half.taken :]:
+            _, half.shape, worker = self.backend.take(partial(self._join, joined, frames, part))
+            half.taken += 1
             if WORKER not in joined:
-                joined[WORKER] = self._empty(torch.Size([self.num_envs, *shape[1:]]), torch.int64)
+                joined[WORKER] = self._empty(torch.Size([self.num_envs, *half.shape[1:]]), torch.int64)
             joined[WORKER][part] = worker
+        self._half = None
         if frames:
             number = sum(map(len, frames))
             joined[FRAMES] = torch.cat(
                 frames, out=self._empty(torch.Size([number, *frames[0].shape[1:]]), frames[0].dtype)
             )
-        return joined, torch.Size([self.num_envs, *shape[1:]])
+        return joined, torch.Size([self.num_envs, *half.shape[1:]])
 
     def _copied(self, entries: Mapping[Key, Tensor], order: Tensor | None = None) -> dict[Key, Tensor]:
         """One actor's entries, in memory of their own."""
@@ -175,8 +196,11 @@ class RolloutCollector:
                 continue
             if key not in joined:
                 joined[key] = self._empty(torch.Size([self.num_envs, *source.shape[1:]]), source.dtype)
-            # numpy writes whole rows, torch their elements one by one
-            joined[key].numpy()[rows.numpy()] = (source + before if key == FIRST else source).numpy()
+            part = source + before if key == FIRST else source
+            if part.dtype == torch.uint8:  # numpy writes whole rows, torch their elements one by one
+                joined[key].numpy()[rows.numpy()] = part.numpy()
+            else:
+                joined[key][rows] = part
         return joined
 
     def _empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,8 @@ the batch must agree at every single step.
 
 from __future__ import annotations
 
+import collections
+import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -30,9 +33,20 @@ from torchrl.envs import EnvBase
 from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector, processes
 from offtrace.modules.collectors.actors import actor_seed
 from offtrace.modules.collectors.buffer_pool import BufferPool
+from offtrace.modules.collectors.server import ServerOptions
 from offtrace.modules.envs import EnvironmentFailure
 
 ENVS, STEPS = 4, 5
+WAYS: dict[str, dict[str, Any]] = {"copies": {}, "server": {"server": ServerOptions()}}
+"""How actor processes act: each with a copy of the policy, or all through one server. Both keep one contract."""
+
+
+ENDS: dict[str, BaseException] = {
+    "reset": ConnectionResetError("the simulator's peer is gone"),
+    "eof": EOFError("no more input"),
+    "exit": SystemExit("no licence"),
+    "lines": ValueError("two\n  lines"),
+}
 
 
 class StampEnv(EnvBase):
@@ -68,6 +82,8 @@ class StampEnv(EnvBase):
             raise ValueError("the gripper fell off")
         if self.step_number == self.at and self.fail == "hang":
             time.sleep(1000)
+        if self.step_number == self.at and self.fail in ENDS:
+            raise ENDS[self.fail]
         reward = torch.ones(*self.batch_size, 1)
         return TensorDict({**self._observe(), "reward": reward}, self.batch_size)
 
@@ -140,10 +156,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """Names in shared memory, where neither learner nor actors leave any, and what this process maps of it."""
+    """What this process maps of shared memory, and names there that tell of it; learner and actors make none."""
     folder = Path("/dev/shm")
     mapped = {f"{m.addr} {m.path}" for m in psutil.Process().memory_maps(grouped=False) if str(folder) in m.path}
-    return mapped | ({p.name for p in folder.iterdir()} if folder.exists() else set())
+    names = (p.name for p in folder.iterdir()) if folder.exists() else ()
+    return mapped | {name for name in names if str(os.getpid()) in name}
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +266,7 @@ def test_an_error_in_process_names_its_cause() -> None:
         ({"threads_per_worker": 0}, "threads_per_worker is 0"),
         ({"step_timeout": 0.0}, "step_timeout is 0"),
         ({"rollouts_per_batch": 0}, "rollouts_per_batch is 0"),
+        ({"server": ServerOptions(), "num_workers": 0}, "num_workers is 0; an inference server acts for actor"),
         ({"rollouts_per_batch": 3, "num_workers": 2}, "rollouts_per_batch is 3; .* at most 2, their number"),
         ({"rollouts_per_batch": 2, "num_workers": 0}, "rollouts_per_batch is 2; .* at most 1, their number"),
         ({"frames_per_batch": ENVS * STEPS + 1, "num_workers": 0}, "multiple of the 4 environments"),
@@ -286,13 +304,14 @@ WORKERS, UPDATES, ROLLOUTS = 2, 2, 8
 class SlowRun:
     """What a learner saw that stands still in two of its updates, until all actors have done what they may do."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str) -> None:
+        self.way = way
         self.rollouts: list[TensorDictBase] = []
         self.lags: list[int] = []
         self.spawned: set[int] = set()
         before, memory = children(), shared_memory()
         policy = WeightPolicy()
-        with make(WORKERS, policy=policy, seed=3, env={"delay": 0.005}) as collector:
+        with make(WORKERS, policy=policy, seed=3, env={"delay": 0.005}, **WAYS[way]) as collector:
             self.spawned = children() - before
             for number in range(ROLLOUTS):
                 rollout = next(collector)
@@ -308,9 +327,9 @@ class SlowRun:
         shared = collector.backend._shared  # type: ignore[attr-defined]
         seeds = [int(rollout["observation"][0, 0, 2]) for rollout in self.rollouts]
         allowed = torch.tensor([seeds.count(actor_seed(3, 0, worker)) + 1 for worker in range(WORKERS)]) * STEPS
-        assert wait_until(lambda: bool((shared.steps == allowed).all()))
+        assert wait_until(lambda: bool((shared.steps[:WORKERS] == allowed).all()))
         time.sleep(0.5)
-        assert (shared.steps == allowed).all()
+        assert (shared.steps[:WORKERS] == allowed).all()
 
     def steps(self) -> dict[tuple[int, int], list[int]]:
         """Steps in the order of arrival by (seed, environment)."""
@@ -324,9 +343,9 @@ class SlowRun:
         return all(steps == list(range(len(steps))) for steps in self.steps().values())
 
 
-@pytest.fixture(scope="module")
-def slow_run() -> SlowRun:
-    return SlowRun()
+@pytest.fixture(scope="module", params=WAYS)
+def slow_run(request: pytest.FixtureRequest) -> SlowRun:
+    return SlowRun(request.param)
 
 
 @pytest.mark.slow
@@ -358,6 +377,8 @@ def test_workers_have_their_own_seeds_and_take_turns(slow_run: SlowRun) -> None:
         assert torch.equal(rollout["worker"], torch.full((ENVS, STEPS), worker))
     first, second = slow_run.rollouts[:2]
     assert (first["action"] != second["action"]).any()
+    if slow_run.way == "server":  # its one generator serves whoever comes first
+        return
     with make(WORKERS, seed=3) as collector:
         for rollout in (first, second):
             torch.testing.assert_close(rollout["action"], next(collector)["action"])
@@ -412,6 +433,28 @@ def test_rollouts_of_several_actors_come_as_one(joined_run: JoinedRun) -> None:
     assert len(seen) == 3 * ENVS
 
 
+def test_an_interrupt_between_two_of_several_rollouts_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    collector = make(0)
+    collector.rollouts_per_batch = 2
+    take, calls = collector.backend.take, 0
+
+    def interrupted(copied: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return take(copied)
+
+    monkeypatch.setattr(collector.backend, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(collector)
+    rollout = next(collector)
+    assert (
+        rollout["observation"][:, :, 1].tolist() == [list(range(STEPS))] * ENVS + [list(range(STEPS, 2 * STEPS))] * ENVS
+    )
+    collector.shutdown()
+
+
 @pytest.mark.slow
 def test_the_lag_of_joined_rollouts_stays_below_its_bound(joined_run: JoinedRun) -> None:
     assert 0 < max(joined_run.lags) <= lag_bound(3, UPDATES, rollouts_per_batch=2)
@@ -419,7 +462,7 @@ def test_the_lag_of_joined_rollouts_stays_below_its_bound(joined_run: JoinedRun)
 
 @pytest.mark.slow
 def test_shutdown_leaves_nothing(slow_run: SlowRun) -> None:
-    assert len(slow_run.spawned) == WORKERS
+    assert len(slow_run.spawned) == WORKERS + (slow_run.way == "server")
     assert slow_run.left == (set(), set())
 
 
@@ -431,13 +474,15 @@ def _no_environment(seed: int) -> EnvBase:
 
 
 @pytest.mark.slow
-def test_an_environment_that_cannot_be_made_is_quoted() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_an_environment_that_cannot_be_made_is_quoted(way: str) -> None:
     with pytest.raises(EnvironmentFailure, match="actor process 0 failed at step 0: ValueError: there is no game"):
-        make_collector(_no_environment, WeightPolicy(), frames_per_batch=ENVS * STEPS)
+        make_collector(_no_environment, WeightPolicy(), frames_per_batch=ENVS * STEPS, **WAYS[way])
 
 
-def test_a_raising_environment_is_quoted(capfd: pytest.CaptureFixture[str]) -> None:
-    collector = make(1, env={"fail": "raise"})
+@pytest.mark.parametrize("way", ["copies", pytest.param("server", marks=pytest.mark.slow)])
+def test_a_raising_environment_is_quoted(way: str, capfd: pytest.CaptureFixture[str]) -> None:
+    collector = make(1, env={"fail": "raise"}, **WAYS[way])
     next(collector)
     with pytest.raises(EnvironmentFailure, match=r"(?s)step 7: ValueError: the gripper fell off.*in _step"):
         next(collector)
@@ -445,10 +490,11 @@ def test_a_raising_environment_is_quoted(capfd: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.slow
-def test_a_hanging_environment_is_found() -> None:
-    collector = make(1, env={"fail": "hang"}, step_timeout=5.0)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hanging_environment_is_found(way: str) -> None:
+    collector = make(1, env={"fail": "hang"}, step_timeout=5.0, **WAYS[way])
     next(collector)
-    with pytest.raises(EnvironmentFailure, match="step 7 hangs") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"actor process 0 .*step 7 hangs") as caught:
         next(collector)
     idle = re.search(r"made no step for (\d+\.\d) s", str(caught.value))
     assert idle is not None
@@ -456,13 +502,109 @@ def test_a_hanging_environment_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_found() -> None:
-    collector = make(1, env={"delay": 0.2})
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_worker_is_found(way: str) -> None:
+    collector = make(1, env={"delay": 0.2}, **WAYS[way])
     next(collector)
     os.kill(collector.backend.pids[0], signal.SIGKILL)
-    with pytest.raises(EnvironmentFailure, match="signal 9"):  # noqa: PT012
+    with pytest.raises(EnvironmentFailure, match=r"actor process 0 .*signal 9"):  # noqa: PT012
         next(collector)  # may have been on its way already
         next(collector)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("reset", "ConnectionResetError: the simulator's peer is gone"),
+        ("eof", "EOFError: no more input"),
+        ("exit", "SystemExit: no licence"),
+        ("lines", "ValueError: two lines"),
+    ],
+)
+def test_whatever_an_environment_ends_with_is_told(end: str, words: str) -> None:
+    """Errors that look like those of a learner who is gone, and a wish to end the process."""
+    collector = make(1, env={"fail": end})
+    next(collector)
+    with pytest.raises(EnvironmentFailure, match=f"actor process 0 failed at step 7: {words}\n"):
+        next(collector)
+
+
+def _of_this_process(seed: int) -> EnvBase:
+    """Tells of its process by the error with which it ends."""
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    program.terminate()
+    raise ValueError(f"{os.environ.get('OFFTRACE_TEST')}, {'/of/this/test' in sys.path}, {program.wait(60)}")
+
+
+@pytest.mark.slow
+def test_an_actor_has_the_learners_variables_and_path_and_no_blocked_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of now, not of when the fork server was started; and a program that an environment starts can be terminated."""
+    make(1).shutdown()
+    monkeypatch.setenv("OFFTRACE_TEST", "42")
+    monkeypatch.syspath_prepend("/of/this/test")
+    with pytest.raises(EnvironmentFailure, match=r"ValueError: 42, True, -15"):
+        make_collector(_of_this_process, WeightPolicy(), frames_per_batch=ENVS * STEPS)
+
+
+@pytest.mark.slow
+def test_processes_of_the_users_own_are_what_they_were() -> None:
+    """Those of multiprocessing's fork server, which is not ours."""
+    make(1).shutdown()
+    process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(1000,), daemon=True)
+    process.start()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_time_in_which_everything_stood_still_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was suspended for longer than step_timeout goes on."""
+    beats = torch.zeros(1, dtype=torch.float64)
+    monkeypatch.setattr(processes.ForkedProcess, "start", lambda self: None)
+    child = processes.ChildProcess(print, "it", SimpleNamespace(beats=beats), 0)  # type: ignore[arg-type]
+    assert [child.wait_for_beat(0.5) for _ in range(3)] == [0.5, 1.0, 1.5]
+    beats += 1
+    assert child.wait_for_beat(0.5) == 0.5
+
+
+class FaultyPolicy(WeightPolicy):
+    """Raises, hangs, or ends its process, once the learner has pushed."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if float(self.weight) > 0:
+            if self.fault == "raise":
+                raise ValueError("no such layer")
+            if self.fault == "hang":
+                time.sleep(1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(tensordict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise", r"(?s)the inference server failed at step \d+: ValueError: no such layer.*in forward"),
+        (
+            "hang",
+            r"the inference server has answered nothing for \d+\.\d s \(batch \d+ hangs; the limit step_timeout is 5",
+        ),
+        ("kill", r"the inference server ended by itself at step \d+ \(signal 9\)"),
+    ],
+)
+def test_a_server_that_fails_is_named(fault: str, words: str) -> None:
+    """And not the actors, which it takes with it."""
+    policy = FaultyPolicy(fault)
+    collector = make(2, policy=policy, step_timeout=5.0, **WAYS["server"])
+    next(collector)
+    push(collector, policy)
+    with pytest.raises(EnvironmentFailure, match=words):
+        collections.deque(collector, maxlen=0)
 
 
 @pytest.mark.slow
@@ -483,7 +625,7 @@ sys.path.insert(0, {folder!r})
 from test_collectors import make
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background of a script ignore
-    env = {{"fail": "hang"}} if sys.argv[1] == "kill" else {{"delay": 0.01}}
+    env = {{"fail": "hang"}} if sys.argv[1] in ("kill", "interrupt twice") else {{"delay": 0.01}}
     print("starting", flush=True)
     collector = make(1, env=env)
     next(collector)
@@ -496,7 +638,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["raise", "interrupt", "interrupt while starting", "kill"])
+@pytest.mark.parametrize("end", ["raise", "interrupt", "interrupt twice", "interrupt while starting", "kill"])
 def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
     script = tmp_path / "learner.py"
     script.write_text(_SCRIPT.format(folder=str(Path(__file__).parent)))
@@ -514,7 +656,7 @@ def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
             learner.kill()
     assert learner.returncode not in (0, None)
     assert wait_until(lambda: ended(worker))
-    if end != "kill":
+    if end not in ("kill", "interrupt twice"):
         assert errors.count("Traceback") == 1, errors
 
 
@@ -533,6 +675,9 @@ def _interrupt(learner: subprocess.Popen[str], end: str) -> int:
         worker = int(learner.stdout.readline().split()[1])
     if end.startswith("interrupt"):
         os.killpg(learner.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+        if end == "interrupt twice":  # it waits for an actor that hangs
+            time.sleep(1.0)
+            os.killpg(learner.pid, signal.SIGINT)
     elif end == "kill":
         learner.kill()
     return worker

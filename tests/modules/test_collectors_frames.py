@@ -105,6 +105,20 @@ def test_what_is_no_stack_is_refused(where: str) -> None:
         Packer(3).pack(rollout(3, 7, 4, 0.0))
 
 
+def test_where_a_simulator_failed_nothing_is_known_of_the_successor() -> None:
+    """ControlEnv repeats the state there, which is no stack moved by one frame."""
+    given = rollout(3, 7, 4, 0.0)
+    valid = torch.ones(3, 7, 1, dtype=torch.bool)
+    valid[1, 2] = False
+    given["next", "observation"][1, 2] = given["observation"][1, 2]
+    given["next", "done"][1, 2] = True
+    given["next", "valid"] = valid
+    found = PackedRollout(Packer(4).pack(given), given.shape, 4).unpack()
+    assert torch.equal(found["observation"], given["observation"])
+    where = valid.squeeze(-1)
+    assert torch.equal(found["next", "observation"][where], given["next", "observation"][where])
+
+
 def pong(workers: int, frame_stack: int, **options: Any) -> list[TensorDictBase]:
     """Three rollouts of a random policy, with lives lost and, by the step limit, games cut off."""
     policy = build_policy(network="shallow", observation_shape=[4, 84, 84], num_actions=4, **options)
