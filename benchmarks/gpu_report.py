@@ -1,0 +1,315 @@
+"""What this machine makes of the recipes, as Markdown: one command, whatever fails in it.
+
+    python benchmarks/gpu_report.py                     eight minutes, on the GPU if there is one
+    python benchmarks/gpu_report.py --minutes 1 --parts machine emulator learner
+
+Parts: the machine; the emulator's ceiling; the learner's, on batches that lie on its device; how fast actors start; the
+recipe IMPALA at its defaults and over the ways of acting, with the GPU's utilisation; updates of SAC and MPO; the
+returns against a copy of their bytes; the tests that need a GPU. Every part is a process of its own with a time of its
+own. One that fails or takes too long is told in a line, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> None:
+    """Runs the parts one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--inside", choices=list(PARTS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside:
+        PARTS[args.inside][1](args.minutes * 60)
+        return
+    total = sum(PARTS[name][0] for name in args.parts)
+    for name in args.parts:
+        seconds = args.minutes * 60 * PARTS[name][0] / total
+        print(f"\n### {name}\n", flush=True)
+        start = time.monotonic()
+        command = [sys.executable, "-W", "ignore", __file__, "--inside", name, "--minutes", str(seconds / 60)]
+        done = run(command, seconds + 30)
+        print(done.strip() or "nothing", flush=True)
+        print(f"\n({time.monotonic() - start:.0f} s of {seconds:.0f})", flush=True)
+
+
+def run(command: list[str], seconds: float) -> str:
+    """What a command prints; its last line of error where it fails, or that it took too long."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors, text=True, start_new_session=True)
+        try:
+            code: int | str = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = f"ended after {seconds:.0f} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        out.seek(0)
+        errors.seek(0)
+        told = [line for line in errors.read().splitlines() if line.strip()]
+        reason = f"\n\n**failed** ({code}): {told[-1] if told else 'no word'}" if code else ""
+        return out.read() + reason
+
+
+def shell(*words: str, seconds: float) -> None:
+    """Runs a script of this folder, or a module, in this part's process group, and prints what it prints."""
+    try:
+        subprocess.run([sys.executable, "-W", "ignore", *words], timeout=seconds, check=True, cwd=ROOT)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        print(f"**failed**: {error}", flush=True)
+
+
+def device() -> str:
+    """``"cuda"`` where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine(seconds: float) -> None:
+    """What it is."""
+    import lightning
+    import tensordict
+    import torch
+    import torchrl
+
+    name = platform.processor()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"{CORES} cores, {name}; GPU: {', '.join(gpus) or 'none'}; Python {platform.python_version()}, torch "
+          f"{torch.__version__}, torchrl {torchrl.__version__}, tensordict {tensordict.__version__}, lightning "
+          f"{lightning.__version__}; {time.strftime('%Y-%m-%d')}")  # fmt: skip
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    print(f"\ncommit {commit.stdout.strip() or 'not known'}")
+
+
+def emulator(seconds: float) -> None:
+    """Agent steps a second of Pong, frames stacked and scaled, random actions."""
+    forms = [(1, CORES, 16 * CORES), (CORES, 1, 32), (1, 1, 16)]
+    print("| processes | threads each | games each | agent steps/s |\n|---|---|---|---|")
+    for processes, threads, games in forms:
+        speed = _emulate(processes, threads, games, seconds / len(forms) - 2)
+        print(f"| {processes} | {threads} | {games} | {speed:,.0f} |", flush=True)
+
+
+_EMULATE = """
+import sys, time
+import numpy as np
+from ale_py.vector_env import AtariVectorEnv
+games, threads, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+env = AtariVectorEnv("pong", num_envs=games, num_threads=threads)
+env.reset()
+actions = np.random.default_rng(0).integers(6, size=(64, games))
+for i in range(8):
+    env.step(actions[i % 64])
+start, number = time.perf_counter(), 0
+while time.perf_counter() - start < seconds:
+    env.step(actions[number % 64])
+    number += 1
+print(number * games / (time.perf_counter() - start))
+"""
+
+
+def _emulate(processes: int, threads: int, games: int, seconds: float) -> float:
+    command = [sys.executable, "-W", "ignore", "-c", _EMULATE, str(games), str(threads), str(max(0.5, seconds))]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    return sum(float(process.communicate()[0]) for process in running)
+
+
+def learner(seconds: float) -> None:
+    """Samples a second of ``ImpalaLoss`` and Adam on 64 x 64 steps that lie on the device."""
+    import torch
+    from tensordict import TensorDict
+
+    from offtrace.modules.losses import ImpalaLoss
+    from offtrace.modules.networks import build_policy
+
+    where = device()
+    rows, steps = (64, 64) if where == "cuda" else (16, 16)
+    print("| network | samples/s | ms an update |\n|---|---|---|")
+    for network in ("shallow", "resnet"):
+        policy = build_policy(
+            network=network, observation_shape=[4, 84, 84], num_actions=6, channels_last=where == "cuda"
+        )
+        loss = ImpalaLoss(policy, reduction="mean").to(where)
+        optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4, fused=where == "cuda")
+        no = torch.zeros(rows, steps, 1, dtype=torch.bool, device=where)
+        images = torch.randint(256, (rows, steps, 4, 84, 84), dtype=torch.uint8, device=where)
+        batch = TensorDict(
+            {
+                "observation": images, "action": torch.randint(6, (rows, steps), device=where),
+                "action_log_prob": torch.full((rows, steps), -1.79, device=where),
+                "logits": torch.zeros(rows, steps, 6, device=where),
+                "next": {
+                    "observation": images, "reward": torch.randn(rows, steps, 1, device=where), "done": no,
+                    "terminated": no.clone(),
+                },
+            },
+            [rows, steps],
+            device=where,
+        )  # fmt: skip
+
+        def update(loss=loss, optimizer=optimizer, batch=batch) -> None:  # type: ignore[no-untyped-def]
+            with torch.autocast(where, dtype=torch.bfloat16, enabled=where == "cuda"):
+                out = loss(batch)
+            optimizer.zero_grad()
+            sum(value for name, value in out.items() if name.startswith("loss_")).backward()  # type: ignore[union-attr]
+            optimizer.step()
+            if where == "cuda":
+                torch.cuda.synchronize()
+
+        times = list(_timed(update, seconds / 2 - 2))
+        median = statistics.median(times[1:] or times)
+        print(f"| {network} | {rows * steps / median:,.0f} | {1e3 * median:.1f} |", flush=True)
+
+
+def _timed(call: Callable[[], None], seconds: float) -> Iterator[float]:
+    call()
+    end = time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        call()
+        yield time.perf_counter() - start
+        if time.perf_counter() > end:
+            return
+
+
+def starts(seconds: float) -> None:
+    """Actors up."""
+    shell("benchmarks/actor_start.py", "--actors", "1", "4", str(max(8, CORES)), "--repeat", "1", seconds=seconds + 20)
+
+
+def impala(seconds: float) -> None:
+    """The recipe over the ways of acting."""
+    actors, cuda = max(1, CORES - 2), device() == "cuda"
+    copies = ["--collector.num_workers", str(actors), "--env.num_envs", "32"]
+    forms: dict[str, list[str]] = {
+        "defaults": [],
+        f"{actors} actors with copies": [*copies, "--train.unrolls", str(32 * max(1, actors // 2))],
+        f"{actors} actors, one server": [
+            *copies, "--train.unrolls", str(32 * max(1, actors // 2)), "--collector.acting", "server",
+            "--collector.device", "cuda" if cuda else "cpu",
+        ],
+    }  # fmt: skip
+    runs = [(network, *form) for network in ("shallow", "resnet") for form in forms.items()]
+    print("| network | acting | agent steps/s | updates/s | lag, mean and most | first line after, s | GPU busy |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for network, name, flags in runs:
+        print(f"| {network} | {name} | {_train(network, flags, seconds / len(runs))} |", flush=True)
+
+
+def _train(network: str, flags: list[str], seconds: float) -> str:
+    command = [
+        sys.executable, "-W", "ignore", str(ROOT / "recipes" / "impala_atari.py"), "--network.encoder", network,
+        "--train.total_frames", "1000000000", "--train.final_eval", "false", "--train.record", "false",
+        "--train.eval_every", "1000000000", "--train.log_every", "2", "--train.name", "run", *flags,
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, _gpu_busy() as busy:
+        start, first = time.monotonic(), None
+        log = Path(folder) / "runs" / "run" / "metrics.csv"
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while time.monotonic() - start < seconds and process.poll() is None:
+            if first is None and log.exists():
+                first = time.monotonic() - start
+                busy.clear()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        try:
+            _, errors = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return "did not end within 30 s of SIGTERM | | | |"
+        with contextlib.suppress(OSError), open(log, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("train/frames_per_second")]
+            if rows:
+                rows = rows[len(rows) // 2 :]
+                speed, updates, lag = (
+                    statistics.median(float(row[f"train/{key}"] or 0) for row in rows)
+                    for key in ("frames_per_second", "updates_per_second", "lag")
+                )
+                most = max(float(row["train/lag_max"] or 0) for row in rows)
+                share = f"{statistics.mean(busy):.0f} %" if busy else ""
+                return f"{speed / 4:,.0f} | {updates:.0f} | {lag:.0f}, {most:.0f} | {first or 0:.0f} | {share}"
+    return f"no update within {seconds:.0f} s: {(errors or '').strip().splitlines()[-1:]} | | | |"
+
+
+@contextlib.contextmanager
+def _gpu_busy() -> Iterator[list[float]]:
+    """Utilisation in per cent, twice a second, where nvidia-smi tells it."""
+    found: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+        while not over.wait(0.5):
+            told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+            found.extend(float(word) for word in told[:1])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if shutil.which("nvidia-smi"):
+        thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+
+
+def updates(seconds: float) -> None:
+    """SAC and MPO, eager and compiled, against their bare loops."""
+    for script in ("sac_updates.py", "mpo_updates.py"):
+        for more in ([], ["--compile"]):
+            print(f"\n`{script} {' '.join(more)}`\n", flush=True)
+            words = [f"benchmarks/{script}", "--device", device(), "--pairs", "10", *more]
+            shell(*words, seconds=seconds / 4 + 10)
+
+
+def returns(seconds: float) -> None:
+    """V-trace and Retrace against a copy of the bytes."""
+    budget = str(max(0.05, seconds / 60))
+    quick = [] if device() == "cuda" else ["--quick"]
+    shell("benchmarks/returns.py", "--device", device(), "--budget", budget, *quick, seconds=seconds + 20)
+
+
+def tests(seconds: float) -> None:
+    """Those that need a GPU."""
+    shell("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/modules", seconds=seconds + 20)
+
+
+PARTS: dict[str, tuple[float, Callable[[float], None]]] = {
+    "machine": (1, machine),
+    "emulator": (5, emulator),
+    "learner": (5, learner),
+    "starts": (8, starts),
+    "impala": (40, impala),
+    "updates": (20, updates),
+    "returns": (10, returns),
+    "tests": (10, tests),
+}
+"""Each with its share of the time."""
+
+
+if __name__ == "__main__":
+    main()
