@@ -42,7 +42,9 @@ class LossConfig(Group):
     cg_iterations: int = 10
     """Iterations of conjugate gradients, each of which is a product with the Fisher matrix."""
     backtracks: int = 10
-    """Fractions of the step that the line search tries, each half of the one before."""
+    """Fractions of the step that the line search tries, the whole step first."""
+    shrink: float = 0.5
+    """Each fraction as a part of the one before."""
     normalize_advantage: bool = True
     """Advantages of a rollout are shifted and scaled to mean 0 and deviation 1."""
     reward_clip: float | None = None
@@ -56,6 +58,7 @@ class LossConfig(Group):
         checks.positive("delta")
         checks.at_least(0, "damping")
         checks.at_least(1, "cg_iterations", "backtracks")
+        checks.require("shrink", lambda value: 0 < value < 1, "above 0 and below 1")
         checks.positive_or_null("reward_clip")
 
 
@@ -180,7 +183,7 @@ def trust_region_update(loss: TRPOLoss, critic_steps: int) -> Update:
 def control_config() -> TRPOConfig:
     """CartPole, near the settings of RL Baselines3 Zoo."""
     config = TRPOConfig(env=EnvConfig(task="CartPole-v1", num_envs=2), collector=CollectorConfig(0, unroll=512))
-    config.loss.damping = 1e-3
+    config.loss.damping, config.loss.cg_iterations, config.loss.shrink = 1e-3, 15, 0.8
     config.optim.critic_steps = 40  # the zoo: 20 passes of 2 minibatches
     config.train = TRPOTrainConfig(total_frames=100_000, eval_every=10_000, checkpoint_every=50_000)
     return config
@@ -189,7 +192,7 @@ def control_config() -> TRPOConfig:
 def pendulum_config() -> TRPOConfig:
     """Pendulum: continuous actions."""
     config = TRPOConfig(env=EnvConfig(task="Pendulum-v1", num_envs=2), collector=CollectorConfig(0, unroll=1024))
-    config.loss = LossConfig(estimator="gae(lmbda=0.95)", gamma=0.9)
+    config.loss = LossConfig("gae(lmbda=0.95)", gamma=0.9, cg_iterations=15, shrink=0.8)
     config.optim.critic_steps = 80
     config.train = TRPOTrainConfig(total_frames=400_000, eval_every=50_000, checkpoint_every=100_000)
     return config

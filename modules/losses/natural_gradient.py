@@ -62,15 +62,21 @@ class Move(NamedTuple):
 
 
 def line_search(
-    measure: Callable[[float], tuple[Tensor, Tensor]], surrogate: Tensor, *, delta: float, tries: int
+    measure: Callable[[float], tuple[Tensor, Tensor]],
+    surrogate: Tensor,
+    *,
+    delta: float,
+    tries: int,
+    shrink: float = 0.5,
 ) -> Move:
-    """The first of the fractions 1, 1/2, 1/4 ... that raises the surrogate and keeps the KL within ``delta``.
+    """The first of the fractions 1, s, s^2 ... that raises the surrogate and keeps the KL within ``delta``.
 
     Args:
         measure: moves the policy by a fraction of the step; the surrogate and the KL there.
         surrogate: before the step, a scalar.
         delta: largest KL, in nats.
         tries: fractions that are tried.
+        shrink: s, above 0 and below 1.
 
     Returns:
         The move; of a failed search the fraction 0, the surrogate as it was and a KL of 0, and the policy stands where
@@ -81,7 +87,7 @@ def line_search(
         found, kl = measure(fraction)
         if (found > surrogate) & (kl <= delta):  # not where one of the two is NaN
             return Move(fraction, found, kl)
-        fraction /= 2
+        fraction *= shrink
     return Move(0.0, surrogate, torch.zeros_like(surrogate))
 
 

@@ -41,7 +41,7 @@ class TRPOLoss(Loss):
     :meth:`improve` makes the step: with g the gradient of L, and F the Hessian of the KL at pi_old, which is never
     formed, plus ``damping`` on its diagonal::
 
-        x = F^-1 g  by conjugate gradients;   theta <- theta + 2^-i sqrt(2 delta / x.F x) x
+        x = F^-1 g  by conjugate gradients;   theta <- theta + s^i sqrt(2 delta / x.F x) x
 
     with the smallest i from 0 to ``backtracks`` - 1 at which L has risen and the KL is within ``delta``; without one
     the weights stay. :meth:`forward` is the loss of the value, loss_value = mean of 1/2 (R - V(x))^2, for an optimiser.
@@ -63,6 +63,7 @@ class TRPOLoss(Loss):
         damping: added to the diagonal of F.
         cg_iterations: products with F that x takes; each is one backward pass.
         backtracks: fractions of the step that are tried; each is one forward pass.
+        shrink: s, each fraction as a part of the one before.
         normalize_advantage: (A - mean) / (std + 1e-8) over the valid steps of all ranks.
         reward_clip: clip rewards to [-reward_clip, reward_clip]; None leaves them.
 
@@ -93,6 +94,7 @@ class TRPOLoss(Loss):
         damping: float = 0.1,
         cg_iterations: int = 10,
         backtracks: int = 10,
+        shrink: float = 0.5,
         normalize_advantage: bool = True,
         reward_clip: float | None = None,
     ) -> None:
@@ -105,6 +107,8 @@ class TRPOLoss(Loss):
         for name, number in (("cg_iterations", cg_iterations), ("backtracks", backtracks)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        if not 0 < shrink < 1:
+            raise ValueError(f"shrink must be in (0, 1), got {shrink}")
         states = [key[1] for key in policy.out_keys if isinstance(key, tuple) and key[0] == NEXT]
         if any(state in policy.in_keys for state in states):
             raise ValueError(f"TRPOLoss needs a policy without a recurrent state, got one that reads {states[0]!r}")
@@ -119,7 +123,7 @@ class TRPOLoss(Loss):
         self.state_keys = state_keys_of(policy, value)
         self.bind_networks()
         self.delta, self.damping = delta, damping
-        self.cg_iterations, self.backtracks = cg_iterations, backtracks
+        self.cg_iterations, self.backtracks, self.shrink = cg_iterations, backtracks, shrink
         self.normalize_advantage, self.reward_clip = normalize_advantage, reward_clip
         self.out_keys = ["loss_value", "explained_variance", "valid_count"]
 
@@ -154,7 +158,7 @@ class TRPOLoss(Loss):
 
         Returns:
             Detached scalars: ``surrogate``, L before the step, and ``surrogate_new``; ``kl_new`` of the old policy to
-            the new one in nats; ``step_fraction``, 2^-i or 0; ``line_search_failed``, 0 or 1; ``policy_grad_norm`` of
+            the new one in nats; ``step_fraction``, s^i or 0; ``line_search_failed``, 0 or 1; ``policy_grad_norm`` of
             g (the weights stay where it is not finite); and of this rank's policy before the step ``entropy`` in nats,
             ``kl`` of the behaviour to it, ``ratio_mean`` of pi/mu, and ``advantage_std``, before normalisation.
 
@@ -190,7 +194,7 @@ class TRPOLoss(Loss):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             surrogate = sum_of_ranks(surrogate.detach())
             tries = self.backtracks if step.isfinite().all() else 0
-            move = line_search(measure, surrogate, delta=self.delta, tries=tries)
+            move = line_search(measure, surrogate, delta=self.delta, tries=tries, shrink=self.shrink)
             if not move.fraction:
                 write(before, weights)
 
