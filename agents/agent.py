@@ -20,7 +20,7 @@ from offtrace.modules.losses import compile_loss
 
 
 class TrainingDivergedError(RuntimeError):
-    """The gradient is no longer finite; the weights before this update are still good."""
+    """A gradient is no longer finite; the weights, which it has not moved, are still good."""
 
 
 Update = Callable[["Agent", TensorDictBase], tuple[TensorDictBase, Tensor]]
@@ -166,7 +166,7 @@ class Agent(pl.LightningModule):
         if not torch.isfinite(norm):
             raise TrainingDivergedError(
                 f"the gradient's norm is {norm.item()} at update {self.updates} ({self.frames} frames); "
-                "the weights were left as they were before this update"
+                "the weights were left as they were before this step"
             )
 
     def _rank_scale(self, out: TensorDictBase) -> Tensor | float:

@@ -13,7 +13,7 @@ from offtrace.agents.config import (
     FeedForwardConfig,
     Group,
     RolloutConfig,
-    RolloutTrainConfig,
+    WholeRolloutTrainConfig,
     check_estimator,
 )
 
@@ -100,26 +100,17 @@ class TRPOOptimConfig(AdamConfig):
 
 
 @dataclass
-class TRPOTrainConfig(RolloutTrainConfig):
+class TRPOTrainConfig(WholeRolloutTrainConfig):
     """The run."""
 
-    minibatches: int = 1
-    """1: the step of the policy is one of a whole rollout."""
-    epochs: int = 1
-    """1: optim.critic_steps says how often the value learns from a rollout."""
     precision: Literal["32-true"] = "32-true"
     """Of the learner: products with the Fisher matrix have no digits to lose."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         super().check(at)
-        checks = Checks(self, at)
-        checks.require(
-            "minibatches", lambda value: value == 1, "1, because the policy's step is that of a whole rollout"
-        )
-        checks.require(
-            "epochs", lambda value: value == 1, "1; optim.critic_steps are the value's passes over a rollout"
-        )
+        for name in ("minibatches", "epochs"):  # no flags; but a program may set them
+            Checks(self, at).require(name, lambda value: value == 1, "1, because a step is that of a whole rollout")
 
 
 @dataclass
