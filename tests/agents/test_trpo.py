@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,15 @@ class Spy(pl.Callback):
         self.values: list[dict[str, Tensor]] = []
         self.told: list[dict[str, float]] = []
         self.batches: list[Any] = []
+        self.alone: list[dict[str, Tensor]] = []
 
     def on_train_batch_start(self, trainer: Any, agent: Any, batch: Any, batch_idx: int) -> None:
         self.policies.append(weights(agent.loss.policy))
         self.values.append(weights(agent.loss.value))
         self.batches.append(batch)
+        alone = copy.deepcopy(agent.loss)
+        alone.improve(batch.clone())
+        self.alone.append(weights(alone.policy))
 
     def on_train_batch_end(self, trainer: Any, agent: Any, *_: Any) -> None:
         self.told.append(agent.pop_metrics())
@@ -70,8 +75,11 @@ def test_an_update_is_a_step_of_the_policy_and_several_of_the_value() -> None:
     for moved in (spy.policies, spy.values):
         for before, after in pairwise(moved):
             assert all(not torch.equal(before[name], after[name]) for name in before)
-    for batch in spy.batches:
+    for batch, alone, after in zip(
+        spy.batches, spy.alone, [*spy.policies[1:], weights(agent.loss.policy)], strict=True
+    ):
         assert batch.shape == (4, 8)
+        assert all(torch.equal(alone[name], after[name]) for name in alone), "the step is that of the whole rollout"
     for told in spy.told:
         assert told["kl_new"] <= 0.01
         assert told["surrogate_new"] > told["surrogate"]
