@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from offtrace.agents.sac import make_sac as make_sac
     from offtrace.agents.targets import hard_update as hard_update
     from offtrace.agents.targets import soft_update as soft_update
+    from offtrace.agents.trpo import TRPOConfig as TRPOConfig
+    from offtrace.agents.trpo import make_trpo as make_trpo
     from offtrace.agents.vmpo import VMPOConfig as VMPOConfig
     from offtrace.agents.vmpo import make_vmpo as make_vmpo
 
@@ -70,6 +72,7 @@ _WHERE = {
     "runs.training": ("Summary", "train"),
     "sac": ("SACConfig", "make_sac"),
     "targets": ("hard_update", "soft_update"),
+    "trpo": ("TRPOConfig", "make_trpo"),
     "vmpo": ("VMPOConfig", "make_vmpo"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}

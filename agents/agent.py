@@ -20,7 +20,11 @@ from offtrace.modules.losses import compile_loss
 
 
 class TrainingDivergedError(RuntimeError):
-    """The gradient is no longer finite; the weights before this update are still good."""
+    """A gradient is no longer finite; the weights, which it has not moved, are still good."""
+
+
+Update = Callable[["Agent", TensorDictBase], tuple[TensorDictBase, Tensor]]
+"""One update of the agent's loss on a batch; what the log gets of it: the loss's outputs, and the gradient's norm."""
 
 
 class Agent(pl.LightningModule):
@@ -29,7 +33,8 @@ class Agent(pl.LightningModule):
     Every ``training_step`` is one update, or one for each of several batches: the loss in one call, one backward pass
     of the sum of its terms, the clip, the step, and the target networks. Then the data module sees the batch again, and
     what the loss wrote into it. The frame counter belongs to the data module, which knows about ranks and repeated
-    passes.
+    passes. An algorithm whose update is something else gives ``update``, which stands in for the loss, the backward
+    pass, the clip and the step, and may call :meth:`gradient_step` for them.
 
     Under several ranks only gradients cross them, and DDP averages those. For the average to equal the gradient of
     the joined batch, a summed loss is multiplied by the number of ranks, and an averaged one by the rank's share of the
@@ -44,6 +49,7 @@ class Agent(pl.LightningModule):
         total_frames: environment frames of the whole training, over all ranks; the schedule's end.
         schedule: ``"linear"`` (to 0 at ``total_frames``) or ``"constant"``.
         clip_grad_norm: maximum of the norm over each of the optimiser's groups, or ``None``.
+        update: makes an update, where that is more than one :meth:`gradient_step`; called with the agent and the batch.
         after_update: called with the number of updates after each: moves target networks.
         compile: ``torch.compile`` the loss.
         checkpoint_facts: plain values for the checkpoints: ``policy``, which says how
@@ -67,6 +73,7 @@ class Agent(pl.LightningModule):
         total_frames: int,
         schedule: ScheduleName = "linear",
         clip_grad_norm: float | None = None,
+        update: Update | None = None,
         after_update: Callable[[int], None] | None = None,
         compile: bool = False,
         checkpoint_facts: dict[str, Any] | None = None,
@@ -82,6 +89,7 @@ class Agent(pl.LightningModule):
         self.checkpoint_facts = checkpoint_facts or {}
         self.data: ActingData | PlainData = PlainData(None, 1)
         self._make_optimizer = optimizer
+        self._make_update: Update = update or Agent.gradient_step
         self._after_update = after_update
         # not a submodule: the parameters would stand in a checkpoint twice
         self.__dict__["_run_loss"] = compile_loss(loss) if compile else loss
@@ -118,6 +126,24 @@ class Agent(pl.LightningModule):
             group["lr"] = group["base_lr"] * factor
         if self._set_progress is not None:
             self._set_progress(min(1.0, self._frames_before / self.total_frames))
+        out, norm = self._make_update(self, batch)
+        self.updates += 1
+        if self._after_update is not None:
+            self._after_update(self.updates)
+        self.data.feedback(batch)
+        self._frames_before = self.frames
+        self._add_metrics(out, norm)
+
+    def gradient_step(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
+        """The loss of ``batch``, the gradient of its terms' sum, the clip and the optimiser's step.
+
+        Returns:
+            The loss's outputs, and the norm of the gradient before the clip.
+
+        Raises:
+            TrainingDivergedError: as :meth:`check_finite`.
+        """
+        optimizer = self.optimizers()
         out = self._run_loss(batch)
         total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
         optimizer.zero_grad()
@@ -127,18 +153,21 @@ class Agent(pl.LightningModule):
         else:
             limit = self.clip_grad_norm
             norm = torch.stack([_clipped(group["params"], limit) for group in optimizer.param_groups]).norm()
+        self.check_finite(norm)
+        optimizer.step()
+        return out, norm
+
+    def check_finite(self, norm: Tensor) -> None:
+        """Refuse a gradient whose ``norm`` is not finite; called before the weights move.
+
+        Raises:
+            TrainingDivergedError: one sentence.
+        """
         if not torch.isfinite(norm):
             raise TrainingDivergedError(
                 f"the gradient's norm is {norm.item()} at update {self.updates} ({self.frames} frames); "
-                "the weights were left as they were before this update"
+                "the weights were left as they were before this step"
             )
-        optimizer.step()
-        self.updates += 1
-        if self._after_update is not None:
-            self._after_update(self.updates)
-        self.data.feedback(batch)
-        self._frames_before = self.frames
-        self._add_metrics(out, norm)
 
     def _rank_scale(self, out: TensorDictBase) -> Tensor | float:
         ranks = self.trainer.world_size

@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from offtrace.agents.agent import Agent
+from offtrace.agents.agent import Agent, Update
 from offtrace.agents.config import (
     Config,
     ConfigError,
@@ -167,6 +167,7 @@ def rollout_agent(
     spec: dict[str, Any],
     *,
     optimizer: OptimizerFactory | None = None,
+    update: Update | None = None,
     after_update: Callable[[int], None] | None = None,
     on_rollout: RolloutHook | None = None,
 ) -> tuple[Agent, RolloutData]:
@@ -178,10 +179,11 @@ def rollout_agent(
         loss, policy: the loss, and the policy inside it.
         spec: of the policy.
         optimizer: in place of the one that the group ``optim`` says.
+        update: in place of one gradient step.
         after_update: called with the number of updates after each.
         on_rollout: sees each whole rollout once, before it is dealt; the scalars that it returns are logged.
     """
-    agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
+    agent = _agent(config, loss, policy, spec, optimizer=optimizer, update=update, after_update=after_update)
     hooks = [hook for hook in (_normalizer_update(config, policy), on_rollout) if hook is not None]
     data = RolloutData(
         partial(rollout_collector, config, info.frame_stack, policy),
@@ -276,6 +278,7 @@ def _agent(
     *,
     optimizer: OptimizerFactory | None,
     after_update: Callable[[int], None] | None,
+    update: Update | None = None,
     compile: bool = False,
 ) -> Agent:
     """The agent of a configuration whose group ``optim`` says optimiser, schedule and clip."""
@@ -287,6 +290,7 @@ def _agent(
         total_frames=config.train.total_frames,
         schedule=optim.schedule if isinstance(optim, AdamConfig) else "constant",
         clip_grad_norm=optim.clip_grad_norm,
+        update=update,
         after_update=after_update,
         compile=compile,
         checkpoint_facts={"policy": spec, **config.checkpoint_facts()},

@@ -16,6 +16,7 @@ AGENTS = {
     "q_actor_critic": "offtrace.agents.q_actor_critic:QActorCriticConfig",
     "reactor": "offtrace.agents.reactor:ReactorConfig",
     "sac": "offtrace.agents.sac:SACConfig",
+    "trpo": "offtrace.agents.trpo:TRPOConfig",
     "vmpo": "offtrace.agents.vmpo:VMPOConfig",
 }
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from offtrace.modules.losses import ReactorLoss as ReactorLoss
     from offtrace.modules.losses import SACLoss as SACLoss
     from offtrace.modules.losses import SACv1Loss as SACv1Loss
+    from offtrace.modules.losses import TRPOLoss as TRPOLoss
     from offtrace.modules.losses import VMPOLoss as VMPOLoss
     from offtrace.modules.networks import build_critic as build_critic
     from offtrace.modules.networks import build_policy as build_policy
@@ -68,6 +69,7 @@ _MODULE = {
     "Retrace": "estimators",
     "SACLoss": "losses",
     "SACv1Loss": "losses",
+    "TRPOLoss": "losses",
     "TreeBackup": "estimators",
     "Uniform": "replay",
     "VMPOLoss": "losses",

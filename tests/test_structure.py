@@ -134,6 +134,7 @@ LOSSES: dict[str, tuple[type[Any], ...]] = {
     "q_actor_critic": (losses.QActorCriticLoss,),
     "reactor": (losses.ReactorLoss,),
     "sac": (losses.SACLoss, losses.DiscreteSACLoss, losses.SACv1Loss),
+    "trpo": (losses.TRPOLoss,),
     "vmpo": (losses.VMPOLoss,),
 }
 OWN_DEFAULT = (losses.SACv1Loss, "reward_scale")

@@ -10,7 +10,7 @@ from offtrace.agents.config.off_policy import OffPolicyConfig
 from offtrace.agents.config.optim import AdamConfig, OptimConfig, SeparateOptimConfig, TargetAdamConfig
 from offtrace.agents.config.replay import RecurrentReplayConfig, ReplayConfig
 from offtrace.agents.config.rollouts import RolloutConfig
-from offtrace.agents.config.train import ReplayTrainConfig, RolloutTrainConfig, TrainConfig
+from offtrace.agents.config.train import ReplayTrainConfig, RolloutTrainConfig, TrainConfig, WholeRolloutTrainConfig
 
 __all__ = [
     "AdamConfig",
@@ -37,6 +37,7 @@ __all__ = [
     "ShareReplayConfig",
     "TargetAdamConfig",
     "TrainConfig",
+    "WholeRolloutTrainConfig",
     "available_cores",
     "check_actions",
     "check_estimator",

@@ -9,7 +9,7 @@ from offtrace.agents.config.base import Config, ConfigError, count
 
 if TYPE_CHECKING:
     from offtrace.agents.config.optim import AdamConfig
-    from offtrace.agents.config.train import RolloutTrainConfig
+    from offtrace.agents.config.train import WholeRolloutTrainConfig
 
 
 @dataclass
@@ -23,7 +23,7 @@ class RolloutConfig(Config):
             """The optimiser."""
 
         @property
-        def train(self) -> RolloutTrainConfig:
+        def train(self) -> WholeRolloutTrainConfig:
             """The run."""
 
     def updates_per_push(self) -> int:

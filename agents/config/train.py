@@ -48,22 +48,36 @@ class TrainConfig(Group):
 
 
 @dataclass
-class RolloutTrainConfig(TrainConfig):
+class WholeRolloutTrainConfig(TrainConfig):
+    """The run, of an algorithm whose update is one of a whole rollout."""
+
+    unrolls: int = 0
+    """Unrolls, of one environment each, that are dealt together. More than env.num_envs come from several actors, which
+    makes batches larger or data younger; 0: those of one actor."""
+
+    # a group of an algorithm that deals rollouts makes fields of them
+    minibatches = 1
+    epochs = 1
+
+    def check(self, at: str) -> None:
+        """As :meth:`Group.check`."""
+        super().check(at)
+        Checks(self, at).at_least(0, "unrolls")
+
+
+@dataclass
+class RolloutTrainConfig(WholeRolloutTrainConfig):
     """The run."""
 
     minibatches: int = 4
     """Updates a rollout is dealt to."""
     epochs: int = 4
     """Passes over a rollout."""
-    unrolls: int = 0
-    """Unrolls, of one environment each, that are dealt together. More than env.num_envs come from several actors, which
-    makes batches larger or data younger; 0: those of one actor."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         super().check(at)
         Checks(self, at).at_least(1, "minibatches", "epochs")
-        Checks(self, at).at_least(0, "unrolls")
 
 
 @dataclass

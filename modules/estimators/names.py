@@ -63,7 +63,7 @@ STATE_ESTIMATORS: dict[str, Named] = {
     "gae": Named(f"{_STATE}:GAE", {"lmbda": 1.0}),
     "n_step": Named(f"{_STATE}:NStepReturn", {"n": 5}),
 }
-"""Estimators of state values: IMPALA, A2C, PPO, V-MPO."""
+"""Estimators of state values: IMPALA, A2C, PPO, TRPO, V-MPO."""
 
 ACTION_ESTIMATORS: dict[str, Named] = {
     "one_step": Named(f"{_ACTION}:OneStep"),

@@ -17,6 +17,7 @@ from offtrace.modules.losses.sac_discrete import DiscreteSACLoss
 from offtrace.modules.losses.sac_v1 import SACv1Loss
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import Steps, read_steps
+from offtrace.modules.losses.trpo import TRPOLoss
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout, state_values
 from offtrace.modules.losses.updates import FastHardUpdate, FastSoftUpdate, compile_loss
 from offtrace.modules.losses.vmpo import VMPOLoss
@@ -41,6 +42,7 @@ __all__ = [
     "SACv1Loss",
     "Stats",
     "Steps",
+    "TRPOLoss",
     "VMPOLoss",
     "burn_in",
     "compile_loss",

@@ -1,7 +1,7 @@
 """Run by test_ddp.py: Lightning's fit on two gloo ranks. Writes what each rank saw into a folder.
 
 python ddp_script.py train FOLDER        each with its own CartPole environments
-python ddp_script.py gradients FOLDER        one SGD step on fixed batches with unequal masks, with each reduction
+python ddp_script.py gradients FOLDER        one update on fixed batches with unequal masks, by SGD, with each loss
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from tensordict import TensorDict, TensorDictBase
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import WeightSync
 from offtrace.agents.impala import control_config, make_impala
-from offtrace.modules.losses import ACERLoss, ImpalaLoss
-from offtrace.modules.networks import build_policy
+from offtrace.agents.trpo import trust_region_update
+from offtrace.modules.losses import ACERLoss, ImpalaLoss, TRPOLoss
+from offtrace.modules.networks import build_policy, build_value
 
 ENVS, STEPS = 3, 5
-LOSSES = ("sum", "mean", "acer")
+LOSSES = ("sum", "mean", "acer", "trpo")
 
 
 def fit(agent: Agent, data: Any, ranks: int, callbacks: list[pl.Callback] | None = None) -> pl.Trainer:
@@ -140,8 +141,11 @@ def sgd(params: Iterator[torch.Tensor]) -> torch.optim.Optimizer:
 
 
 def make_loss(name: str) -> Any:
-    """IMPALA's of either reduction, or ACER's, whose average policy is far enough for the trust region to act."""
+    """IMPALA's of either reduction; ACER's, whose average policy is far enough for its trust region; or TRPO's."""
     sizes: dict[str, Any] = {"network": "mlp", "observation_shape": [4], "num_actions": 2, "hidden": [8]}
+    if name == "trpo":
+        value = build_value(observation_shape=[4], hidden=[8])
+        return TRPOLoss(build_policy(**sizes, critic=None), value, delta=0.1, cg_iterations=5)
     if name != "acer":
         return ImpalaLoss(build_policy(**sizes), reduction=name, normalize_advantage=name == "mean")
     loss = ACERLoss(build_policy(**sizes, critic="q"), delta=0.01, normalize_advantage=True)
@@ -154,11 +158,15 @@ def gradients(folder: Path, ranks: int) -> None:
     for name in LOSSES:
         torch.manual_seed(0)
         loss = make_loss(name)
-        parameters = [(key, value) for key, value in loss.named_parameters() if value.requires_grad]
+        parameters = [(key, value) for key, value in loss.named_parameters() if not key.startswith("target_")]
         before = {key: value.detach().clone() for key, value in parameters}
-        agent = Agent(loss, loss.policy, optimizer=partial(sgd), total_frames=1, schedule="constant")
+        update = trust_region_update(loss, critic_steps=2) if name == "trpo" else None
+        agent = Agent(loss, loss.policy, optimizer=partial(sgd), total_frames=1, schedule="constant", update=update)
         trainer = fit(agent, FixedData(ranks), ranks)
         moved = {key: before[key] - value.detach() for key, value in parameters}
+        if name == "trpo":  # what it says of the step is of all ranks
+            told = agent.pop_metrics()
+            moved |= {key: torch.tensor(told[key]) for key in ("surrogate_new", "kl_new", "step_fraction")}
         torch.save(moved, folder / f"{name}{trainer.global_rank}.pt")
 
 

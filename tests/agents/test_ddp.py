@@ -36,7 +36,10 @@ def test_ranks_collect_for_themselves_and_stay_identical(tmp_path: Path) -> None
 
 
 def test_the_gradient_is_that_of_the_joined_batch(tmp_path: Path) -> None:
-    """Before clipping, with 14 valid steps on one rank and 6 on the other; of IMPALA's and of ACER's loss."""
+    """Before clipping, with 14 valid steps on one rank and 6 on the other; of IMPALA's, of ACER's and of TRPO's loss.
+
+    Of TRPO it is the whole update: the step of the policy and two of the value.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()

@@ -9,8 +9,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from offtrace.agents import trpo
 from offtrace.agents.callbacks import Checkpoints, WeightSync
-from offtrace.agents.impala import ImpalaConfig, control_config, make_impala
+from offtrace.agents.config import RolloutConfig
+from offtrace.agents.impala import ImpalaConfig, control_config
 from tests.agents.renewal import NewEnvironments
 
 ENVS, UNROLL, MINIBATCHES, EPOCHS = 4, 8, 2, 2
@@ -28,6 +30,14 @@ def config_for(rollouts: int, recurrent: int = 0) -> ImpalaConfig:
     return config
 
 
+def trpo_config(rollouts: int) -> trpo.TRPOConfig:
+    config = trpo.control_config()
+    config.env.num_envs, config.collector.unroll = ENVS, UNROLL
+    config.optim.critic_steps, config.optim.schedule = 3, "linear"
+    config.train.total_frames = rollouts * ROLLOUT
+    return config
+
+
 class StopAfter(pl.Callback):
     """Ends the run after some updates, as a machine that goes down would."""
 
@@ -40,7 +50,7 @@ class StopAfter(pl.Callback):
 
 
 def run(
-    config: ImpalaConfig,
+    config: RolloutConfig,
     folder: Path,
     *,
     stop: float,
@@ -50,9 +60,10 @@ def run(
 ) -> Any:
     """``stop`` in rollouts, which need not be whole ones."""
     pl.seed_everything(3 if resume is None else 99, verbose=False)  # a resumed run takes nothing from its own seed
-    agent, data = make_impala(config)
-    callbacks = [WeightSync(MINIBATCHES * EPOCHS), Checkpoints(folder, every=10**9)]
-    callbacks += [StopAfter(round(stop * MINIBATCHES * EPOCHS)), *(more or [])]
+    agent, data = config.build()
+    per_rollout = config.updates_per_push()
+    callbacks = [WeightSync(per_rollout), Checkpoints(folder, every=10**9)]
+    callbacks += [StopAfter(round(stop * per_rollout)), *(more or [])]
     if renew:
         callbacks.append(NewEnvironments(data, renew * ROLLOUT))
     trainer = pl.Trainer(
@@ -63,13 +74,14 @@ def run(
     return agent, data, trainer
 
 
-@pytest.mark.parametrize("recurrent", [0, 8])
-def test_k_and_k_updates_are_2k(tmp_path: Path, recurrent: int) -> None:
+@pytest.mark.parametrize("kind", ["feed-forward", "recurrent", "trpo"])
+def test_k_and_k_updates_are_2k(tmp_path: Path, kind: str) -> None:
     """Both arms get new environments after k rollouts, because an emulator's state is not in a checkpoint.
 
     Bit for bit the same weights, moments, frames, updates and learning rate.
     """
-    k, config = 3, config_for(6, recurrent)
+    k = 3
+    config = trpo_config(6) if kind == "trpo" else config_for(6, 8 if kind == "recurrent" else 0)
     half, half_data, _ = run(config, tmp_path / "a", stop=k)
     assert half_data.frames == k * ROLLOUT
     resumed, resumed_data, resumed_trainer = run(
@@ -78,7 +90,7 @@ def test_k_and_k_updates_are_2k(tmp_path: Path, recurrent: int) -> None:
     whole, data, trainer = run(config, tmp_path / "c", stop=2 * k, renew=k)
 
     assert resumed_data.frames == data.frames == 2 * k * ROLLOUT
-    assert resumed.updates == whole.updates == 2 * k * MINIBATCHES * EPOCHS
+    assert resumed.updates == whole.updates == 2 * k * config.updates_per_push()
     assert any(not torch.equal(half.state_dict()[name], value) for name, value in whole.state_dict().items())
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name

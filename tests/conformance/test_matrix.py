@@ -44,6 +44,8 @@ def small(config: Config, task: str) -> Any:
         found.train.minibatches, found.train.epochs, found.replay.capacity, found.replay.min_size = 1, 1, 400, 32
         if "ratio" in config.replay.form:
             found.replay.ratio = 1.0
+    elif config.algorithm == "trpo":  # its step is one of a whole rollout
+        found.optim.critic_steps = 2
     else:
         found.train.minibatches, found.train.epochs = 2, 1
     return found

@@ -21,6 +21,7 @@ from tests.modules import test_mpo_loss as mpo
 from tests.modules import test_q_actor_critic_loss as q_actor_critic
 from tests.modules import test_reactor_loss as reactor
 from tests.modules import test_sac_loss as sac
+from tests.modules import test_trpo_loss as trpo
 from tests.modules import test_vmpo_loss as vmpo
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
@@ -39,6 +40,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "q-actor-critic": lambda: (q_actor_critic.QActorCriticLoss(q_actor_critic.policy_of()), impala.rollout()),
     "reactor": lambda: (reactor.reactor_loss(reactor.policy_of()), reactor.stored()),
     "reactor-values": lambda: (reactor.reactor_loss(reactor.policy_of("values")), reactor.stored()),
+    "trpo": lambda: trpo.make(),
+    "trpo-continuous": lambda: trpo.make("continuous"),
     "vmpo": lambda: (VMPOLoss(vmpo.make()).double(), vmpo.rollout()),
     "vmpo-diagonal": lambda: (VMPOLoss(vmpo.make("diagonal")).double(), vmpo.rollout("diagonal")),
     "sac": lambda: (sac.sac("retrace"), finite(sac.replay(6, 5))),

@@ -45,6 +45,7 @@ from tests.modules import test_impala_loss as impala
 from tests.modules import test_mpo_loss as mpo
 from tests.modules import test_q_actor_critic_loss as q_actor_critic
 from tests.modules import test_sac_loss as sac
+from tests.modules import test_trpo_loss as trpo
 from tests.modules import test_vmpo_loss as vmpo
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
@@ -157,6 +158,7 @@ STATE_LOSSES: dict[str, Callable[..., tuple[Any, TensorDict]]] = {
     "impala-lstm": lambda **o: (ImpalaLoss(impala.make(recurrent=6), normalize_advantage=True, **o), impala.rollout()),
     "a2c": lambda **o: (A2CLoss(impala.make(action_dim=2), **o), impala.rollout(dim=2)),
     "ppo": lambda **o: (PPOLoss(impala.make(), **o), impala.rollout()),
+    "trpo": lambda **o: trpo.make(**o),
     "vmpo": lambda **o: (VMPOLoss(vmpo.make(), **o).double(), vmpo.rollout()),
 }
 

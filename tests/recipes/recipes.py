@@ -10,10 +10,12 @@ from offtrace.agents.config import Config
 from offtrace.recipes import cli
 
 TRAINING = (
-    "impala_atari", "impala_control", "a2c", "ppo", "q_actor_critic", "vmpo_control", "acer_atari", "acer_control",
-    "dqn", "sac_control", "mpo_control", "reactor_atari", "reactor_control",
+    "impala_atari", "impala_control", "a2c", "ppo", "trpo", "q_actor_critic", "vmpo_control", "acer_atari",
+    "acer_control", "dqn", "sac_control", "mpo_control", "reactor_atari", "reactor_control",
 )  # fmt: skip
 ON_ROLLOUTS = ("impala_atari", "impala_control", "a2c", "ppo", "q_actor_critic", "vmpo_control")
+WHOLE = ("trpo",)
+"""On rollouts that are not dealt."""
 MIXING = ("acer_atari", "acer_control")
 
 

@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from offtrace.recipes import evaluate
-from tests.recipes.recipes import MIXING, ON_ROLLOUTS, main_of
+from tests.recipes.recipes import MIXING, ON_ROLLOUTS, WHOLE, main_of
 
 COMMON = ["--collector.num_workers=0", "--train.total_frames=64", "--train.eval_episodes=1", "--train.log_every=0",
           "--train.record=false", "--train.name=a"]  # fmt: skip
 ROLLOUTS = [*COMMON, "--env.num_envs=4", "--collector.unroll=8", "--train.minibatches=2"]
+UNDEALT = [*COMMON, "--env.num_envs=4", "--collector.unroll=8", "--optim.critic_steps=2"]
 REPLAY = [*COMMON, "--env.num_envs=2", "--collector.unroll=8", "--replay.capacity=400", "--replay.batch_size=8",
           "--replay.min_size=24", "--replay.samples_per_insert=2"]  # fmt: skip
 MIXED = [*COMMON, "--env.num_envs=2", "--collector.unroll=8", "--replay.capacity=400", "--replay.min_size=16"]
@@ -46,6 +47,8 @@ def arguments(name: str) -> list[str]:
     separate = name in ("sac_control", "mpo_control")
     if name in MIXING:
         return [*MIXED, *SMALL]
+    if name in WHOLE:
+        return [*UNDEALT, *SMALL]
     return [*ROLLOUTS] if name in ON_ROLLOUTS else [*REPLAY, *(SEPARATE if separate else SMALL)]
 
 
@@ -64,6 +67,9 @@ def arguments(name: str) -> list[str]:
         ("ppo", [*SMALL, "--preset=pendulum", "--loss.value_clip=0.2"]),
         ("ppo", [*SMALL, "--network.recurrent=8", "--train.deal=environments"]),
         ("ppo", [DISCRETE, "--preset=atari"]),
+        ("trpo", []),
+        ("trpo", ["--preset=pendulum", "--network.normalize=true", "--loss.estimator=vtrace(lmbda=0.9)"]),
+        ("trpo", [DISCRETE, "--preset=atari", "--loss.damping=0"]),
         ("q_actor_critic", SMALL),
         ("q_actor_critic", [*SMALL, "--loss.estimator=tree_backup(lmbda=0.9)"]),
         ("q_actor_critic", [DISCRETE, "--preset=atari"]),
@@ -188,6 +194,7 @@ def own_code(tmp_path: Path) -> str:
         ("impala_control", []),
         ("a2c", []),
         ("ppo", []),
+        ("trpo", []),
         ("vmpo_control", []),
         ("q_actor_critic", []),
         ("dqn", ["--replay.length=4"]),

@@ -151,7 +151,8 @@ def test_values_that_cannot_be_run(argv: list[str], words: str) -> None:
     assert words in str(error.value)
 
 
-STATE, ACTION = ("impala_atari", "a2c", "ppo", "vmpo_control"), ("q_actor_critic", "dqn", "sac_control", "mpo_control")
+STATE = ("impala_atari", "a2c", "ppo", "trpo", "vmpo_control")
+ACTION = ("q_actor_critic", "dqn", "sac_control", "mpo_control")
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,7 @@ def test_misspelt_flags_tasks_and_networks_name_the_nearest(name: str) -> None:
         ("dqn", ["--network.duelling=true"], "there is no flag --network.duelling; did you mean --network.dueling?"),
         ("dqn", ["--replay.samplr=uniform"], "there is no flag --replay.samplr; did you mean --replay.sampler?"),
         ("ppo", ["--loss.clip_epsilo=0.1"], "there is no flag --loss.clip_epsilo; did you mean --loss.clip_epsilon?"),
+        ("trpo", ["--optim.critic_step=1"], "there is no flag --optim.critic_step; did you mean --optim.critic_steps?"),
         ("sac_control", ["--optim.lr_acto=1"], "there is no flag --optim.lr_acto; did you mean --optim.lr_actor?"),
         ("mpo_control", ["--loss.epsilon_men=1"], "there is no flag --loss.epsilon_men; did you mean --loss.epsilon_m"),
         ("vmpo_control", ["--network.popar=true"], "there is no flag --network.popar; did you mean --network.popart?"),
@@ -278,6 +280,36 @@ def test_sequences_are_not_torn_apart() -> None:
         cli.check(recipes.parse("ppo", "--train.minibatches=7"))
     with pytest.raises(ConfigError, match=r"train\.minibatches is 16; it must divide env\.num_envs, 8"):
         cli.check(recipes.parse("ppo", "--train.minibatches=16", "--train.deal=environments"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--loss.delta=0"], "loss.delta is 0.0; it must be above 0"),
+        (["--loss.delta=inf"], "loss.delta is inf; it must be above 0 and finite"),
+        (["--loss.damping=-1"], "loss.damping is -1.0; it must be at least 0"),
+        (["--loss.cg_iterations=0"], "loss.cg_iterations is 0; it must be at least 1"),
+        (["--loss.backtracks=0"], "loss.backtracks is 0; it must be at least 1"),
+        (["--loss.shrink=1"], "loss.shrink is 1.0; it must be above 0 and below 1"),
+        (["--optim.critic_steps=0"], "optim.critic_steps is 0; it must be at least 1"),
+        (["--train.minibatches=4"], "there is no flag --train.minibatches"),
+        (["--train.epochs=4"], "there is no flag --train.epochs"),
+        (["--network.recurrent=16"], "there is no flag --network.recurrent; network has encoder, hidden, "),
+        (["--train.precision=bf16-mixed"], "train.precision is bf16-mixed; it must be"),
+    ],
+)
+def test_what_trpo_does_not_take(argv: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        cli.check(recipes.parse("trpo", *argv))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_trpo_deals_no_rollout_to_minibatches() -> None:
+    config: Any = recipes.presets_of("trpo")["default"]()
+    config.train.minibatches = 2
+    with pytest.raises(ConfigError, match=r"train\.minibatches is 2; it must be 1, because a step is that of a whole"):
+        cli.check(config)
 
 
 def test_run_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
