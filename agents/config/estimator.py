@@ -54,15 +54,15 @@ def check_truncates(at: str, spec: str, max_kl: float) -> None:
     """
     name, options = parse_spec(spec)
     if ":" in name:
-        own = _own(spec, "state")
-        clip = own.rho_clip if own.ratio_cuts_trace else math.inf
+        truncates = _own(spec, "state").truncates
     else:
         named = STATE_ESTIMATORS[name]
-        clip = {**named.options, **named.fixed, **options}.get("rho_clip", math.inf)
-    if clip == math.inf:
+        known = {**named.options, **named.fixed, **options}
+        truncates = known.get("rho_clip", math.inf) < math.inf and known.get("leak", 1) == 1
+    if not truncates:
         raise ConfigError(
             f"{at}.max_kl is {max_kl}; {at}.estimator {spec} does not truncate ratios: it must be null, or the "
-            "estimator one such as vtrace"
+            "estimator one such as vtrace, with its leak of 1"
         )
 
 
