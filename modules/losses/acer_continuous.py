@@ -13,7 +13,13 @@ from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator, QLambda
 from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.estimators.names import parse_spec
-from offtrace.modules.losses.acer import behaviour_parameter, truncated_weights, trust_region
+from offtrace.modules.losses.acer import (
+    average_parameters,
+    behaviour_parameter,
+    is_changed,
+    truncated_weights,
+    trust_region,
+)
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
@@ -110,7 +116,9 @@ class ContinuousACERLoss(Loss):
     the behaviour policy ``"action_log_prob"`` [B, T], ``"loc"`` and ``"scale"`` [B, T, D]; ``("next", ...)``
     ``"reward"``, ``"terminated"``, ``"done"`` [B, T, 1]; where there is one, ``"valid"`` [B, T, 1].
 
-    Returns the scalars of :class:`ACERLoss`; ``bias_correction`` is the mean of [1 - c / rho']_+.
+    Returns the scalars of :class:`ACERLoss`; ``bias_correction`` is the mean of [1 - c / rho']_+, and ``projected``
+    the share of steps at which the trust region changes g by more than 1 % of its norm: every direction of a normal's
+    statistics moves it.
 
     Raises:
         ValueError: on an argument out of range, a network that does not fit, or a batch that is not [B, T].
@@ -238,7 +246,7 @@ class ContinuousACERLoss(Loss):
                 gradient = gradient / stats.root_mean_square(q_opc - value)
             projected = gradient
             if self.delta is not None:
-                average = self._average(policy)
+                average = DiagonalNormal(*average_parameters(self, policy))
                 against = gaussian_kl_gradient(
                     average_loc=average.base_dist.loc, average_scale=average.base_dist.scale, loc=loc, scale=scale
                 )
@@ -259,7 +267,7 @@ class ContinuousACERLoss(Loss):
             out["pg_rho_clipped"] = clipped_fraction(log_rho, self.clip, valid=valid)
             out["bias_correction"] = stats.mean(correction)
             if self.delta is not None:
-                out["projected"] = stats.mean((projected != gradient).any(-1).to(loc.dtype))
+                out["projected"] = stats.mean(is_changed(before=gradient, change=projected - gradient))
                 out["kl_average"] = stats.mean(torch.distributions.kl_divergence(average, policy.dist))
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
 
@@ -279,10 +287,3 @@ class ContinuousACERLoss(Loss):
             return statistics
         means, scales = statistics.chunk(2, -1)
         return torch.cat([means, torch.zeros_like(scales)], -1)
-
-    @torch.no_grad()
-    def _average(self, policy: EvaluatedPolicy) -> Any:
-        """f_avg(.|x) of the steps."""
-        params = self.target("policy").get_dist_params(policy.unroll.inputs.clone(False))
-        loc, scale = (policy.unroll.steps(params.get(key)).to(self.dtype) for key in (k.LOC, k.SCALE))
-        return DiagonalNormal(loc, scale)

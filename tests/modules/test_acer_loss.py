@@ -11,9 +11,11 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
+from torchrl.modules.tensordict_module.rnn import set_recurrent_mode
 
 from offtrace.modules.losses import ACERLoss, FastSoftUpdate, acer
 from offtrace.modules.losses.acer import acer_gradient, kl_gradient, truncated_weights, trust_region
+from offtrace.modules.losses.unroll import evaluate_rollout
 from tests.modules.test_impala_loss import ACTIONS, LOSSES, gradients, make, rollout, total
 from tests.modules.test_q_actor_critic_loss import chosen, direct, network, policy_of, with_valid
 from tests.modules.test_returns_mutations import mutant
@@ -63,7 +65,7 @@ def gradient_error(module: dict[str, Any]) -> float:
         case = cases(1)
         average = case.pop("average")
         assert average.shape == case["probs"].shape
-        found = module["acer_gradient"](**case, clip=clip)
+        found = module["acer_gradient"](**case, clip=clip).gradient
         expected = direct_gradient(case, clip)
         worst = max(worst, float(((found - expected).abs() / (1 + expected.abs())).max()))
     return worst
@@ -167,7 +169,7 @@ def paper(q_return: float) -> dict[str, Any]:
 def test_worked_numbers(q_return: float, gradient: list[float], product: float, projected: list[float]) -> None:
     average = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     case = paper(q_return)
-    found = acer_gradient(**case)
+    found = acer_gradient(**case).gradient
     torch.testing.assert_close(found, torch.tensor(gradient, dtype=torch.float64), rtol=0, atol=1e-6)
     against = kl_gradient(log_average=average.log(), log_probs=case["probs"].log())
     torch.testing.assert_close(against, -average / case["probs"])
@@ -186,7 +188,7 @@ def test_truncated_and_correcting_part_are_the_full_policy_gradient(clip: float)
         g = acer_gradient(
             probs=case["probs"], behaviour_probs=case["behaviour_probs"], action=action, q_value=case["q_value"],
             q_return=case["q_value"][:, a], clip=clip,
-        )  # fmt: skip
+        ).gradient  # fmt: skip
         mean += case["behaviour_probs"][:, a : a + 1] * g
     value = (case["probs"] * case["q_value"]).sum(-1, keepdim=True)
     legal = case["probs"] > 0
@@ -204,7 +206,7 @@ def test_extremes_are_finite() -> None:
         g = acer_gradient(
             probs=probs, behaviour_probs=behaviour, action=torch.tensor(action), q_value=torch.ones(3),
             q_return=torch.tensor(2.0),
-        )  # fmt: skip
+        ).gradient  # fmt: skip
         assert g.isfinite().all()
         assert g[2] == 0
     against = kl_gradient(log_average=torch.tensor([-1.0, -0.5]), log_probs=torch.tensor([-1e4, 0.0]))
@@ -218,11 +220,11 @@ def test_extremes_are_finite() -> None:
 def test_no_gradient_flows_in() -> None:
     case = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in cases(6).items()}
     average = case.pop("average")
-    g = acer_gradient(**case)
+    g, correction = acer_gradient(**case)
     against = kl_gradient(log_average=average, log_probs=average)
     z = trust_region(gradient=g, kl_gradient=against, delta=1.0)
     weights = truncated_weights(log_rho=average, clip=1.0)
-    assert not any(x.requires_grad for x in (g, against, z, *weights))
+    assert not any(x.requires_grad for x in (g, correction, against, z, *weights))
 
 
 def stored(policy: Any, **kwargs: Any) -> TensorDict:
@@ -272,7 +274,10 @@ def test_loss_equals_the_direct_sums(delta: float | None, masked: bool, reductio
             excess = float((against * g).sum()) - (math.inf if delta is None else delta)
             z = g - max(0.0, excess) / float(against.square().sum()) * against
             surrogate[b, t] = (z * pi[b, t]).sum()
-            projected += int(excess > 0 and bool(valid[b, t]))
+            theta = log_pi[b, t].detach().requires_grad_()
+            moved = [torch.autograd.grad((x * theta.softmax(-1)).sum(), theta)[0] for x in (g, z)]
+            changed = float((moved[1] - moved[0]).norm()) > 0.01 * float(moved[0].norm())
+            projected += int(changed and bool(valid[b, t]))
             if valid[b, t]:
                 corrections += float((pi[b, t] * (1 - 1.3 * mu[b, t] / pi[b, t]).clamp(min=0)).sum())
     count = int(valid.sum())
@@ -396,7 +401,7 @@ def test_the_average_policy_follows_and_is_not_trained() -> None:
 def test_at_the_average_policy_the_trust_region_does_not_act() -> None:
     """k is -1 for every action there: what it takes away does not move a distribution."""
     case = cases(9, illegal=False)
-    g = acer_gradient(**{name: x for name, x in case.items() if name != "average"})
+    g = acer_gradient(**{name: x for name, x in case.items() if name != "average"}).gradient
     against = kl_gradient(log_average=case["probs"].log(), log_probs=case["probs"].log())
     torch.testing.assert_close(against, -torch.ones_like(against))
     z = trust_region(gradient=g, kl_gradient=against, delta=1.0)
@@ -404,6 +409,49 @@ def test_at_the_average_policy_the_trust_region_does_not_act() -> None:
     f = theta.softmax(-1)
     first, second = (torch.autograd.grad((x * f).sum(), theta, retain_graph=True)[0] for x in (g, z))
     torch.testing.assert_close(first, second)
+
+
+def test_what_moves_no_logit_counts_as_no_projection() -> None:
+    """Of the policy that is the average one every projection is a shift; of another one some are not."""
+    policy = policy_of()
+    loss, td = ACERLoss(policy, gamma=GAMMA, delta=1e-3), stored(policy)
+    assert loss(td)["projected"] == 0
+    with torch.no_grad():
+        for parameter in loss.target_policy_params.values(True, True):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert loss(td)["projected"] > 0
+
+
+@pytest.mark.parametrize("recurrent", [None, 6])
+def test_the_average_policy_leaves_what_the_policy_wrote(recurrent: int | None) -> None:
+    policy, seen = policy_of(recurrent=recurrent), []
+    loss, td = ACERLoss(policy, gamma=GAMMA), stored(policy, ends=0.5)
+    with torch.no_grad():
+        for parameter in loss.target_policy_params.values(True, True):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acer, "evaluate_rollout", lambda *x, **y: seen.append(evaluate_rollout(*x, **y)) or seen[-1])
+        loss(td)
+    (evaluated,) = seen
+    torch.testing.assert_close(evaluated.unroll.steps(evaluated.output["logits"]), evaluated.params["logits"])
+
+
+@pytest.mark.parametrize("recurrent", [None, 6])
+def test_the_average_policy_is_computed_at_the_steps(recurrent: int | None) -> None:
+    """Its parameters at the steps are those that it has in the whole sequence; no more is computed than they need."""
+    policy = policy_of(recurrent=recurrent)
+    loss, td = ACERLoss(policy, gamma=GAMMA), stored(policy, ends=0.5)
+    with torch.no_grad(), set_recurrent_mode(True):
+        for parameter in loss.target_policy_params.values(True, True):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        evaluated = evaluate_rollout(loss, td)
+        unroll = evaluated.unroll
+        whole = loss.target("policy").get_dist_params(unroll.inputs.select(*policy.in_keys))
+        if recurrent is None:
+            loss.target("policy").network.value_head = None
+        (logits,) = acer.average_parameters(loss, evaluated)
+    torch.testing.assert_close(logits, unroll.steps(whole["logits"]))
+    assert not torch.allclose(logits, evaluated.params["logits"])
 
 
 @pytest.mark.parametrize(
