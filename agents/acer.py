@@ -36,7 +36,7 @@ class LossConfig(Group):
     value_coef: float = 0.5
     """Weight of half the squared error of the action's value."""
     entropy_coef: float = 0.0
-    """Weight of the policy's entropy, beside the trust region."""
+    """Weight of the policy's entropy, beside the trust region; on continuous actions it needs learn_scale."""
     reduction: Literal["sum", "mean"] = "mean"
     """Over batch and time."""
     clip: float = 10.0
@@ -80,7 +80,7 @@ class ACERNetworkConfig(FeedForwardConfig):
         """As :meth:`Group.check`."""
         super().check(at)
         Checks(self, at).sizes("critic_hidden")
-        Checks(self, at).positive_or_null("init_scale")
+        Checks(self, at).normal_scale("init_scale")
 
 
 @dataclass
@@ -98,10 +98,6 @@ class ACEROptimConfig(OptimConfig):
         Checks(self, at).require("average_decay", lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
-def _optim() -> ACEROptimConfig:
-    return ACEROptimConfig(name="rmsprop_tf", lr=7e-4, schedule="constant")
-
-
 @dataclass
 class ACERConfig(MixedConfig):
     """ACER."""
@@ -111,12 +107,21 @@ class ACERConfig(MixedConfig):
     collector: CollectorConfig = field(default_factory=lambda: CollectorConfig(unroll=20))
     replay: RatioReplayConfig = field(default_factory=lambda: RatioReplayConfig(capacity=80_000, min_size=16_000))
     loss: LossConfig = field(default_factory=LossConfig)
-    optim: ACEROptimConfig = field(default_factory=_optim)
+    optim: ACEROptimConfig = field(
+        default_factory=lambda: ACEROptimConfig(name="rmsprop_tf", lr=7e-4, schedule="constant")
+    )
     train: RolloutTrainConfig = field(default_factory=lambda: RolloutTrainConfig(minibatches=1, epochs=1))
 
     algorithm = "acer"
     rescale_actions = True
     values = "action"
+    continuous_only = ("network.critic_hidden",)
+
+    def check_kind(self, kind: Literal["discrete", "continuous"]) -> None:
+        """As :meth:`Config.check_kind`; the entropy of a fixed scale cannot be learnt."""
+        if kind == "continuous" and not self.loss.learn_scale:
+            words = f"0, since the actions of {self.task} are continuous and loss.learn_scale false fixes their entropy"
+            Checks(self.loss, "loss").require("entropy_coef", lambda value: value == 0, words)
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
         """A network with the values of all actions beside the policy; of continuous actions a normal policy alone."""
@@ -154,33 +159,29 @@ def make_acer(config: ACERConfig) -> tuple[Agent, MixedData | RolloutData]:
     make = make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay)
     return mixed_agent(
         config, info, loss, loss.policy, spec,
-        optimizer=lambda _: make(groups),
-        after_update=soft_update(loss, 1 - optim.average_decay),
+        optimizer=lambda _: make(groups), after_update=soft_update(loss, 1 - optim.average_decay),
     )  # fmt: skip
-
-
-def _train() -> RolloutTrainConfig:
-    return RolloutTrainConfig(
-        total_frames=500_000, minibatches=1, epochs=1, eval_every=50_000, checkpoint_every=100_000, precision="32-true"
-    )
 
 
 def control_config() -> ACERConfig:
     """CartPole, near the settings of RL Baselines Zoo: 8 environments, a step size that falls, 500,000 steps."""
     config = ACERConfig(env=EnvConfig(task="CartPole-v1", num_envs=8))
     config.replay = RatioReplayConfig(capacity=40_000, min_size=8_000)
-    config.optim.schedule, config.train = "linear", _train()
+    config.optim.schedule = "linear"
+    config.train = RolloutTrainConfig(
+        total_frames=500_000, minibatches=1, epochs=1, eval_every=50_000, checkpoint_every=100_000, precision="32-true"
+    )
     return config
 
 
 def continuous_config() -> ACERConfig:
     """cartpole-swingup of dm_control: sequences of 20 steps, 8 replayed batches behind each fresh one, Adam."""
-    config = ACERConfig(env=EnvConfig(task="cartpole-swingup", num_envs=4))
+    config = control_config()
+    config.env = EnvConfig(task="cartpole-swingup", num_envs=4)
     config.network.hidden, config.network.activation = [256, 256], "relu"
     config.replay = RatioReplayConfig(ratio=8.0, capacity=500_000, min_size=5_000)
     config.loss.clip = 5.0
     config.optim = ACEROptimConfig(lr=3e-4, schedule="constant", average_decay=0.995, clip_grad_norm=40.0)
-    config.train = _train()
     return config
 
 

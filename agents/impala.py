@@ -19,7 +19,6 @@ from offtrace.agents.config import (
     check_estimator,
     check_truncates,
 )
-from offtrace.modules.envs.names import known_actions
 
 if TYPE_CHECKING:
     from offtrace.agents.agent import Agent
@@ -79,10 +78,9 @@ class ImpalaConfig(MixedConfig):
 
     algorithm = "impala"
 
-    def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:
-        """As :meth:`Config.check_actions`; ``max_kl`` needs discrete ones."""
-        super().check_actions(actions)
-        if self.loss.max_kl is not None and (actions or known_actions(self.task)) == "continuous":
+    def check_kind(self, kind: Literal["discrete", "continuous"]) -> None:
+        """As :meth:`Config.check_kind`; ``max_kl`` needs discrete ones."""
+        if self.loss.max_kl is not None and kind == "continuous":
             raise ConfigError(
                 f"loss.max_kl is {self.loss.max_kl}, which needs discrete actions; those of {self.task} are "
                 "continuous: it must be null"

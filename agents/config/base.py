@@ -43,6 +43,10 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+NORMAL_SCALES = math.exp(-5), math.exp(2)
+"""Limits of the standard deviation of :class:`offtrace.modules.networks.NormalHead`, which needs torch."""
+
+
 class Checks:
     """Checks of one group's values; a failure is a :class:`ConfigError` that names flag, value and what would be right.
 
@@ -70,6 +74,13 @@ class Checks:
         """Every number must be above 0, or null."""
         for name in names:
             self.require(name, lambda value: value is None or value > 0, "above 0, or null")
+
+    def normal_scale(self, *names: str) -> None:
+        """Every number must be a standard deviation that the head of a normal policy does not clip, or null."""
+        low, high = NORMAL_SCALES
+        right = f"from {low:.3g} to {high:.3g}, where the policy keeps it, or null"
+        for name in names:
+            self.require(name, lambda value: value is None or low <= value <= high, right)
 
     def fraction(self, *names: str) -> None:
         """Every number must be in [0, 1]."""
@@ -119,6 +130,8 @@ class Config:
     """Name of the algorithm."""
     actions: ClassVar[Literal["any", "discrete", "continuous"]] = "any"
     """What the algorithm acts with."""
+    continuous_only: ClassVar[tuple[str, ...]] = ()
+    """Settings, as ``group.name``, that are not read where actions are discrete, and refused there."""
     values: ClassVar[Literal["state", "action"]] = "state"
     """What the loss's estimator is of."""
     rescale_actions: ClassVar[bool] = False
@@ -232,6 +245,24 @@ class Config:
             )
         if self.values == "action":
             check_actions("loss", self.loss.estimator, self.task, found)
+        if found == "discrete":
+            for path in self.continuous_only:
+                group, name = path.split(".")
+                value, default = (getattr(x, name) for x in (getattr(self, group), type(getattr(self, group))()))
+                if value != default:
+                    raise ConfigError(
+                        f"{path} is {value}; the actions of {self.task} are discrete, for which it is not read: it "
+                        f"must be {default}"
+                    )
+        if found is not None:
+            self.check_kind(found)
+
+    def check_kind(self, kind: Literal["discrete", "continuous"]) -> None:
+        """Check what depends on the kind of the task's actions, which is known.
+
+        Raises:
+            ConfigError: one sentence.
+        """
 
     def check_devices(self, gpus: int) -> None:
         """Check that this machine, with ``gpus`` GPUs, has what the run asks for.

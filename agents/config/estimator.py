@@ -54,20 +54,20 @@ def check_truncates(at: str, spec: str, max_kl: float) -> None:
     """
     name, options = parse_spec(spec)
     if ":" in name:
-        own = _own(spec, "state")
-        clip = own.rho_clip if own.ratio_cuts_trace else math.inf
+        truncates = _own(spec, "state").truncates
     else:
         named = STATE_ESTIMATORS[name]
-        clip = {**named.options, **named.fixed, **options}.get("rho_clip", math.inf)
-    if clip == math.inf:
+        known = {**named.options, **named.fixed, **options}
+        truncates = known.get("rho_clip", math.inf) < math.inf and known.get("leak", 1) == 1
+    if not truncates:
         raise ConfigError(
             f"{at}.max_kl is {max_kl}; {at}.estimator {spec} does not truncate ratios: it must be null, or the "
-            "estimator one such as vtrace"
+            "estimator one such as vtrace, with its leak of 1"
         )
 
 
 def check_actions(at: str, spec: str, task: str, actions: str | None = None) -> None:
-    """Refuse an estimator of action values that needs discrete actions where the task's are continuous.
+    """Refuse an estimator of action values, or an option of one, that does not go with the task's actions.
 
     Args:
         at: name of the loss's group.
@@ -78,9 +78,15 @@ def check_actions(at: str, spec: str, task: str, actions: str | None = None) -> 
     Raises:
         ConfigError: one sentence.
     """
-    name, _ = parse_spec(spec)
+    name, options = parse_spec(spec)
+    found = actions or known_actions(task)
+    if found == "discrete" and options.get("root", 1) != 1 and ":" not in name:
+        raise ConfigError(
+            f"{at}.estimator is {spec}, whose root is for continuous actions; those of {task} are discrete: it must be "
+            "1, or left out"
+        )
     needed = _own(spec, "action").only_discrete if ":" in name else ACTION_ESTIMATORS[name].only_discrete
-    if needed and (actions or known_actions(task)) == "continuous":
+    if needed and found == "continuous":
         raise ConfigError(
             f"{at}.estimator is {spec}, which needs probabilities of discrete actions; those of {task} are continuous: "
             "it must be another, such as retrace"

@@ -84,7 +84,7 @@ class NetworkConfig(FeedForwardConfig):
         super().check(at)
         checks = Checks(self, at)
         checks.at_least(0, "recurrent")
-        checks.positive_or_null("init_scale")
+        checks.normal_scale("init_scale")
 
 
 @dataclass

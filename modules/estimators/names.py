@@ -73,7 +73,7 @@ ACTION_ESTIMATORS: dict[str, Named] = {
     "tree_backup": Named(f"{_ACTION}:TreeBackup", {"lmbda": 1.0}, only_discrete=True),
     "q_lambda": Named(f"{_ACTION}:QLambda", {"lmbda": 1.0}),
 }
-"""Estimators of action values: SAC, MPO, DQN, the Q-actor-critic."""
+"""Estimators of action values: SAC, MPO, DQN, the Q-actor-critic, ACER, Reactor."""
 
 ESTIMATORS: dict[str, dict[str, Named]] = {"state": STATE_ESTIMATORS, "action": ACTION_ESTIMATORS}
 

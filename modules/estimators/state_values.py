@@ -29,6 +29,9 @@ from offtrace.modules.returns import (
     vtrace,
 )
 
+OF_THE_TRACE = ("trace_length", "contraction")
+"""Diagnostics that are about the steps which are learnt from; the others are about ratios."""
+
 
 class StateEstimate(NamedTuple):
     """``target`` and ``advantage`` [B, T], the latter 0 where not valid; diagnostics, detached scalars by their names.
@@ -77,6 +80,11 @@ class StateValueEstimator(ReturnEstimator):
     kind = "state"
     rho_clip: float = math.inf
     """Clip of the ratio in the TD error; ``inf`` where there is none."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether no ratio in the TD error is above ``rho_clip``, and that is a number."""
+        return self.ratio_cuts_trace and self.rho_clip < math.inf
 
     @property
     def diagnostic_keys(self) -> list[str]:
@@ -131,8 +139,8 @@ class StateValueEstimator(ReturnEstimator):
 
             v_s - V(x_s) = m_s [delta_s + gamma k_s c_s (v_{s+1} - V(x_{s+1}))]        A_s = m_s A_s
 
-        Such a step has its own value for a target and no advantage, traces stop before it, and the diagnostics are
-        about the other steps.
+        Such a step has its own value for a target and no advantage, and traces stop before it. The diagnostics in
+        :data:`OF_THE_TRACE` are then about the other steps, and those of the ratios still about all.
 
         Args:
             outcome: of the steps, [B, T].
@@ -146,10 +154,12 @@ class StateValueEstimator(ReturnEstimator):
         reward, terminated, done, valid = outcome.time_first()
         dtype, gamma = value.dtype, self._known_gamma()
         log_rho = None if log_rho is None else log_rho.detach().to(dtype).t()
+        diagnostics: dict[str, Tensor] = {}
         learnt = valid
         if trace_mask is not None:
-            log_rho = self._masked(log_rho, trace_mask.t())
-            learnt = trace_mask.t() if valid is None else trace_mask.t() & valid
+            masked = self._masked(log_rho, trace_mask.t())
+            diagnostics = self.diagnose(log_rho=log_rho, done=done, gamma=gamma, valid=valid)
+            log_rho, learnt = masked, trace_mask.t() if valid is None else trace_mask.t() & valid
         target, advantage = self._compute_valid(
             reward=reward.to(dtype),
             value=value.detach().t(),
@@ -161,7 +171,8 @@ class StateValueEstimator(ReturnEstimator):
             valid=valid,
         )
         weight = zero_invalid(self.weight(torch.zeros_like(target) if log_rho is None else log_rho), valid)
-        diagnostics = self.diagnose(log_rho=log_rho, done=done, gamma=gamma, valid=learnt)
+        known = self.diagnose(log_rho=log_rho, done=done, gamma=gamma, valid=learnt)
+        diagnostics |= {key: x for key, x in known.items() if trace_mask is None or key in OF_THE_TRACE}
         return StateEstimate(target.t(), advantage.t(), weight.t(), diagnostics)
 
     @property
@@ -266,6 +277,11 @@ class VTrace(StateValueEstimator):
         super().__init__(**options)
         self.lmbda, self.leak = lmbda, leak
         self.rho_clip, self.c_clip, self.pg_rho_clip = rho_clip, c_clip, pg_rho_clip
+
+    @property
+    def truncates(self) -> bool:
+        """As :attr:`StateValueEstimator.truncates`; not where the ratio leaks."""
+        return super().truncates and self.leak == 1
 
     @property
     def _clips(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_d
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, check_positive, entry
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout
+from offtrace.modules.networks import Policy
 from offtrace.modules.returns import clipped_fraction
 
 _LARGEST_LOG_RATIO = 80.0
@@ -40,6 +41,17 @@ def truncated_weights(*, log_rho: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     weight = log_rho.exp().clamp(max=clip)
     correction = (1 - (math.log(clip) - log_rho).exp()).clamp(min=0)
     return weight.nan_to_num(nan=0.0, posinf=math.inf), correction.nan_to_num(nan=0.0)
+
+
+@torch.no_grad()
+def correction_weights(*, probs: Tensor, behaviour_probs: Tensor, clip: float) -> Tensor:
+    """[1 - c / rho]_+ of all actions, what the truncation at c = ``clip`` leaves to the bias correction, ``[*B, A]``.
+
+    Arguments as of :func:`acer_gradient`. No small number is added: probs > c mu implies probs > 0; where c mu is
+    inf * 0 the ratio is unbounded and nothing truncates.
+    """
+    bound = clip * behaviour_probs
+    return torch.where(probs > bound, 1 - bound / probs, 0)
 
 
 @torch.no_grad()
@@ -73,10 +85,7 @@ def acer_gradient(
         g, ``[*B, A]``.
     """
     value = (probs * q_value).sum(-1, keepdim=True)
-    # of all actions: probs > c mu implies probs > 0; where c mu is inf * 0 the ratio is unbounded and nothing truncates
-    bound = clip * behaviour_probs
-    correction = torch.where(probs > bound, 1 - bound / probs, 0)
-    gradient = correction * (q_value - value)
+    gradient = correction_weights(probs=probs, behaviour_probs=behaviour_probs, clip=clip) * (q_value - value)
     # of the action that was taken
     index = action.unsqueeze(-1)
     chosen, behaviour = probs.gather(-1, index), behaviour_probs.gather(-1, index)
@@ -123,6 +132,35 @@ def kl_gradient(*, log_average: Tensor, log_probs: Tensor) -> Tensor:
     """
     ratio = (log_average - log_probs).clamp(max=_LARGEST_LOG_RATIO).exp()
     return -torch.where(log_average.exp() > 0, ratio, 0)
+
+
+@torch.no_grad()
+def is_changed(*, before: Tensor, change: Tensor) -> Tensor:
+    """1 where the vector ``change`` ``[*B, D]`` is longer than 1 % of ``before``, else 0, ``[*B]``."""
+    return (change.norm(dim=-1) > 0.01 * before.norm(dim=-1)).to(before.dtype)
+
+
+@torch.no_grad()
+def average_parameters(loss: Loss, evaluated: EvaluatedPolicy) -> list[Tensor]:
+    """The parameters of the average policy, ``loss.target("policy")``, at the steps.
+
+    A feed-forward policy computes nothing else; of any other the network runs over the whole sequence.
+
+    Args:
+        loss: whose target it is.
+        evaluated: the rollout, which stays as it is.
+
+    Returns:
+        in the order of the distribution's keys, ``[B, T, ...]`` each.
+    """
+    average, unroll = loss.target("policy"), evaluated.unroll
+    if isinstance(average, Policy) and average.network.core is None:
+        states = {key: unroll.steps(unroll.inputs.get(key)).flatten(0, 1) for key in average.in_keys}
+        found = [x.unflatten(0, evaluated.log_pi.shape) for x in average.parameters_at(states)]
+    else:
+        output = average.get_dist_params(unroll.inputs.select(*average.in_keys))
+        found = [unroll.steps(output.get(key)) for key in average[-1].in_keys]
+    return [x.to(loss.dtype) for x in found]
 
 
 def behaviour_parameter(loss: Loss, tensordict: TensorDictBase, key: str) -> Tensor:
@@ -176,8 +214,9 @@ class ACERLoss(Loss):
     Returns the three losses and, detached scalars over the valid steps: ``entropy``, ``kl`` of behaviour to target,
     ``ratio_mean``, ``explained_variance`` of Q^ret by Q(x, a), ``advantage_std`` of Q^ret - V, ``pg_rho_clipped``
     (share of ratios above c), ``bias_correction`` (mean of the sum over a of pi [1 - c / rho]_+), ``projected`` (share
-    of steps whose gradient the trust region changed), ``kl_average`` of the average policy to the target,
-    ``valid_count``, and those of the estimator.
+    of steps at which the trust region changes the gradient of the logits, f (z - sum over b of f(b) z(b)), by more
+    than 1 % of its norm: k is near -1 for all actions near the average policy, and what is taken from all alike moves
+    no logit), ``kl_average`` of the average policy to the target, ``valid_count``, and those of the estimator.
 
     Raises:
         ValueError: on an argument out of range, a policy that does not fit, or a batch that is not [B, T].
@@ -249,12 +288,13 @@ class ACERLoss(Loss):
         q_values = entry(self, policy.output, self.tensor_keys.action_value).squeeze(-2)
         q_value = policy.unroll.steps(q_values)
         q_taken = q_value.gather(-1, policy.action.unsqueeze(-1)).squeeze(-1)
-        log_probs = policy.params[k.LOGITS].log_softmax(-1)
+        everywhere = entry(self, policy.output, k.LOGITS).log_softmax(-1)
+        log_probs = policy.unroll.steps(everywhere)
         probs = log_probs.exp()
 
         # Q^ret, constant
         with torch.no_grad():
-            values = (policy.output.get(k.LOGITS).softmax(-1) * q_values).sum(-1)
+            values = (everywhere.exp() * q_values).sum(-1)
             value, next_value = policy.unroll.steps(values), policy.unroll.successors(values)
             estimate = self.estimator.estimate(
                 self.estimator.select(policy.outcome, gamma=self.gamma),
@@ -278,7 +318,8 @@ class ACERLoss(Loss):
             gradient = gradient / stats.root_mean_square(q_return - value)
         projected = gradient
         if self.delta is not None:
-            log_average = self._average(policy)
+            (logits,) = average_parameters(self, policy)
+            log_average = logits.log_softmax(-1)
             against = kl_gradient(log_average=log_average, log_probs=log_probs)
             projected = trust_region(gradient=gradient, kl_gradient=against, delta=self.delta)
 
@@ -294,15 +335,15 @@ class ACERLoss(Loss):
         with torch.no_grad():
             out |= rollout_diagnostics(stats, entropy=entropy, advantage=q_return - value, target=q_return, error=error)
             out["pg_rho_clipped"] = clipped_fraction(log_rho, self.clip, valid=valid)
-            _, correction = truncated_weights(log_rho=log_probs - behaviour_probs.log(), clip=self.clip)
+            correction = correction_weights(probs=probs, behaviour_probs=behaviour_probs, clip=self.clip)
             out["bias_correction"] = stats.mean((probs * correction).sum(-1))
             if self.delta is not None:
-                out["projected"] = stats.mean((projected != gradient).any(-1).to(probs.dtype))
+                before, change = (_of_logits(x, probs) for x in (gradient, projected - gradient))
+                out["projected"] = stats.mean(is_changed(before=before, change=change))
                 out["kl_average"] = stats.mean((log_average.exp() * (log_average - log_probs)).sum(-1))
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
 
-    @torch.no_grad()
-    def _average(self, policy: EvaluatedPolicy) -> Tensor:
-        """log f_avg(.|x) of the steps, [B, T, A]."""
-        logits = self.target("policy").get_dist_params(policy.unroll.inputs).get(k.LOGITS)
-        return policy.unroll.steps(logits).to(self.dtype).log_softmax(-1)
+
+def _of_logits(gradient: Tensor, probs: Tensor) -> Tensor:
+    """The gradient of the logits, [*B, A], that one of the probabilities makes: f times what exceeds its f-mean."""
+    return probs * (gradient - (probs * gradient).sum(-1, keepdim=True))

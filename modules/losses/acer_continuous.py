@@ -10,10 +10,16 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictParams, d
 from torch import Tensor
 
 from offtrace.modules import keys as k
-from offtrace.modules.estimators.action_values import ActionValueEstimator, QLambda, Retrace
+from offtrace.modules.estimators.action_values import ActionValueEstimator, QLambda
 from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.estimators.names import parse_spec
-from offtrace.modules.losses.acer import behaviour_parameter, truncated_weights, trust_region
+from offtrace.modules.losses.acer import (
+    average_parameters,
+    behaviour_parameter,
+    is_changed,
+    truncated_weights,
+    trust_region,
+)
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
@@ -97,7 +103,8 @@ class ContinuousACERLoss(Loss):
         clip: c, of the importance weights in the policy gradient; the paper's is 5 here.
         delta: bound of the trust region; None for none.
         num_samples: n.
-        learn_scale: False leaves the scale as it is at the start, as in the paper.
+        learn_scale: False leaves the scale as it is at the start, as in the paper; the entropy, which is that of the
+            scale alone, then has no gradient, and ``entropy_coef`` must be 0.
         reward_clip: rewards are clipped to [-reward_clip, reward_clip]; None leaves them.
         normalize_advantage: divide g by the root mean square of Q^opc - V over the valid steps, before the projection:
             then ``delta`` does not depend on the size of the rewards. The paper does not.
@@ -109,7 +116,9 @@ class ContinuousACERLoss(Loss):
     the behaviour policy ``"action_log_prob"`` [B, T], ``"loc"`` and ``"scale"`` [B, T, D]; ``("next", ...)``
     ``"reward"``, ``"terminated"``, ``"done"`` [B, T, 1]; where there is one, ``"valid"`` [B, T, 1].
 
-    Returns the scalars of :class:`ACERLoss`; ``bias_correction`` is the mean of [1 - c / rho']_+.
+    Returns the scalars of :class:`ACERLoss`; ``bias_correction`` is the mean of [1 - c / rho']_+, and ``projected``
+    the share of steps at which the trust region changes g by more than 1 % of its norm: every direction of a normal's
+    statistics moves it.
 
     Raises:
         ValueError: on an argument out of range, a network that does not fit, or a batch that is not [B, T].
@@ -148,20 +157,20 @@ class ContinuousACERLoss(Loss):
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, clip=clip, delta=delta, num_samples=num_samples)
+        if entropy_coef and not learn_scale:
+            raise ValueError(
+                f"entropy_coef is {entropy_coef}; the entropy of a normal is that of its scale, which "
+                "learn_scale=False fixes: it must be 0, or learn_scale True"
+            )
         if list(policy[-1].in_keys) != [k.LOC, k.SCALE] or policy[-1].distribution_class is not DiagonalNormal:
             raise ValueError(
                 f"ContinuousACERLoss needs a policy that writes {k.LOC!r} and {k.SCALE!r} of a diagonal normal, got "
                 f"one that writes {policy.out_keys}: use build_policy(..., action_dim=..., critic=None)"
             )
         super().__init__()
-        if isinstance(estimator, str):
-            name, options = parse_spec(estimator)
-            if name == "retrace" and "root" not in options:
-                estimator = Retrace(root=policy.action_dim, **options)
-        self.bind_estimator(estimator, "action", gamma=gamma, discrete=False, every_step=True)
-        self.__dict__["uncorrected"] = QLambda(gamma=gamma)  # no submodule: state_dict knows nothing of it
-        self.state_keys = list(policy.in_keys)
         self.add_network("policy", policy, target=True)
+        self.bind_estimator(estimator, "action", gamma=gamma, discrete=False, every_step=True)
+        self.state_keys = list(policy.in_keys)
         self.add_network("value", value, target=average_critic)
         self.add_network("advantage", advantage, target=average_critic)
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
@@ -173,6 +182,18 @@ class ContinuousACERLoss(Loss):
         average = ["projected", "kl_average"] if delta is not None else []
         own = ["bias_correction", *average, "valid_count", *self.estimator.diagnostic_keys]
         self.out_keys = [*losses, *diagnostics, *own]
+
+    def bind_estimator(self, spec: Any, kind: str, *, gamma: float, **options: Any) -> None:
+        """As :meth:`Loss.bind_estimator`; ``"retrace"`` has the paper's root where no other is given.
+
+        ``options`` are those of :meth:`Loss.bind_estimator` and of the estimator that is named.
+        """
+        if isinstance(spec, str):
+            name, given = parse_spec(spec)
+            if name == "retrace" and "root" not in given and "root" not in options:
+                options["root"] = self.policy.action_dim
+        super().bind_estimator(spec, kind, gamma=gamma, **options)
+        self.__dict__["uncorrected"] = QLambda(gamma=gamma)  # no submodule: state_dict knows nothing of it
 
     @property
     def in_keys(self) -> list[str]:
@@ -225,7 +246,7 @@ class ContinuousACERLoss(Loss):
                 gradient = gradient / stats.root_mean_square(q_opc - value)
             projected = gradient
             if self.delta is not None:
-                average = self._average(policy)
+                average = DiagonalNormal(*average_parameters(self, policy))
                 against = gaussian_kl_gradient(
                     average_loc=average.base_dist.loc, average_scale=average.base_dist.scale, loc=loc, scale=scale
                 )
@@ -246,7 +267,7 @@ class ContinuousACERLoss(Loss):
             out["pg_rho_clipped"] = clipped_fraction(log_rho, self.clip, valid=valid)
             out["bias_correction"] = stats.mean(correction)
             if self.delta is not None:
-                out["projected"] = stats.mean((projected != gradient).any(-1).to(loc.dtype))
+                out["projected"] = stats.mean(is_changed(before=gradient, change=projected - gradient))
                 out["kl_average"] = stats.mean(torch.distributions.kl_divergence(average, policy.dist))
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
 
@@ -266,10 +287,3 @@ class ContinuousACERLoss(Loss):
             return statistics
         means, scales = statistics.chunk(2, -1)
         return torch.cat([means, torch.zeros_like(scales)], -1)
-
-    @torch.no_grad()
-    def _average(self, policy: EvaluatedPolicy) -> Any:
-        """f_avg(.|x) of the steps."""
-        params = self.target("policy").get_dist_params(policy.unroll.inputs.clone(False))
-        loc, scale = (policy.unroll.steps(params.get(key)).to(self.dtype) for key in (k.LOC, k.SCALE))
-        return DiagonalNormal(loc, scale)

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.base import zero_invalid
-from offtrace.modules.estimators.state_values import StateValueEstimator
+from offtrace.modules.estimators.state_values import OF_THE_TRACE, StateValueEstimator
 from offtrace.modules.losses.acer import behaviour_parameter
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics, trust_region
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, check_positive, entry
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout, state_values
+
+_OF_WHAT_IS_LEARNT = ("explained_variance", "advantage_std", "policy_clipped", *OF_THE_TRACE)
 
 
 @torch.no_grad()
@@ -106,7 +108,8 @@ class ImpalaLoss(Loss):
     ``kl`` of behaviour to target in nats; ``explained_variance`` of the targets by the value; ``advantage_std``, before
     normalisation; ``policy_clipped``, fraction of steps outside the trust region; ``valid_count``. With ``max_kl``
     also ``outside``, the fraction of the valid steps that it leaves out; then ``explained_variance``,
-    ``advantage_std``, ``policy_clipped`` and those of the estimator are about the others.
+    ``advantage_std``, ``policy_clipped``, ``trace_length`` and ``contraction`` are about the others, NaN where there
+    are none, and all that is about ratios stays about all valid steps.
 
     Raises:
         ValueError: on an argument out of range, an estimator (or a policy, with ``max_kl``) that does not fit, or a
@@ -159,10 +162,10 @@ class ImpalaLoss(Loss):
         """
         super().bind_estimator(spec, kind, **options)
         found = self.estimator
-        if self.max_kl is not None and (not found.ratio_cuts_trace or found.rho_clip == math.inf):
+        if self.max_kl is not None and not found.truncates:
             raise ValueError(
                 f"max_kl is {self.max_kl}; it needs an estimator that truncates ratios, and {type(found).__name__} "
-                "as it is here does not: use 'vtrace', or no max_kl"
+                "as it is here does not: use 'vtrace', with its leak of 1, or no max_kl"
             )
 
     @property
@@ -205,14 +208,18 @@ class ImpalaLoss(Loss):
 
         # diagnostics
         out["policy_clipped"] = learnt.mean(clipped)
-        out |= rollout_diagnostics(
+        out |= estimate.diagnostics | rollout_diagnostics(
             learnt, entropy=entropy, advantage=estimate.advantage, target=estimate.target, error=error
         )
-        if inside is not None:  # these are about all valid steps
+        if inside is not None:
             with torch.no_grad():
+                for name in _OF_WHAT_IS_LEARNT:  # of nothing all would look perfect
+                    if name in out:
+                        out[name] = out[name].masked_fill(learnt.count == 0, math.nan)
+                # these are about all valid steps
                 out |= {"entropy": stats.mean(entropy), "valid_count": stats.count}
                 out["outside"] = stats.mean((~inside).to(entropy.dtype))
-        return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
+        return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats), [])
 
     def _inside(self, tensordict: TensorDictBase, policy: EvaluatedPolicy) -> Tensor | None:
         """Which steps are learnt from, bool [B, T]; None for all."""

@@ -160,8 +160,13 @@ class NormalHead(PolicyHead):
         bounded: bool = False,
     ) -> None:
         super().__init__()
-        if action_dim < 1 or init_scale <= 0:
-            raise ValueError(f"action_dim {action_dim} and init_scale {init_scale} must both be positive")
+        low, high = (math.exp(limit) for limit in _LOG_SCALE_RANGE)
+        if action_dim < 1:
+            raise ValueError(f"action_dim is {action_dim}; it must be at least 1")
+        if not low <= init_scale <= high:
+            raise ValueError(
+                f"init_scale is {init_scale}; it must be from {low:.3g} to {high:.3g}, where the head keeps the scale"
+            )
         self.action_dim, self.bounded = action_dim, bounded
         self.loc = nn.Linear(in_features, action_dim)
         self.scale = nn.Linear(in_features, action_dim) if state_dependent else None

@@ -82,11 +82,12 @@ class NeighbourTree:
         self.kinds[slots], self.priorities[slots] = kinds, priorities
         self._mend()
 
-    def find(self, mass: np.ndarray, alike: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def find(self, mass: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots and weights ``[B]`` of the items at which a cumulative sum over the slots passes ``mass`` ``[B]``.
 
-        Where ``alike``, bool ``[B]``, every item counts 1, and ``0 <= mass <= count``; else its weight, and ``mass`` is
-        at most the total. Never of what counts 0, whatever rounding does: at each node the mass is kept below the sum.
+        Where ``uniform``, bool ``[B]``, every item counts 1, and ``0 <= mass <= count``; else its weight, and ``mass``
+        is at most the total. Never of what counts 0, whatever rounding does: at each node the mass is kept below the
+        sum.
         """
         self._mend()
         rows, node = np.arange(len(mass)), np.zeros(len(mass), np.int64)
@@ -97,7 +98,7 @@ class NeighbourTree:
             below = self._below(level, node)
             mean = np.where(here.known > 0, self._mean(here), mean)
             weights = _weights(below, mean)
-            np.cumsum(np.where(alike[:, None], below.known + below.waiting, weights), 1, out=sums[:, 1:])
+            np.cumsum(np.where(uniform[:, None], below.known + below.waiting, weights), 1, out=sums[:, 1:])
             mass = np.minimum(mass, np.nextafter(sums[:, -1], 0.0))
             child = (sums[:, 1:] <= mass[:, None]).sum(1)
             mass = mass - sums[rows, child]

@@ -285,8 +285,8 @@ class LazyPrioritized:
         if not total < float("inf"):
             raise ValueError(f"the priorities, to the power alpha {self.alpha}, add up to {total}; it must be finite")
         chance, place = torch.rand(2, number, dtype=torch.float64, generator=generator).numpy()
-        alike = (chance < self.epsilon) | (total == 0)
-        slots, weight = self._tree.find(place * np.where(alike, count, total), alike)
+        uniform = (chance < self.epsilon) | (total == 0)
+        slots, weight = self._tree.find(place * np.where(uniform, count, total), uniform)
         # P times N; where all weigh 0 each is 1
         share = (1 - self.epsilon) * count * weight / total + self.epsilon if total else np.ones(number)
         return slots, (share**-self.beta).astype(np.float32)

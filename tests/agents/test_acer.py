@@ -11,8 +11,10 @@ import torch
 
 from offtrace.agents.acer import ACERConfig, control_config, make_acer
 from offtrace.agents.callbacks import Checkpoints, WeightSync
-from offtrace.agents.config import ConfigError
+from offtrace.agents.config import ConfigError, NetworkConfig
+from offtrace.agents.config.base import NORMAL_SCALES
 from offtrace.agents.data import MixedData, RolloutData
+from offtrace.modules.networks import NormalHead
 from tests.agents.renewal import NewEnvironments
 
 ENVS, UNROLL = 4, 6
@@ -135,6 +137,67 @@ def test_what_only_continuous_actions_have_is_refused() -> None:
     config.env.task, config.loss.estimator = "Pendulum-v1", "tree_backup"
     with pytest.raises(ConfigError, match=r"loss\.estimator is tree_backup, which needs probabilities of discrete"):
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("task", "group", "name", "value", "words"),
+    [
+        (
+            "CartPole-v1",
+            "network",
+            "critic_hidden",
+            [3],
+            r"network\.critic_hidden is \[3\]; the actions of CartPole-v1",
+        ),
+        (
+            "CartPole-v1",
+            "loss",
+            "estimator",
+            "retrace(root=3)",
+            r"retrace\(root=3\), whose root is for continuous actions",
+        ),
+        (
+            "Pendulum-v1",
+            "loss",
+            "entropy_coef",
+            0.1,
+            r"loss\.entropy_coef is 0\.1; it must be 0, since .* loss\.learn_scale false",
+        ),
+        (
+            "Pendulum-v1",
+            "network",
+            "init_scale",
+            1e-4,
+            r"network\.init_scale is 0\.0001; it must be from 0\.00674 to 7\.39",
+        ),
+        ("Pendulum-v1", "network", "init_scale", 10.0, r"network\.init_scale is 10\.0; it must be from .* or null"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(task: str, group: str, name: str, value: Any, words: str) -> None:
+    config = small(12)
+    config.env.task = task
+    config.validate()
+    setattr(getattr(config, group), name, value)
+    with pytest.raises(ConfigError, match=words):
+        config.validate()
+
+
+def test_a_scale_at_the_start_is_one_that_the_head_keeps() -> None:
+    with pytest.raises(ConfigError, match=r"network\.init_scale is 8\.0; it must be from 0\.00674 to 7\.39, where"):
+        NetworkConfig(init_scale=8.0).check("network")
+    for scale in NORMAL_SCALES:
+        NetworkConfig(init_scale=scale).check("network")
+        found = NormalHead(3, 1, init_scale=scale)(torch.zeros(1, 3))[1]
+        assert float(found.detach()) == pytest.approx(scale)
+
+
+def test_what_the_other_actions_have_a_use_for_is_taken() -> None:
+    config = small(12)
+    config.loss.estimator, config.loss.entropy_coef = "retrace(root=1)", 0.1
+    config.validate()
+    config.env.task, config.loss.estimator, config.loss.learn_scale = "Pendulum-v1", "retrace(root=3)", True
+    config.network.critic_hidden, config.network.init_scale = [3], 0.01
+    config.validate()
 
 
 def test_a_replay_beyond_memory_is_refused() -> None:

@@ -253,7 +253,16 @@ def test_what_a_recurrent_replay_cannot_be_is_one_sentence(changes: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "estimator", ["gae", "n_step(n=3)", "one_step", "importance_sampling", "vtrace(rho_clip=inf)", f"{__name__}:Own"]
+    "estimator",
+    [
+        "gae",
+        "n_step(n=3)",
+        "one_step",
+        "importance_sampling",
+        "vtrace(rho_clip=inf)",
+        "vtrace(leak=0.0)",
+        f"{__name__}:Own",
+    ],
 )
 def test_the_trust_region_needs_an_estimator_that_truncates(estimator: str) -> None:
     config = small(12)

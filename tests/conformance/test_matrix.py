@@ -39,7 +39,7 @@ def small(config: Config, task: str) -> Any:
         if hasattr(found.network, "critic_hidden"):
             found.network.critic_hidden = [8, 8]
     elif isinstance(config, MixedConfig) and config.replay.form:
-        if hasattr(found.network, "critic_hidden"):
+        if hasattr(found.network, "critic_hidden") and task in CONTINUOUS:
             found.network.critic_hidden = [8, 8]
         found.train.minibatches, found.train.epochs, found.replay.capacity, found.replay.min_size = 1, 1, 400, 32
         if "ratio" in config.replay.form:

@@ -104,7 +104,8 @@ def test_loss_equals_the_direct_sums(
     """One step at a time, in the order of the paper's box, from the same draws."""
     options = {"learn_scale": learn_scale, "delta": delta, "reduction": reduction, "normalize_advantage": normalize}
     options["average_critic"] = average_critic
-    loss, td = make(clip=1.2, value_coef=0.7, entropy_coef=0.03, **options), stored(masked)
+    entropy_coef = 0.03 if learn_scale else 0.0
+    loss, td = make(clip=1.2, value_coef=0.7, entropy_coef=entropy_coef, **options), stored(masked)
     torch.manual_seed(5)
     out = loss(td)
     loc, scale = parameters_of(loss.policy, td["observation"])
@@ -190,13 +191,13 @@ def test_loss_equals_the_direct_sums(
     entropy = dist.entropy().sum(-1)[valid].sum()
     torch.testing.assert_close(out["loss_policy"], policy_term / scale_of)
     torch.testing.assert_close(out["loss_value"], value_term / scale_of)
-    torch.testing.assert_close(out["loss_entropy"], -0.03 * entropy / scale_of)
+    torch.testing.assert_close(out["loss_entropy"], -entropy_coef * entropy / scale_of)
     torch.testing.assert_close(float(out["bias_correction"]), corrections / count)
     assert set(loss.out_keys) == set(out.keys())
     if delta is not None:
         assert 0 < projected < count
         torch.testing.assert_close(float(out["projected"]), projected / count, rtol=1e-6, atol=0)
-    wanted = (policy_term + value_term - 0.03 * entropy) / scale_of
+    wanted = (policy_term + value_term - entropy_coef * entropy) / scale_of
     names = [p for name in ("policy", "value", "advantage") for p in getattr(loss, f"{name}_params").parameters()]
     found = torch.autograd.grad(total(out), names)
     for one, other in zip(found, torch.autograd.grad(wanted, names), strict=True):
@@ -209,6 +210,24 @@ def test_a_fixed_scale_gets_no_gradient() -> None:
     total(loss(stored())).backward()
     name = next(path for path in loss.policy_params.keys(True, True) if "log_scale" in path)
     assert not loss.policy_params.get(name).grad.any()
+    with pytest.raises(
+        ValueError, match=r"^entropy_coef is 0\.1; .* learn_scale=False fixes: it must be 0, or learn_scale"
+    ):
+        make(entropy_coef=0.1)
+    loss = make(entropy_coef=0.1, learn_scale=True)
+    total(loss(stored())).backward()
+    assert loss.policy_params.get(name).grad.any()
+
+
+def test_another_estimator_by_its_name_has_the_papers_root_too() -> None:
+    loss = make()
+    assert loss.estimator.root == DIM
+    loss.make_value_estimator("retrace", lmbda=0.9)
+    assert (loss.estimator.root, loss.estimator.lmbda) == (DIM, 0.9)
+    assert (loss.uncorrected.gamma, loss.uncorrected.lmbda) == (GAMMA, 1.0)
+    assert loss.make_value_estimator("retrace", root=3).estimator.root == 3
+    assert loss.make_value_estimator("retrace(root=1)").estimator.root == 1
+    assert set(loss(stored()).keys()) == set(loss.out_keys)
 
 
 def test_what_stands_in_invalid_steps_reaches_nothing() -> None:

@@ -11,9 +11,11 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
+from torchrl.modules.tensordict_module.rnn import set_recurrent_mode
 
 from offtrace.modules.losses import ACERLoss, FastSoftUpdate, acer
 from offtrace.modules.losses.acer import acer_gradient, kl_gradient, truncated_weights, trust_region
+from offtrace.modules.losses.unroll import evaluate_rollout
 from tests.modules.test_impala_loss import ACTIONS, LOSSES, gradients, make, rollout, total
 from tests.modules.test_q_actor_critic_loss import chosen, direct, network, policy_of, with_valid
 from tests.modules.test_returns_mutations import mutant
@@ -117,7 +119,7 @@ def weights_error(module: dict[str, Any]) -> float:
 ERRORS = (gradient_error, trust_region_error, divergence_error, weights_error)
 MUTATIONS = {
     "pi and mu swapped": (gradient_error, "bound = clip * behaviour_probs", "bound = clip * probs"),
-    "no bias correction": (gradient_error, "gradient = correction * (", "gradient = 0 * correction * ("),
+    "no bias correction": (gradient_error, "gradient = correction_weights(", "gradient = 0 * correction_weights("),
     "correction of the ratio itself": (gradient_error, "1 - bound / probs, 0)", "bound / probs, 0)"),
     "no baseline": (gradient_error, "weight * (q_return.unsqueeze(-1) - value)", "weight * q_return.unsqueeze(-1)"),
     "truncated at 1": (gradient_error, "torch.minimum(clip / chosen", "torch.minimum(1 / chosen"),
@@ -272,7 +274,10 @@ def test_loss_equals_the_direct_sums(delta: float | None, masked: bool, reductio
             excess = float((against * g).sum()) - (math.inf if delta is None else delta)
             z = g - max(0.0, excess) / float(against.square().sum()) * against
             surrogate[b, t] = (z * pi[b, t]).sum()
-            projected += int(excess > 0 and bool(valid[b, t]))
+            theta = log_pi[b, t].detach().requires_grad_()
+            moved = [torch.autograd.grad((x * theta.softmax(-1)).sum(), theta)[0] for x in (g, z)]
+            changed = float((moved[1] - moved[0]).norm()) > 0.01 * float(moved[0].norm())
+            projected += int(changed and bool(valid[b, t]))
             if valid[b, t]:
                 corrections += float((pi[b, t] * (1 - 1.3 * mu[b, t] / pi[b, t]).clamp(min=0)).sum())
     count = int(valid.sum())
@@ -404,6 +409,49 @@ def test_at_the_average_policy_the_trust_region_does_not_act() -> None:
     f = theta.softmax(-1)
     first, second = (torch.autograd.grad((x * f).sum(), theta, retain_graph=True)[0] for x in (g, z))
     torch.testing.assert_close(first, second)
+
+
+def test_what_moves_no_logit_counts_as_no_projection() -> None:
+    """Of the policy that is the average one every projection is a shift; of another one some are not."""
+    policy = policy_of()
+    loss, td = ACERLoss(policy, gamma=GAMMA, delta=1e-3), stored(policy)
+    assert loss(td)["projected"] == 0
+    with torch.no_grad():
+        for parameter in loss.target_policy_params.values(True, True):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert loss(td)["projected"] > 0
+
+
+@pytest.mark.parametrize("recurrent", [None, 6])
+def test_the_average_policy_leaves_what_the_policy_wrote(recurrent: int | None) -> None:
+    policy, seen = policy_of(recurrent=recurrent), []
+    loss, td = ACERLoss(policy, gamma=GAMMA), stored(policy, ends=0.5)
+    with torch.no_grad():
+        for parameter in loss.target_policy_params.values(True, True):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acer, "evaluate_rollout", lambda *x, **y: seen.append(evaluate_rollout(*x, **y)) or seen[-1])
+        loss(td)
+    (evaluated,) = seen
+    torch.testing.assert_close(evaluated.unroll.steps(evaluated.output["logits"]), evaluated.params["logits"])
+
+
+@pytest.mark.parametrize("recurrent", [None, 6])
+def test_the_average_policy_is_computed_at_the_steps(recurrent: int | None) -> None:
+    """Its parameters at the steps are those that it has in the whole sequence; no more is computed than they need."""
+    policy = policy_of(recurrent=recurrent)
+    loss, td = ACERLoss(policy, gamma=GAMMA), stored(policy, ends=0.5)
+    with torch.no_grad(), set_recurrent_mode(True):
+        for parameter in loss.target_policy_params.values(True, True):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        evaluated = evaluate_rollout(loss, td)
+        unroll = evaluated.unroll
+        whole = loss.target("policy").get_dist_params(unroll.inputs.select(*policy.in_keys))
+        if recurrent is None:
+            loss.target("policy").network.value_head = None
+        (logits,) = acer.average_parameters(loss, evaluated)
+    torch.testing.assert_close(logits, unroll.steps(whole["logits"]))
+    assert not torch.allclose(logits, evaluated.params["logits"])
 
 
 @pytest.mark.parametrize(

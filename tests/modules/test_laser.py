@@ -378,17 +378,21 @@ def test_extremes_are_finite_or_left_out() -> None:
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_diagnostics_are_about_what_is_learnt_from_and_finite(everything: bool) -> None:
-    """Those of the steps inside alone; where all are left out, as where none is valid."""
+def test_diagnostics_of_what_is_learnt_from_and_of_all_ratios(everything: bool) -> None:
+    """Those of the steps inside alone, NaN where all are left out; ratios are those of all valid steps."""
     policy, td = make(), replayed()
     bound = 1e-9 if everything else BOUND
     loss = ImpalaLoss(policy, gamma=GAMMA, max_kl=bound, normalize_advantage=True, policy_clip=0.1)
     out = loss(td)
-    assert all(value.isfinite() for value in out.values())
     assert set(out.keys()) == set(loss.out_keys)
+    whole = ImpalaLoss(policy, gamma=GAMMA)(td)
+    for name in ("ess", "rho_clipped", "c_clipped", "pg_rho_clipped", "ratio_mean", "kl", "entropy"):
+        torch.testing.assert_close(out[name], whole[name], msg=f"{name} is about all valid steps")
+    learnt = {"explained_variance", "advantage_std", "policy_clipped", "trace_length", "contraction"}
+    assert {name for name, value in out.items() if not value.isfinite()} == (learnt if everything else set())
     if everything:
         assert out["outside"] == 1
-        assert out["loss_policy"] == out["loss_value"] == out["trace_length"] == 0
+        assert out["loss_policy"] == out["loss_value"] == 0
         assert out["loss_entropy"] != 0
         assert not any(g.isnan().any() for g in gradients(loss, td))
         return
@@ -396,7 +400,7 @@ def test_diagnostics_are_about_what_is_learnt_from_and_finite(everything: bool) 
     kept = td.clone()
     kept["valid"] = (inside & valid).unsqueeze(-1)
     expected = ImpalaLoss(policy, gamma=GAMMA)(kept)
-    for name in ("ess", "rho_clipped", "c_clipped", "pg_rho_clipped", "trace_length", "contraction"):
+    for name in ("trace_length", "contraction"):
         torch.testing.assert_close(out[name], expected[name])
 
 
@@ -431,6 +435,7 @@ def test_without_an_index_all_rows_are_fresh() -> None:
             "max_kl is 0.1; .* WeightedGAE as it is here does not: use 'vtrace'",
         ),
         ({"max_kl": 0.1, "estimator": "importance_sampling"}, "max_kl is 0.1; .* VTrace as it is here does not"),
+        ({"max_kl": 0.1, "estimator": "vtrace(leak=0.0)"}, "max_kl is 0.1; .* VTrace as .* not: .* with its leak of 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], words: str) -> None:

@@ -300,6 +300,8 @@ def test_what_no_builder_can_do_is_named(build: Any, values: dict[str, Any], mes
         ({"critic": "q", **CONTINUOUS}, "critic='q' needs discrete actions"),
         ({"masked": True, **CONTINUOUS}, "masked=True needs discrete actions"),
         ({"head_options": {"inti_scale": 0.1}, **CONTINUOUS}, "did you mean init_scale"),
+        ({"head_options": {"init_scale": 0.006}, **CONTINUOUS}, "init_scale is 0.006; it must be from 0.00674 to 7.39"),
+        ({"head_options": {"init_scale": 8.0}, **CONTINUOUS}, "init_scale is 8.0; it must be from 0.00674 to 7.39"),
         ({"head": "tanh", "head_options": {"init_scale": 0.1}, **CONTINUOUS}, "its options are ['log_scale']"),
         ({"head_options": {"masked": True}, **DISCRETE}, "head 'categorical' has no option 'masked'"),
         ({"critic_options": {"popartt": True}, **DISCRETE}, "did you mean popart"),

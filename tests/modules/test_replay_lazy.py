@@ -147,9 +147,9 @@ def test_a_tree_built_from_saved_items_is_the_same_tree(size: int) -> None:
     anew.add(np.arange(size)[::2])  # which fill forgets
     anew.fill(slots, tree.kinds[slots], tree.priorities[slots])
     assert (anew.total, anew.count) == (tree.total, tree.count)
-    mass, alike = rng.random(500), rng.random(500) < 0.3
-    mass *= np.where(alike, tree.count, tree.total)
-    for one, other in zip(tree.find(mass, alike), anew.find(mass, alike), strict=True):
+    mass, uniform = rng.random(500), rng.random(500) < 0.3
+    mass *= np.where(uniform, tree.count, tree.total)
+    for one, other in zip(tree.find(mass, uniform), anew.find(mass, uniform), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -236,7 +236,7 @@ def test_frequencies_and_importance_weights() -> None:
 
 
 SAMPLER_MUTATIONS = {
-    "never alike": ("alike = (chance < self.epsilon) | (total == 0)", "alike = chance < 0"),
+    "never alike": ("uniform = (chance < self.epsilon) | (total == 0)", "uniform = chance < 0"),
     "the other way round": ("(chance < self.epsilon)", "(chance > self.epsilon)"),
     "weights without the mixture": (
         "share = (1 - self.epsilon) * count * weight / total + self.epsilon", "share = count * weight / total",

@@ -170,8 +170,9 @@ def test_files_agree_and_what_has_finished_is_not_run_again(
     # other settings are other trainings
     assert study.study(arguments(tmp_path, "--lr", "0.004"), TINY) == 0
     assert len(ran) == 12
-    faster = TINY["CartPole"].digest(), replace(TINY["CartPole"], lr=0.004).digest()
-    assert [cell.settings for cell in ran] == [faster[0]] * 8 + [faster[1]] * 4
+    faster = replace(TINY["CartPole"], lr=0.004)
+    expected = [(TINY["CartPole"] if place < 8 else faster).digest(study.ARMS[ran[place].arm]) for place in range(12)]
+    assert [cell.settings for cell in ran] == expected
     assert study.study(arguments(tmp_path, "--seeds", "0", "1"), TINY) == 0
     assert len(ran) == 12
     text = (tmp_path / "study.md").read_text()
@@ -179,10 +180,23 @@ def test_files_agree_and_what_has_finished_is_not_run_again(
         both = [
             result.score
             for cell, result in read_rows(tmp_path / "study.csv").items()
-            if (cell.arm, cell.lag, cell.settings) == (estimator, lag, TINY["CartPole"].digest())
+            if (cell.arm, cell.lag, cell.settings) == (estimator, lag, TINY["CartPole"].digest(study.ARMS[estimator]))
         ]
         low, high = interval(both)
         assert f"{np.mean(both):.3g} [{low:.3g}, {high:.3g}]" in text
+
+
+def test_another_arm_of_the_same_name_is_another_training() -> None:
+    task = study.TASKS["Catch"]
+    arms = [study.ARMS["laser"], study.ARMS["laser"]._replace(options={"max_kl": 0.1}), study.ARMS["acer"]]
+    arms += [study.ARMS["acer"]._replace(tau=0.1), study.ARMS["reactor"], study.ARMS["reactor"]._replace(every=20)]
+    assert len({task.digest(arm) for arm in arms}) == len(arms)
+
+
+def test_the_published_trainings_have_the_settings_of_today() -> None:
+    rows = read_rows(Path(__file__).parents[2] / "docs" / "offpolicy_study.csv")
+    assert len(rows) == 500
+    assert all(cell.settings == study.TASKS[cell.task].digest(study.ARMS[cell.arm]) for cell in rows)
 
 
 @pytest.mark.slow
