@@ -23,6 +23,9 @@ class MixedReplayConfig(Group):
     storage: Literal["tensor", "memmap"] = "tensor"
     """In memory, or in files."""
 
+    # sequences are learnt from at every step, and as the fresh rollouts they weight all steps of an episode alike
+    overlap = False
+
     # a group of an algorithm that has recurrent networks makes fields of them
     burn_in = 0
     whole_episodes = False

@@ -115,9 +115,11 @@ def check_sizes(config: OffPolicyConfig | MixedConfig) -> None:
     """
     replay, unroll, length = config.replay, config.collector.unroll, config.samples.length
     rings = config.env.num_envs * max(1, config.collector.num_workers)
-    # the last steps of every environment begin no sequence yet
     number = config.sequences_per_batch
-    least = number + rings * (length - 1)
+    if replay.overlap:  # the last steps of every environment begin no sequence yet
+        least = number + rings * (length - 1)
+    else:  # rollouts are as long, and each of their rows completes one at least: there, or where its episode ended
+        least = number * length
     if replay.min_size < least:
         batch = f"{count(number, 'sequence')} of {length} steps" if length > 1 else str(number)
         raise ConfigError(

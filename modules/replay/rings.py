@@ -71,8 +71,9 @@ class Rings:
     stretch of valid steps of one episode.
 
     A slot is a start when a sample may begin there: the whole window of ``length`` steps is known; with ``pad`` also
-    the last steps of an ended run, whose windows are shorter. The sampler is told of starts that come and go, with
-    ``episodes`` only of those with which an episode begins.
+    the last steps of an ended run, whose windows are shorter. Of these, every ``stride``-th step of a run is one, from
+    the first on, whether or not that is still there. The sampler is told of starts that come and go, with ``episodes``
+    only of those with which an episode begins.
 
     Where a state is a stack of frames and a slot holds the newest one, the others lie in the ``older`` slots before it:
     those of the steps before, and ahead of a run's first step as many slots that hold nothing else. So whatever an
@@ -85,6 +86,7 @@ class Rings:
         length: steps of a sample.
         sampler: draws the starts.
         pad: shorter windows at the end of a run.
+        stride: steps of a run from one start to the next: 1, or ``length`` for windows that lie side by side.
         older: frames of a state besides the newest.
         before: steps of the run in front of a sample, as far as they are there.
         episodes: the sampler draws the first steps of episodes alone.
@@ -103,12 +105,13 @@ class Rings:
         sampler: Sampler,
         *,
         pad: bool = False,
+        stride: int = 1,
         older: int = 0,
         before: int = 0,
         episodes: bool = False,
     ) -> None:
         self.number, self.size, self.length, self.pad, self.older = number, size, length, pad, older
-        self.before = before
+        self.before, self.stride = before, stride
         self._drawn = START | INIT if episodes else START
         self.sampler = sampler
         self.flags = np.zeros(number * size, np.uint8)
@@ -221,7 +224,8 @@ class Rings:
         floor = lay.head - (self.size - self.older)
         # the step that completes a window makes the window's first step a start
         first = lay.absolute - (self.length - 1)
-        found = [self._slots(lay.base, first)[valid & (run >= self.length) & (first >= floor)]]
+        whole = valid & (run >= self.length) & ((run - self.length) % self.stride == 0)
+        found = [self._slots(lay.base, first)[whole & (first >= floor)]]
         if self.pad:
             found += self._last(lay.base, lay.absolute, run, lay.ended, floor)
             found += self._last(lay.base, lay.written - 1, carried[:, None], lay.lead[:, None], floor)
@@ -236,8 +240,12 @@ class Rings:
         # the last steps of an ended run, whose windows never become whole
         if not ended.any():
             return []
-        firsts = [absolute - back for back in range(self.length - 1)]
-        return [self._slots(base, first)[ended & (run > back) & (first >= floor)] for back, first in enumerate(firsts)]
+        found = []
+        for back in range(self.length - 1):
+            first = absolute - back
+            begins = ended & (run > back) & ((run - 1 - back) % self.stride == 0)
+            found.append(self._slots(base, first)[begins & (first >= floor)])
+        return found
 
     def _overwrite(self, step_slots: np.ndarray, other_slots: np.ndarray, flags: np.ndarray) -> None:
         every = np.concatenate([step_slots, other_slots])
