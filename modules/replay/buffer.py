@@ -140,11 +140,11 @@ class Replay:
         self.inserted = self.sampled = self.dropped = 0
         self._storage = Storage(rings * size, storage, path, self.device)
         self.sampler: Sampler = Uniform() if sampler is None else sampler
-        self.sampler.bind(rings * size)
         self._rings = Rings(
             rings, size, length, self.sampler, pad=self.pad, stride=1 if overlap else length, older=frame_stack - 1,
             before=self.burn_in, episodes=whole_episodes,
         )  # fmt: skip
+        self.sampler.bind(self._rings.sampled_slots)
         self._begun = np.zeros(0, np.int64)  # with whole_episodes, the items with which the newest rows began
         self._generator = torch.Generator().manual_seed(seed)
         self._inserting = False
@@ -282,7 +282,7 @@ class Replay:
         with self._lock:
             self._check_whole()
             slots, there = self._rings.slots_of(items)
-            self.sampler.update(slots[there], values[there])
+            self.sampler.update(self._rings.sampled(slots[there]), values[there])
             return int(there.sum())
 
     def dump(self, path: str | Path) -> None:
@@ -301,7 +301,7 @@ class Replay:
         rings = self._rings
         with self._lock:
             self._check_whole()
-            arrays, numbers = self.sampler.save(rings.starts)
+            arrays, numbers = self.sampler.save(rings.sampled(rings.starts))
             write_folder(
                 Path(path),
                 data=self._storage.by_ring(rings.number),
@@ -349,7 +349,7 @@ class Replay:
             rings.written[:], rings.open[:], rings.run[:] = books["written"], books["open"], books["run"]
             rings.held, rings.longest = int(facts["held"]), int(facts["longest"])
             arrays = {key.removeprefix("sampler_"): book for key, book in books.items() if key.startswith("sampler_")}
-            self.sampler.restore(rings.starts, arrays, facts["sampler_numbers"])
+            self.sampler.restore(rings.sampled(rings.starts), arrays, facts["sampler_numbers"])
             self._begun = books["begun"].copy() if self.whole_episodes else self._begun
             self._generator.set_state(torch.from_numpy(books["generator"].copy()))
             self._inserting = False
@@ -363,9 +363,10 @@ class Replay:
     def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Slots with which samples begin, ``[number]``, and their importance weights."""
         if not self.whole_episodes:
-            return self.sampler.draw(number, self._generator)
+            named, weight = self.sampler.draw(number, self._generator)
+            return self._rings.drawn(named), weight
         if len(self.sampler):
-            slots, _ = self.sampler.draw(number, self._generator)
+            slots = self._rings.drawn(self.sampler.draw(number, self._generator)[0])
         else:
             starts = self._rings.starts
             slots = starts[torch.randint(len(starts), (number,), generator=self._generator).numpy()]

@@ -114,6 +114,8 @@ class Rings:
         self.before, self.stride = before, stride
         self._drawn = START | INIT if episodes else START
         self.sampler = sampler
+        # slots of a ring as the sampler counts them: ahead of the newest one the rest of its block stays empty
+        self._lane = size if sampler.block == 1 else -(-(size + sampler.block - 1) // sampler.block) * sampler.block
         self.flags = np.zeros(number * size, np.uint8)
         self.written = np.zeros(number, np.int64)  # slots of each ring so far, the provisional one not counted
         self.open = np.zeros(number, bool)  # there is a provisional one
@@ -174,9 +176,9 @@ class Rings:
         # run[n, t]: steps of the run that ends at t, t included
         time = np.arange(steps)
         run = time - np.maximum.accumulate(np.where(lay.breaks, time, -carried[:, None]), 1) + 1
-        self._add_starts(lay, valid, run, carried)
         self.written[rings] = lay.end[:, 0]
         self.open[rings] = is_open
+        self._add_starts(lay, valid, run, carried)
         self.run[rings] = np.where(is_open, run[:, -1], 0)
         self.longest = max(self.longest, int((run * valid).max(initial=0)))
         return Plan(valid.ravel().nonzero()[0], step_slots, final_rows, final_slots, first_rows, older_slots)
@@ -215,7 +217,7 @@ class Rings:
                 "environment; raise its capacity or shorten the rollouts"
             )
         base = (np.arange(rings.start, rings.stop) * self.size)[:, None]
-        written = self.written[rings][:, None]
+        written = self.written[rings][:, None].copy()  # what is counted on has to stay
         end = written + total[:, None]
         return _Layout(base, written, written + offset, end, end + is_open[:, None], ended, breaks, lead, is_open)
 
@@ -232,7 +234,7 @@ class Rings:
         slots = np.concatenate(found)
         if len(slots):
             self.flags[slots] |= START
-            self.sampler.add(slots[self.flags[slots] & self._drawn == self._drawn])
+            self.sampler.add(self.sampled(slots[self.flags[slots] & self._drawn == self._drawn]))
 
     def _last(
         self, base: np.ndarray, absolute: np.ndarray, run: np.ndarray, ended: np.ndarray, floor: np.ndarray
@@ -251,7 +253,7 @@ class Rings:
         every = np.concatenate([step_slots, other_slots])
         old = self.flags[every]
         self.held += len(step_slots) - int((old & STEP != 0).sum())
-        gone = every[old & self._drawn == self._drawn]
+        gone = self.sampled(every[old & self._drawn == self._drawn])
         self.flags[step_slots] = flags
         self.flags[other_slots] = 0
         if len(gone):
@@ -263,10 +265,35 @@ class Rings:
     def items(self, slots: np.ndarray) -> np.ndarray:
         """Names of what lies in ``slots`` ``[B]``, int64: never given again, unlike the slots."""
         ring = slots // self.size
-        newest = (self.written + self.open - 1).take(ring)
-        back = (newest - slots) % self.size  # a ring begins at a multiple of its size
-        items: np.ndarray = (newest - back) * self.number + ring
+        items: np.ndarray = self._absolute(ring, slots, self.size) * self.number + ring
         return items
+
+    @property
+    def sampled_slots(self) -> int:
+        """All slots as the sampler counts them."""
+        return self.number * self._lane
+
+    def sampled(self, slots: np.ndarray) -> np.ndarray:
+        """What the sampler calls ``slots`` ``[B]``, which hold something."""
+        if self._lane == self.size:
+            return slots
+        ring = slots // self.size
+        named: np.ndarray = ring * self._lane + self._absolute(ring, slots, self.size) % self._lane
+        return named
+
+    def drawn(self, named: np.ndarray) -> np.ndarray:
+        """The slots that the sampler calls ``named`` ``[B]``."""
+        if self._lane == self.size:
+            return named
+        ring = named // self._lane
+        slots: np.ndarray = ring * self.size + self._absolute(ring, named, self._lane) % self.size
+        return slots
+
+    def _absolute(self, ring: np.ndarray, slots: np.ndarray, size: int) -> np.ndarray:
+        """The number in their ring of what lies in ``slots`` ``[B]``, where each ring has ``size`` of them."""
+        newest = (self.written + self.open - 1).take(ring)
+        absolute: np.ndarray = newest - (newest - slots) % size  # a ring begins at a multiple of its size
+        return absolute
 
     def slots_of(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots of ``items`` ``[B]``, and whether they are still there, bool ``[B]``.
