@@ -377,6 +377,7 @@ def _replay(config: OffPolicyConfig | MixedConfig, info: EnvInfo, rank: int, pat
         batch_size=config.sequences_per_batch,
         length=length,
         pad=length > 1,
+        overlap=replay.overlap,
         storage=replay.storage,
         path=path if replay.storage == "memmap" else None,
         seed=config.train.seed + 7919 * rank,

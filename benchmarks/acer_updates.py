@@ -86,7 +86,8 @@ def main() -> None:
         clip_grad_norm=10.0,
         after_update=soft_update(loss, 0.01),
     )
-    replay = Replay(2 * SIZE, num_envs=1, batch_size=ROWS, length=LENGTH, pad=True, frame_stack=1 if vectors else 4)
+    stack = 1 if vectors else 4
+    replay = Replay(2 * SIZE, num_envs=1, batch_size=ROWS, length=LENGTH, pad=True, overlap=False, frame_stack=stack)
     replay.extend(as_rollout(steps))
     bare = BareACER(steps, ROWS, LENGTH, ACTIONS, images=not vectors)
     compare(args, agent, replay.sample, bare.update)

@@ -30,8 +30,8 @@ class CollectorConfig(Group):
     step_timeout: float = 60.0
     """Seconds after which a step that did not return counts as hung."""
     sync_every: int = 0
-    """Updates between two pushes of weights to the actors; 0: once per rollout, or every update where there is a
-    replay."""
+    """Updates between two pushes of weights to the actors; 0: as many as a rollout has fresh batches (train.minibatches
+    times train.epochs), or 1 where all batches come from a replay. Updates on replayed batches count too."""
     lag: int = 0
     """Study tool: the actors get weights that are at least this many updates old."""
 

@@ -23,6 +23,9 @@ class MixedReplayConfig(Group):
     storage: Literal["tensor", "memmap"] = "tensor"
     """In memory, or in files."""
 
+    # sequences are learnt from at every step, and as the fresh rollouts they weight all steps of an episode alike
+    overlap = False
+
     # a group of an algorithm that has recurrent networks makes fields of them
     burn_in = 0
     whole_episodes = False
@@ -142,12 +145,12 @@ class MixedConfig(RolloutConfig):
     def validate(self) -> None:
         """As :meth:`Config.validate`; replay and budget fit the rollouts."""
         super().validate()
+        check_recurrent(self)  # with nothing to replay too
         if not self.replay.form:
             return
         unroll = self.collector.unroll
         if unroll < 2:
             raise ConfigError(f"collector.unroll is {unroll}; a replay holds sequences as long: it must be at least 2")
-        check_recurrent(self)
         check_sizes(self)
         steps = self.train.total_frames // (self.env.frame_skip * self.train.devices)
         if steps <= self.replay.min_size:

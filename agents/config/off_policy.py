@@ -97,27 +97,23 @@ def check_recurrent(config: OffPolicyConfig | MixedConfig) -> None:
             f"replay.burn_in is {burn_in}; with replay.whole_episodes the state comes from the episode's start: one of "
             "the two must be 0 or false"
         )
-    rings = config.env.num_envs * max(1, config.collector.num_workers)
-    most = config.replay.capacity // rings - 2 * config.collector.unroll - config.samples.length
-    if burn_in > max(most, 0):
-        raise ConfigError(
-            f"replay.burn_in is {burn_in}; a replay.capacity of {config.replay.capacity} for "
-            f"{count(rings, 'environment')} leaves room for {max(most, 0)} steps in front of a "
-            "sequence: it must be no more, or the capacity larger"
-        )
 
 
 def check_sizes(config: OffPolicyConfig | MixedConfig) -> None:
     """Refuse a replay that holds less than a batch when it is first sampled, or less than the rollouts under way.
+
+    Where a recurrent state is renewed, it must also hold the steps in front of a sequence.
 
     Raises:
         ConfigError: one sentence.
     """
     replay, unroll, length = config.replay, config.collector.unroll, config.samples.length
     rings = config.env.num_envs * max(1, config.collector.num_workers)
-    # the last steps of every environment begin no sequence yet
     number = config.sequences_per_batch
-    least = number + rings * (length - 1)
+    if replay.overlap:  # the last steps of every environment begin no sequence yet
+        least = number + rings * (length - 1)
+    else:  # rollouts are as long, and each of their rows completes one at least: there, or where its episode ended
+        least = number * length
     if replay.min_size < least:
         batch = f"{count(number, 'sequence')} of {length} steps" if length > 1 else str(number)
         raise ConfigError(
@@ -130,6 +126,18 @@ def check_sizes(config: OffPolicyConfig | MixedConfig) -> None:
         raise ConfigError(
             f"replay.capacity is {replay.capacity}; for {count(rings, 'environment')} and a collector.unroll of "
             f"{unroll} it must be at least {least}"
+        )
+    most = replay.capacity // rings - 2 * unroll - length
+    if replay.whole_episodes and length > most:
+        raise ConfigError(
+            f"replay.capacity is {replay.capacity}; for {count(rings, 'environment')} and replay.whole_episodes, where "
+            f"the {length} steps before a sequence are in front of it, it must be at least {least + rings * length}"
+        )
+    if replay.burn_in > most:
+        raise ConfigError(
+            f"replay.burn_in is {replay.burn_in}; a replay.capacity of {replay.capacity} for "
+            f"{count(rings, 'environment')} leaves room for {most} steps in front of a sequence: it must be no more, "
+            "or the capacity larger"
         )
 
 

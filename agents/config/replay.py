@@ -35,6 +35,9 @@ class ReplayConfig(Group):
     epsilon: float = 0.1
     """Of lazy: share of the samples for which every step is alike."""
 
+    # a sequence begins at every step: n-step windows and priorities are of the step that begins one
+    overlap = True
+
     # a group of an algorithm that has recurrent networks makes fields of them
     burn_in = 0
     whole_episodes = False

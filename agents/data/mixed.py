@@ -35,16 +35,17 @@ class MixedData(StoringData):
       mean (ACER, Wang et al. 2017, arXiv 1611.01224). It is a function of seed, rollout and batch: every rank has the
       same number, and so has a resumed run.
 
-    A replayed row is a sequence of T steps inside an episode, padded where the episode ends. A rollout is inserted
-    once, behind its own last use: a batch never holds a row twice. Before the replay holds ``min_size`` steps, batches
-    are fresh alone.
+    A replayed row is a sequence of T steps inside an episode. The sequences tile the episode from its first step on,
+    the last one padded, so that each of its steps is replayed equally often. A rollout is inserted once, behind its
+    own last use: no step that is fresh in a batch is also replayed in it. Before the replay holds ``min_size`` steps,
+    batches are fresh alone.
 
     ``frames`` are those of fresh rollouts. What is replayed is counted apart.
 
     Args:
         collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
-        replay_fn: gives the empty replay of a rank, of padded sequences of T steps, and takes the folder for its files,
-            or None where it may choose.
+        replay_fn: gives the empty replay of a rank, of padded sequences of T steps without overlap, and takes the
+            folder for its files, or None where it may choose.
         total_frames: environment frames, over all ranks, after which the data ends. The last rollout is whole.
         min_size: steps per rank that the replay holds before the first replayed row.
         share: replayed part of a batch, above 0 and below 1.
@@ -159,10 +160,11 @@ class MixedData(StoringData):
     def _check_replay(self, replay: Replay, steps: int) -> None:
         if steps < 2:
             raise ValueError("a rollout has 1 step; sequences to replay must have 2 or more")
-        if replay.length != steps or not replay.pad:
+        if replay.length != steps or not replay.pad or replay.overlap:
             raise ValueError(
-                f"the replay gives sequences of {replay.length} steps, {'' if replay.pad else 'not '}padded; of "
-                f"rollouts of {steps} steps it must give padded ones of {steps}"
+                f"the replay gives sequences of {replay.length} steps, {'' if replay.pad else 'not '}padded, "
+                f"{'with' if replay.overlap else 'without'} overlap; of rollouts of {steps} steps it must give padded "
+                f"ones of {steps} without"
             )
         if self.min_size > replay.capacity:
             raise ValueError(

@@ -69,6 +69,10 @@ class Replay:
         pad: of sequences: also begin samples in the last ``length - 1`` steps of an episode. They are filled up with
             repetitions that have ``valid`` False. Without it only whole sequences are sampled, and episodes shorter
             than ``length`` never are.
+        overlap: of sequences: one begins at every step, as n-step windows and priorities need them. Step t of an
+            episode, counted from 0, is then in ``min(t + 1, length)`` of them, so its first steps are learnt from more
+            rarely where all steps of a sequence are. False, with ``pad``: they begin at every ``length``-th step of
+            an episode and tile it, its last one padded, so that each step is in exactly one.
         storage: ``"tensor"`` in memory, ``"memmap"`` in files, whose space is taken at once.
         path: folder of the files; a temporary one if not given.
         seed: of the sampling, which draws from a generator of its own.
@@ -98,6 +102,7 @@ class Replay:
         num_workers: int = 1,
         length: int = 1,
         pad: bool = False,
+        overlap: bool = True,
         storage: Literal["tensor", "memmap"] = "tensor",
         path: str | Path | None = None,
         seed: int = 0,
@@ -120,20 +125,26 @@ class Replay:
                 f"length is {length}; a capacity of {capacity} leaves each of {rings} environments {size - 1} steps, "
                 f"so it must be below {size}"
             )
+        if not (overlap or pad):
+            raise ValueError(
+                "overlap is False, and pad is False; sequences that tile an episode end with a padded one: pad must be "
+                "True, or overlap True"
+            )
         _check_recurrent(burn_in, whole_episodes, length, size, sampler)
         size += frame_stack - 1  # the oldest slots of a ring lack older frames
         self.burn_in, self.whole_episodes = length if whole_episodes else burn_in, whole_episodes
         self.capacity, self.num_envs, self.num_workers = capacity, num_envs, num_workers
         self.batch_size, self.length, self.pad = batch_size, length, pad and length > 1
+        self.overlap = overlap
         self.device, self.frame_stack = torch.device(device), frame_stack
         self.inserted = self.sampled = self.dropped = 0
         self._storage = Storage(rings * size, storage, path, self.device)
         self.sampler: Sampler = Uniform() if sampler is None else sampler
-        self.sampler.bind(rings * size)
         self._rings = Rings(
-            rings, size, length, self.sampler, pad=self.pad, older=frame_stack - 1, before=self.burn_in,
-            episodes=whole_episodes,
+            rings, size, length, self.sampler, pad=self.pad, stride=1 if overlap else length, older=frame_stack - 1,
+            before=self.burn_in, episodes=whole_episodes,
         )  # fmt: skip
+        self.sampler.bind(self._rings.sampled_slots)
         self._begun = np.zeros(0, np.int64)  # with whole_episodes, the items with which the newest rows began
         self._generator = torch.Generator().manual_seed(seed)
         self._inserting = False
@@ -271,7 +282,7 @@ class Replay:
         with self._lock:
             self._check_whole()
             slots, there = self._rings.slots_of(items)
-            self.sampler.update(slots[there], values[there])
+            self.sampler.update(self._rings.sampled(slots[there]), values[there])
             return int(there.sum())
 
     def dump(self, path: str | Path) -> None:
@@ -290,7 +301,7 @@ class Replay:
         rings = self._rings
         with self._lock:
             self._check_whole()
-            arrays, numbers = self.sampler.save(rings.starts)
+            arrays, numbers = self.sampler.save(rings.sampled(rings.starts))
             write_folder(
                 Path(path),
                 data=self._storage.by_ring(rings.number),
@@ -338,23 +349,24 @@ class Replay:
             rings.written[:], rings.open[:], rings.run[:] = books["written"], books["open"], books["run"]
             rings.held, rings.longest = int(facts["held"]), int(facts["longest"])
             arrays = {key.removeprefix("sampler_"): book for key, book in books.items() if key.startswith("sampler_")}
-            self.sampler.restore(rings.starts, arrays, facts["sampler_numbers"])
+            self.sampler.restore(rings.sampled(rings.starts), arrays, facts["sampler_numbers"])
             self._begun = books["begun"].copy() if self.whole_episodes else self._begun
             self._generator.set_state(torch.from_numpy(books["generator"].copy()))
             self._inserting = False
             self.inserted, self.sampled, self.dropped = (int(facts[x]) for x in ("inserted", "sampled", "dropped"))
 
     def _shape(self) -> dict[str, Any]:
-        names = ("capacity", "num_envs", "num_workers", "length", "pad", "frame_stack")
+        names = ("capacity", "num_envs", "num_workers", "length", "pad", "overlap", "frame_stack")
         sampler = f"{self.sampler}, whole episodes" if self.whole_episodes else str(self.sampler)
         return {**{name: getattr(self, name) for name in names}, "sampler": sampler}
 
     def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Slots with which samples begin, ``[number]``, and their importance weights."""
         if not self.whole_episodes:
-            return self.sampler.draw(number, self._generator)
+            named, weight = self.sampler.draw(number, self._generator)
+            return self._rings.drawn(named), weight
         if len(self.sampler):
-            slots, _ = self.sampler.draw(number, self._generator)
+            slots = self._rings.drawn(self.sampler.draw(number, self._generator)[0])
         else:
             starts = self._rings.starts
             slots = starts[torch.randint(len(starts), (number,), generator=self._generator).numpy()]

@@ -71,8 +71,9 @@ class Rings:
     stretch of valid steps of one episode.
 
     A slot is a start when a sample may begin there: the whole window of ``length`` steps is known; with ``pad`` also
-    the last steps of an ended run, whose windows are shorter. The sampler is told of starts that come and go, with
-    ``episodes`` only of those with which an episode begins.
+    the last steps of an ended run, whose windows are shorter. Of these, every ``stride``-th step of a run is one, from
+    the first on, whether or not that is still there. The sampler is told of starts that come and go, with ``episodes``
+    only of those with which an episode begins.
 
     Where a state is a stack of frames and a slot holds the newest one, the others lie in the ``older`` slots before it:
     those of the steps before, and ahead of a run's first step as many slots that hold nothing else. So whatever an
@@ -85,6 +86,7 @@ class Rings:
         length: steps of a sample.
         sampler: draws the starts.
         pad: shorter windows at the end of a run.
+        stride: steps of a run from one start to the next: 1, or ``length`` for windows that lie side by side.
         older: frames of a state besides the newest.
         before: steps of the run in front of a sample, as far as they are there.
         episodes: the sampler draws the first steps of episodes alone.
@@ -103,14 +105,17 @@ class Rings:
         sampler: Sampler,
         *,
         pad: bool = False,
+        stride: int = 1,
         older: int = 0,
         before: int = 0,
         episodes: bool = False,
     ) -> None:
         self.number, self.size, self.length, self.pad, self.older = number, size, length, pad, older
-        self.before = before
+        self.before, self.stride = before, stride
         self._drawn = START | INIT if episodes else START
         self.sampler = sampler
+        # slots of a ring as the sampler counts them: ahead of the newest one the rest of its block stays empty
+        self._lane = size if sampler.block == 1 else -(-(size + sampler.block - 1) // sampler.block) * sampler.block
         self.flags = np.zeros(number * size, np.uint8)
         self.written = np.zeros(number, np.int64)  # slots of each ring so far, the provisional one not counted
         self.open = np.zeros(number, bool)  # there is a provisional one
@@ -171,9 +176,9 @@ class Rings:
         # run[n, t]: steps of the run that ends at t, t included
         time = np.arange(steps)
         run = time - np.maximum.accumulate(np.where(lay.breaks, time, -carried[:, None]), 1) + 1
-        self._add_starts(lay, valid, run, carried)
         self.written[rings] = lay.end[:, 0]
         self.open[rings] = is_open
+        self._add_starts(lay, valid, run, carried)
         self.run[rings] = np.where(is_open, run[:, -1], 0)
         self.longest = max(self.longest, int((run * valid).max(initial=0)))
         return Plan(valid.ravel().nonzero()[0], step_slots, final_rows, final_slots, first_rows, older_slots)
@@ -212,7 +217,7 @@ class Rings:
                 "environment; raise its capacity or shorten the rollouts"
             )
         base = (np.arange(rings.start, rings.stop) * self.size)[:, None]
-        written = self.written[rings][:, None]
+        written = self.written[rings][:, None].copy()  # what is counted on has to stay
         end = written + total[:, None]
         return _Layout(base, written, written + offset, end, end + is_open[:, None], ended, breaks, lead, is_open)
 
@@ -221,14 +226,15 @@ class Rings:
         floor = lay.head - (self.size - self.older)
         # the step that completes a window makes the window's first step a start
         first = lay.absolute - (self.length - 1)
-        found = [self._slots(lay.base, first)[valid & (run >= self.length) & (first >= floor)]]
+        whole = valid & (run >= self.length) & ((run - self.length) % self.stride == 0)
+        found = [self._slots(lay.base, first)[whole & (first >= floor)]]
         if self.pad:
             found += self._last(lay.base, lay.absolute, run, lay.ended, floor)
             found += self._last(lay.base, lay.written - 1, carried[:, None], lay.lead[:, None], floor)
         slots = np.concatenate(found)
         if len(slots):
             self.flags[slots] |= START
-            self.sampler.add(slots[self.flags[slots] & self._drawn == self._drawn])
+            self.sampler.add(self.sampled(slots[self.flags[slots] & self._drawn == self._drawn]))
 
     def _last(
         self, base: np.ndarray, absolute: np.ndarray, run: np.ndarray, ended: np.ndarray, floor: np.ndarray
@@ -236,14 +242,18 @@ class Rings:
         # the last steps of an ended run, whose windows never become whole
         if not ended.any():
             return []
-        firsts = [absolute - back for back in range(self.length - 1)]
-        return [self._slots(base, first)[ended & (run > back) & (first >= floor)] for back, first in enumerate(firsts)]
+        found = []
+        for back in range(self.length - 1):
+            first = absolute - back
+            begins = ended & (run > back) & ((run - 1 - back) % self.stride == 0)
+            found.append(self._slots(base, first)[begins & (first >= floor)])
+        return found
 
     def _overwrite(self, step_slots: np.ndarray, other_slots: np.ndarray, flags: np.ndarray) -> None:
         every = np.concatenate([step_slots, other_slots])
         old = self.flags[every]
         self.held += len(step_slots) - int((old & STEP != 0).sum())
-        gone = every[old & self._drawn == self._drawn]
+        gone = self.sampled(every[old & self._drawn == self._drawn])
         self.flags[step_slots] = flags
         self.flags[other_slots] = 0
         if len(gone):
@@ -255,10 +265,35 @@ class Rings:
     def items(self, slots: np.ndarray) -> np.ndarray:
         """Names of what lies in ``slots`` ``[B]``, int64: never given again, unlike the slots."""
         ring = slots // self.size
-        newest = (self.written + self.open - 1).take(ring)
-        back = (newest - slots) % self.size  # a ring begins at a multiple of its size
-        items: np.ndarray = (newest - back) * self.number + ring
+        items: np.ndarray = self._absolute(ring, slots, self.size) * self.number + ring
         return items
+
+    @property
+    def sampled_slots(self) -> int:
+        """All slots as the sampler counts them."""
+        return self.number * self._lane
+
+    def sampled(self, slots: np.ndarray) -> np.ndarray:
+        """What the sampler calls ``slots`` ``[B]``, which hold something."""
+        if self._lane == self.size:
+            return slots
+        ring = slots // self.size
+        named: np.ndarray = ring * self._lane + self._absolute(ring, slots, self.size) % self._lane
+        return named
+
+    def drawn(self, named: np.ndarray) -> np.ndarray:
+        """The slots that the sampler calls ``named`` ``[B]``."""
+        if self._lane == self.size:
+            return named
+        ring = named // self._lane
+        slots: np.ndarray = ring * self.size + self._absolute(ring, named, self._lane) % self.size
+        return slots
+
+    def _absolute(self, ring: np.ndarray, slots: np.ndarray, size: int) -> np.ndarray:
+        """The number in their ring of what lies in ``slots`` ``[B]``, where each ring has ``size`` of them."""
+        newest = (self.written + self.open - 1).take(ring)
+        absolute: np.ndarray = newest - (newest - slots) % size  # a ring begins at a multiple of its size
+        return absolute
 
     def slots_of(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots of ``items`` ``[B]``, and whether they are still there, bool ``[B]``.

@@ -16,14 +16,18 @@ class Sampler(Protocol):
 
     Attributes:
         bytes_per_slot: memory.
+        block: 1, where it does not matter which slots are neighbours; then slots are those of the replay. Else the
+            replay counts them for it anew, so that each block of so many slots, from a multiple of it on, holds steps
+            of one environment that came one after the other: none of another one, and none of the ring's turn before.
         prioritized: whether it draws by priorities, which a loss must then give back for every sample.
     """
 
     bytes_per_slot: int
+    block: int
     prioritized: bool
 
     def bind(self, slots: int) -> None:
-        """Called once, by the replay that has ``slots`` slots, before all else."""
+        """Called once, by the replay that counts ``slots`` slots, before all else."""
 
     def __len__(self) -> int:
         """Slots that may be drawn."""
@@ -47,16 +51,17 @@ class Sampler(Protocol):
         """New priorities float64 ``[M]``, finite and not negative, of slots that may be drawn."""
 
     def save(self, starts: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Arrays and numbers to be saved; ``starts`` are the slots that may be drawn, in ascending order."""
+        """Arrays and numbers to be saved; ``starts`` are the slots that may be drawn."""
 
     def restore(self, starts: np.ndarray, arrays: dict[str, np.ndarray], numbers: dict[str, float]) -> None:
-        """Takes over what :meth:`save` gave. The next draws are those that would have come then."""
+        """Takes over what :meth:`save` gave of the same ``starts``. The next draws are those that came then."""
 
 
 class Uniform:
     """Every slot alike. They are kept in a list, in which one that goes is replaced by the last: a draw is a lookup."""
 
     bytes_per_slot = 8
+    block = 1
     prioritized = False
 
     def __init__(self) -> None:
@@ -144,6 +149,7 @@ class Prioritized:
     """
 
     bytes_per_slot = 9  # a sixteenth of the sums, rounded up
+    block = 1
     prioritized = True
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.4, epsilon: float = 1e-6) -> None:
@@ -229,9 +235,9 @@ class LazyPrioritized:
     mixture are those of Gruslys et al. 2018, arXiv 1704.04651, section 3.3, whose tree of cells of any length is here
     one of aligned blocks.
 
-    Slots know nothing of rings: a block at the end of one ring reaches into the next one, and one that is being written
-    holds old items ahead of the new ones. There, in one block of 16 of each ring, a mean may come from another
-    environment's or an older episode's items. A slot that is overwritten forgets its priority.
+    Blocks of 16 and 256 hold steps of one environment that came one after the other, of one episode or several. Larger
+    ones also hold steps of long ago and of other environments; their mean is taken where none of the 256 has a
+    priority, as is often so at the beginning of a block. A slot that is overwritten forgets its priority.
 
     Args:
         alpha: at least 0; the paper's is 1.
@@ -246,6 +252,7 @@ class LazyPrioritized:
     """
 
     bytes_per_slot = 12  # a priority, a byte, and a sixteenth of four sums, rounded up
+    block = 256
     prioritized = True
 
     def __init__(self, alpha: float = 1.0, beta: float = 1.0, epsilon: float = 0.1) -> None:

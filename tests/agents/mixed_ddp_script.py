@@ -43,7 +43,9 @@ def fit(name: str, folder: Path) -> None:
         return make_collector(env, policy, frames_per_batch=ENVS * STEPS, num_workers=0, start=frames, rank=rank)
 
     def replay(rank: int, path: Path | None) -> Replay:
-        return Replay(500, num_envs=ENVS, batch_size=2, length=STEPS, pad=True, seed=rank, whole_episodes=episodes)
+        return Replay(
+            500, num_envs=ENVS, batch_size=2, length=STEPS, pad=True, overlap=False, seed=rank, whole_episodes=episodes
+        )
 
     total = 2 * 6 * ENVS * STEPS
     loss = ImpalaLoss(policy, gamma=0.99)

@@ -232,6 +232,13 @@ def test_what_cannot_be_is_one_sentence(group: str, name: str, value: Any, words
         config.validate()
 
 
+@pytest.mark.parametrize(("name", "value"), [("burn_in", 5), ("whole_episodes", True)])
+def test_with_nothing_to_replay_a_state_that_is_not_there_is_refused_too(name: str, value: Any) -> None:
+    config = changed(small(12), replay__share=0.0, **{f"replay__{name}": value})
+    with pytest.raises(ConfigError, match=rf"^replay\.{name} is .*; it renews a recurrent state, and the network has"):
+        config.validate()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

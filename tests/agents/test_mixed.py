@@ -86,6 +86,7 @@ class Collector:
 
 def replay(rank: int, path: Path | None, **options: Any) -> Replay:
     options = {"capacity": 1000, "num_envs": ENVS, "batch_size": 2, "length": STEPS, "pad": True, **options}
+    options.setdefault("overlap", not options["pad"])
     return Replay(seed=3 + rank, **options)
 
 
@@ -314,9 +315,10 @@ def test_priorities_of_replayed_rows_come_back_and_beta_grows() -> None:
         ({"share": 0.5, "min_size": 2000}, "min_size is 2000, but the replay holds 1000 steps"),
         (
             {"share": 0.5, "replay_fn": partial(replay, length=3)},
-            "sequences of 3 steps, padded; of rollouts of 6 steps",
+            "sequences of 3 steps, padded, without overlap; of rollouts of 6 steps",
         ),
         ({"share": 0.5, "replay_fn": partial(replay, pad=False)}, "sequences of 6 steps, not padded"),
+        ({"share": 0.5, "replay_fn": partial(replay, overlap=True)}, "sequences of 6 steps, padded, with overlap"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], words: str) -> None:

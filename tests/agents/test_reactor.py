@@ -92,8 +92,10 @@ def test_k_and_k_updates_are_2k(tmp_path: Path, form: dict[str, Any]) -> None:
     assert {"recurrent_h", "recurrent_c"} <= set(one.keys())
     for key, value in one.items(True, True):
         assert torch.equal(value, other[key]), key
-    arrays, numbers = data.replay.sampler.save(starts)
-    others, other_numbers = resumed_data.replay.sampler.save(starts)
+    named = data.replay._rings.sampled(starts)
+    assert (named == resumed_data.replay._rings.sampled(starts)).all()
+    arrays, numbers = data.replay.sampler.save(named)
+    others, other_numbers = resumed_data.replay.sampler.save(named)
     assert numbers == other_numbers
     assert all((array == others[name]).all() for name, array in arrays.items())
 
@@ -199,6 +201,22 @@ def test_what_cannot_be_is_one_sentence(group: str, name: str, value: Any, words
     setattr(getattr(config, group), name, value)
     with pytest.raises(ConfigError, match=words):
         config.validate()
+
+
+def test_whole_episodes_need_room_for_the_sequence_before() -> None:
+    config = small(12)
+    config.env.num_envs, config.collector.unroll = 4, 2
+    config.replay.sampler, config.replay.whole_episodes = "uniform", True
+    config.replay.length, config.replay.batch_size, config.replay.min_size = 20, 40, 80
+    config.replay.capacity = 4 * (2 * 2 + 20)
+    words = (
+        r"^replay\.capacity is 96; for 4 environments and replay\.whole_episodes, where the 20 steps before a sequence "
+        r"are in front of it, it must be at least 176$"
+    )
+    with pytest.raises(ConfigError, match=words):
+        config.validate()
+    config.replay.capacity = 176
+    config.validate()
 
 
 def test_a_variation_needs_distributions() -> None:

@@ -126,10 +126,11 @@ def test_with_the_weights_that_acted_a_burn_in_changes_nothing() -> None:
             assert all(torch.equal(row[key][0], x) for key, x in zip(STATE, expected, strict=True))
 
 
-def test_a_burn_in_runs_the_new_network_from_the_stored_state() -> None:
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_burn_in_runs_the_new_network_from_the_stored_state(overlap: bool) -> None:
     """Over as many steps as the episode has in front, and no more than were asked for."""
     policy, steps = make_policy(), 5
-    replay, known = filled(policy, burn_in=steps)
+    replay, known = filled(policy, burn_in=steps, overlap=overlap)
     for parameter in policy.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     lengths = Counter()
@@ -149,7 +150,7 @@ def test_a_burn_in_runs_the_new_network_from_the_stored_state() -> None:
         assert torch.equal(renewed["valid"][:, 0], torch.ones(8, 1, dtype=torch.bool))
     assert lengths[0] >= 1, "starts of episodes are learnt from"
     assert lengths[steps] > 20
-    assert len(lengths) == steps + 1
+    assert len(lengths) == (steps + 1 if overlap else 2)
 
 
 def test_steps_in_front_are_those_that_are_still_there() -> None:
@@ -200,10 +201,11 @@ def follow(policy: Policy, replay: Replay, batches: int, rows: int = ENVS) -> li
     return found
 
 
-def test_rows_go_through_whole_episodes_with_the_actors_states() -> None:
+@pytest.mark.parametrize("overlap", [True, False])
+def test_rows_go_through_whole_episodes_with_the_actors_states(overlap: bool) -> None:
     """With the weights that acted: bit for bit. Each episode from its first step to its last, then another one."""
     policy = make_policy()
-    replay, known = filled(policy, 40, whole_episodes=True)
+    replay, known = filled(policy, 40, whole_episodes=True, overlap=overlap)
     ended, before = 0, [None] * ENVS
     for batch in follow(policy, replay, 60):
         for n, row in enumerate(batch):
@@ -282,11 +284,12 @@ def test_a_row_whose_piece_was_overwritten_begins_another_episode(every: int) ->
     assert went_on > 20 or every > 1
 
 
-def test_where_no_episodes_start_is_there_any_sequence_is_drawn() -> None:
+@pytest.mark.parametrize("overlap", [True, False])
+def test_where_no_episodes_start_is_there_any_sequence_is_drawn(overlap: bool) -> None:
     """An episode that is longer than its ring."""
     policy = make_policy()
     found = rollouts(policy, 1)[0]
-    replay = make_replay(capacity=4 * 20, whole_episodes=True)
+    replay = make_replay(capacity=4 * 20, whole_episodes=True, overlap=overlap)
     steps = torch.arange(STEPS)
     for k in range(10):
         rollout = found.clone()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.replay import DamagedReplay, Replay, SamplesPerInsert
+from offtrace.modules.replay.rings import STEP
 
 
 class Stream:
@@ -79,10 +80,10 @@ class Stream:
 
 
 class ByHand:
-    """The rings as lists of ("step", observation, flags) and ("final", observation)."""
+    """The rings as lists of ("step", observation, place in its run) and ("final", observation)."""
 
-    def __init__(self, rings: int, size: int, length: int, pad: bool) -> None:
-        self.size, self.length, self.pad = size, length, pad
+    def __init__(self, rings: int, size: int, length: int, pad: bool, overlap: bool = True) -> None:
+        self.size, self.length, self.pad, self.overlap = size, length, pad, overlap
         self.rings: list[list[Any]] = [[] for _ in range(rings)]
 
     def extend(self, rollout: TensorDict, first: int) -> None:
@@ -94,14 +95,16 @@ class ByHand:
                 here = tuple(rollout["observation"][env, t].tolist())
                 there = tuple(rollout["next", "observation"][env, t].tolist())
                 joins = ring and ring[-1][0] == "head"
+                place = 0
                 if joins and valid[env, t] and ring[-1][1] == here:
                     ring.pop()
+                    place = ring[-1][2] + 1
                 elif joins:
                     ring[-1] = ("final", ring[-1][1])
                 if not valid[env, t]:
                     continue
                 done = bool(rollout["next", "done"][env, t])
-                ring.append(("step", here))
+                ring.append(("step", here, place))
                 ring.append(("final" if done else "head", there))
             del ring[: -self.size]
 
@@ -109,11 +112,11 @@ class ByHand:
         """First observation to the observations of the window's states, the last one's successor included."""
         found = {}
         for ring in self.rings:
-            for index, (kind, observation) in enumerate(ring):
-                if kind != "step":
+            for index, (kind, observation, *place) in enumerate(ring):
+                if kind != "step" or not (self.overlap or place[0] % self.length == 0):
                     continue
                 window = [observation]
-                for kind, following in ring[index + 1 : index + 1 + self.length]:
+                for kind, following, *_ in ring[index + 1 : index + 1 + self.length]:
                     window.append(following)
                     if kind != "step":
                         break
@@ -129,20 +132,22 @@ def starts_of(replay: Replay) -> list[tuple[float, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("length", "pad", "invalid", "told"),
+    ("length", "pad", "overlap", "invalid", "told"),
     [
-        (1, False, 0.0, True), (1, True, 0.1, False), (3, False, 0.0, False), (3, False, 0.1, True),
-        (5, True, 0.0, True), (5, True, 0.1, False), (12, True, 0.05, True),
+        (1, False, True, 0.0, True), (1, True, True, 0.1, False), (3, False, True, 0.0, False),
+        (3, False, True, 0.1, True), (5, True, True, 0.0, True), (5, True, True, 0.1, False),
+        (12, True, True, 0.05, True), (1, True, False, 0.0, True), (4, True, False, 0.0, True),
+        (5, True, False, 0.1, False), (12, True, False, 0.05, True),
     ],
 )  # fmt: skip
-def test_against_a_list_kept_by_hand(length: int, pad: bool, invalid: float, told: bool) -> None:
+def test_against_a_list_kept_by_hand(length: int, pad: bool, overlap: bool, invalid: float, told: bool) -> None:
     """Starts, windows, successors, flags and what travels, over several turns of the ring and two actors.
 
     ``told``: the rollouts say where an episode begins. Without it a restart of an actor shows in the observation.
     """
     envs, workers = 3, 2
-    replay = Replay(240, num_envs=envs, num_workers=workers, batch_size=16, length=length, pad=pad)
-    hand = ByHand(envs * workers, 41, length, pad)
+    replay = Replay(240, num_envs=envs, num_workers=workers, batch_size=16, length=length, pad=pad, overlap=overlap)
+    hand = ByHand(envs * workers, 41, length, pad, overlap)
     streams = [Stream(envs, seed=w, longest=16, invalid=invalid, first=envs * w) for w in range(workers)]
     rng = random.Random(1)
     given = 0
@@ -158,7 +163,7 @@ def test_against_a_list_kept_by_hand(length: int, pad: bool, invalid: float, tol
         hand.extend(rollout, worker * envs)
         wanted = hand.starts()
         assert sorted(starts_of(replay)) == sorted(wanted)
-        assert len(replay) == sum(kind == "step" for ring in hand.rings for kind, _ in ring)
+        assert len(replay) == sum(entry[0] == "step" for ring in hand.rings for entry in ring)
         assert replay.num_starts == len(wanted)
         if len(wanted) >= 16:
             check_batch(replay.sample(), wanted, length, pad)
@@ -237,6 +242,61 @@ def test_an_episode_that_begins_as_the_last_one_stood_is_another_one(pad: bool) 
         assert replay.num_starts == 4 * turns + (2 * turns - 1 if pad else 0)
 
 
+def one_run(envs: int, steps: int, episode: int, begin: int) -> TensorDict:
+    """Steps ``begin`` to ``begin + steps`` of episodes of one length; the action is the place in the episode."""
+    place = (torch.arange(begin, begin + steps) % episode).expand(envs, steps)
+    number = torch.arange(begin, begin + steps).float().expand(envs, steps)[..., None]
+    done = (place == episode - 1)[..., None]
+    following = {"observation": number + 1, "reward": number, "terminated": done, "done": done}
+    return TensorDict(
+        {"observation": number, "action": place.clone(), "is_init": (place == 0)[..., None], "next": following},
+        [envs, steps],
+    )
+
+
+@pytest.mark.parametrize("steps", [4, 5, 13])
+@pytest.mark.parametrize("episode", [1, 3, 4, 5, 9, 12, 500])
+def test_sequences_without_overlap_hold_every_step_of_an_episode_once(episode: int, steps: int) -> None:
+    """Of all that is stored, but for the piece whose beginning was overwritten and the one under way; all the time.
+
+    Episodes of 500 steps fill a ring several times: where its pieces begin does not depend on what was overwritten.
+    """
+    length, size = 4, 61
+    replay = Replay(2 * (size - 1), num_envs=2, batch_size=8, length=length, pad=True, overlap=False)
+    for turn in range(60):
+        replay.extend(one_run(2, steps, episode, turn * steps))
+        _, rows, valid = replay._rings.windows(replay._rings.starts)
+        assert valid is not None
+        held = np.bincount(rows[valid], minlength=2 * size)
+        assert held.max() <= 1
+        places = replay._storage.leaves[("action",)].numpy()
+        assert (places[replay._rings.starts] % length == 0).all()
+        left = 0
+        for ring in range(2):
+            here = slice(ring * size, ring * size + size)
+            steps_here = replay._rings.flags[here] & STEP != 0
+            left += int((steps_here & (held[here] == 0)).sum())
+        assert left <= 2 * 2 * (length - 1)
+        whole = (turn + 1) * steps <= size // 2  # nothing was overwritten, where a step takes two slots at most
+        assert not whole or left == 2 * ((turn + 1) * steps % episode % length)
+
+
+@pytest.mark.parametrize("episode", [9, 50, 100])
+def test_every_step_of_an_episode_is_replayed_equally_often(episode: int) -> None:
+    length = 20
+    replay = Replay(8000, num_envs=8, batch_size=64, length=length, pad=True, overlap=False, seed=1)
+    for turn in range(9):
+        replay.extend(one_run(8, 100, episode, 100 * turn))
+    counts = np.zeros(episode)
+    for _ in range(300):
+        batch = replay.sample()
+        counts += np.bincount(batch["action"][batch["valid"].squeeze(-1)].numpy(), minlength=episode)
+    pieces = counts[::length]
+    assert np.array_equal(counts, np.repeat(pieces, length)[:episode]), "a piece is drawn as one"
+    assert pieces.sum() == 300 * 64
+    assert len(pieces) == 1 or chisquare(pieces).pvalue > 1e-3
+
+
 @pytest.mark.parametrize(("length", "pad"), [(1, False), (4, False), (4, True)])
 def test_uniform_over_all_starts(length: int, pad: bool) -> None:
     stream = Stream(3, seed=5, longest=12)
@@ -255,12 +315,16 @@ def test_uniform_over_all_starts(length: int, pad: bool) -> None:
 
 
 @pytest.mark.parametrize("storage", ["tensor", "memmap"])
-@pytest.mark.parametrize(("length", "pad", "turns"), [(1, False, 2), (3, True, 25), (4, False, 25)])
+@pytest.mark.parametrize(
+    ("length", "pad", "overlap", "turns"),
+    [(1, False, True, 2), (3, True, True, 25), (4, False, True, 25), (4, True, False, 2), (4, True, False, 25)],
+)
 def test_after_a_load_everything_goes_on_as_without_it(
-    storage: Any, length: int, pad: bool, turns: int, tmp_path: Path
+    storage: Any, length: int, pad: bool, overlap: bool, turns: int, tmp_path: Path
 ) -> None:
     """Samples, then insertions that overwrite, then samples; before and after the ring has turned over."""
     numbers: dict[str, Any] = {"num_envs": 3, "num_workers": 2, "batch_size": 8, "length": length, "pad": pad}
+    numbers["overlap"] = overlap
     replay = Replay(120, storage=storage, path=tmp_path / "live" if storage == "memmap" else None, **numbers)
     streams = [Stream(3, seed=worker, invalid=0.05, first=3 * worker) for worker in range(2)]
     for turn in range(turns):
@@ -366,6 +430,9 @@ def test_a_folder_of_other_numbers_is_refused(tmp_path: Path) -> None:
     filled().dump(tmp_path / "replay")
     with pytest.raises(ValueError, match=r"has length 1, this one has 3"):
         filled(length=3).load(tmp_path / "replay")
+    filled(length=3, pad=True).dump(tmp_path / "overlapping")
+    with pytest.raises(ValueError, match=r"has overlap True, this one has False"):
+        filled(length=3, pad=True, overlap=False).load(tmp_path / "overlapping")
     live = Replay(100, num_envs=2, batch_size=4, storage="memmap", path=tmp_path / "live")
     live.extend(Stream(2).rollout(20))
     with pytest.raises(ValueError, match=r"holds the files this replay works on"):
@@ -445,6 +512,7 @@ def test_batches_are_copies() -> None:
         ({"length": 0}, r"length is 0; it must be at least 1"),
         ({"batch_size": 200}, r"capacity is 100; a batch of 200 needs a replay of 200 at least"),
         ({"length": 60}, r"length is 60; a capacity of 100 leaves each of 2 environments 50 steps, .* below 51"),
+        ({"length": 3, "overlap": False}, r"overlap is False, and pad is False; .* pad must be True, or overlap True"),
         ({"storage": "disk"}, r"storage is 'disk'; it must be 'tensor' or 'memmap'"),
         ({"storage": "memmap", "device": "cuda"}, r"a 'memmap' storage lies on the CPU, got device 'cuda'"),
     ],

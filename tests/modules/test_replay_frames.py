@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from offtrace.modules.envs import env_info, make_env
 from offtrace.modules.replay import Replay
-from offtrace.modules.replay.rings import Rings
+from offtrace.modules.replay.rings import STEP, Rings
 
 SIDE = (2, 2)
 COMPARED = (
@@ -187,6 +188,20 @@ def test_samples_are_the_environments_own(padding: str, frames: int, length: int
         180, num_envs=2, num_workers=2, batch_size=8, length=length, pad=pad, frame_stack=frames, storage=storage
     )
     run(replay, padding)
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_sequences_without_overlap_where_older_frames_take_slots_too(steps: int) -> None:
+    replay = Replay(90, num_envs=2, batch_size=8, length=4, pad=True, overlap=False, frame_stack=3)
+    stream = Stream(2, longest=11, wild=False)
+    for _ in range(40):
+        replay.extend(stream.rollout(steps))
+        _, rows, valid = replay._rings.windows(replay._rings.starts)
+        assert valid is not None
+        held = np.bincount(rows[valid], minlength=len(replay._rings.flags))
+        assert held.max() <= 1
+        left = (replay._rings.flags & STEP != 0).sum() - held.sum()
+        assert 0 <= left <= 2 * 2 * 3, "the piece under way, and the one that is being overwritten"
 
 
 @pytest.mark.parametrize("pad", [False, True])

@@ -263,9 +263,13 @@ def test_in_a_replay_the_items_are_those_that_are_there(length: int, pad: bool) 
     torch.manual_seed(0)
     for turn in range(60):
         replay.extend(streams[turn % 2].rollout(7), worker=turn % 2)
-        names = dict(
-            zip(replay._rings.starts.tolist(), replay._rings.items(replay._rings.starts).tolist(), strict=True)
-        )
+        starts = replay._rings.starts
+        places, items = replay._rings.sampled(starts), replay._rings.items(starts)
+        assert (replay._rings.drawn(places) == starts).all()
+        names = dict(zip(places.tolist(), items.tolist(), strict=True))
+        # a block of 256 is of one ring and of 256 of its numbers in a row
+        blocks = {(place // 256, item % 6, item // 6 - place % 256) for place, item in names.items()}
+        assert len(blocks) == len({block for block, *_ in blocks})
         hand.items = {slot: known.get(name) for slot, name in names.items()}
         if replay.num_starts < 10:
             continue
@@ -274,13 +278,34 @@ def test_in_a_replay_the_items_are_those_that_are_there(length: int, pad: bool) 
         index, weight = (x if length == 1 else x[:, 0] for x in (batch["index"], batch["weight"]))
         slots, there = replay._rings.slots_of(index.numpy())
         assert there.all()
-        wanted = [1 / (len(expected) * expected[slot]) for slot in slots.tolist()]
+        drawn = replay._rings.sampled(slots).tolist()
+        wanted = [1 / (len(expected) * expected[place]) for place in drawn]
         np.testing.assert_allclose(weight.numpy(), wanted, rtol=1e-6)
         priority = torch.rand(50, dtype=torch.float64) * 2
         replay.update_priorities(batch["index"], priority)
         known |= dict(zip(index.tolist(), priority.tolist(), strict=True))
     assert any(value is None for value in hand.items.values())
     assert int(replay._rings.written.min()) > 3 * replay._rings.size
+
+
+def test_what_is_new_is_judged_by_its_own_neighbours() -> None:
+    """All else is known: of one size in this ring, of another in the other one, of a third in the turn before."""
+    sampler = LazyPrioritized(epsilon=0.0)
+    replay = Replay(600, num_envs=2, batch_size=8, sampler=sampler)
+    stream, rings, seen = Stream(2, longest=10**6), replay._rings, 0
+    for _ in range(100):
+        replay.extend(stream.rollout(7))
+        items = rings.items(rings.starts)
+        back, ring = rings.written[items % 2] - items // 2, items % 2
+        old = back > 7
+        priority = torch.from_numpy(3.0 + 2.0 * ring + 100.0 * (back > 256))
+        replay.update_priorities(torch.from_numpy(items[old]), priority[old])
+        places, weights = sampler._tree.find(np.arange(len(items)) + 0.5, np.ones(len(items), bool))
+        found = dict(zip(places.tolist(), weights.tolist(), strict=True))
+        new = ~old & ((items // 2) % 256 >= 7)  # but where none before it is in its block
+        assert [found[place] for place in rings.sampled(rings.starts[new])] == (3.0 + 2.0 * ring[new]).tolist()
+        seen += int(new.sum())
+    assert seen > 1000
 
 
 def test_saved_and_loaded_it_goes_on_alike(tmp_path: Path) -> None:
