@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from offtrace.modules.returns.checks import check, check_float, check_numbers, computing_dtype, discount, narrowed
 from offtrace.modules.returns.state_values import saturated
@@ -157,8 +158,8 @@ class _Grid:
     def __init__(self, support: Tensor) -> None:
         self.support = support
         self._even: tuple[float, float] | None = None
-        # a GPU would have to be waited for, and a compiler cannot ask what a tensor holds
-        if support.device.type == "cpu" and not torch.compiler.is_compiling():
+        # a GPU would have to be waited for, and a compiler cannot ask what a tensor holds, nor vmap what its rows hold
+        if support.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batchedtensor(support):
             low, high = float(support[0]), float(support[-1])
             even = low + torch.arange(len(support), dtype=support.dtype) * ((high - low) / (len(support) - 1))
             rounding = 4 * torch.finfo(support.dtype).eps * max(abs(low), abs(high))

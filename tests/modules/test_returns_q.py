@@ -337,6 +337,13 @@ def test_the_distributional_return_on_any_grid_in_blocks_of_any_size(
         np.testing.assert_allclose(out.numpy(), direct_distribution(inputs, 0.95, support), atol=1e-10)
 
 
+def test_the_distributional_return_of_several_grids_by_vmap() -> None:
+    inputs, grids = distributions(1, 6, 5), torch.linspace(-2, 2, 5).double() * torch.tensor([[0.5], [1.0]])
+    found = torch.vmap(lambda grid: distributional_return(**inputs, gamma=0.9, support=grid))(grids)
+    for one, grid in zip(found, grids, strict=True):
+        torch.testing.assert_close(one, distributional_return(**inputs, gamma=0.9, support=grid))
+
+
 def test_a_reward_that_is_no_number_stays_in_its_own_episode() -> None:
     """On an even grid too, where a place that is no number has no atom below it."""
     inputs = distributions(9, 12, 5, 2)
