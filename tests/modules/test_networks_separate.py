@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -15,6 +16,7 @@ from torchrl.modules import set_recurrent_mode
 
 from offtrace.modules.losses import ReactorLoss
 from offtrace.modules.networks import CategoricalHead, LSTMCore, Policy, SeparateCores, build_policy
+from offtrace.modules.networks import core as networks_core
 from offtrace.modules.networks.distributions import MASKED_LOGIT
 from tests.modules.test_impala_loss import ACTIONS, make
 from tests.modules.test_networks import Recall
@@ -95,6 +97,43 @@ def test_one_step_after_another_is_the_unrolled_sequence(core: LSTMCore) -> None
     for t in range(9):
         h, c = core.step(x[:, t], first[:, t], h, c)
         assert torch.equal(out[:, t], h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "core", [LSTMCore(5, 4, num_actions=3), SeparateCores(5, 4, num_actions=3, detach_policy=True)], ids=["one", "two"]
+)
+def test_a_sequence_without_resets_inside_is_one_call(
+    core: LSTMCore, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same features and gradients as of the loop, which stays where an episode starts behind the first step."""
+    core, called = copy.deepcopy(core).to(dtype), []
+    for name in ("_fused", "_looped"):
+        found = getattr(networks_core, name)
+        monkeypatch.setattr(networks_core, name, lambda *a, n=name, f=found: called.append(n) or f(*a))
+    g = torch.Generator().manual_seed(0)
+    first = torch.zeros(6, 9, 1, dtype=torch.bool)
+    first[::2, 0] = True
+    inputs = [torch.randn(*shape, generator=g, dtype=dtype) for shape in ((6, 9, 9), *[(6, core.hidden_size)] * 2)]
+    x, h, c = (tensor.requires_grad_() for tensor in inputs)
+    out = core.unroll(x, first, h, c)
+    assert set(called) == {"_fused"}
+    steps, state = [], (h, c)
+    for t in range(9):
+        state = core.step(x[:, t], first[:, t], *state)
+        steps.append(state[0])
+    expected, leaves = torch.stack(steps, 1), [x, h, c, *core.parameters()]
+    close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(out, expected, **close)
+    weight = torch.randn(out.shape, generator=g, dtype=dtype)
+    pairs = zip(*(torch.autograd.grad((y * weight).mean(), leaves) for y in (out, expected)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, **close)
+
+    called.clear()
+    first[1, 4] = True
+    core.unroll(x, first, h, c)
+    assert set(called) == {"_looped"}
 
 
 def test_the_halves_are_two_cores_that_know_nothing_of_each_other() -> None:
