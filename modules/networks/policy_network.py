@@ -132,6 +132,30 @@ class PolicyNetwork(ObservationNetwork):
         for name, value in zip((RECURRENT_H, RECURRENT_C), state, strict=False):
             tensordict.set((NEXT, name), value)
 
+    def state_behind(self, sequences: TensorDictBase, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The recurrent state h and c [B, H] behind ``sequences`` [B, T], from that stored at their first step.
+
+        The encoder sees all steps at once, and the heads none. An invalid step, ``valid`` [B, T] False, leaves the
+        state as it is.
+
+        Raises:
+            ValueError: without a recurrent core.
+        """
+        core = self.core
+        if core is None:
+            raise ValueError("the policy network has no recurrent core, and so no state")
+        features, _, exact = self._features(sequences, 2)
+        with exact:
+            x, is_init = self._core_inputs(core, sequences, features.view(*sequences.batch_size, -1))
+            state = sequences[RECURRENT_H][:, 0], sequences[RECURRENT_C][:, 0]
+            for t in range(x.shape[1]):
+                h, c = core.step(x[:, t], is_init[:, t], *state)
+                if valid is not None:
+                    here = valid[:, t].unsqueeze(1)
+                    h, c = torch.where(here, h, state[0]), torch.where(here, c, state[1])
+                state = h, c
+        return state
+
     def parameters_at(self, states: States) -> Tensors:
         """The parameters of the distribution, each [M, ...], at ``states`` whose entries are [M, ...].
 
@@ -209,9 +233,7 @@ class PolicyNetwork(ObservationNetwork):
 
     def _recurrent(self, core: LSTMCore, tensordict: TensorDictBase, features: Tensor) -> tuple[Tensor, Tensors]:
         """Features behind the core, [*B, H], and the next state, h and c [*B, H]; none of an unrolled sequence."""
-        is_init = tensordict[IS_INIT]
-        last = [tensordict[key] if core.last_step else None for key in (LAST_ACTION, LAST_REWARD)]
-        x = core.inputs(features, is_init, *last)
+        x, is_init = self._core_inputs(core, tensordict, features)
         h, c = self._state(core, tensordict, features, is_init)
         if recurrent_mode():
             h, c = (state.unflatten(0, (-1, x.shape[-2]))[:, 0] for state in (h, c))
@@ -220,6 +242,13 @@ class PolicyNetwork(ObservationNetwork):
         h, c = core.step(x.reshape(-1, x.shape[-1]), is_init.reshape(-1, 1), h, c)
         h, c = (state.view(*tensordict.batch_size, -1) for state in (h, c))
         return h, (h, c)
+
+    @staticmethod
+    def _core_inputs(core: LSTMCore, tensordict: TensorDictBase, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cells read [*B, ...], and where an episode starts [*B, 1]."""
+        is_init = tensordict[IS_INIT]
+        last = [tensordict[key] if core.last_step else None for key in (LAST_ACTION, LAST_REWARD)]
+        return core.inputs(features, is_init, *last), is_init
 
     @staticmethod
     def _state(core: LSTMCore, tensordict: TensorDictBase, features: Tensor, is_init: Tensor) -> tuple[Tensor, Tensor]:
