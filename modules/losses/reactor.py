@@ -81,7 +81,9 @@ class ReactorLoss(Loss):
     ``build_policy(head_options={"epsilon": ...})``, which acts, is stored and is learnt as that.
 
     What the paper's text leaves open, and what is taken: the target is mixed by the online policy, not by a copy; the
-    weights w multiply all three terms, divided by the largest of the batch; value_coef is 1.
+    weights w multiply all three terms, as the sampler gave them; value_coef is 1. With beta = 1 the expected gradient
+    is then that of uniform sampling. Divided by the largest of a batch, of 4 sequences in the paper, it would not be: a
+    sequence would weigh most beside others of high priority. Lazy priorities bound w by epsilon^-beta.
 
     Args:
         policy: what :func:`offtrace.modules.networks.build_policy` gives for ``critic="q"``: its deterministic part
@@ -215,7 +217,7 @@ class ReactorLoss(Loss):
             errors = 0.5 * (target - taken).square()
         else:
             errors = -(target * taken.log_softmax(-1)).sum(-1)
-        entropy, weight = policy.dist.entropy(), read_weight(self, tensordict, selection)
+        entropy, weight = policy.dist.entropy(), read_weight(self, tensordict, selection, relative=False)
         weight = None if weight is None else weight.view_as(entropy)
         out = {
             "loss_policy": -stats.reduce(weighted(surrogate, weight)),
