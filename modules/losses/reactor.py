@@ -17,7 +17,7 @@ from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_d
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, check_positive, entry, read_weight, weighted, write_priority
 from offtrace.modules.losses.unroll import evaluate_rollout
-from offtrace.modules.losses.views import support_of
+from offtrace.modules.losses.views import critic_of, support_of
 
 PRIORITIES = ("td", "total_variation")
 
@@ -186,7 +186,7 @@ class ReactorLoss(Loss):
         # q* of the target network, constant
         with torch.no_grad():
             inputs = unroll.inputs.select(*self.policy.in_keys)  # what the online network wrote must stay
-            known = self._critic(self.target("policy").get_dist_params(inputs))
+            known = self._critic(critic_of(self.target("policy"))(inputs))
             known = known if self.support is None else known.softmax(-1)
             mixed = next_probs if self.support is None else next_probs.unsqueeze(-1)
             estimate = self.estimator.estimate(

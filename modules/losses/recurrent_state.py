@@ -10,8 +10,7 @@ from torch import Tensor
 from torchrl.modules.tensordict_module.rnn import set_recurrent_mode
 
 from offtrace.modules.keys import NEXT, RECURRENT_C, RECURRENT_H, VALID
-from offtrace.modules.networks.policy import Policy
-from offtrace.modules.networks.policy_network import PolicyNetwork
+from offtrace.modules.losses.views import own_network_of
 
 
 def recurrent_keys(policy: Any) -> list[Any]:
@@ -60,9 +59,9 @@ def burn_in(policy: Any, batch: TensorDictBase, steps: int) -> TensorDictBase:
             raise KeyError(f"the policy reads {key!r}, which the batch lacks")
     front = batch[:, :steps].select(*policy.in_keys)
     state: dict[Any, Tensor] = {key: batch[key][:, 0] for key in keys}
-    # the networks of this package need no heads for it, and encode all steps at once
-    if steps and type(policy) is Policy and type(policy.network) is PolicyNetwork:
-        state = dict(zip((RECURRENT_H, RECURRENT_C), policy.network.state_behind(front, valid), strict=True))
+    network = own_network_of(policy)
+    if steps and network is not None:  # it needs no heads for it, and encodes all steps at once
+        state = dict(zip((RECURRENT_H, RECURRENT_C), network.state_behind(front, valid), strict=True))
     else:
         state = _step_by_step(policy, front, state, valid)
     rest = batch[:, steps:].clone()

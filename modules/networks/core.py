@@ -60,19 +60,21 @@ class LSTMCore(nn.Module):
         """State after one step. ``x`` [N, F] from :meth:`inputs`, ``is_init`` bool [N, 1], ``h`` and ``c`` [N, H]."""
         return self.cell(x, (h.masked_fill(is_init, 0), c.masked_fill(is_init, 0)))
 
-    def unroll(self, x: Tensor, is_init: Tensor, h: Tensor, c: Tensor) -> Tensor:
+    def unroll(self, x: Tensor, is_init: Tensor, h: Tensor, c: Tensor, *, critic_alone: bool = False) -> Tensor:
         """Features [B, T, H] of a sequence ``x`` [B, T, F], ``is_init`` [B, T, 1], from the state [B, H] before it.
 
+        ``critic_alone`` leaves out a core of the policy's own: features are then those of the critic.
         On the CPU sequences in which no episode starts behind their first step go through torch's fused LSTM.
         """
         # a GPU would have to be waited for, and a compiler cannot ask what a tensor holds
         known = is_init.device.type == "cpu" and not torch.compiler.is_compiling()
         run = _fused if known and not bool(is_init[:, 1:].any()) else _looped
-        found = [run(cell, part, is_init, *state) for cell, part, *state in self._parts(x, h, c)]
+        parts = self._parts(x, h, c)[-1:] if critic_alone else self._parts(x, h, c)
+        found = [run(cell, part, is_init, *state) for cell, part, *state in parts]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def _parts(self, x: Tensor, h: Tensor, c: Tensor) -> list[tuple[nn.LSTMCell, Tensor, Tensor, Tensor]]:
-        """Each cell with its input and its part of the state."""
+        """Each cell with its input and its part of the state, the critic's last."""
         return [(self.cell, x, h, c)]
 
 

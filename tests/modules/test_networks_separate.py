@@ -281,3 +281,38 @@ def test_what_is_called_on_tensors_gives_what_the_tensordict_gives() -> None:
     assert torch.equal(policy.network.values(states), written["action_value"])
     gradients = torch.autograd.grad(logits.sum(), list(policy.network.encoder.parameters()), allow_unused=True)
     assert all(gradient is None for gradient in gradients)
+
+
+@pytest.mark.parametrize("options", [{"separate_cores": True}, {}, {"recurrent": None}], ids=["two", "one", "none"])
+def test_the_critic_alone_says_the_same_without_the_policy(options: dict[str, Any]) -> None:
+    """With resets inside and without; neither the policy's core nor its head runs."""
+    torch.manual_seed(0)
+    policy = build_policy(
+        network="mlp", observation_shape=[4], num_actions=3, hidden=[8], critic="q",
+        critic_options={"dueling": True, "atoms": 5, "v_max": 2.0}, **{"recurrent": 6, **options},
+    )  # fmt: skip
+    net, first = policy.network, torch.zeros(5, 7, 1, dtype=torch.bool)
+    size = 0 if net.core is None else net.core.hidden_size
+    td = TensorDict(
+        {
+            "observation": torch.randn(5, 7, 4), "is_init": first, "last_action": torch.randint(3, (5, 7)),
+            "last_reward": torch.randn(5, 7, 1), "recurrent_h": torch.randn(5, 7, size),
+            "recurrent_c": torch.randn(5, 7, size),
+        },
+        [5, 7],
+    )  # fmt: skip
+    for resets in (False, True):
+        td["is_init"][2, 3] = resets
+        with set_recurrent_mode(True):
+            expected = policy.get_dist_params(td.clone())
+        found = net.critic(td.clone())
+        for key in ("action_value", "value_logits"):
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
+        assert "logits" not in found
+    cells = [cell for cell in (net.head, getattr(net.core, "policy_cell", None)) if cell is not None]
+    for part in cells:
+        for parameter in part.parameters():
+            parameter.data.fill_(math.nan)
+    assert net.critic(td.clone())["action_value"].isfinite().all()
+    with pytest.raises(ValueError, match="the policy network has no value head"):
+        build_policy(network="mlp", observation_shape=[4], num_actions=3, critic=None).network.critic(td)

@@ -331,10 +331,11 @@ def loss_error(module: dict[str, Any]) -> float:
 
 
 LOSS_MUTATIONS = {
-    "target of the online network": ('self.target("policy").get_dist_params', "self.policy.get_dist_params"),
+    "target of the online network": ('critic_of(self.target("policy"))', "critic_of(self.policy)"),
     "mixed by the target's policy": (
         "mixed = next_probs if",
-        "next_probs = unroll.successors(inputs.get(k.LOGITS).softmax(-1))\n            mixed = next_probs if",
+        'logits = self.target("policy").get_dist_params(inputs).get(k.LOGITS)\n'
+        "            next_probs = unroll.successors(logits.softmax(-1))\n            mixed = next_probs if",
     ),
     "successors for steps": ("mixed * unroll.successors(known)", "mixed * unroll.steps(known)"),
     "negative entries cut off": ("errors = -(target *", "errors = -(target.clamp(min=0) *"),
@@ -352,6 +353,14 @@ LOSS_MUTATIONS = {
 @pytest.mark.parametrize("mutation", LOSS_MUTATIONS)
 def test_every_mutation_of_the_loss_is_caught(mutation: str) -> None:
     assert loss_error(mutant(reactor, *LOSS_MUTATIONS[mutation])) > 1e-4
+
+
+def test_of_the_target_network_the_critic_alone_runs() -> None:
+    loss, called = reactor_loss(policy_of()), []
+    for name, policy in (("online", loss.policy), ("target", loss.target("policy"))):
+        policy.network.head.register_forward_hook(lambda *_, name=name: called.append(name))
+    loss(stored())
+    assert called == ["online"]
 
 
 def test_the_expected_gradient_is_that_of_uniform_sampling() -> None:
