@@ -17,7 +17,7 @@ from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_d
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, check_positive, entry, read_weight, weighted, write_priority
 from offtrace.modules.losses.unroll import evaluate_rollout
-from offtrace.modules.losses.views import support_of
+from offtrace.modules.losses.views import critic_of, support_of
 
 PRIORITIES = ("td", "total_variation")
 
@@ -81,7 +81,9 @@ class ReactorLoss(Loss):
     ``build_policy(head_options={"epsilon": ...})``, which acts, is stored and is learnt as that.
 
     What the paper's text leaves open, and what is taken: the target is mixed by the online policy, not by a copy; the
-    weights w multiply all three terms, divided by the largest of the batch; value_coef is 1.
+    weights w multiply all three terms, as the sampler gave them; value_coef is 1. With beta = 1 the expected gradient
+    is then that of uniform sampling. Divided by the largest of a batch, of 4 sequences in the paper, it would not be: a
+    sequence would weigh most beside others of high priority. Lazy priorities bound w by epsilon^-beta.
 
     Args:
         policy: what :func:`offtrace.modules.networks.build_policy` gives for ``critic="q"``: its deterministic part
@@ -184,7 +186,7 @@ class ReactorLoss(Loss):
         # q* of the target network, constant
         with torch.no_grad():
             inputs = unroll.inputs.select(*self.policy.in_keys)  # what the online network wrote must stay
-            known = self._critic(self.target("policy").get_dist_params(inputs))
+            known = self._critic(critic_of(self.target("policy"))(inputs))
             known = known if self.support is None else known.softmax(-1)
             mixed = next_probs if self.support is None else next_probs.unsqueeze(-1)
             estimate = self.estimator.estimate(
@@ -215,7 +217,7 @@ class ReactorLoss(Loss):
             errors = 0.5 * (target - taken).square()
         else:
             errors = -(target * taken.log_softmax(-1)).sum(-1)
-        entropy, weight = policy.dist.entropy(), read_weight(self, tensordict, selection)
+        entropy, weight = policy.dist.entropy(), read_weight(self, tensordict, selection, relative=False)
         weight = None if weight is None else weight.view_as(entropy)
         out = {
             "loss_policy": -stats.reduce(weighted(surrogate, weight)),

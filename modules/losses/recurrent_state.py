@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.modules.tensordict_module.rnn import set_recurrent_mode
 
-from offtrace.modules.keys import NEXT, VALID
+from offtrace.modules.keys import NEXT, RECURRENT_C, RECURRENT_H, VALID
+from offtrace.modules.losses.views import own_network_of
 
 
 def recurrent_keys(policy: Any) -> list[Any]:
@@ -23,7 +24,8 @@ def burn_in(policy: Any, batch: TensorDictBase, steps: int) -> TensorDictBase:
 
     Kapturowski et al. 2019 (R2D2): the state that a replay stored is that of old weights. From it the network is run
     over ``steps`` steps, without gradient and one after the other as an actor does, and what comes out replaces the
-    stored state of the step behind them. A step with ``valid`` False leaves the state as it is.
+    stored state of the step behind them. A step with ``valid`` False leaves the state as it is. Of this package's
+    networks the core alone takes the steps one after the other.
 
     The paper shortens the burn-in at the start of an episode. So does the replay (``Replay(burn_in=...)``): it draws
     sequences as without burn-in and adds the steps in front that there are, so that every step of an episode is learnt
@@ -55,17 +57,29 @@ def burn_in(policy: Any, batch: TensorDictBase, steps: int) -> TensorDictBase:
     for key in policy.in_keys:
         if batch.get(key, None) is None:
             raise KeyError(f"the policy reads {key!r}, which the batch lacks")
+    front = batch[:, :steps].select(*policy.in_keys)
     state: dict[Any, Tensor] = {key: batch[key][:, 0] for key in keys}
-    with set_recurrent_mode(False):
-        for t in range(steps):
-            inputs: dict[Any, Tensor] = {key: batch[key][:, t] for key in policy.in_keys}
-            out = policy.get_dist_params(TensorDict(inputs | state, batch.shape[:1]))
-            for key in keys:
-                found = out[NEXT, key]
-                if valid is not None:
-                    found = torch.where(valid[:, t].view(-1, *(1,) * (found.ndim - 1)), found, state[key])
-                state[key] = found
+    network = own_network_of(policy)
+    if steps and network is not None:  # it needs no heads for it, and encodes all steps at once
+        state = dict(zip((RECURRENT_H, RECURRENT_C), network.state_behind(front, valid), strict=True))
+    else:
+        state = _step_by_step(policy, front, state, valid)
     rest = batch[:, steps:].clone()
     for key in keys:
         rest[key][:, 0] = state[key]
     return rest
+
+
+def _step_by_step(
+    policy: Any, front: TensorDictBase, state: dict[Any, Tensor], valid: Tensor | None
+) -> dict[Any, Tensor]:
+    """The state behind sequences [B, T] of whatever writes it, from that in front of them."""
+    with set_recurrent_mode(False):
+        for t in range(front.shape[1]):
+            out = policy.get_dist_params(front[:, t].update(state))
+            found = {key: out[NEXT, key] for key in state}
+            if valid is not None:
+                here = {key: valid[:, t].view(-1, *(1,) * (x.ndim - 1)) for key, x in found.items()}
+                found = {key: torch.where(here[key], x, state[key]) for key, x in found.items()}
+            state = found
+    return state

@@ -116,10 +116,17 @@ def read_log_prob(loss: Loss, tensordict: TensorDictBase, steps: Steps) -> Tenso
     return steps.selection.at(entry(loss, tensordict, key, shape))
 
 
-def read_weight(loss: Loss, tensordict: TensorDictBase, selection: Selection) -> Tensor | None:
-    """Importance weights [M] divided by the largest of the batch, of all ranks, or None where there are none.
+def read_weight(
+    loss: Loss, tensordict: TensorDictBase, selection: Selection, *, relative: bool = True
+) -> Tensor | None:
+    """Importance weights [M], or None where there are none.
 
-    Every rank must call it alike.
+    Args:
+        loss, tensordict: whose entry is read, and where.
+        selection: the steps.
+        relative: divide by the largest of the batch, of all ranks, every one of which must call it alike. That bounds
+            them by 1, but the same item then counts less in some batches than in others: in small ones the correction
+            is partly lost. False takes them as the sampler gave them.
     """
     key = loss.tensor_keys.weight
     if tensordict.get(key, None) is None:
@@ -127,10 +134,14 @@ def read_weight(loss: Loss, tensordict: TensorDictBase, selection: Selection) ->
     weight = entry(loss, tensordict, key, tuple(tensordict.batch_size))
     if not weight.is_floating_point():
         raise TypeError(f"{key!r} must be a floating-point tensor, got {weight.dtype}")
-    largest = weight.detach().max()
+    weight = weight.detach()
+    selected = selection.at(weight.to(loss.dtype))
+    if not relative:
+        return selected
+    largest = weight.max()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return selection.at(weight.detach().to(loss.dtype)) / largest
+    return selected / largest
 
 
 def log_ratio(log_pi: Tensor | None, log_mu: Tensor | None) -> Tensor | None:

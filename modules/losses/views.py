@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
@@ -93,6 +93,20 @@ def values_of(network: nn.Module, key: Any) -> Callable[..., Tensor]:
     if isinstance(network, (ActionCritic, DiscreteCritic, StateValue)):
         return network.values
     return _Wrapped(network, key)
+
+
+def own_network_of(policy: Any) -> PolicyNetwork | None:
+    """The policy's network if both are this package's own classes, so that parts of it can run by themselves.
+
+    Subclasses may compute anything.
+    """
+    return policy.network if type(policy) is Policy and type(policy.network) is PolicyNetwork else None
+
+
+def critic_of(policy: Any) -> Callable[[TensorDictBase], TensorDictBase]:
+    """What writes the values of steps or sequences into their TensorDict, with as little else as can be."""
+    network = own_network_of(policy)
+    return policy.get_dist_params if network is None else network.critic
 
 
 def value_network_of(policy: Any, key: Any) -> Any:

@@ -60,13 +60,22 @@ class LSTMCore(nn.Module):
         """State after one step. ``x`` [N, F] from :meth:`inputs`, ``is_init`` bool [N, 1], ``h`` and ``c`` [N, H]."""
         return self.cell(x, (h.masked_fill(is_init, 0), c.masked_fill(is_init, 0)))
 
-    def unroll(self, x: Tensor, is_init: Tensor, h: Tensor, c: Tensor) -> Tensor:
-        """Features [B, T, H] of a sequence ``x`` [B, T, F], ``is_init`` [B, T, 1], from the state [B, H] before it."""
-        outputs = []
-        for now, first in zip(x.unbind(1), is_init.unbind(1), strict=True):
-            h, c = self.step(now, first, h, c)
-            outputs.append(h)
-        return torch.stack(outputs, 1)
+    def unroll(self, x: Tensor, is_init: Tensor, h: Tensor, c: Tensor, *, critic_alone: bool = False) -> Tensor:
+        """Features [B, T, H] of a sequence ``x`` [B, T, F], ``is_init`` [B, T, 1], from the state [B, H] before it.
+
+        ``critic_alone`` leaves out a core of the policy's own: features are then those of the critic.
+        On the CPU sequences in which no episode starts behind their first step go through torch's fused LSTM.
+        """
+        # a GPU would have to be waited for, and a compiler cannot ask what a tensor holds
+        known = is_init.device.type == "cpu" and not torch.compiler.is_compiling()
+        run = _fused if known and not bool(is_init[:, 1:].any()) else _looped
+        parts = self._parts(x, h, c)[-1:] if critic_alone else self._parts(x, h, c)
+        found = [run(cell, part, is_init, *state) for cell, part, *state in parts]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    def _parts(self, x: Tensor, h: Tensor, c: Tensor) -> list[tuple[nn.LSTMCell, Tensor, Tensor, Tensor]]:
+        """Each cell with its input and its part of the state, the critic's last."""
+        return [(self.cell, x, h, c)]
 
 
 class SeparateCores(LSTMCore):
@@ -99,10 +108,34 @@ class SeparateCores(LSTMCore):
 
     def step(self, x: Tensor, is_init: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`LSTMCore.step`, ``h`` and ``c`` [N, 2 H]."""
-        policy, critic = zip(*(state.masked_fill(is_init, 0).chunk(2, -1) for state in (h, c)), strict=True)
-        policy = self.policy_cell(x.detach() if self.detach_policy else x, policy)
-        critic = self.cell(x, critic)
+        h, c = h.masked_fill(is_init, 0), c.masked_fill(is_init, 0)
+        policy, critic = (cell(part, tuple(state)) for cell, part, *state in self._parts(x, h, c))
         return torch.cat([policy[0], critic[0]], -1), torch.cat([policy[1], critic[1]], -1)
+
+    def _parts(self, x: Tensor, h: Tensor, c: Tensor) -> list[tuple[nn.LSTMCell, Tensor, Tensor, Tensor]]:
+        (policy_h, critic_h), (policy_c, critic_c) = h.chunk(2, -1), c.chunk(2, -1)
+        policy_x = x.detach() if self.detach_policy else x
+        return [(self.policy_cell, policy_x, policy_h, policy_c), (self.cell, x, critic_h, critic_c)]
+
+
+def _looped(cell: nn.LSTMCell, x: Tensor, is_init: Tensor, h: Tensor, c: Tensor) -> Tensor:
+    """The cell step by step, with a reset before every step at which an episode starts."""
+    outputs = []
+    for now, first in zip(x.unbind(1), is_init.unbind(1), strict=True):
+        h, c = cell(now, (h.masked_fill(first, 0), c.masked_fill(first, 0)))
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def _fused(cell: nn.LSTMCell, x: Tensor, is_init: Tensor, h: Tensor, c: Tensor) -> Tensor:
+    """The same up to rounding, in one call, with a reset before the first step alone."""
+    state = [part.masked_fill(is_init[:, 0], 0).unsqueeze(0) for part in (h, c)]
+    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    out, _, _ = torch.lstm(
+        x, state, weights, has_biases=True, num_layers=1, dropout=0.0, train=cell.training, bidirectional=False,
+        batch_first=True,
+    )  # fmt: skip
+    return out
 
 
 def _cell(in_features: int, hidden_size: int) -> nn.LSTMCell:

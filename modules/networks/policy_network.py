@@ -132,6 +132,51 @@ class PolicyNetwork(ObservationNetwork):
         for name, value in zip((RECURRENT_H, RECURRENT_C), state, strict=False):
             tensordict.set((NEXT, name), value)
 
+    def critic(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Add to ``tensordict`` [*B] what the value head gives, and return it: :meth:`forward` without the policy.
+
+        A recurrent network takes sequences, as under ``set_recurrent_mode(True)``; of separate cores the critic's runs.
+
+        Raises:
+            ValueError: without a value head.
+        """
+        if self.value_head is None:
+            raise ValueError("the policy network has no value head; build it with critic='v' or critic='q'")
+        features, mask, exact = self._features(tensordict, len(tensordict.batch_size))
+        with exact:
+            features = features.view(*tensordict.batch_size, -1)
+            if self.core is not None:
+                x, is_init = self._core_inputs(self.core, tensordict, features)
+                features = self._unrolled(self.core, tensordict, x, is_init, critic_alone=True)
+            values = self.value_head.outputs(features, mask if self.value_head.masked else None)
+        for key, value in zip(self.value_head.out_keys, values, strict=True):
+            tensordict.set(key, value)
+        return tensordict
+
+    def state_behind(self, sequences: TensorDictBase, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The recurrent state h and c [B, H] behind ``sequences`` [B, T], from that stored at their first step.
+
+        The encoder sees all steps at once, and the heads none. An invalid step, ``valid`` [B, T] False, leaves the
+        state as it is.
+
+        Raises:
+            ValueError: without a recurrent core.
+        """
+        core = self.core
+        if core is None:
+            raise ValueError("the policy network has no recurrent core, and so no state")
+        features, _, exact = self._features(sequences, 2)
+        with exact:
+            x, is_init = self._core_inputs(core, sequences, features.view(*sequences.batch_size, -1))
+            state = sequences[RECURRENT_H][:, 0], sequences[RECURRENT_C][:, 0]
+            for t in range(x.shape[1]):
+                h, c = core.step(x[:, t], is_init[:, t], *state)
+                if valid is not None:
+                    here = valid[:, t].unsqueeze(1)
+                    h, c = torch.where(here, h, state[0]), torch.where(here, c, state[1])
+                state = h, c
+        return state
+
     def parameters_at(self, states: States) -> Tensors:
         """The parameters of the distribution, each [M, ...], at ``states`` whose entries are [M, ...].
 
@@ -209,17 +254,29 @@ class PolicyNetwork(ObservationNetwork):
 
     def _recurrent(self, core: LSTMCore, tensordict: TensorDictBase, features: Tensor) -> tuple[Tensor, Tensors]:
         """Features behind the core, [*B, H], and the next state, h and c [*B, H]; none of an unrolled sequence."""
-        is_init = tensordict[IS_INIT]
-        last = [tensordict[key] if core.last_step else None for key in (LAST_ACTION, LAST_REWARD)]
-        x = core.inputs(features, is_init, *last)
-        h, c = self._state(core, tensordict, features, is_init)
+        x, is_init = self._core_inputs(core, tensordict, features)
         if recurrent_mode():
-            h, c = (state.unflatten(0, (-1, x.shape[-2]))[:, 0] for state in (h, c))
-            out = core.unroll(x.reshape(len(h), -1, x.shape[-1]), is_init.reshape(len(h), -1, 1), h, c)
-            return out.view(*tensordict.batch_size, -1), ()
+            return self._unrolled(core, tensordict, x, is_init), ()
+        h, c = self._state(core, tensordict, x, is_init)
         h, c = core.step(x.reshape(-1, x.shape[-1]), is_init.reshape(-1, 1), h, c)
         h, c = (state.view(*tensordict.batch_size, -1) for state in (h, c))
         return h, (h, c)
+
+    def _unrolled(
+        self, core: LSTMCore, tensordict: TensorDictBase, x: Tensor, is_init: Tensor, *, critic_alone: bool = False
+    ) -> Tensor:
+        """Features behind the core, [*B, H], of sequences whose last batch dimension is time."""
+        state = self._state(core, tensordict, x, is_init)
+        h, c = (part.unflatten(0, (-1, x.shape[-2]))[:, 0] for part in state)
+        x, is_init = x.reshape(len(h), -1, x.shape[-1]), is_init.reshape(len(h), -1, 1)
+        return core.unroll(x, is_init, h, c, critic_alone=critic_alone).view(*tensordict.batch_size, -1)
+
+    @staticmethod
+    def _core_inputs(core: LSTMCore, tensordict: TensorDictBase, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cells read [*B, ...], and where an episode starts [*B, 1]."""
+        is_init = tensordict[IS_INIT]
+        last = [tensordict[key] if core.last_step else None for key in (LAST_ACTION, LAST_REWARD)]
+        return core.inputs(features, is_init, *last), is_init
 
     @staticmethod
     def _state(core: LSTMCore, tensordict: TensorDictBase, features: Tensor, is_init: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from offtrace.modules.returns.checks import check, check_float, check_numbers, computing_dtype, discount, narrowed
 from offtrace.modules.returns.state_values import saturated
+
+BLOCK, GPU_BLOCK = 2**15, 2**20  # atoms of n-step distributions that are projected at once, some 40 bytes each
 
 
 @torch.no_grad()
@@ -37,12 +40,9 @@ def categorical_projection(*, atoms: Tensor, probs: Tensor, support: Tensor) -> 
         raise ValueError(f"support must be [K] with K at least 2, got {list(support.shape)}")
     given, dtype = probs.dtype, computing_dtype(probs)
     atoms, probs, support = (x.to(dtype) for x in (atoms, probs, support))
-    place = atoms.clamp(support[0], support[-1])
-    above = torch.searchsorted(support, place.contiguous(), right=True).clamp(1, len(support) - 1)
-    low, high = support[above - 1], support[above]
-    share = (place - low) / (high - low)
+    below, share = _Grid(support).between(atoms)
     out = torch.zeros(*probs.shape[:-1], len(support), dtype=probs.dtype, device=probs.device)
-    out = out.scatter_add(-1, above, probs * share).scatter_add(-1, above - 1, probs * (1 - share))
+    out = out.scatter_add(-1, below + 1, probs * share).scatter_add(-1, below, probs * (1 - share))
     return narrowed(out, given)
 
 
@@ -67,8 +67,8 @@ def distributional_return(
         P_n ( sum_a pi(a|x_{s+n}) q(x_{s+n}, a)  -  c_{s+n} q(x_{s+n}, a_{s+n}) )
 
     They sum to one; single ones, and so single probabilities of the target, can be negative, and must stay so. If no
-    mass meets an end of the support, the mean is that of :func:`q_return` on the means. Costs O(T^2). Half precision is
-    computed in float32, and what overflows saturates, as there.
+    mass meets an end of the support, the mean is that of :func:`q_return` on the means. Costs O(T^2) time, and memory
+    of some inputs and a block. Half precision is computed in float32, and what overflows saturates, as there.
 
     Args:
         reward: r_t, ``[T, *B]``.
@@ -110,29 +110,73 @@ def distributional_return(
     # behind an end of the MDP all atoms coincide: any distribution will do, and what was stored there need not be one
     nowhere = torch.zeros_like(support)
     nowhere[0] = 1
-    successor = torch.where((terminated | ~known).unsqueeze(-1), nowhere.to(q_dist.dtype), next_state_dist)
+    mixture = torch.where((terminated | ~known).unsqueeze(-1), nowhere, next_state_dist)
+    # what stands behind a cut need not be a distribution
+    following = behind.unsqueeze(-1)
+    taken = torch.where(following == 0, 0, following * torch.cat([q_dist[1:], q_dist[-1:]]))
+    mixture = mixture - taken
 
-    out = torch.zeros_like(q_dist)
+    first = (torch.arange(reward.numel(), device=reward.device) * len(support)).view(reward.shape)  # of row s in out
+    out, grid = torch.zeros_like(q_dist).flatten(), _Grid(support)
     weight, gained, factor = torch.ones_like(reward), torch.zeros_like(reward), torch.ones_like(reward)
-    for n in range(len(reward)):  # weight, gained and factor belong to the first action s; row s + n follows it
-        rest = len(reward) - n
+    length, waiting, size = len(reward), [], 0
+    for n in range(length):  # weight, gained and factor belong to the first action s; row s + n follows it
+        rest = length - n
         weight, gained, factor = weight[:rest], gained[:rest], factor[:rest]
         gained = gained + factor * reward[n:]
         factor = factor * per_step[n:]
-        following = behind[n:].unsqueeze(-1)
-        # what stands behind a cut need not be a distribution
-        mass = torch.where(following == 0, 0, following * torch.cat([q_dist[n + 1 :], q_dist[-1:]]))
-        mass = successor[n:] - mass
-        places = gained.unsqueeze(-1) + (factor * ~terminated[n:]).unsqueeze(-1) * support
-        # where the weight is 0 the sum has ended; what stands there may belong to another episode
-        mass = torch.where((weight == 0).unsqueeze(-1), 0, weight.unsqueeze(-1) * mass)
+        waiting.append((weight, gained, factor * ~terminated[n:], mixture[n:], first[:rest]))
+        size += mixture[n:].numel()
         weight = weight * behind[n:]
         if not bounded:  # products of ratios may overflow, and infinities meet zeros
-            mass, weight = saturated(mass), saturated(weight)
-        out[:rest] += categorical_projection(atoms=places, probs=mass, support=support)
-        if not bounded:
-            out = saturated(out)
+            weight = saturated(weight)
+        # a few large operations cost less than many small ones, until they no longer fit the cache
+        if size + mixture[n + 1 :].numel() > (BLOCK if reward.device.type == "cpu" else GPU_BLOCK) or rest == 1:
+            out = _mixed(out, [torch.cat(part) for part in zip(*waiting, strict=True)], grid, bounded=bounded)
+            waiting, size = [], 0
+    out = out.view(q_dist.shape)
     return narrowed(torch.where(known.unsqueeze(-1), out, q_dist), given)
+
+
+def _mixed(out: Tensor, pairs: list[Tensor], grid: _Grid, *, bounded: bool) -> Tensor:
+    """``out`` with n-step distributions, projected on the grid, added to the rows that begin at ``first``."""
+    weight, gained, factor, mixture, first = (x if x.ndim == pairs[3].ndim else x.unsqueeze(-1) for x in pairs)
+    # where the weight is 0 the sum has ended; what stands there may belong to another episode
+    mass = (weight * mixture).masked_fill(weight == 0, 0)
+    if not bounded:
+        mass = saturated(mass)
+    below, share = grid.between(gained + factor * grid.support)
+    below = (first + below).flatten()
+    upper = mass * share
+    out = out.scatter_add(0, below + 1, upper.flatten()).scatter_add(0, below, (mass - upper).flatten())
+    return out if bounded else saturated(out)
+
+
+class _Grid:
+    """The atoms ``[K]``, and where between them a place is: by a division where the host knows them to be even."""
+
+    def __init__(self, support: Tensor) -> None:
+        self.support = support
+        self._even: tuple[float, float] | None = None
+        # a GPU would have to be waited for, and a compiler cannot ask what a tensor holds, nor vmap what its rows hold
+        if support.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batchedtensor(support):
+            low, high = float(support[0]), float(support[-1])
+            even = low + torch.arange(len(support), dtype=support.dtype) * ((high - low) / (len(support) - 1))
+            rounding = 4 * torch.finfo(support.dtype).eps * max(abs(low), abs(high))
+            if float((support - even).abs().max()) <= rounding:
+                self._even = low, high
+
+    def between(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """The atom below ``place``, and the share of the way to the next; beyond the ends it is at the end."""
+        last = len(self.support) - 2
+        if self._even is None:  # a search costs some 20 times as much as the division
+            place = place.clamp(self.support[0], self.support[-1])
+            below = torch.searchsorted(self.support, place.contiguous(), right=True).clamp(1, last + 1) - 1
+            return below, (place - self.support[below]) / self.support.diff()[below]
+        low, high = self._even
+        place = (place.clamp(low, high) - low) * ((last + 1) / (high - low))
+        below = place.long().clamp(0, last)
+        return below, place - below
 
 
 def _like(name: str, tensor: Tensor, anchor: str, like: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -15,6 +16,7 @@ from torchrl.modules import set_recurrent_mode
 
 from offtrace.modules.losses import ReactorLoss
 from offtrace.modules.networks import CategoricalHead, LSTMCore, Policy, SeparateCores, build_policy
+from offtrace.modules.networks import core as networks_core
 from offtrace.modules.networks.distributions import MASKED_LOGIT
 from tests.modules.test_impala_loss import ACTIONS, make
 from tests.modules.test_networks import Recall
@@ -95,6 +97,43 @@ def test_one_step_after_another_is_the_unrolled_sequence(core: LSTMCore) -> None
     for t in range(9):
         h, c = core.step(x[:, t], first[:, t], h, c)
         assert torch.equal(out[:, t], h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "core", [LSTMCore(5, 4, num_actions=3), SeparateCores(5, 4, num_actions=3, detach_policy=True)], ids=["one", "two"]
+)
+def test_a_sequence_without_resets_inside_is_one_call(
+    core: LSTMCore, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same features and gradients as of the loop, which stays where an episode starts behind the first step."""
+    core, called = copy.deepcopy(core).to(dtype), []
+    for name in ("_fused", "_looped"):
+        found = getattr(networks_core, name)
+        monkeypatch.setattr(networks_core, name, lambda *a, n=name, f=found: called.append(n) or f(*a))
+    g = torch.Generator().manual_seed(0)
+    first = torch.zeros(6, 9, 1, dtype=torch.bool)
+    first[::2, 0] = True
+    inputs = [torch.randn(*shape, generator=g, dtype=dtype) for shape in ((6, 9, 9), *[(6, core.hidden_size)] * 2)]
+    x, h, c = (tensor.requires_grad_() for tensor in inputs)
+    out = core.unroll(x, first, h, c)
+    assert set(called) == {"_fused"}
+    steps, state = [], (h, c)
+    for t in range(9):
+        state = core.step(x[:, t], first[:, t], *state)
+        steps.append(state[0])
+    expected, leaves = torch.stack(steps, 1), [x, h, c, *core.parameters()]
+    close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(out, expected, **close)
+    weight = torch.randn(out.shape, generator=g, dtype=dtype)
+    pairs = zip(*(torch.autograd.grad((y * weight).mean(), leaves) for y in (out, expected)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, **close)
+
+    called.clear()
+    first[1, 4] = True
+    core.unroll(x, first, h, c)
+    assert set(called) == {"_looped"}
 
 
 def test_the_halves_are_two_cores_that_know_nothing_of_each_other() -> None:
@@ -242,3 +281,38 @@ def test_what_is_called_on_tensors_gives_what_the_tensordict_gives() -> None:
     assert torch.equal(policy.network.values(states), written["action_value"])
     gradients = torch.autograd.grad(logits.sum(), list(policy.network.encoder.parameters()), allow_unused=True)
     assert all(gradient is None for gradient in gradients)
+
+
+@pytest.mark.parametrize("options", [{"separate_cores": True}, {}, {"recurrent": None}], ids=["two", "one", "none"])
+def test_the_critic_alone_says_the_same_without_the_policy(options: dict[str, Any]) -> None:
+    """With resets inside and without; neither the policy's core nor its head runs."""
+    torch.manual_seed(0)
+    policy = build_policy(
+        network="mlp", observation_shape=[4], num_actions=3, hidden=[8], critic="q",
+        critic_options={"dueling": True, "atoms": 5, "v_max": 2.0}, **{"recurrent": 6, **options},
+    )  # fmt: skip
+    net, first = policy.network, torch.zeros(5, 7, 1, dtype=torch.bool)
+    size = 0 if net.core is None else net.core.hidden_size
+    td = TensorDict(
+        {
+            "observation": torch.randn(5, 7, 4), "is_init": first, "last_action": torch.randint(3, (5, 7)),
+            "last_reward": torch.randn(5, 7, 1), "recurrent_h": torch.randn(5, 7, size),
+            "recurrent_c": torch.randn(5, 7, size),
+        },
+        [5, 7],
+    )  # fmt: skip
+    for resets in (False, True):
+        td["is_init"][2, 3] = resets
+        with set_recurrent_mode(True):
+            expected = policy.get_dist_params(td.clone())
+        found = net.critic(td.clone())
+        for key in ("action_value", "value_logits"):
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
+        assert "logits" not in found
+    cells = [cell for cell in (net.head, getattr(net.core, "policy_cell", None)) if cell is not None]
+    for part in cells:
+        for parameter in part.parameters():
+            parameter.data.fill_(math.nan)
+    assert net.critic(td.clone())["action_value"].isfinite().all()
+    with pytest.raises(ValueError, match="the policy network has no value head"):
+        build_policy(network="mlp", observation_shape=[4], num_actions=3, critic=None).network.critic(td)

@@ -16,6 +16,7 @@ from torchrl.modules import ProbabilisticActor
 from offtrace.modules.losses import FastHardUpdate, ReactorLoss, reactor
 from offtrace.modules.losses.reactor import beta_loo
 from offtrace.modules.networks import Policy
+from offtrace.modules.replay import LazyPrioritized
 from tests.modules.reference import distributional_sums, q_return_sums
 from tests.modules.test_acer_loss import PAPER, cases
 from tests.modules.test_impala_loss import ACTIONS, FEATURES, LOSSES, gradients, make, rollout, total
@@ -242,7 +243,7 @@ def test_loss_equals_the_direct_sums(critic: str, masked: bool, reduction: str, 
     if support is not None:
         assert (target < -0.01).any(), "negative entries must be seen"
     pi, mu, q_taken = log_pi.exp(), td["logits"].softmax(-1), chosen(q, td).detach()
-    w = td["weight"] / td["weight"].max() if weights else torch.ones(5, 7)
+    w = td["weight"] if weights else torch.ones(5, 7)
     policy_sum, value_sum, entropy_sum, clipped = (torch.zeros((), dtype=torch.float64) for _ in range(4))
     for b in range(5):
         for t in range(7):
@@ -330,15 +331,17 @@ def loss_error(module: dict[str, Any]) -> float:
 
 
 LOSS_MUTATIONS = {
-    "target of the online network": ('self.target("policy").get_dist_params', "self.policy.get_dist_params"),
+    "target of the online network": ('critic_of(self.target("policy"))', "critic_of(self.policy)"),
     "mixed by the target's policy": (
         "mixed = next_probs if",
-        "next_probs = unroll.successors(inputs.get(k.LOGITS).softmax(-1))\n            mixed = next_probs if",
+        'logits = self.target("policy").get_dist_params(inputs).get(k.LOGITS)\n'
+        "            next_probs = unroll.successors(logits.softmax(-1))\n            mixed = next_probs if",
     ),
     "successors for steps": ("mixed * unroll.successors(known)", "mixed * unroll.steps(known)"),
     "negative entries cut off": ("errors = -(target *", "errors = -(target.clamp(min=0) *"),
     "behaviour of the target": ("behaviour_probs=behaviour_probs,", "behaviour_probs=probs.detach(),"),
     "no weights": ("weight = None if weight is None else", "weight = None if True else"),
+    "weights divided by the largest": ("selection, relative=False)", "selection)"),
     "weights of the policy alone": ("weighted(errors, weight)", "weighted(errors, None)"),
     "sign of the policy": ('"loss_policy": -stats', '"loss_policy": stats'),
     "sign of the entropy": ("-self.entropy_coef *", "self.entropy_coef *"),
@@ -350,6 +353,47 @@ LOSS_MUTATIONS = {
 @pytest.mark.parametrize("mutation", LOSS_MUTATIONS)
 def test_every_mutation_of_the_loss_is_caught(mutation: str) -> None:
     assert loss_error(mutant(reactor, *LOSS_MUTATIONS[mutation])) > 1e-4
+
+
+def test_of_the_target_network_the_critic_alone_runs() -> None:
+    loss, called = reactor_loss(policy_of()), []
+    for name, policy in (("online", loss.policy), ("target", loss.target("policy"))):
+        policy.network.head.register_forward_hook(lambda *_, name=name: called.append(name))
+    loss(stored())
+    assert called == ["online"]
+
+
+def test_the_expected_gradient_is_that_of_uniform_sampling() -> None:
+    """Over batches of 4 that lazy priorities drew, with beta = 1; divided by a batch's largest weight it is not."""
+    items, draws = 40, 400_000
+    policy, td = policy_of(), torch.cat([stored(seed=seed) for seed in range(items // 5)])
+    loss = reactor_loss(policy, entropy_coef=0.03)
+    parameters = list(loss.policy_params.parameters())
+
+    def gradient(batch: TensorDict) -> Tensor:
+        found = torch.autograd.grad(total(loss(batch)), parameters)
+        return torch.cat([x.flatten() for x in found])
+
+    each = torch.stack([gradient(td[i : i + 1]) for i in range(items)])
+    sampler, rng = LazyPrioritized(), np.random.default_rng(0)
+    sampler.bind(items)
+    sampler.add(np.arange(items))
+    sampler.update(np.arange(items), np.exp(1.5 * rng.normal(size=items)))
+    slots, weights = sampler.draw(draws, torch.Generator().manual_seed(0))
+    slots, weight = torch.from_numpy(slots).view(-1, 4), torch.from_numpy(weights).double().view(-1, 4)
+    assert weight.max() <= 10
+    for rows, w in zip(slots[:10], weight[:10], strict=True):
+        batch = td[rows].set("weight", w.unsqueeze(1).expand(4, 7))
+        torch.testing.assert_close(gradient(batch), (w.unsqueeze(1) * each[rows]).mean(0))
+
+    def expected(w: Tensor) -> Tensor:
+        share = torch.zeros(items, dtype=torch.float64).scatter_add(0, slots.flatten(), w.flatten())
+        return share @ each / draws
+
+    uniform = each.mean(0)
+    assert float((expected(weight) - uniform).norm() / uniform.norm()) < 0.02
+    relative = weight / weight.amax(1, keepdim=True)
+    assert float((expected(relative / relative.mean()) - uniform).norm() / uniform.norm()) > 0.1
 
 
 STATES = 3

@@ -153,6 +153,38 @@ def test_a_burn_in_runs_the_new_network_from_the_stored_state(overlap: bool) -> 
     assert len(lengths) == (steps + 1 if overlap else 2)
 
 
+class OwnPolicy(Policy):
+    """Any policy with a recurrent state: what its network does is its own business."""
+
+
+def test_a_burn_in_encodes_the_steps_in_front_once_and_needs_no_heads() -> None:
+    """And gives the state that an own policy has, one whole step after the other."""
+    policy, steps = make_policy(), 5
+    batch = filled(policy, burn_in=steps)[0].sample(16)
+    assert not batch["valid"][:, :steps].all()
+    for parameter in policy.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    own = OwnPolicy(policy.network)
+    calls: Counter[str] = Counter()
+    for name in ("encoder", "head", "core.cell"):
+        part = policy.network.get_submodule(name)
+        part.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    renewed = burn_in(policy, batch, steps)
+    assert calls == {"encoder": 1, "core.cell": steps}
+    calls.clear()
+    expected = burn_in(own, batch, steps)
+    assert calls == {"encoder": steps, "head": steps, "core.cell": steps}
+    for key in STATE:
+        torch.testing.assert_close(renewed[key], expected[key], rtol=0, atol=1e-6)
+        assert not torch.equal(renewed[key][:, 0], batch[key][:, steps])
+
+
+def test_a_network_without_state_has_none_behind_a_sequence() -> None:
+    network = build_policy(network="mlp", observation_shape=[4], num_actions=2, action_dim=None).network
+    with pytest.raises(ValueError, match="the policy network has no recurrent core"):
+        network.state_behind(TensorDict({"observation": torch.zeros(2, 3, 4)}, [2, 3]))
+
+
 def test_steps_in_front_are_those_that_are_still_there() -> None:
     """Of a ring that is being overwritten the oldest steps have fewer, and none is of another episode."""
     policy, steps = make_policy(), 9

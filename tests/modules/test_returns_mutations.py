@@ -113,9 +113,19 @@ MUTATIONS = {
     "reward at the wrong step": (distributional_error, distributional, "factor * reward[n:]", "factor * reward[:rest]"),
     "no discount of the atoms": (distributional_error, distributional, "factor = factor * per_step[n:]", "pass"),
     "taken action not removed": (
-        distributional_error, distributional, "mass = successor[n:] -", "mass = successor[n:] - 0 *",
+        distributional_error, distributional, "mixture = mixture - taken", "mixture = mixture - 0 * taken",
     ),
-    "atoms behind a termination": (distributional_error, distributional, "(factor * ~terminated[n:])", "(factor)"),
+    "atoms behind a termination": (
+        distributional_error, distributional, "factor * ~terminated[n:], mix", "factor, mix",
+    ),
+    "mixture of the first action": (
+        distributional_error, distributional, "mixture[n:], first", "mixture[:rest], first",
+    ),
+    "into the row behind": (distributional_error, distributional, "first[:rest]))", "first[n:]))"),
+    "the share of the other atom": (
+        distributional_error, distributional, "upper = mass * share", "upper = mass * (1 - share)",
+    ),
+    "a gap too few": (distributional_error, distributional, "((last + 1) / (high - low))", "(last / (high - low))"),
     "shifted coefficient": (distributional_error, distributional, "torch.cat([c[1:], c[-1:]])", "c.clone()"),
     "scan with a wrong shift": (recurrence_error, recurrence, "shift *= 2", "shift *= 3"),
     "scan without products": (recurrence_error, recurrence, "* a[shift:rest]", "* 1"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offtrace.modules.returns import (
     categorical_projection,
+    distributional,
     distributional_return,
     importance_trace,
     q_lambda_trace,
@@ -310,6 +311,50 @@ def test_the_distributional_return_over_long_rollouts(
     support = torch.linspace(-2, 3, 5, dtype=torch.float64)
     out = distributional_return(**inputs, gamma=gamma, support=support)
     np.testing.assert_allclose(out.numpy(), direct_distribution(inputs, gamma, support), atol=1e-10)
+
+
+@pytest.mark.parametrize("block", [1, 500, 2**15])
+@pytest.mark.parametrize("grid", ["even", "uneven", "nearly even", "far from 0"])
+def test_the_distributional_return_on_any_grid_in_blocks_of_any_size(
+    grid: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An even grid is divided, any other one searched; blocks bound the memory and change nothing."""
+    monkeypatch.setattr(distributional, "BLOCK", block)
+    support = torch.linspace(-3, 3, 9, dtype=torch.float64)
+    if grid == "uneven":
+        support = torch.tensor([-3.0, -2.5, -0.1, 0.0, 0.02, 0.9, 1.0, 2.8, 3.0]).double()
+    if grid == "nearly even":
+        support[4] += 1e-6
+    if grid == "far from 0":
+        support = support + 1000
+    assert (distributional._Grid(support)._even is None) == (grid in ("uneven", "nearly even"))
+    for seed in range(5):
+        inputs = distributions(seed, 14, 9, 3)
+        inputs["valid"] = validity(seed, inputs["reward"].shape)
+        if grid == "far from 0":
+            inputs["reward"] += 50
+        out = distributional_return(**inputs, gamma=0.95, support=support)
+        np.testing.assert_allclose(out.numpy(), direct_distribution(inputs, 0.95, support), atol=1e-10)
+
+
+def test_the_distributional_return_of_several_grids_by_vmap() -> None:
+    inputs, grids = distributions(1, 6, 5), torch.linspace(-2, 2, 5).double() * torch.tensor([[0.5], [1.0]])
+    found = torch.vmap(lambda grid: distributional_return(**inputs, gamma=0.9, support=grid))(grids)
+    for one, grid in zip(found, grids, strict=True):
+        torch.testing.assert_close(one, distributional_return(**inputs, gamma=0.9, support=grid))
+
+
+def test_a_reward_that_is_no_number_stays_in_its_own_episode() -> None:
+    """On an even grid too, where a place that is no number has no atom below it."""
+    inputs = distributions(9, 12, 5, 2)
+    inputs["terminated"][5] = inputs["done"][5] = True
+    support = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    clean = distributional_return(**inputs, gamma=0.9, support=support)
+    inputs["reward"][3, 0] = math.nan
+    out = distributional_return(**inputs, gamma=0.9, support=support)
+    assert out[3, 0].isnan().any()
+    assert torch.equal(out[:, 1], clean[:, 1])
+    assert torch.equal(out[4:, 0], clean[4:, 0])
 
 
 @pytest.mark.parametrize("trace", ["tensor", "number"])
