@@ -88,8 +88,11 @@ def test_the_dueling_critic_has_the_policys_mean_in_v() -> None:
     td = stored()
     policy = evaluate_rollout(loss, td)
     actions = torch.randn(SAMPLES, 5, 7, DIM, dtype=torch.float64)
-    found = [loss._critic(policy, torch.cat([a[None], a[None], actions]), loss.value, loss.advantage) for a in actions]
-    torch.testing.assert_close(torch.stack([x.q_value for x in found]).mean(0), found[0].value)
+    found = loss._critic(policy, actions, actions, loss.value, loss.advantage)
+    torch.testing.assert_close(found.q_fresh.mean(0), found.value)
+    td["action"] = actions[1]
+    again = loss._critic(evaluate_rollout(loss, td), actions, actions, loss.value, loss.advantage)
+    torch.testing.assert_close(again.q_value, found.q_fresh[1])
 
 
 @pytest.mark.parametrize("learn_scale", [False, True])
@@ -104,12 +107,13 @@ def test_loss_equals_the_direct_sums(
     """One step at a time, in the order of the paper's box, from the same draws."""
     options = {"learn_scale": learn_scale, "delta": delta, "reduction": reduction, "normalize_advantage": normalize}
     options["average_critic"] = average_critic
+    options["correction_samples"] = number = 3 if average_critic else 1
     loss, td = make(clip=1.2, value_coef=0.7, entropy_coef=0.03, **options), stored(masked)
     torch.manual_seed(5)
     out = loss(td)
     loc, scale = parameters_of(loss.policy, td["observation"])
     torch.manual_seed(5)
-    fresh = (loc + scale * torch.randn(1 + SAMPLES, *loc.shape, dtype=torch.float64)).detach()
+    fresh = (loc + scale * torch.randn(number + SAMPLES, *loc.shape, dtype=torch.float64)).detach()
     average = [x.detach() for x in parameters_of(loss.target("policy"), td["observation"])]
     observation, action = td["observation"], td["action"]
 
@@ -121,8 +125,8 @@ def test_loss_equals_the_direct_sums(
             for x in (observation, td["next", "observation"])
         )
         of = [advantage.values({"observation": flat}, a.reshape(-1, DIM)).view(5, 7) for a in (action, *fresh)]
-        baseline = torch.stack(of[2:]).mean(0)
-        return v, after, v + of[0] - baseline, v + of[1] - baseline
+        baseline = torch.stack(of[1 + number :]).mean(0)
+        return v, after, v + of[0] - baseline, torch.stack([v + x - baseline for x in of[1 : 1 + number]])
 
     learnt = critic(loss.value, loss.advantage)
     known = learnt
@@ -131,7 +135,7 @@ def test_loss_equals_the_direct_sums(
     value, following, q, q_fresh = (x.detach() for x in known)
     dist, behaviour = Normal(loc, scale), Normal(td["loc"], td["scale"])
     rho = (dist.log_prob(action).sum(-1) - td["action_log_prob"]).exp().detach()
-    fresh_rho = (dist.log_prob(fresh[0]) - behaviour.log_prob(fresh[0])).sum(-1).exp().detach()
+    fresh_rho = (dist.log_prob(fresh) - behaviour.log_prob(fresh)).sum(-1).exp().detach()
     reward, terminated, done = (td["next", key].squeeze(-1) for key in ("reward", "terminated", "done"))
     valid = td["valid"].squeeze(-1) if masked else torch.ones(5, 7, dtype=torch.bool)
     count = int(valid.sum())
@@ -168,10 +172,12 @@ def test_loss_equals_the_direct_sums(
             own = statistics.detach().requires_grad_()
             f = Normal(own[:DIM], own[DIM:].exp())
             weight = min(1.2, float(rho[b, t])) * (opc - v)
-            correction = max(0.0, 1 - 1.2 / float(fresh_rho[b, t]))
-            corrections += correction
             objective = weight * f.log_prob(action[b, t]).sum()
-            objective = objective + correction * (float(q_fresh[b, t]) - v) * f.log_prob(fresh[0, b, t]).sum()
+            for m in range(number):
+                correction = max(0.0, 1 - 1.2 / float(fresh_rho[m, b, t]))
+                corrections += correction / number
+                log_prob = f.log_prob(fresh[m, b, t]).sum()
+                objective = objective + correction * (float(q_fresh[m, b, t]) - v) * log_prob / number
             g = torch.autograd.grad(objective, own, retain_graph=True)[0] / size
             kl = torch.distributions.kl_divergence(Normal(average[0][b, t], average[1][b, t]), f).sum()
             k = torch.autograd.grad(kl, own)[0]
