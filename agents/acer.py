@@ -29,8 +29,7 @@ class LossConfig(Group):
     """The loss; the values of the paper, but for the entropy."""
 
     estimator: str = "retrace"
-    """retrace is the paper's, on continuous actions with the root of the ratio that it has there; or another of action
-    values, with options in brackets, such as retrace(lmbda=0.95); or package.module:Class of an own one."""
+    """retrace, on continuous actions with the paper's root; another, such as retrace(lmbda=0.95); package.module:Class."""
     gamma: float = 0.99
     """Discount per agent step."""
     value_coef: float = 0.5
@@ -45,6 +44,8 @@ class LossConfig(Group):
     """Bound of the trust region around the average policy; null for none."""
     num_samples: int = 5
     """Continuous actions only: those that the advantages of the dueling critic are centred on."""
+    correction_samples: int = 1
+    """Continuous actions only: those over which the bias correction is averaged."""
     average_critic: bool = False
     """Continuous actions only: targets come from averages of the critics, which move as the average policy does."""
     learn_scale: bool = False
@@ -60,7 +61,7 @@ class LossConfig(Group):
         checks = Checks(self, at)
         checks.fraction("gamma")
         checks.at_least(0, "value_coef", "entropy_coef")
-        checks.at_least(1, "num_samples")
+        checks.at_least(1, "num_samples", "correction_samples")
         checks.require("clip", lambda value: value > 0, "above 0; inf never truncates")
         checks.positive_or_null("delta", "reward_clip")
 
@@ -129,7 +130,7 @@ class ACERConfig(MixedConfig):
 
         if info.num_actions is not None:
             return policy_spec(self, info, critic="q")
-        return policy_spec(self, info, head="normal", critic=None, head_options={"init_scale": 0.3, "bounded": True})
+        return policy_spec(self, info, head="normal", critic=None, head_options={"init_scale": 0.3})
 
     def build(self) -> tuple[Agent, MixedData | RolloutData]:
         """As :meth:`Config.build`."""
@@ -154,12 +155,11 @@ def make_acer(config: ACERConfig) -> tuple[Agent, MixedData | RolloutData]:
         if config.network.normalize:
             share_normalizer(policy.network, value, advantage)
         loss = ContinuousACERLoss(policy, value, advantage, **loss_options(ContinuousACERLoss, config.loss))
-    optim = config.optim
     groups: Any = [{"params": group} for group in loss.param_groups().values()]
-    make = make_optimizer(optim.name, lr=optim.lr, eps=optim.eps, decay=optim.decay)
+    make = make_optimizer(config.optim.name, lr=config.optim.lr, eps=config.optim.eps, decay=config.optim.decay)
     return mixed_agent(
         config, info, loss, loss.policy, spec,
-        optimizer=lambda _: make(groups), after_update=soft_update(loss, 1 - optim.average_decay),
+        optimizer=lambda _: make(groups), after_update=soft_update(loss, 1 - config.optim.average_decay),
     )  # fmt: skip
 
 
@@ -175,12 +175,12 @@ def control_config() -> ACERConfig:
 
 
 def continuous_config() -> ACERConfig:
-    """cartpole-swingup of dm_control: sequences of 20 steps, 8 replayed batches behind each fresh one, Adam."""
+    """cartpole-swingup of dm_control: behind each fresh sequence of 20 steps 4 batches of 16 replayed ones, Adam."""
     config = control_config()
-    config.env = EnvConfig(task="cartpole-swingup", num_envs=4)
+    config.env = EnvConfig(task="cartpole-swingup", num_envs=1)
     config.network.hidden, config.network.activation = [256, 256], "relu"
-    config.replay = RatioReplayConfig(ratio=8.0, capacity=500_000, min_size=5_000)
-    config.loss.clip = 5.0
+    config.replay = RatioReplayConfig(ratio=4.0, sequences=16, capacity=500_000, min_size=5_000)
+    config.loss.clip, config.loss.normalize_advantage = 5.0, True
     config.optim = ACEROptimConfig(lr=3e-4, schedule="constant", average_decay=0.995, clip_grad_norm=40.0)
     return config
 

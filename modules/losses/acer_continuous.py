@@ -64,7 +64,7 @@ def gaussian_kl_gradient(*, average_loc: Tensor, average_scale: Tensor, loc: Ten
 
 
 class _Critic(NamedTuple):
-    """V of the steps and of their successors, Q~ of the action and of a new one of the policy, [B, T] each."""
+    """V of the steps and of their successors, and Q~ of the action, [B, T]; Q~ of new ones of the policy [m, B, T]."""
 
     value: Tensor
     next_value: Tensor
@@ -87,7 +87,8 @@ class ContinuousACERLoss(Loss):
         g = min(c, rho) (Q^opc - V) grad_phi log f(a) + [1 - c / rho']_+ (Q~(x, a') - V) grad_phi log f(a')
 
     projected by :func:`offtrace.modules.losses.acer.trust_region` against the average policy, ``target("policy")``,
-    which has to follow after every update. Q^ret is the target of the estimator, Q^opc that of Q(lambda) with lambda 1;
+    which has to follow after every update. Q^ret is the target of the estimator, Q^opc that of Q(lambda), with
+    the lambda of the estimator where it has one, the paper's being 1;
     V^target = min(1, rho) (Q^ret - Q~) + V. All three are constant.
 
     Args:
@@ -103,6 +104,8 @@ class ContinuousACERLoss(Loss):
         clip: c, of the importance weights in the policy gradient; the paper's is 5 here.
         delta: bound of the trust region; None for none.
         num_samples: n.
+        correction_samples: m, the number of a' over which the bias correction is averaged; the paper has 1. The smaller
+            the clip, the more of the gradient comes from there: from the critic, instead of the returns.
         learn_scale: False leaves the scale as it is at the start, as in the paper; the entropy, which is that of the
             scale alone, then has no gradient, and ``entropy_coef`` must be 0.
         reward_clip: rewards are clipped to [-reward_clip, reward_clip]; None leaves them.
@@ -150,13 +153,15 @@ class ContinuousACERLoss(Loss):
         clip: float = 10.0,
         delta: float | None = 1.0,
         num_samples: int = 5,
+        correction_samples: int = 1,
         learn_scale: bool = False,
         reward_clip: float | None = None,
         normalize_advantage: bool = False,
         average_critic: bool = False,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
-        check_positive(reward_clip=reward_clip, clip=clip, delta=delta, num_samples=num_samples)
+        check_positive(reward_clip=reward_clip, clip=clip, delta=delta)
+        check_positive(num_samples=num_samples, correction_samples=correction_samples)
         if entropy_coef and not learn_scale:
             raise ValueError(
                 f"entropy_coef is {entropy_coef}; the entropy of a normal is that of its scale, which "
@@ -175,7 +180,7 @@ class ContinuousACERLoss(Loss):
         self.add_network("advantage", advantage, target=average_critic)
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.clip, self.delta, self.reward_clip = clip, delta, reward_clip
-        self.num_samples, self.learn_scale = num_samples, learn_scale
+        self.num_samples, self.correction_samples, self.learn_scale = num_samples, correction_samples, learn_scale
         self.normalize_advantage, self.average_critic = normalize_advantage, average_critic
         losses = ["loss_policy", "loss_value", "loss_entropy"]
         diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "pg_rho_clipped"]
@@ -193,7 +198,8 @@ class ContinuousACERLoss(Loss):
             if name == "retrace" and "root" not in given and "root" not in options:
                 options["root"] = self.policy.action_dim
         super().bind_estimator(spec, kind, gamma=gamma, **options)
-        self.__dict__["uncorrected"] = QLambda(gamma=gamma)  # no submodule: state_dict knows nothing of it
+        lmbda = getattr(self.estimator, "lmbda", 1.0)
+        self.__dict__["uncorrected"] = QLambda(lmbda=lmbda, gamma=gamma)  # no submodule: state_dict knows nothing of it
 
     @property
     def in_keys(self) -> list[str]:
@@ -205,25 +211,26 @@ class ContinuousACERLoss(Loss):
         """Losses and diagnostics, all scalars, of a rollout [B, T]."""
         behaviour = DiagonalNormal(*(behaviour_parameter(self, tensordict, key) for key in (k.LOC, k.SCALE)))
 
-        # the policy over the steps and their successors, and new actions of it at the steps: a', and u_1 to u_n
+        # the policy over the steps and their successors, and new actions of it at the steps: a'_1 to a'_m, u_1 to u_n
         policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
         valid, log_rho = policy.outcome.valid, policy.log_rho
         assert log_rho is not None
         stats = Stats(valid, policy.outcome.reward, self.reduction)
         loc, scale = policy.params[k.LOC], policy.params[k.SCALE]
         with torch.no_grad():
-            fresh = loc + scale * torch.randn(1 + self.num_samples, *loc.shape, dtype=loc.dtype, device=loc.device)
+            number = self.correction_samples + self.num_samples
+            drawn = loc + scale * torch.randn(number, *loc.shape, dtype=loc.dtype, device=loc.device)
+            fresh, centre = drawn.split([self.correction_samples, self.num_samples])
 
         # the stochastic dueling critic of a and a'
-        actions = torch.cat([policy.action.unsqueeze(0), fresh])
-        critic = self._critic(policy, actions, self.value, self.advantage)
+        critic = self._critic(policy, fresh, centre, self.value, self.advantage)
         q_value = critic.q_value
 
         # Q^ret, Q^opc and V^target, constant
         with torch.no_grad():
             known = critic
             if self.average_critic:
-                known = self._critic(policy, actions, self.target("value"), self.target("advantage"))
+                known = self._critic(policy, fresh, centre, self.target("value"), self.target("advantage"))
             value = known.value
             selection = self.estimator.select(policy.outcome, gamma=self.gamma)
             given: dict[str, Any] = {"q_value": known.q_value.flatten(), "next_value": known.next_value.flatten()}
@@ -235,12 +242,12 @@ class ContinuousACERLoss(Loss):
 
             # truncated gradient with its bias correction, then the trust region
             weight, _ = truncated_weights(log_rho=log_rho, clip=self.clip)
-            fresh_rho = policy.dist.log_prob(fresh[0]) - behaviour.log_prob(fresh[0])
+            fresh_rho = policy.dist.log_prob(fresh) - behaviour.log_prob(fresh)
             _, correction = truncated_weights(log_rho=fresh_rho, clip=self.clip)
             score = gaussian_score(action=policy.action, loc=loc, scale=scale)
-            fresh_score = gaussian_score(action=fresh[0], loc=loc, scale=scale)
+            fresh_score = gaussian_score(action=fresh, loc=loc.expand_as(fresh), scale=scale.expand_as(fresh))
             gradient = (weight * (q_opc - value)).unsqueeze(-1) * score
-            gradient = gradient + (correction * (known.q_fresh - value)).unsqueeze(-1) * fresh_score
+            gradient = gradient + ((correction * (known.q_fresh - value)).unsqueeze(-1) * fresh_score).mean(0)
             gradient = self._learnt(gradient)
             if self.normalize_advantage:
                 gradient = gradient / stats.root_mean_square(q_opc - value)
@@ -265,21 +272,28 @@ class ContinuousACERLoss(Loss):
         with torch.no_grad():
             out |= rollout_diagnostics(stats, entropy=entropy, advantage=q_opc - value, target=q_return, error=error)
             out["pg_rho_clipped"] = clipped_fraction(log_rho, self.clip, valid=valid)
-            out["bias_correction"] = stats.mean(correction)
+            out["bias_correction"] = stats.mean(correction.mean(0))
             if self.delta is not None:
                 out["projected"] = stats.mean(is_changed(before=gradient, change=projected - gradient))
                 out["kl_average"] = stats.mean(torch.distributions.kl_divergence(average, policy.dist))
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
 
-    def _critic(self, policy: EvaluatedPolicy, actions: Tensor, value: Any, advantage: Any) -> _Critic:
-        """V and Q~ with gradient, of the actions a, a', u_1, ..., u_n; by the networks ``value`` and ``advantage``."""
+    def _critic(self, policy: EvaluatedPolicy, fresh: Tensor, centre: Tensor, value: Any, advantage: Any) -> _Critic:
+        """By networks ``value`` and ``advantage``; ``fresh`` [m, B, T, D] are the a', ``centre`` [n, B, T, D] the u."""
         inputs, unroll = policy.unroll.inputs, policy.unroll
         values = value(inputs.select(*value.in_keys)).get(self.tensor_keys.value).squeeze(-1)
         states = {key: unroll.steps(inputs.get(key)).flatten(0, 1) for key in advantage.in_keys if key != k.ACTION}
-        of_actions = advantage.values(states, actions.flatten(1, 2)).view(actions.shape[:-1])
-        centred = of_actions[:2] - of_actions[2:].mean(0)
+
+        def of(actions: Tensor) -> Tensor:
+            found: Tensor = advantage.values(states, actions.flatten(1, 2)).view(actions.shape[:-1])
+            return found
+
         now = unroll.steps(values)
-        return _Critic(now, unroll.successors(values).detach(), now + centred[0], (now + centred[1]).detach())
+        of_action = of(torch.cat([policy.action.unsqueeze(0), centre]))
+        baseline = of_action[1:].mean(0)
+        with torch.no_grad():
+            q_fresh = now + of(fresh) - baseline
+        return _Critic(now, unroll.successors(values).detach(), now + of_action[0] - baseline, q_fresh)
 
     def _learnt(self, statistics: Tensor) -> Tensor:
         """Of means and logs of the scales [*B, 2 D] those that are learnt; zero in place of the others."""

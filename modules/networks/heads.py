@@ -141,8 +141,6 @@ class NormalHead(PolicyHead):
     Args:
         init_scale: standard deviation at the start, in units of the action.
         state_dependent: compute the scale from the features; otherwise it is a parameter of its own.
-        bounded: the mean goes through a tanh, into (-1, 1). Where an environment clips its actions to this range, it
-            cannot leave it, and with it the reach of its samples.
 
     The log of the scale is kept in [-5, 2].
     """
@@ -157,7 +155,6 @@ class NormalHead(PolicyHead):
         *,
         init_scale: float = 1.0,
         state_dependent: bool = False,
-        bounded: bool = False,
     ) -> None:
         super().__init__()
         low, high = (math.exp(limit) for limit in _LOG_SCALE_RANGE)
@@ -167,7 +164,7 @@ class NormalHead(PolicyHead):
             raise ValueError(
                 f"init_scale is {init_scale}; it must be from {low:.3g} to {high:.3g}, where the head keeps the scale"
             )
-        self.action_dim, self.bounded = action_dim, bounded
+        self.action_dim = action_dim
         self.loc = nn.Linear(in_features, action_dim)
         self.scale = nn.Linear(in_features, action_dim) if state_dependent else None
         orthogonal(self, POLICY_GAIN)
@@ -175,7 +172,7 @@ class NormalHead(PolicyHead):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """``(loc, scale)``, both [*B, A]."""
-        loc = self.loc(x).tanh() if self.bounded else self.loc(x)
+        loc = self.loc(x)
         log_scale = self.log_scale if self.scale is None else self.log_scale + self.scale(x)
         return loc, log_scale.clamp(*_LOG_SCALE_RANGE).exp().expand_as(loc)
 

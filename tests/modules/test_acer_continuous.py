@@ -88,8 +88,11 @@ def test_the_dueling_critic_has_the_policys_mean_in_v() -> None:
     td = stored()
     policy = evaluate_rollout(loss, td)
     actions = torch.randn(SAMPLES, 5, 7, DIM, dtype=torch.float64)
-    found = [loss._critic(policy, torch.cat([a[None], a[None], actions]), loss.value, loss.advantage) for a in actions]
-    torch.testing.assert_close(torch.stack([x.q_value for x in found]).mean(0), found[0].value)
+    found = loss._critic(policy, actions, actions, loss.value, loss.advantage)
+    torch.testing.assert_close(found.q_fresh.mean(0), found.value)
+    td["action"] = actions[1]
+    again = loss._critic(evaluate_rollout(loss, td), actions, actions, loss.value, loss.advantage)
+    torch.testing.assert_close(again.q_value, found.q_fresh[1])
 
 
 @pytest.mark.parametrize("learn_scale", [False, True])
@@ -104,13 +107,16 @@ def test_loss_equals_the_direct_sums(
     """One step at a time, in the order of the paper's box, from the same draws."""
     options = {"learn_scale": learn_scale, "delta": delta, "reduction": reduction, "normalize_advantage": normalize}
     options["average_critic"] = average_critic
+    options["correction_samples"] = number = 3 if average_critic else 1
+    lmbda = 0.8 if average_critic else 1.0
+    options["estimator"] = f"retrace(lmbda={lmbda})"
     entropy_coef = 0.03 if learn_scale else 0.0
     loss, td = make(clip=1.2, value_coef=0.7, entropy_coef=entropy_coef, **options), stored(masked)
     torch.manual_seed(5)
     out = loss(td)
     loc, scale = parameters_of(loss.policy, td["observation"])
     torch.manual_seed(5)
-    fresh = (loc + scale * torch.randn(1 + SAMPLES, *loc.shape, dtype=torch.float64)).detach()
+    fresh = (loc + scale * torch.randn(number + SAMPLES, *loc.shape, dtype=torch.float64)).detach()
     average = [x.detach() for x in parameters_of(loss.target("policy"), td["observation"])]
     observation, action = td["observation"], td["action"]
 
@@ -122,8 +128,8 @@ def test_loss_equals_the_direct_sums(
             for x in (observation, td["next", "observation"])
         )
         of = [advantage.values({"observation": flat}, a.reshape(-1, DIM)).view(5, 7) for a in (action, *fresh)]
-        baseline = torch.stack(of[2:]).mean(0)
-        return v, after, v + of[0] - baseline, v + of[1] - baseline
+        baseline = torch.stack(of[1 + number :]).mean(0)
+        return v, after, v + of[0] - baseline, torch.stack([v + x - baseline for x in of[1 : 1 + number]])
 
     learnt = critic(loss.value, loss.advantage)
     known = learnt
@@ -132,7 +138,7 @@ def test_loss_equals_the_direct_sums(
     value, following, q, q_fresh = (x.detach() for x in known)
     dist, behaviour = Normal(loc, scale), Normal(td["loc"], td["scale"])
     rho = (dist.log_prob(action).sum(-1) - td["action_log_prob"]).exp().detach()
-    fresh_rho = (dist.log_prob(fresh[0]) - behaviour.log_prob(fresh[0])).sum(-1).exp().detach()
+    fresh_rho = (dist.log_prob(fresh) - behaviour.log_prob(fresh)).sum(-1).exp().detach()
     reward, terminated, done = (td["next", key].squeeze(-1) for key in ("reward", "terminated", "done"))
     valid = td["valid"].squeeze(-1) if masked else torch.ones(5, 7, dtype=torch.bool)
     count = int(valid.sum())
@@ -149,7 +155,7 @@ def test_loss_equals_the_direct_sums(
                     opc = 0.0 if terminated[b, t] else float(following[b, t])
                 opc = float(reward[b, t]) + GAMMA * opc
                 squares.append((opc - float(value[b, t])) ** 2)
-                opc = opc - float(q[b, t]) + float(value[b, t])
+                opc = lmbda * (opc - float(q[b, t])) + float(value[b, t])
         size = math.sqrt(sum(squares) / count)
     policy_term = value_term = torch.zeros((), dtype=torch.float64)
     projected = 0
@@ -169,24 +175,26 @@ def test_loss_equals_the_direct_sums(
             own = statistics.detach().requires_grad_()
             f = Normal(own[:DIM], own[DIM:].exp())
             weight = min(1.2, float(rho[b, t])) * (opc - v)
-            correction = max(0.0, 1 - 1.2 / float(fresh_rho[b, t]))
-            corrections += correction
             objective = weight * f.log_prob(action[b, t]).sum()
-            objective = objective + correction * (float(q_fresh[b, t]) - v) * f.log_prob(fresh[0, b, t]).sum()
+            for m in range(number):
+                correction = max(0.0, 1 - 1.2 / float(fresh_rho[m, b, t]))
+                corrections += correction / number
+                log_prob = f.log_prob(fresh[m, b, t]).sum()
+                objective = objective + correction * (float(q_fresh[m, b, t]) - v) * log_prob / number
             g = torch.autograd.grad(objective, own, retain_graph=True)[0] / size
             kl = torch.distributions.kl_divergence(Normal(average[0][b, t], average[1][b, t]), f).sum()
             k = torch.autograd.grad(kl, own)[0]
             if not learn_scale:
                 g[DIM:], k[DIM:] = 0, 0
             excess = 0.0 if delta is None else max(0.0, float(k @ g) - delta)
-            projected += excess > 0
+            projected += excess / float(k.norm()) > 0.01 * float(g.norm())
             z = g - excess / float(k @ k) * k
             policy_term = policy_term - z @ statistics
             target = min(1.0, float(rho[b, t])) * (ret - q_t) + v
             errors = ret - learnt[2][b, t], target - learnt[0][b, t]
             value_term = value_term + 0.7 * 0.5 * (errors[0] ** 2 + errors[1] ** 2)
-            c = min(1.0, float(rho[b, t]) ** (1 / DIM))
-            ret, opc = c * (ret - q_t) + v, (opc - q_t) + v
+            c = lmbda * min(1.0, float(rho[b, t]) ** (1 / DIM))
+            ret, opc = c * (ret - q_t) + v, lmbda * (opc - q_t) + v
     scale_of = 1 if reduction == "sum" else count
     entropy = dist.entropy().sum(-1)[valid].sum()
     torch.testing.assert_close(out["loss_policy"], policy_term / scale_of)
@@ -224,7 +232,7 @@ def test_another_estimator_by_its_name_has_the_papers_root_too() -> None:
     assert loss.estimator.root == DIM
     loss.make_value_estimator("retrace", lmbda=0.9)
     assert (loss.estimator.root, loss.estimator.lmbda) == (DIM, 0.9)
-    assert (loss.uncorrected.gamma, loss.uncorrected.lmbda) == (GAMMA, 1.0)
+    assert (loss.uncorrected.gamma, loss.uncorrected.lmbda) == (GAMMA, 0.9)
     assert loss.make_value_estimator("retrace", root=3).estimator.root == 3
     assert loss.make_value_estimator("retrace(root=1)").estimator.root == 1
     assert set(loss(stored()).keys()) == set(loss.out_keys)
