@@ -29,7 +29,7 @@ class LossConfig(Group):
     """The loss; the values of the paper, but for the entropy."""
 
     estimator: str = "retrace"
-    """retrace, on continuous actions with the paper's root; another, such as retrace(lmbda=0.95); package.module:Class."""
+    """retrace, on continuous actions with the paper's root; another, such as retrace(lmbda=0.95); or an own one."""
     gamma: float = 0.99
     """Discount per agent step."""
     value_coef: float = 0.5
