@@ -78,7 +78,16 @@ def arguments(name: str) -> list[str]:
         ("acer_control", ["--replay.storage=memmap", "--network.normalize=true", "--loss.entropy_coef=0.01"]),
         ("acer_atari", [DISCRETE]),
         ("acer_control", [CONTINUOUS, "--network.critic_hidden=[8,8]"]),
-        ("acer_control", ["--preset=continuous", CONTINUOUS, "--loss.learn_scale=true", "--network.normalize=true"]),
+        (
+            "acer_control",
+            [
+                "--preset=continuous",
+                CONTINUOUS,
+                "--loss.learn_scale=true",
+                "--network.normalize=true",
+                "--replay.sequences=2",
+            ],
+        ),
         ("vmpo_control", SMALL),
         ("vmpo_control", [*SMALL, CONTINUOUS, "--network.popart=true"]),
         ("dqn", []),
