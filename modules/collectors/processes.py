@@ -38,7 +38,7 @@ class ChildProcess:
         what: its name in messages.
         shared: the weights, with the signs of life.
         place: its place in those.
-        arguments: further ones; those that are pipes are closed here once it has them.
+        arguments: further ones.
 
     Attributes:
         process, pipe, what: as they are.
@@ -135,12 +135,11 @@ class ActorProcess(ChildProcess):
         server: its pipe to the server, where there is one.
 
     Attributes:
-        worker: as given.
         has_rollout: whether a rollout waits in its memory.
     """
 
     def __init__(self, worker: int, shared: SharedWeights, spec: SharedBlock, server: Connection | None) -> None:
-        self.worker, self.has_rollout = worker, False
+        self.has_rollout = False
         self._entries: dict[Key, Tensor] = {}
         self._shape = torch.Size()
         super().__init__(partial(run_actor, worker), f"actor process {worker}", shared, worker, spec, server)

@@ -16,7 +16,7 @@ from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, check_positive, entry
-from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout
+from offtrace.modules.losses.unroll import EvaluatedPolicy, check_action_values, evaluate_action_values
 from offtrace.modules.networks import Policy
 from offtrace.modules.returns import clipped_fraction
 
@@ -244,11 +244,7 @@ class ACERLoss(Loss):
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, clip=clip, delta=delta)
-        if k.ACTION_VALUE not in policy.out_keys or list(policy[-1].in_keys) != [k.LOGITS]:
-            raise ValueError(
-                f"ACERLoss needs a policy over discrete actions that writes {k.ACTION_VALUE!r}, got one that writes "
-                f"{policy.out_keys}: use build_policy(..., num_actions=..., critic='q')"
-            )
+        check_action_values(policy, "ACERLoss")
         super().__init__()
         self.bind_estimator(estimator, "action", gamma=gamma, every_step=True)
         self.state_keys = list(policy.in_keys)
@@ -277,13 +273,10 @@ class ACERLoss(Loss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of a rollout [B, T]."""
         behaviour_probs = behaviour_parameter(self, tensordict, k.LOGITS).softmax(-1)
-        if k.ACTION_MASK in self.policy.in_keys:  # the policy's value behind a step needs it there too
-            entry(self, tensordict, (k.NEXT, k.ACTION_MASK))
 
         # one call of the network over the steps and their successors
-        policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
-        valid, log_rho = policy.outcome.valid, policy.log_rho
-        assert log_rho is not None
+        policy, log_rho = evaluate_action_values(self, tensordict, reward_clip=self.reward_clip)
+        valid = policy.outcome.valid
         stats = Stats(valid, policy.outcome.reward, self.reduction)
         q_values = entry(self, policy.output, self.tensor_keys.action_value).squeeze(-2)
         q_value = policy.unroll.steps(q_values)

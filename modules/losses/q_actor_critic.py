@@ -14,7 +14,7 @@ from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics, trust_region
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, check_positive, entry
-from offtrace.modules.losses.unroll import evaluate_rollout
+from offtrace.modules.losses.unroll import check_action_values, evaluate_action_values
 from offtrace.modules.returns import clipped_fraction, importance_trace
 
 
@@ -76,11 +76,7 @@ class QActorCriticLoss(Loss):
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, policy_clip=policy_clip)
         check_ranges(pg_rho_clip=pg_rho_clip)
-        if k.ACTION_VALUE not in policy.out_keys or list(policy[-1].in_keys) != [k.LOGITS]:
-            raise ValueError(
-                f"QActorCriticLoss needs a policy over discrete actions that writes {k.ACTION_VALUE!r}, got one that "
-                f"writes {policy.out_keys}: use build_policy(..., num_actions=..., critic='q')"
-            )
+        check_action_values(policy, "QActorCriticLoss")
         super().__init__()
         self.bind_estimator(estimator, "action", gamma=gamma, every_step=True)
         self.policy = policy
@@ -96,13 +92,9 @@ class QActorCriticLoss(Loss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of a rollout [B, T]."""
-        if k.ACTION_MASK in self.policy.in_keys:  # the policy's value behind a step needs it there too
-            entry(self, tensordict, (k.NEXT, k.ACTION_MASK))
-
         # one call of the network over the steps and their successors
-        policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
-        valid, log_rho = policy.outcome.valid, policy.log_rho
-        assert log_rho is not None
+        policy, log_rho = evaluate_action_values(self, tensordict, reward_clip=self.reward_clip)
+        valid = policy.outcome.valid
         stats = Stats(valid, policy.outcome.reward, self.reduction)
         q_values = entry(self, policy.output, self.tensor_keys.action_value).squeeze(-2)
         q_value = policy.unroll.steps(q_values).gather(-1, policy.action.unsqueeze(-1)).squeeze(-1)

@@ -16,7 +16,7 @@ from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, check_positive, entry, read_weight, weighted, write_priority
-from offtrace.modules.losses.unroll import evaluate_rollout
+from offtrace.modules.losses.unroll import check_action_values, evaluate_action_values
 from offtrace.modules.losses.views import critic_of, support_of
 
 PRIORITIES = ("td", "total_variation")
@@ -134,11 +134,7 @@ class ReactorLoss(Loss):
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, clip=clip)
-        if k.ACTION_VALUE not in policy.out_keys or list(policy[-1].in_keys) != [k.LOGITS]:
-            raise ValueError(
-                f"ReactorLoss needs a policy over discrete actions that writes {k.ACTION_VALUE!r}, got one that writes "
-                f"{policy.out_keys}: use build_policy(..., num_actions=..., critic='q')"
-            )
+        check_action_values(policy, "ReactorLoss")
         distributional = k.VALUE_LOGITS in policy.out_keys
         if priority not in PRIORITIES:
             raise ValueError(f"priority must be one of {PRIORITIES}, got {priority!r}")
@@ -168,13 +164,10 @@ class ReactorLoss(Loss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of sequences [B, T]."""
         behaviour_probs = behaviour_parameter(self, tensordict, k.LOGITS).softmax(-1)
-        if k.ACTION_MASK in self.policy.in_keys:  # the policy's value behind a step needs it there too
-            entry(self, tensordict, (k.NEXT, k.ACTION_MASK))
 
         # one call of the network over the steps and their successors
-        policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
-        unroll, valid, log_rho = policy.unroll, policy.outcome.valid, policy.log_rho
-        assert log_rho is not None
+        policy, log_rho = evaluate_action_values(self, tensordict, reward_clip=self.reward_clip)
+        unroll, valid = policy.unroll, policy.outcome.valid
         stats = Stats(valid, policy.outcome.reward, self.reduction)
         selection = self.estimator.select(policy.outcome, gamma=self.gamma)
         probs = policy.params[k.LOGITS].softmax(-1)

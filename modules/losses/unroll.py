@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from offtrace.modules.estimators.base import Outcome, zero_invalid
-from offtrace.modules.keys import ACTION_MASK, IS_INIT, NEXT
+from offtrace.modules.keys import ACTION_MASK, ACTION_VALUE, IS_INIT, LOGITS, NEXT
 from offtrace.modules.losses.steps import entry, read_outcome
 
 if TYPE_CHECKING:
@@ -203,6 +203,33 @@ def evaluate_rollout(
     if log_mu is not None:
         log_rho = zero_invalid(log_pi.detach() - log_mu, valid).to(log_pi.dtype)
     return EvaluatedPolicy(outcome, action, unroll, output, params, dist, log_pi, log_rho)
+
+
+def check_action_values(policy: Any, owner: str) -> None:
+    """Refuse a policy without values of discrete actions; ``owner`` is the loss's name.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if ACTION_VALUE not in policy.out_keys or list(policy[-1].in_keys) != [LOGITS]:
+        raise ValueError(
+            f"{owner} needs a policy over discrete actions that writes {ACTION_VALUE!r}, got one that writes "
+            f"{policy.out_keys}: use build_policy(..., num_actions=..., critic='q')"
+        )
+
+
+def evaluate_action_values(
+    loss: Loss, tensordict: TensorDictBase, *, reward_clip: float | None = None
+) -> tuple[EvaluatedPolicy, Tensor]:
+    """As :func:`evaluate_rollout` of a policy with values of discrete actions; and its ``log_rho``, which is there.
+
+    Where actions can be illegal the mask is read behind a step as well: the policy's value there needs it.
+    """
+    if ACTION_MASK in loss.policy.in_keys:
+        entry(loss, tensordict, (NEXT, ACTION_MASK))
+    policy = evaluate_rollout(loss, tensordict, reward_clip=reward_clip)
+    assert policy.log_rho is not None
+    return policy, policy.log_rho
 
 
 def state_values(loss: Loss, policy: EvaluatedPolicy) -> tuple[Tensor, Tensor]:

@@ -133,8 +133,8 @@ class Prioritized:
 
     Item i has priority ``p_i``, the largest of all so far when it is new, 1 at first, and ``priority + epsilon`` after
     an update. It is drawn with probability ``P(i) = p_i^alpha / sum_k p_k^alpha``, where k runs over all N items, and
-    has the importance weight ``(N P(i))^-beta``. Weights are not normalised: a loss divides them by the largest of its
-    batch.
+    has the importance weight ``(N P(i))^-beta``. Weights are not normalised: losses divide them by the largest of
+    their batch, and ReactorLoss takes them as they are.
 
     Args:
         alpha: at least 0; 0 draws uniformly.

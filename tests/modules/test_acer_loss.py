@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 from torchrl.modules.tensordict_module.rnn import set_recurrent_mode
 
-from offtrace.modules.losses import ACERLoss, FastSoftUpdate, acer
+from offtrace.modules.losses import ACERLoss, FastSoftUpdate, acer, unroll
 from offtrace.modules.losses.acer import acer_gradient, kl_gradient, truncated_weights, trust_region
 from offtrace.modules.losses.unroll import evaluate_rollout
 from tests.modules.test_impala_loss import ACTIONS, LOSSES, gradients, make, rollout, total
@@ -430,7 +430,7 @@ def test_the_average_policy_leaves_what_the_policy_wrote(recurrent: int | None) 
         for parameter in loss.target_policy_params.values(True, True):
             parameter.add_(0.3 * torch.randn_like(parameter))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acer, "evaluate_rollout", lambda *x, **y: seen.append(evaluate_rollout(*x, **y)) or seen[-1])
+        patch.setattr(unroll, "evaluate_rollout", lambda *x, **y: seen.append(evaluate_rollout(*x, **y)) or seen[-1])
         loss(td)
     (evaluated,) = seen
     torch.testing.assert_close(evaluated.unroll.steps(evaluated.output["logits"]), evaluated.params["logits"])
@@ -445,12 +445,12 @@ def test_the_average_policy_is_computed_at_the_steps(recurrent: int | None) -> N
         for parameter in loss.target_policy_params.values(True, True):
             parameter.add_(0.3 * torch.randn_like(parameter))
         evaluated = evaluate_rollout(loss, td)
-        unroll = evaluated.unroll
-        whole = loss.target("policy").get_dist_params(unroll.inputs.select(*policy.in_keys))
+        sequence = evaluated.unroll
+        whole = loss.target("policy").get_dist_params(sequence.inputs.select(*policy.in_keys))
         if recurrent is None:
             loss.target("policy").network.value_head = None
         (logits,) = acer.average_parameters(loss, evaluated)
-    torch.testing.assert_close(logits, unroll.steps(whole["logits"]))
+    torch.testing.assert_close(logits, sequence.steps(whole["logits"]))
     assert not torch.allclose(logits, evaluated.params["logits"])
 
 

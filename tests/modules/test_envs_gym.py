@@ -268,3 +268,22 @@ def test_pictures_show_the_end_of_an_episode() -> None:
     assert count > 10
     with pytest.raises(EnvironmentFailure, match="CartPole-v1 was not made with render_mode='rgb_array'"):
         make_env("CartPole-v1", 1).render()
+
+
+def test_catch_is_won_by_following_the_ball_and_seldom_by_chance() -> None:
+    """As images: the ball's column and the paddle's are where the pixels are."""
+    env = make_env("offtrace.modules.envs.catch:Catch", 8, seed=0)
+    check_env_specs(env)
+    assert env.observation_spec["observation"].shape == (8, 1, 84, 84)
+    for follow in (True, False):
+        state, rewards = env.reset(), []
+        for _ in range(9 * 40):
+            image = state["observation"][:, 0].bool()
+            ball, paddle = image[:, :72].any(1).int().argmax(1), image[:, 72:80].any(1).int().argmax(1)
+            towards = 1 + torch.sign(ball - paddle)
+            state["action"] = towards if follow else torch.randint(3, (8,))
+            step, state = env.step_and_maybe_reset(state)
+            rewards += step["next", "reward"][step["next", "done"]].tolist()
+        mean = sum(rewards) / len(rewards)
+        assert len(rewards) == 8 * 40
+        assert mean == 1 if follow else -0.85 < mean < -0.55
