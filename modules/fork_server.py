@@ -22,17 +22,18 @@ from typing import Any
 _ALWAYS = ("offtrace.modules.collectors.actors", "offtrace.modules.networks.policy")
 _IF_USED = tuple(f"offtrace.modules.envs.{name}" for name in ("atari", "control", "gym"))
 _server = forkserver.ForkServer()
+_preloaded: set[str] = set()
 
 
 def start_fork_server(*modules: str) -> None:
-    """Start it, if it does not run yet, and come back at once: it imports while the caller goes on.
+    """Start it, if it does not run yet or has died, and come back at once: it imports while the caller goes on.
 
     Args:
-        modules: further ones that it imports. One that is not there is passed over. Those of environments that this
-            process has imported, it imports too.
+        modules: further ones that it imports, and one that takes its place. One that is not there is passed over. Those
+            of environments that this process has imported, it imports too.
     """
-    used = [name for name in _IF_USED if name in sys.modules]
-    _server.set_forkserver_preload([*_ALWAYS, *used, *modules])
+    _preloaded.update(modules, (name for name in _IF_USED if name in sys.modules))
+    _server.set_forkserver_preload([*_ALWAYS, *sorted(_preloaded)])
     # its start lets through the signals that are blocked below
     resource_tracker.ensure_running()
     path = os.pathsep.join(place or os.getcwd() for place in sys.path)
