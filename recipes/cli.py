@@ -167,6 +167,8 @@ def parse(argv: list[str], *, presets: Presets, description: str) -> tuple[Confi
     if not resume:
         return config, None
     checkpoint = Path(resume) / "checkpoints" / "last.ckpt"
+    if checkpoint.with_name("previous.ckpt").is_file():  # which serves where the last one is damaged
+        return config, checkpoint
     if not checkpoint.is_file():
         raise RunError(f"{resume} has no checkpoints/last.ckpt to go on from")
     return config, checkpoint_file(checkpoint)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,45 @@ def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixtur
         assert sac_control.main(["--resume", "runs/a", "--train.total_frames=128"]) == 0
 
 
+def flip(content: bytes) -> bytes:
+    """One bit of the largest tensor."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        place = max(archive.infolist(), key=lambda entry: entry.file_size).header_offset + 200
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [lambda content: content[:1000], flip, lambda _: b"", None])
+def test_a_run_survives_its_last_checkpoint(
+    damage: Callable[[bytes], bytes] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one before takes its place, with the replay that belongs to it, until there is a new one."""
+    argv = [f"--env.task={OWN}:Short", "--train.record=false", "--train.checkpoint_every=32"]
+    assert sac(*argv) == 0
+    last, before = (RUN / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+    frames, lost = (torch.load(path, weights_only=True)["offtrace"]["frames"] for path in (before, last))
+    assert 0 < frames < lost == 64
+    kept = before.read_bytes()
+    if damage is None:  # killed between two renames
+        last.unlink()
+    else:
+        last.write_bytes(damage(last.read_bytes()))
+    told = f"last.ckpt.*; the run goes on from previous.ckpt, and what it had learnt after {frames} frames is lost"
+    with pytest.warns(RuntimeWarning, match=told):
+        assert sac_control.main(["--resume", "runs/a", f"--train.total_frames={frames + 8}"]) == 0
+    assert before.read_bytes() == kept, "the damaged one must not take the place of the good one"
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert (summary["frames"], summary["updates"]) == (frames + 8, (frames + 8 - 16) * 2 // 8)
+    assert column("replay/steps")[-1] == frames + 8
+    for path in (last, before):
+        path.write_bytes(path.read_bytes()[:1000])
+    capsys.readouterr()
+    assert sac_control.main(["--resume", "runs/a", "--train.total_frames=128"]) == 2
+    error = error_line(capsys)
+    assert "last.ckpt is truncated" in error
+    assert "the one before it cannot be used either: runs/a/checkpoints/previous.ckpt is truncated" in error
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_replay(capsys: pytest.CaptureFixture[str]) -> None:
     """SIGTERM in the middle of a rollout; the resumed run ends with every step it ever collected."""
@@ -302,8 +343,9 @@ def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summary = Summary(
-        task="t", algorithm="sac", seed=0, frames=0, updates=0, episodes=0, dropped_episodes=0, frames_per_second=0.0,
-        updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=15, first_update_at=0.0,
+        task="t", algorithm="sac", seed=0, frames=0, updates=0, episodes=0, dropped_episodes=0, restarts=0,
+        frames_per_second=0.0, updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=15,
+        first_update_at=0.0,
     )  # fmt: skip
     monkeypatch.setattr("offtrace.agents.runs.run.train", lambda *_: summary)
     folder = tmp_path / "run"
