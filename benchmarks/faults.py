@@ -198,41 +198,51 @@ def conservation(quick: bool) -> Iterator[tuple[str, str]]:
     ways: dict[str, dict[str, Any]] = {"copies of the policy": {}, "an inference server": {"server": ServerOptions()}}
     for way, options in ways.items():
         chance, number = random.Random(1), (4 if quick else 20)
-        seen: dict[tuple[float, int], list[int]] = {}
-        whole: list[float] = []
-        turns, taken = True, 0
         env_fn = partial(make_env, "faults:Numbered", _ENVS)
+        whole: list[float] = []
         with make_collector(env_fn, policy, frames_per_batch=_ENVS * _STEPS, num_workers=3, **options) as collector:
             backend: Any = collector.backend  # type: ignore[attr-defined]
-
-            def learn(rollouts: int) -> None:
-                nonlocal turns, taken
-                for _ in range(rollouts):
-                    rollout = next(collector)
-                    turns &= int(rollout["worker"][0, 0]) == taken % 3
-                    taken += 1
-                    for row, steps in enumerate(rollout["observation"].tolist()):
-                        for start, step in steps:
-                            seen.setdefault((start, row), []).append(int(step))
-
-            learn(6)
+            learner = _Learner(collector)
+            learner.learn(6)
             while collector.restarts < number:
-                before, pids = collector.restarts, backend.pids
-                os.kill(chance.choice(pids), signal.SIGKILL)
+                before = collector.restarts
+                os.kill(chance.choice(backend.pids), signal.SIGKILL)
                 start = time.monotonic()
                 while collector.restarts == before or not all(x.up for x in backend._actors):
-                    learn(1)
+                    learner.learn(1)
                 whole.append(time.monotonic() - start)
-                learn(chance.randrange(6))
-            steps = sum(map(len, seen.values()))
-            twice = sum(len(found) - len(set(found)) for found in seen.values())
-            lost = sum(max(found) + 1 - len(set(found)) for found in seen.values())
+                learner.learn(chance.randrange(6))
             restarts = collector.restarts
         yield (
             f"the same to three actors with {way}, steps numbered",
-            f"{restarts} restarts; of {steps:,} steps {twice} twice, {lost} missing, rollouts in turn: "
-            f"{'yes' if turns else 'no'}; all up after {sum(whole) / len(whole):.2f} s, at most {max(whole):.2f} s",
+            f"{restarts} restarts; {learner.found()}; all up after {sum(whole) / len(whole):.2f} s, at most "
+            f"{max(whole):.2f} s",
         )
+
+
+class _Learner:
+    """Notes every step it is given, by the environment's start and its row."""
+
+    def __init__(self, collector: Any) -> None:
+        self._collector = collector
+        self._seen: dict[tuple[float, int], list[int]] = {}
+        self._turns: list[int] = []
+
+    def learn(self, rollouts: int) -> None:
+        for _ in range(rollouts):
+            rollout = next(self._collector)
+            self._turns.append(int(rollout["worker"][0, 0]))
+            for row, steps in enumerate(rollout["observation"].tolist()):
+                for start, step in steps:
+                    self._seen.setdefault((start, row), []).append(int(step))
+
+    def found(self) -> str:
+        seen = self._seen.values()
+        twice = sum(len(x) - len(set(x)) for x in seen)
+        missing = sum(max(x) + 1 - len(set(x)) for x in seen)
+        turns = self._turns == [place % 3 for place in range(len(self._turns))]
+        steps = sum(map(len, seen))
+        return f"of {steps:,} steps {twice} twice, {missing} missing, rollouts {'' if turns else 'not '}in turn"
 
 
 def rates(quick: bool) -> Iterator[tuple[str, str]]:
@@ -246,7 +256,7 @@ def rates(quick: bool) -> Iterator[tuple[str, str]]:
             code = run.wait(1800)
             yield (
                 f"`{name}`: a step in 10,000 of CartPole",
-                f"exit {code}; " + (last_line(folder, "error") if code else told(folder)),
+                f"exit {code}; " + (last_line(folder, "training stopped") if code else told(folder)),
             )
 
 
@@ -258,7 +268,10 @@ def dead(quick: bool) -> Iterator[tuple[str, str]]:
         for actor in actors(run.pid):
             actor.kill()
         seconds = wait(lambda: run.poll() is not None, 120)
-        yield "all actors dead for good", f"exit {run.returncode} after {seconds:.1f} s: {last_line(folder, 'error')}"
+        yield (
+            "all actors dead for good",
+            f"exit {run.returncode} after {seconds:.1f} s: {last_line(folder, 'training stopped')}",
+        )
 
 
 def term(quick: bool) -> Iterator[tuple[str, str]]:
@@ -273,8 +286,8 @@ def term(quick: bool) -> Iterator[tuple[str, str]]:
         last = (folder / "runs/a/checkpoints/last.ckpt").exists()
         yield (
             "SIGTERM to the group, an actor just killed",
-            f"exit {run.returncode} after {seconds:.1f} s, checkpoint {'written' if last else 'missing'}, all processes "
-            f"gone {left:.1f} s later",
+            f"exit {run.returncode} after {seconds:.1f} s, checkpoint {'written' if last else 'missing'}, all "
+            f"processes gone {left:.1f} s later",
         )
 
 
