@@ -74,6 +74,8 @@ def weights() -> dict[str, Any]:
         (sac, ["--env.task=walker-wlak"], "did you mean walker-walk? (it has stand, walk, run)"),
         (mpo, ["--env.task=wlaker-walk", "--env.action_repeat=4"], "environment 'wlaker-walk'; did you mean walker-wa"),
         (sac, ["--preset=v1", "--env.task=CartPole-v1"], "no form for the discrete actions of CartPole-v1: it must"),
+        (sac, ["--collector.max_restarts=3"], "collector.max_restarts is 3, and collector.num_workers is 0: an env"),
+        (sac, ["--collector.max_restarts=-1"], "collector.max_restarts is -1; it must be at least 0"),
         (sac, ["--env.task=CartPole-v1", "--loss.target_entropy=0.7"], "must be below log(2) = 0.693"),
         (sac, ["--preset=discrete", "--env.task=Pendulum-v1"], "those of Pendulum-v1 are continuous: it must be auto"),
         (sac, ["--collector.unroll=100"], "learners 100 frames; it must not be more than train.total_frames, 64"),
@@ -183,6 +185,23 @@ def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixtur
     shutil.rmtree(RUN / "replay")
     with pytest.warns(RuntimeWarning, match="runs/a/replay is gone: the run goes on with an empty replay"):
         assert sac_control.main(["--resume", "runs/a", "--train.total_frames=128"]) == 0
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_an_actor_that_died(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every step that was delivered is in the replay, and entitles to as many updates as in any other run."""
+    argv = ["--env.task=tests.recipes.crashing:Crashing", "--collector.num_workers=2", "--train.record=false"]
+    with pytest.warns(RuntimeWarning, match=r"actor process \d ended by itself at step \d+ \(exit code 1\); a new one"):
+        assert sac(*argv, "--train.total_frames=128") == 0
+    out, err = capsys.readouterr()
+    assert "restarts 1, " in out
+    assert "restarts 1" in err
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert (summary["frames"], summary["restarts"]) == (128, 1)
+    assert summary["updates"] == (128 - 16) * 2 // 8
+    assert column("collector/restarts")[-1] == 1
+    assert column("replay/steps")[-1] == 128
+    assert "error" not in err
 
 
 def flip(content: bytes) -> bytes:
