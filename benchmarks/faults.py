@@ -29,7 +29,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 import psutil
-from gymnasium.envs.classic_control import CartPoleEnv
 
 RATE = 1e-4
 _ENVS, _STEPS = 4, 16
@@ -55,14 +54,14 @@ class Numbered(gymnasium.Env[Any, Any]):
         return np.array([self._number, self._steps], np.float64)
 
 
-class Faulty(CartPoleEnv):
+class Faulty(gymnasium.Wrapper[Any, Any, Any, Any]):
     """CartPole; one step in ten thousand fails, in actor processes alone."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._acts, self._chance = multiprocessing.parent_process() is not None, random.Random(os.getpid())
+        super().__init__(gymnasium.make("CartPole-v1"))
+        self._acts, self._chance = multiprocessing.parent_process() is not None, random.Random()
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         found = super().step(action)
         return self.fail(found) if self._acts and self._chance.random() < RATE else found
 
@@ -85,13 +84,13 @@ class NotANumber(Faulty):
         return (np.full(4, math.nan, np.float32), *found[1:])
 
 
-class Breakable(CartPoleEnv):
-    """Cannot be made once there is a file ``broken``."""
+class Breakable(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """CartPole; it cannot be made once there is a file ``broken``."""
 
     def __init__(self) -> None:
         if Path("broken").exists() and multiprocessing.parent_process() is not None:
             raise ValueError("there is no licence")
-        super().__init__()
+        super().__init__(gymnasium.make("CartPole-v1"))
 
 
 @contextmanager
