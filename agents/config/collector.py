@@ -30,7 +30,7 @@ class CollectorConfig(Group):
     step_timeout: float = 60.0
     """Seconds after which a step that did not return counts as hung."""
     max_restarts: int = 1000
-    """Most actor processes that may take the place of one that died, hung or raised after its first rollout; five in a
+    """Most actor processes that may take the place of one that died, hung or raised, once there was a rollout; five in a
     row that deliver nothing end the run before. 0: the first such fault ends it."""
     sync_every: int = 0
     """Updates between two pushes of weights to the actors; 0: as many as a rollout has fresh batches (train.minibatches

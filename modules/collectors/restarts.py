@@ -14,9 +14,9 @@ _BACK_OFF = 0.5  # seconds
 class Restarts:
     """Decides on each fault of a collector's actors, by what they have delivered so far.
 
-    An actor that fails before its first rollout is a fault of set-up, such as a task that does not exist, and nothing
-    that a new one would mend. Later a new one takes its place: at once, and where that fails as well before it has
-    delivered anything, after 0.5, 1, 2 and 4 seconds. Five in a row without a rollout are the last.
+    What fails before there was any rollout is a fault of set-up, such as a task that does not exist, and nothing that a
+    new actor would mend. Later a new one takes its place: at once, and where that fails as well before it has delivered
+    anything, after 0.5, 1, 2 and 4 seconds. Five in a row without a rollout are the last.
 
     Args:
         most: replacements in all; 0: the first fault is the last.
@@ -28,7 +28,7 @@ class Restarts:
     def __init__(self, most: int) -> None:
         self.most = most
         self.count = 0
-        self._in_a_row: dict[str, int] = {}  # since the last rollout, of each that has delivered one
+        self._in_a_row: dict[str, int] = {}  # since the last rollout of each; empty before the first of all
 
     def delivered(self, *names: str) -> None:
         """These have done what they are there for."""
@@ -43,9 +43,9 @@ class Restarts:
         Raises:
             EnvironmentFailure: there is to be none; with the fault's own text.
         """
-        row = self._in_a_row.get(name)
-        if row is None or not self.most:
+        if not self._in_a_row or not self.most:
             raise fault
+        row = self._in_a_row.get(name, 0)
         what, line, rest = str(fault).partition("\n")
         if row == _IN_A_ROW or self.count == self.most:
             used = f"{row} new ones in a row delivered nothing" if row == _IN_A_ROW else f"max_restarts is {self.most}"

@@ -786,7 +786,7 @@ def test_restarts_wait_longer_each_time_until_one_delivers() -> None:
     decide, fault = restarts.Restarts(100), EnvironmentFailure("it is broken\n\ntrace")
     with pytest.raises(EnvironmentFailure, match="it is broken\n\ntrace"):
         decide.after("a", fault)  # a fault of set-up
-    decide.delivered("a", "b")
+    decide.delivered("a")
     with pytest.warns(RuntimeWarning, match="^it is broken; a new one takes its place, restart 1 of at most 100$"):
         assert decide.after("a", fault) == 0
     with pytest.warns(RuntimeWarning):
