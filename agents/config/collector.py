@@ -30,8 +30,8 @@ class CollectorConfig(Group):
     step_timeout: float = 60.0
     """Seconds after which a step that did not return counts as hung."""
     max_restarts: int = 1000
-    """Most actor processes that may take the place of one that died, hung or raised, once there was a rollout; five in a
-    row that deliver nothing end the run before. 0: the first such fault ends it."""
+    """Most actor processes that may take the place of one that died, hung or raised, once there was a rollout; five in
+    a row that deliver nothing end the run before. 0: the first such fault ends it."""
     sync_every: int = 0
     """Updates between two pushes of weights to the actors; 0: as many as a rollout has fresh batches (train.minibatches
     times train.epochs), or 1 where all batches come from a replay. Updates on replayed batches count too."""
