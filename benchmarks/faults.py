@@ -8,6 +8,7 @@ Every row is a run of its own in a process group of its own. ``--quick`` takes f
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import math
 import multiprocessing
@@ -319,7 +320,7 @@ def driver(quick: bool) -> Iterator[tuple[str, str]]:
 def starts(quick: bool) -> Iterator[tuple[str, str]]:
     """Ctrl-C at any moment of a start."""
     number, chance = (5 if quick else 100), random.Random(2)
-    left = codes = 0
+    left, codes, slowest = 0, collections.Counter[int](), 0.0
     shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     for _ in range(number):
         with recipe("--train.total_frames=100_000_000") as (run, _):
@@ -327,13 +328,14 @@ def starts(quick: bool) -> Iterator[tuple[str, str]]:
             processes = psutil.Process(run.pid).children(recursive=True)
             os.killpg(run.pid, signal.SIGINT)
             wait(lambda r=run: r.poll() is not None, 60)  # type: ignore[misc]
-            codes += run.returncode == 128 + signal.SIGINT
-            wait(gone(processes), 10)
+            codes[int(run.returncode)] += 1
+            slowest = max(slowest, wait(gone(processes), 60))  # a fork server ends when it has imported
             left += sum(not gone([x])() for x in processes)
     names = set(os.listdir("/dev/shm")) - shared if shared else set()
     yield (
         f"{number} starts and Ctrl-Cs, 0.5 to 12 s later",
-        f"exit 130 {codes} times; {left} processes and {len(names)} names in /dev/shm left",
+        f"exit {', '.join(f'{code} {times} times' for code, times in codes.items())}; {left} processes and {len(names)} names in /dev/shm left, the last process "
+        f"gone {slowest:.1f} s after the learner at most",
     )
 
 
