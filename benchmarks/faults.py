@@ -332,10 +332,11 @@ def starts(quick: bool) -> Iterator[tuple[str, str]]:
             slowest = max(slowest, wait(gone(processes), 60))  # a fork server ends when it has imported
             left += sum(not gone([x])() for x in processes)
     names = set(os.listdir("/dev/shm")) - shared if shared else set()
+    ended = ", ".join(f"{code} {times} times" for code, times in codes.items())
     yield (
         f"{number} starts and Ctrl-Cs, 0.5 to 12 s later",
-        f"exit {', '.join(f'{code} {times} times' for code, times in codes.items())}; {left} processes and {len(names)} names in /dev/shm left, the last process "
-        f"gone {slowest:.1f} s after the learner at most",
+        f"exit {ended}; {left} processes and {len(names)} names in /dev/shm left, the last process gone "
+        f"{slowest:.1f} s after the learner at most",
     )
 
 
