@@ -248,8 +248,8 @@ def test_a_run_on_ray_ends_and_leaves_nothing(tmp_path: Path, sockets: None, nam
     folder = Path(os.environ["TMPDIR"])
     more = ["--replay.min_size=200"] if name == "dqn" else ["--train.eval_every=2048"]
     done = recipe(
-        name, tmp_path, "--train.name=a", "--collector.backend=ray", "--collector.num_workers=1", "--train.record=false",
-        "--train.total_frames=4096", "--train.eval_episodes=2", *more,
+        name, tmp_path, "--train.name=a", "--collector.backend=ray", "--collector.num_workers=1",
+        "--train.record=false", "--train.total_frames=4096", "--train.eval_episodes=2", *more,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/a/summary.json").read_text())
