@@ -163,7 +163,7 @@ class RaySeat(Seat):
 
     def start(self, actor_class: Any, spec: Any) -> None:
         """Make an actor of the class; a new one makes the rollout that the last one owed."""
-        self._actor = actor_class.remote(self._place, self.occupy())
+        self._actor, self._node = actor_class.remote(self._place, self.occupy()), ""
         self._life, self._beating = self._ask("live", _LIFE), None
         self._expect(self._actor.begin.remote(spec))
 
