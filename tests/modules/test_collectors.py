@@ -548,11 +548,11 @@ def test_a_raising_environment_is_quoted(way: str, capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", EVERY_WAY)
+@pytest.mark.parametrize("way", ["copies", "server"])  # of Ray: test_an_actor_that_fails_is_replaced
 def test_a_hanging_environment_is_found(way: str) -> None:
     collector = make(1, env={"fail": "hang"}, step_timeout=5.0, max_restarts=0, **WAYS[way])
     next(collector)
-    with pytest.raises(EnvironmentFailure, match=r"actor.* 0 .*step 7 hangs") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"actor process 0 .*step 7 hangs") as caught:
         next(collector)
     idle = re.search(r"made no step for (\d+\.\d) s", str(caught.value))
     assert idle is not None
@@ -560,12 +560,12 @@ def test_a_hanging_environment_is_found(way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", EVERY_WAY)
+@pytest.mark.parametrize("way", ["copies", "server"])  # of Ray: test_an_actor_that_fails_is_replaced
 def test_a_killed_worker_is_found(way: str) -> None:
     collector = make(1, env={"delay": 0.2}, max_restarts=0, **WAYS[way])
     next(collector)
     os.kill(collector.backend.pids[0], signal.SIGKILL)
-    with pytest.raises(EnvironmentFailure, match=r"actor.* 0 .*(signal 9|ActorDiedError)"):  # noqa: PT012
+    with pytest.raises(EnvironmentFailure, match=r"actor process 0 .*signal 9"):  # noqa: PT012
         next(collector)  # may have been on its way already
         next(collector)
 
@@ -731,7 +731,6 @@ class Watched:
         ),
         pytest.param("server", "raise", "step 12: ValueError: the gripper fell off", marks=pytest.mark.slow),
         pytest.param("ray", "kill", r"Ray actor 0 on 127.0.0.1 ended by itself", marks=[needs_ray, pytest.mark.slow]),
-        pytest.param("ray", "raise", "step 12: ValueError: the gripper fell off", marks=[needs_ray, pytest.mark.slow]),
         pytest.param("ray", "hang", r"step 12 hangs", marks=[needs_ray, pytest.mark.slow]),
     ],
 )

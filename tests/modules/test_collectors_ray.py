@@ -124,7 +124,7 @@ def test_a_cluster_of_our_own_is_private_and_leaves_nothing(tmp_path: Path, sock
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path])},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -246,14 +246,15 @@ def test_an_environment_that_fails_stops_the_run(tmp_path: Path, how: str, words
 def test_a_run_on_ray_ends_and_leaves_nothing(tmp_path: Path, sockets: None, name: str) -> None:
     """Of rollouts, and of a replay that Ray actors fill."""
     folder = Path(os.environ["TMPDIR"])
-    more = ["--replay.min_size=200"] if name == "dqn" else ["--train.eval_every=2048"]
+    frames = 2048 if name == "dqn" else 4096
+    more = ["--replay.min_size=200", "--collector.unroll=16"] if name == "dqn" else ["--train.eval_every=2048"]
     done = recipe(
         name, tmp_path, "--train.name=a", "--collector.backend=ray", "--collector.num_workers=1",
-        "--train.record=false", "--train.total_frames=4096", "--train.eval_episodes=2", *more,
+        "--train.record=false", f"--train.total_frames={frames}", "--train.eval_episodes=2", *more,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs/a/summary.json").read_text())
-    assert summary["frames"] >= 4096
+    assert summary["frames"] >= frames
     assert summary["restarts"] == 0
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
     assert not list(folder.glob("ray*"))
