@@ -225,6 +225,12 @@ class Config:
             getattr(self, field.name).check(field.name)
         if self.env.shows_images is not None:
             self.network.check_reads(self.task, self.env.shows_images)
+        threads = self.collector.emulator_threads
+        if threads > 1 and not self.env.is_atari:
+            raise ConfigError(
+                f"collector.emulator_threads is {threads}, which only Atari games have; {self.task} is none: it must "
+                "be 1"
+            )
         self.check_actions()
 
     def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:

@@ -19,6 +19,8 @@ class CollectorConfig(Group):
     """Agent steps of an environment in one rollout."""
     threads: int = 1
     """Torch threads of an actor process."""
+    emulator_threads: int = 1
+    """Atari only: threads that step the games of an actor; games and actions are the same with any number."""
     acting: Literal["copies", "server"] = "copies"
     """copies: every actor has a copy of the policy; server: one process acts for all, on what requests have arrived."""
     server_batch: int = 0
@@ -26,7 +28,8 @@ class CollectorConfig(Group):
     server_wait: float = 0.001
     """Of the server: seconds that a batch waits for more requests after its first."""
     device: str = "cpu"
-    """Where the actors run their copy of the policy, or the server its one: cpu, cuda or cuda:<n>."""
+    """Where the actors run their copy of the policy, or the server its one: cpu, cuda (of several learners each one's
+    own GPU) or cuda:<n>."""
     step_timeout: float = 60.0
     """Seconds after which a step that did not return counts as hung."""
     sync_every: int = 0
@@ -38,7 +41,7 @@ class CollectorConfig(Group):
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         checks = Checks(self, at)
-        checks.at_least(1, "unroll", "threads")
+        checks.at_least(1, "unroll", "threads", "emulator_threads")
         checks.at_least(0, "num_workers", "sync_every", "lag", "server_batch")
         checks.require("server_wait", lambda value: 0 <= value < self.step_timeout, "at least 0, below step_timeout")
         checks.positive("step_timeout")

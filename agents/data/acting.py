@@ -281,7 +281,8 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
 
     ``frame_stack``: frames in an observation of the task.
     """
-    env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
+    threads = config.collector.emulator_threads
+    env_fn = partial(make_env, config.task, config.env.num_envs, num_threads=threads, **config.env_options())
     return make_collector(
         env_fn,
         policy,
@@ -292,11 +293,17 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
         rank=rank,
         step_timeout=config.collector.step_timeout,
         threads_per_worker=config.collector.threads,
-        device=config.collector.device,
+        device=_device(config, rank),
         frame_stack=frame_stack,
         rollouts_per_batch=config.rollouts_per_batch,
         server=_server(config, rank, frames),
     )
+
+
+def _device(config: Config, rank: int) -> str:
+    """Where the actors of ``rank`` have their policy: each learner's on its own GPU, where each has one."""
+    device, train = config.collector.device, config.train
+    return f"cuda:{rank}" if device == "cuda" and train.devices > 1 and train.accelerator != "cpu" else device
 
 
 def _server(config: Config, rank: int, frames: int) -> ServerOptions | None:

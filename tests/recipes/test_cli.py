@@ -131,6 +131,11 @@ def test_learners_with_a_replay_each_keep_their_number(tmp_path: Path) -> None:
     [
         (["--env.num_envs", "0"], "env.num_envs is 0; it must be at least 1"),
         (["--collector.unroll", "-3"], "collector.unroll is -3; it must be at least 1"),
+        (["--collector.emulator_threads", "0"], "collector.emulator_threads is 0; it must be at least 1"),
+        (
+            ["--collector.emulator_threads", "2", "--env.task", "CartPole-v1"],
+            "collector.emulator_threads is 2, which only Atari games have; CartPole-v1 is none: it must be 1",
+        ),
         (["--train.minibatches", "5"], "train.minibatches is 5; it must divide env.num_envs, 16"),
         (["--loss.gamma", "1.5"], "loss.gamma is 1.5; it must be between 0 and 1"),
         (["--loss.policy_clip", "0"], "loss.policy_clip is 0.0; it must be above 0, or null"),
