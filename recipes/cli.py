@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from offtrace.agents.config import Config, ConfigError, may_have_gpu
+from offtrace.agents.config import Config, ConfigError, fit, may_have_gpu, this_machine
 from offtrace.agents.runs.folders import RunError, config_text, discard, new_run, read_config
 from offtrace.agents.runs.missing import no_checkpoint
 from offtrace.modules.envs.names import environment_module
@@ -35,6 +35,20 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _format_warning = warnings.formatwarning
 
 Presets = dict[str, Callable[[], Config]]
+
+
+class Command(NamedTuple):
+    """What a command line asks for.
+
+    Attributes:
+        config: the configuration.
+        resume: the checkpoint to go on from.
+        fitted: how it was fitted to the machine, in a line; empty of a run that goes on, which is not.
+    """
+
+    config: Config
+    resume: Path | None
+    fitted: str
 
 
 def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: str) -> int:
@@ -53,7 +67,7 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
     new: Path | None = None
     before = _interrupt_on_sigterm()
     try:
-        config, resume = parse(argv, presets=presets, description=description)
+        config, resume, fitted = parse(argv, presets=presets, description=description)
         check(config)
         if resume is None:
             folder = new = _folder(config)
@@ -62,6 +76,8 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
         if not int(os.environ.get("LOCAL_RANK", 0)):
             task, frames = config.task, f"{config.train.total_frames:,} frames"
             print(f"{task}, {frames}, seed {config.train.seed}: {folder}", file=sys.stderr)
+            if fitted:
+                print(fitted, file=sys.stderr)
         return _run(config, folder, resume)
     except (ConfigError, RunError) as error:
         return fail(str(error))
@@ -137,8 +153,8 @@ def fail(message: str) -> int:
     return 2
 
 
-def parse(argv: list[str], *, presets: Presets, description: str) -> tuple[Config, Path | None]:
-    """The configuration of a command line, and the checkpoint to go on from.
+def parse(argv: list[str], *, presets: Presets, description: str) -> Command:
+    """What a command line asks for; a new run's configuration fits this machine where nothing else is said.
 
     Raises:
         ConfigError: an unknown flag or key (with the nearest known), a value of a wrong type, an unreadable file.
@@ -159,17 +175,20 @@ def parse(argv: list[str], *, presets: Presets, description: str) -> tuple[Confi
         source = str(Path(resume) / "config.yaml")
     types_of = types_of_keys(kind)
     content = read_file(Path(source), types_of, base.algorithm) if source is not None else {}
-    values = _parsed(parser, numbers(argv, types_of), content, source, types_of)
-    config: Config = _build(kind, values)
+    argv = numbers(argv, types_of)
+    words = _words(argv, content)
+    config: Config = _build(kind, _parsed(parser, words, argv, source, types_of))
+    # a run that goes on is what it was, and what it was began with what fitted then
+    fitted = "" if resume else fit(config, _given(parser, words), this_machine())
     if any(word.startswith("--print_config") for word in argv):
         print(config_text(config), end="")
         raise SystemExit(0)
     if not resume:
-        return config, None
+        return Command(config, None, fitted)
     checkpoint = Path(resume) / "checkpoints" / "last.ckpt"
     if not checkpoint.is_file():
         raise RunError(f"{resume} has no checkpoints/last.ckpt to go on from")
-    return config, checkpoint_file(checkpoint)
+    return Command(config, checkpoint_file(checkpoint), fitted)
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -233,12 +252,20 @@ class _Quoted(yaml.SafeDumper):
 _Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
-def _parsed(
-    parser: ArgumentParser, argv: list[str], content: dict[str, Any], source: str | None, types_of: dict[str, Any]
-) -> dict[str, Any]:
+def _words(argv: list[str], content: dict[str, Any]) -> list[str]:
+    """The command line as the parser gets it: what a file holds first."""
     words = [word for word in _without("--config", argv) if not word.startswith("--print_config")]
-    if content:
-        words = ["--config", yaml.dump(content, Dumper=_Quoted), *words]
+    return ["--config", yaml.dump(content, Dumper=_Quoted), *words] if content else words
+
+
+def _given(parser: ArgumentParser, words: list[str]) -> set[str]:
+    """The flags that file or command line set, which can be parsed."""
+    return {str(flag) for flag in parser.parse_args(words, defaults=False).keys()}  # noqa: SIM118  of groups too
+
+
+def _parsed(
+    parser: ArgumentParser, words: list[str], argv: list[str], source: str | None, types_of: dict[str, Any]
+) -> dict[str, Any]:
     # argparse's own ways out print usage and exit; everything wrong becomes one sentence instead
     noise = io.StringIO()
     try:
