@@ -74,8 +74,8 @@ def make_collector(
             makes one batch of the requests that have arrived.
 
     Raises:
-        ValueError: a size is not positive or larger than the actors allow, frames_per_batch does not divide by N, or
-            what actor processes need does not pickle.
+        ValueError: a size is not positive or larger than the actors allow, frames_per_batch does not divide by N, the
+            device is not there, or what actor processes need does not pickle.
         EnvironmentFailure: an actor process did not come up; its own message is in the text.
     """
     for name, value, least in (
@@ -96,6 +96,9 @@ def make_collector(
         raise ValueError("num_workers is 0; an inference server acts for actor processes: it must be at least 1")
     if step_timeout <= 0:
         raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds")
+    where = torch.device(device)
+    if where.type == "cuda" and (where.index or 0) >= (gpus := torch.cuda.device_count()):
+        raise ValueError(f"device is {device}; torch can use {gpus} GPUs here: it must be cpu, or one of those")
     actor = copy.deepcopy(policy).to("cpu")
     shared = SharedWeights(actor, max(num_workers, 1) + (server is not None))
     seeds = [actor_seed(seed, rank, worker, start) for worker in range(max(num_workers, 1))]

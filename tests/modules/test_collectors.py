@@ -270,9 +270,10 @@ def test_an_error_in_process_names_its_cause() -> None:
         ({"rollouts_per_batch": 3, "num_workers": 2}, "rollouts_per_batch is 3; .* at most 2, their number"),
         ({"rollouts_per_batch": 2, "num_workers": 0}, "rollouts_per_batch is 2; .* at most 1, their number"),
         ({"frames_per_batch": ENVS * STEPS + 1, "num_workers": 0}, "multiple of the 4 environments"),
+        ({"device": "cuda:99"}, r"device is cuda:99; torch can use \d+ GPUs here: it must be cpu, or one of those"),
     ],
 )
-def test_wrong_sizes_are_refused_at_the_door(arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused_at_the_door(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_collector(StampEnv, WeightPolicy(), **{"frames_per_batch": ENVS * STEPS, **arguments})
 
