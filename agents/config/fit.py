@@ -1,4 +1,4 @@
-"""How actors and learner share a machine where nobody has said it; docs/benchmarks.md has the figures behind it."""
+"""How actors and learner share a machine where nobody has said it; docs/how_it_works.md has the rules as a table."""
 
 from __future__ import annotations
 
