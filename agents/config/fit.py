@@ -55,8 +55,9 @@ def fit(config: Config, given: Collection[str], machine: Machine) -> str:
         if flag not in given:
             group, name = flag.split(".")
             setattr(getattr(config, group), name, value)
+    why = found.why + (", but for what is given" if found.values.keys() & {*given} else "")
     gpus = f"{count(machine.gpus, 'GPU')} of {machine.gpu_memory:.0f} GB" if machine.gpus else "no GPU"
-    return f"{count(machine.cores, 'core')}, {gpus}: {found.why} ({_acting(config)})"
+    return f"{count(machine.cores, 'core')}, {gpus}: {why} ({_acting(config)})"
 
 
 def _acting(config: Config) -> str:

@@ -132,6 +132,13 @@ def test_what_is_given_stays_and_the_rest_adapts(
     config.validate()
 
 
+def test_the_line_says_that_not_all_of_it_was_chosen() -> None:
+    _, line = fitted(Machine(16), collector__num_workers=3)
+    assert "the others learn, but for what is given (3 actors of 16 environments, 32 unrolls in a batch)" in line
+    _, line = fitted(Machine(16), train__seed=3)
+    assert "given" not in line
+
+
 def test_only_where_more_actors_do_not_change_what_is_learnt() -> None:
     for make in (laser_config, control_config, vmpo_config):
         config, line = fitted(Machine(16, 1, H200), make)
