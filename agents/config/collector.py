@@ -14,7 +14,8 @@ class CollectorConfig(Group):
     """The actors."""
 
     num_workers: int = 1
-    """Actor processes, which act while the learner learns; 0 collects in the learner's process, in turn with it."""
+    """Actor processes, which act while the learner learns; 0 collects in the learner's process, in turn with it.
+    Where IMPALA reads images, what is not given of actors, environments, unrolls and acting fits the machine."""
     unroll: int = 64
     """Agent steps of an environment in one rollout."""
     threads: int = 1
