@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -13,12 +12,13 @@ FEW = 4
 """Cores of a learner from which on there are other ways to share them than the preset's."""
 ACTORS = 32
 """Most actor processes: one process takes in the rollouts of all."""
-GAMES = 32
-"""Environments of an actor that asks a server, so that a request is worth its cost."""
-UNROLLS = 128
-"""Most unrolls in a batch, over all learners: from larger ones the frames of a run make too few updates."""
-MEGABYTES = {"shallow": 0.2, "resnet": 3.0}
-"""What a step of a minibatch takes of a GPU's memory, for the backward pass."""
+GAMES = 4
+"""Fewest environments of an actor: with fewer, what a step costs beside them is most of it."""
+UNROLLS = 32
+"""Most unrolls in a batch, over all learners, where the preset has not more itself: twice those of the default one, so
+a run makes half as many updates. Larger batches would make too few of its frames."""
+IMAGES = ("shallow", "resnet")
+"""Encoders of images."""
 
 
 class Fit(NamedTuple):
@@ -56,7 +56,7 @@ def fit(config: Config, given: Collection[str], machine: Machine) -> str:
             group, name = flag.split(".")
             setattr(getattr(config, group), name, value)
     why = found.why + (", but for what is given" if found.values.keys() & {*given} else "")
-    gpus = f"{count(machine.gpus, 'GPU')} of {machine.gpu_memory:.0f} GB" if machine.gpus else "no GPU"
+    gpus = count(machine.gpus, "GPU") if machine.gpus else "no GPU"
     return f"{count(machine.cores, 'core')}, {gpus}: {why} ({_acting(config)})"
 
 
@@ -86,12 +86,14 @@ def choose(config: Config, given: Collection[str], machine: Machine) -> Fit:
         return Fit({"collector.emulator_threads": threads}, "acting and learning take turns")
     if not config.actors_fit_machine:
         return Fit({}, "as the preset says, because more actors would change what is learnt from")
-    if not env.shows_images and config.network.encoder not in MEGABYTES:
+    if not env.shows_images and config.network.encoder not in IMAGES:
         return Fit({}, "as the preset says, because one actor is enough for vectors")
     if cores < FEW and machine.gpus and config.train.accelerator != "cpu" and config.network.encoder == "resnet":
-        return Fit({"collector.device": "cuda"}, f"fewer than {FEW} cores a learner, and a GPU for the ResNet")
+        return Fit(
+            {"collector.device": "cuda"}, f"a learner has fewer than {FEW} cores, and the GPU acts with the ResNet"
+        )
     if cores < FEW:
-        return Fit({}, f"as the preset says for fewer than {FEW} cores a learner")
+        return Fit({}, f"as the preset says, because a learner has fewer than {FEW} cores")
     return _spread(config, given, machine, cores)
 
 
@@ -107,12 +109,11 @@ def _spread(config: Any, given: Collection[str], machine: Machine, cores: int) -
     copies_on_gpu = acting == "copies" and device != "cpu"
 
     if gpu:
-        room = cores - 2
-        why = "all cores but two " + ("act" if device == "cpu" else "step environments, and the GPU acts")
+        room, which = cores - 2, "all cores but two"
     elif train.epochs == 1:
-        room, why = cores * 3 // 4, "three quarters of the cores act, the others learn"
+        room, which = cores * 3 // 4, "three quarters of the cores"
     else:  # to learn from a step four times takes a core about as long as to make it
-        room, why = cores // 2, "half of the cores act, the others learn"
+        room, which = cores // 2, "half of the cores"
     if acting == "server" and not gpu:
         room -= 1
 
@@ -120,10 +121,14 @@ def _spread(config: Any, given: Collection[str], machine: Machine, cores: int) -
     if "collector.emulator_threads" not in given:
         pair = workers if "collector.num_workers" in given else 2  # one acts while the games of the other are stepped
         threads = max(1, room // pair) if copies_on_gpu and config.env.is_atari else 1
+    most, ahead = max(config.env.num_envs, UNROLLS // train.devices), _ahead(config, gpu=gpu)
     if "collector.num_workers" not in given:
-        workers = max(1, min(room // threads, ACTORS))
-    times = threads if copies_on_gpu else GAMES // config.env.num_envs if acting == "server" else 1
-    envs, unrolls = _batch(config, given, workers, times, machine.gpu_memory if gpu else math.inf)
+        limit = min(ACTORS, ahead * most // GAMES)
+        workers = max(1, min(room // threads, limit))
+        which = which if room // threads <= limit else "as many cores as leave the data young"
+    why = which + (" act" if device == "cpu" else " step environments, and the GPU acts")
+    why += "" if gpu else ", the others learn"
+    envs, unrolls = _batch(config, given, workers, ahead, most if workers * threads > 2 else config.env.num_envs)
     return Fit(
         {
             "env.num_envs": envs,
@@ -137,23 +142,26 @@ def _spread(config: Any, given: Collection[str], machine: Machine, cores: int) -
     )
 
 
-def _batch(config: Any, given: Collection[str], workers: int, times: int, memory: float) -> tuple[int, int]:
-    """Environments of each of ``workers`` actors, up to ``times`` the preset's, and unrolls in a batch."""
-    train, envs, unrolls = config.train, config.env.num_envs, config.train.unrolls
-    step = MEGABYTES["resnet" if config.network.encoder == "resnet" else "shallow"]
-    room = memory / 2 * 1e3 / step / config.collector.unroll * train.minibatches  # unrolls
-    most = max(1, min(UNROLLS // train.devices, int(min(room, UNROLLS))))
-    if "train.unrolls" in given and unrolls:
-        if "env.num_envs" not in given:  # the nearest number that gives as many, where the actors can
-            divisors = [number for number in range(1, unrolls + 1) if not unrolls % number]
-            envs = min((x for x in divisors if x * workers >= unrolls), key=lambda x: abs(x - envs))
-        return envs, unrolls
-    if train.minibatches * train.epochs == 1:  # the published form: the batch keeps its size
-        unrolls, half = envs, math.gcd(envs, 16)
-        if "env.num_envs" not in given and half * workers >= envs:
-            envs = half
-    else:
-        if "env.num_envs" not in given:  # all actors have no more than four batches, or the data gets old
-            envs *= max(1, min(times, most // envs, 4 * most // (envs * workers)))
-        unrolls = envs * max(1, min(math.ceil(workers / 2), most // envs))
-    return envs, unrolls if unrolls > envs else 0
+def _ahead(config: Any, *, gpu: bool) -> int:
+    """Batches that all actors together may have under way, because each makes their data U updates older.
+
+    Two have a mean lag of 2.5 U where the learner is slower than the actors. Where they need not wait for it, they get
+    new weights within a rollout: four have 3 U then.
+    """
+    updates = config.train.minibatches * config.train.epochs
+    return max(2, 8 // updates) * (2 if gpu and config.network.encoder != "resnet" else 1)
+
+
+def _batch(config: Any, given: Collection[str], workers: int, ahead: int, batch: int) -> tuple[int, int]:
+    """Environments of each actor, and ``train.unrolls``: a ``batch`` of the rollouts of as many actors as must be."""
+    envs, unrolls = config.env.num_envs, config.train.unrolls
+    together = 1
+    while workers > ahead * together:
+        together *= 2
+    if "env.num_envs" not in given:
+        if "train.unrolls" in given:
+            batch, together = (unrolls, together) if unrolls else (envs, 1)
+        while batch % together:
+            together -= 1
+        envs = batch // together
+    return envs, envs * together if together > 1 else 0

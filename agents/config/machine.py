@@ -19,18 +19,15 @@ class Machine(NamedTuple):
     Attributes:
         cores: that this process may use.
         gpus: that torch can use.
-        gpu_memory: of the smallest of them, GB.
     """
 
     cores: int
     gpus: int = 0
-    gpu_memory: float = 0.0
 
 
 def this_machine() -> Machine:
     """The machine that this process runs on, as far as it may use it."""
-    memories = _gpu_memories() if may_have_gpu() else []
-    return Machine(available_cores(), len(memories), min(memories, default=0.0))
+    return Machine(available_cores(), _gpus() if may_have_gpu() else 0)
 
 
 def available_cores(root: Path = Path("/")) -> int:
@@ -80,25 +77,20 @@ def may_have_gpu() -> bool:
     return not sys.platform.startswith("linux") or any(os.path.exists(path) for path in drivers)
 
 
-def _gpu_memories() -> list[float]:
-    """GB of each GPU that CUDA shows to this process; empty where torch is not built for CUDA."""
+def _gpus() -> int:
+    """GPUs that CUDA shows to this process; none where torch is not built for CUDA, or nvidia-smi is not there."""
     torch = importlib.util.find_spec("torch")  # found, not imported
     if torch is None or torch.origin is None:
-        return []
+        return 0
+    query = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
     try:
         built = runpy.run_path(str(Path(torch.origin).with_name("version.py"))).get("cuda")
-        query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
         told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
-        found = [(index, uuid, float(size) * 2**20 / 1e9) for index, uuid, size in map(_columns, told.splitlines())]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return []
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    found = [line.split(", ") for line in told.splitlines()]
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
         wanted = [word.strip() for word in shown.split(",") if word.strip()]
         found = [gpu for gpu in found if any(gpu[0] == word or gpu[1].startswith(word) for word in wanted)]
-    return [size for _, _, size in found] if built else []
-
-
-def _columns(line: str) -> tuple[str, str, str]:
-    index, uuid, size = (word.strip() for word in line.split(","))
-    return index, uuid, size
+    return len(found) if built else 0

@@ -70,7 +70,7 @@ def test_what_fits_the_machine_is_shown_and_gives_way(
     monkeypatch.setattr(cli, "this_machine", lambda: Machine(16))
     command = cli.parse([], presets=PRESETS, description="")
     chosen = command.config
-    assert (chosen.collector.num_workers, chosen.env.num_envs, chosen.train.unrolls) == (8, 16, 64)  # type: ignore[attr-defined]
+    assert (chosen.collector.num_workers, chosen.env.num_envs, chosen.train.unrolls) == (8, 8, 32)  # type: ignore[attr-defined]
     assert command.fitted.startswith("16 cores, no GPU: half of the cores act")
     with pytest.raises(SystemExit):
         parse("--print_config")
@@ -85,7 +85,7 @@ def test_what_fits_the_machine_is_shown_and_gives_way(
         config = parse(*argv)
         assert (config.collector.num_workers, config.train.unrolls) == (actors, 32)
         cli.check(config)
-    monkeypatch.setattr(cli, "this_machine", lambda: Machine(64, 1, 80.0))
+    monkeypatch.setattr(cli, "this_machine", lambda: Machine(64, 1))
     assert parse("--config", str(path)) == chosen, "a file that holds all values"
     path.write_text("env: {num_envs: 8}")
     config = parse("--config", str(path), "--collector.acting", "copies")
@@ -106,7 +106,9 @@ def test_a_new_run_says_how_it_fits_the_machine(
     for rank, told in (("0", 1), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main_of("impala_atari")([f"--train.name={rank}"]) == 0
-        line = "2 cores, no GPU: as the preset says for fewer than 4 cores a learner (1 actor of 16 environments)"
+        line = (
+            "2 cores, no GPU: as the preset says, because a learner has fewer than 4 cores (1 actor of 16 environments)"
+        )
         assert capsys.readouterr().err.splitlines().count(line) == told
 
 
