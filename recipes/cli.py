@@ -27,8 +27,12 @@ from offtrace.modules.fork_server import start_fork_server
 from offtrace.modules.naming import nearest
 from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_file, sentence, types_of_keys
 
-MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every")
-"""Flags that a resumed run may be given; everything else is what the run began with."""
+MAY_CHANGE = (
+    "train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every",
+    "collector.device",
+)  # fmt: skip
+"""Flags that a resumed run may be given; everything else is what the run began with. The last one is chosen by the
+machine, and the next machine may have no GPU."""
 
 _FOLDER = "OFFTRACE_RUN_FOLDER"
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -71,6 +75,7 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
         check(config)
         if resume is None:
             folder = new = _folder(config)
+            config = read_config(folder, type(config))  # what the first learner chose holds for all
         else:
             folder = resume.parent.parent
         if not int(os.environ.get("LOCAL_RANK", 0)):

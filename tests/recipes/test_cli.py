@@ -96,20 +96,24 @@ def test_what_fits_the_machine_is_shown_and_gives_way(
     with zipfile.ZipFile(tmp_path / "checkpoints" / "last.ckpt", "w") as archive:
         archive.writestr("data", "x")
     assert parse("--resume", str(tmp_path)) == atari_config()
+    assert parse("--resume", str(tmp_path), "--collector.device", "cuda").collector.device == "cuda"
 
 
 @pytest.mark.usefixtures("own_folder")
 def test_a_new_run_says_how_it_fits_the_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_run", lambda config, folder, resume: 0)
-    for rank, told in (("0", 1), ("1", 0)):
+    ran: list[Any] = []
+    monkeypatch.setattr(cli, "_run", lambda config, folder, resume: ran.append(config) or 0)
+    for rank, cores, told in (("0", 2, 1), ("1", 16, 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert main_of("impala_atari")([f"--train.name={rank}"]) == 0
+        monkeypatch.setattr(cli, "this_machine", lambda cores=cores: Machine(cores))
+        assert main_of("impala_atari")(["--train.name=one"]) == 0
         line = (
             "2 cores, no GPU: as the preset says, because a learner has fewer than 4 cores (1 actor of 16 environments)"
         )
         assert capsys.readouterr().err.splitlines().count(line) == told
+    assert ran[1] == ran[0], "learners of one run that find other machines have what the first one chose"
 
 
 def test_presets_differ() -> None:
