@@ -4,11 +4,12 @@
     python benchmarks/architectures.py --quick --figure architectures.png
 
 Five ways to act and to learn, on Pong with the shallow network: unrolls of 20, one update on each batch of all actors'
-unrolls, the same numbers of actors and games. Where the actors wait for each other is what differs; in the batched A2C
-nobody acts while the learner learns. Two tasks: the emulator, whose steps take about the same time always; and the same
-with simulators that take 0 to 20 ms for a step of an actor's games, drawn anew for each, and 200 ms more where a game
-ends, without using a core meanwhile. Every figure comes from a process of its own; those of one round follow each
-other, so that all meet the same machine; medians of the rounds.
+unrolls, the same numbers of actors and games. Where the actors wait for each other is what differs: in the batched A2C
+nobody acts while the learner learns; in IMPALA an actor waits only once it is a rollout ahead of what was learnt from.
+Two tasks: the emulator, whose steps take about the same time always; and the same with simulators that take 0 to 20 ms
+for a step of an actor's games, drawn anew for each, and 200 ms more where a game ends, without using a core meanwhile.
+Every figure comes from a process of its own; those of one round follow each other, so that all meet the same machine;
+medians of the rounds.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ ARCHITECTURES = (
     Architecture("batched A2C, sync trajectory", f"after every {UNROLL} steps", "copies", 0.0, True),
     Architecture("batched A2C, dynamic batching", f"after every {UNROLL} steps, forward passes batched as they come",
                  "server", 0.001, True),
-    Architecture("IMPALA", "never", "copies", 0.0, False),
-    Architecture("IMPALA, dynamic batching", "never, forward passes batched as they come", "server", 0.001, False),
+    Architecture("IMPALA", "a rollout ahead", "copies", 0.0, False),
+    Architecture("IMPALA, dynamic batching", "a rollout ahead, forward passes batched as they come",
+                 "server", 0.001, False),
 )  # fmt: skip
 TASKS = ("steady", "varying")
 

@@ -49,7 +49,7 @@ def test_an_actor_begins_no_rollout_before_its_turn(
 
 def test_the_table_says_what_failed_and_what_waiting_costs(script: ModuleType) -> None:
     speeds = {(0, "varying"): 100.0, (1, "varying"): 200.0, (3, "varying"): 300.0, (3, "steady"): 1234.5}
-    assert script.line(3, ["steady", "varying"], speeds) == "| IMPALA | never | 1,234 | 300 |"
+    assert script.line(3, ["steady", "varying"], speeds) == "| IMPALA | a rollout ahead | 1,234 | 300 |"
     assert script.line(1, ["steady", "varying"], speeds).endswith("| failed | 200 |")
     assert "IMPALA makes 3.00 times the steps of batched A2C, sync step" in script.ratios(speeds)
     assert "IMPALA makes 1.50 times the steps of batched A2C, sync trajectory" in script.ratios(speeds)
