@@ -44,8 +44,8 @@ class LossConfig(Group):
     """Bound of the trust region around the average policy; null for none."""
     num_samples: int = 5
     """Continuous actions only: those that the advantages of the dueling critic are centred on."""
-    correction_samples: int = 1
-    """Continuous actions only: those over which the bias correction is averaged."""
+    bound_coef: float = 0.0
+    """Continuous actions only: weight of half the squared distance of the policy's mean to the actions' bounds."""
     average_critic: bool = False
     """Continuous actions only: targets come from averages of the critics, which move as the average policy does."""
     learn_scale: bool = False
@@ -60,8 +60,8 @@ class LossConfig(Group):
         check_estimator(at, self.estimator, "action", every_step=True)
         checks = Checks(self, at)
         checks.fraction("gamma")
-        checks.at_least(0, "value_coef", "entropy_coef")
-        checks.at_least(1, "num_samples", "correction_samples")
+        checks.at_least(0, "value_coef", "entropy_coef", "bound_coef")
+        checks.at_least(1, "num_samples")
         checks.require("clip", lambda value: value > 0, "above 0; inf never truncates")
         checks.positive_or_null("delta", "reward_clip")
 
