@@ -161,10 +161,10 @@ def make_acer(config: ACERConfig) -> tuple[Agent, MixedData | RolloutData]:
 
 
 def control_config() -> ACERConfig:
-    """CartPole, near the settings of RL Baselines Zoo: 8 environments, a step size that falls, 500,000 steps; Adam."""
+    """CartPole, near RL Baselines Zoo: 8 environments, RMSProp, a step size that falls, 500,000 steps."""
     config = ACERConfig(env=EnvConfig(task="CartPole-v1", num_envs=8))
     config.replay.capacity, config.replay.min_size = 40_000, 8_000
-    config.optim.schedule, config.train.precision = "linear", "32-true"
+    config.optim.name, config.optim.schedule, config.train.precision = "rmsprop_tf", "linear", "32-true"
     config.train.total_frames, config.train.eval_every, config.train.checkpoint_every = 500_000, 50_000, 100_000
     return config
 
