@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from offtrace.agents.callbacks import Meters
+from offtrace.agents.callbacks import Meters, WeightSync
 from offtrace.agents.data import ActingData
 from offtrace.agents.runs import run as runs
 from offtrace.agents.runs.training import Summary
@@ -265,6 +265,25 @@ def heard() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("heard")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_callbacks_are_set_up_has_its_exit_code(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a KeyboardInterrupt there Lightning makes exit code 1."""
+    own = WeightSync.setup
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(WeightSync, "setup", interrupted)
+    assert sac(f"--env.task={OWN}:Short") == 128 + number
+    assert not RUN.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow
