@@ -782,15 +782,21 @@ def _breaks(seed: int, path: Path) -> EnvBase:
     return StampEnv(seed)
 
 
-def test_restarts_wait_longer_each_time_until_one_delivers() -> None:
+def test_restarts_wait_longer_each_time_until_one_delivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(restarts.time, "monotonic", lambda: clock[0])
     decide, fault = restarts.Restarts(100), EnvironmentFailure("it is broken\n\ntrace")
     with pytest.raises(EnvironmentFailure, match="it is broken\n\ntrace"):
         decide.after("a", fault)  # a fault of set-up
     decide.delivered("a")
     with pytest.warns(RuntimeWarning, match="^it is broken; a new one takes its place, restart 1 of at most 100$"):
         assert decide.after("a", fault) == 0
+    found = []
     with pytest.warns(RuntimeWarning):
-        assert [decide.after(name, fault) for name in "aabaa"] == [0.5, 1.0, 0.0, 2.0, 4.0]
+        for name, seconds in [("a", 0.25), ("a", 0.25), ("b", 0.0), ("a", 4.0), ("a", 0.0)]:
+            clock[0] += seconds  # which it took to fail, of which the waiting is made shorter
+            found.append(decide.after(name, fault))
+    assert found == [0.25, 1.0, 0.0, 0.0, 3.0]
     with pytest.raises(EnvironmentFailure, match=r"it is broken; .* 5 new ones in a row delivered nothing\n\ntrace"):
         decide.after("a", fault)
     decide.delivered("a")
