@@ -188,6 +188,26 @@ def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
+def test_where_the_last_replay_is_damaged_that_of_the_checkpoint_before_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sac(f"--env.task={OWN}:Short", "--train.record=false", "--train.checkpoint_every=32") == 0
+    last = RUN / "checkpoints/last.ckpt"
+    before = torch.load(last.with_name("previous.ckpt"), weights_only=True)["offtrace"]["frames"]
+    damaged = max(max((RUN / "replay/rank0").iterdir()).iterdir(), key=lambda file: file.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    capsys.readouterr()
+    argv = ["--resume", "runs/a", "--train.total_frames=128"]
+    assert sac_control.main(argv) == 2
+    assert f"or {last} to go on from the checkpoint before" in error_line(capsys)
+    last.unlink()
+    with pytest.warns(RuntimeWarning, match="the run goes on from previous.ckpt"):
+        assert sac_control.main(argv) == 0
+    assert f"going on from {before} frames" in capsys.readouterr().err
+    assert column("replay/steps")[-1] == 128
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_without_an_actor_that_died(capsys: pytest.CaptureFixture[str]) -> None:
     """Every step that was delivered is in the replay, and entitles to as many updates as in any other run."""
     argv = ["--env.task=tests.recipes.crashing:Crashing", "--collector.num_workers=2", "--train.record=false"]
