@@ -191,6 +191,8 @@ def parse(argv: list[str], *, presets: Presets, description: str) -> Command:
     if not resume:
         return Command(config, None, fitted)
     checkpoint = Path(resume) / "checkpoints" / "last.ckpt"
+    if checkpoint.with_name("previous.ckpt").is_file():  # which serves where the last one is damaged
+        return config, checkpoint
     if not checkpoint.is_file():
         raise RunError(f"{resume} has no checkpoints/last.ckpt to go on from")
     return Command(config, checkpoint_file(checkpoint), fitted)

@@ -18,6 +18,7 @@ from offtrace.modules.replay import DamagedReplay
 class Checkpoints(pl.Callback):
     """``last.ckpt`` every so many frames, at the end and when anything stops the run; ``best.ckpt`` after a best score.
 
+    The ``last.ckpt`` before it, of fewer frames, is kept as ``previous.ckpt``, and so is the replay that belongs to it.
     Files appear whole or not at all, and never hold weights that are not finite. Rank 0 writes. Where each rank has a
     replay to save they agree on whether all could; else nobody waits for anybody, so that a failure on one rank cannot
     hang the others.
@@ -25,17 +26,22 @@ class Checkpoints(pl.Callback):
     Args:
         folder: where the files go.
         every: environment frames between two writings of ``last.ckpt``.
+        resumed: the checkpoint from which the run goes on. A ``last.ckpt`` that lies there and is another one is
+            damaged, and not kept.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
+    def __init__(self, folder: Path, every: int, resumed: Path | None = None) -> None:
         self.folder = folder
         self.every = every
+        self.resumed = resumed
+        self._kept: int | None = None  # frames of the last.ckpt that lies there
         self._next = every
         self._began = False
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
         """Sets the next checkpoint behind the frames already trained."""
         self._began = True
+        self._kept = agent.frames if self.resumed == self.folder / "last.ckpt" else None
         self._next = (agent.frames // self.every + 1) * self.every
 
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -68,7 +74,7 @@ class Checkpoints(pl.Callback):
             return
         saved = name == "last.ckpt" and agent.data.saves and self._save_data(trainer, agent.data)
         if trainer.is_global_zero:
-            self._write(trainer, name)
+            self._write(trainer, name, agent.frames)
         if saved:
             agent.data.prune(trainer.global_rank)
 
@@ -84,7 +90,7 @@ class Checkpoints(pl.Callback):
         data.saved = name
         return True
 
-    def _write(self, trainer: pl.Trainer, name: str) -> None:
+    def _write(self, trainer: pl.Trainer, name: str, frames: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.{os.getpid()}"
         # Trainer.save_checkpoint would wait for all ranks, which a failing rank never reaches.
@@ -94,4 +100,8 @@ class Checkpoints(pl.Callback):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        if name == "last.ckpt":
+            if self._kept not in (None, frames):
+                (self.folder / name).replace(self.folder / "previous.ckpt")
+            self._kept = frames
         temporary.replace(self.folder / name)

@@ -30,7 +30,8 @@ class Meters(pl.Callback):
     of the last evaluation; ``lag``, the mean age in updates of the weights that acted in what is learnt from. On a
     terminal the line is a progress bar; elsewhere it is printed as it is logged. Only rank 0 shows and logs. Frames and
     updates per second leave out the time spent in evaluations. Episodes that a failing simulator ended are counted in
-    both (``train/dropped_episodes``), once there are any.
+    both (``train/dropped_episodes``), once there are any; so are actors that took the place of one that failed
+    (``collector/restarts``).
 
     Args:
         total_frames: the end of the bar.
@@ -120,6 +121,8 @@ class Meters(pl.Callback):
             metrics["train/episodes"] = float(episodes.count)
         if episodes.dropped:
             metrics["train/dropped_episodes"] = float(episodes.dropped)
+        if agent.data.restarts:
+            metrics["collector/restarts"] = float(agent.data.restarts)
         metrics |= agent.data.metrics
         if self._lag_count:
             metrics["train/lag"] = self._lag_sum / self._lag_count
@@ -143,6 +146,8 @@ class Meters(pl.Callback):
             parts.append(f"lag {metrics['train/lag']:.1f}")
         if "train/dropped_episodes" in metrics:
             parts.append(f"{metrics['train/dropped_episodes']:.0f} episodes dropped")
+        if agent.data.restarts:
+            parts.append(f"restarts {agent.data.restarts}")
         line = " · ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, completed=agent.frames, description=line)

@@ -33,6 +33,9 @@ class CollectorConfig(Group):
     own GPU) or cuda:<n>."""
     step_timeout: float = 60.0
     """Seconds after which a step that did not return counts as hung."""
+    max_restarts: int = 1000
+    """Most actor processes that may take the place of one that died, hung or raised, once there was a rollout; five in
+    a row that deliver nothing end the run before. 0: the first such fault ends it."""
     sync_every: int = 0
     """Updates between two pushes of weights to the actors; 0: as many as a rollout has fresh batches (train.minibatches
     times train.epochs), or 1 where all batches come from a replay. Updates on replayed batches count too."""
@@ -43,9 +46,15 @@ class CollectorConfig(Group):
         """As :meth:`Group.check`."""
         checks = Checks(self, at)
         checks.at_least(1, "unroll", "threads", "emulator_threads")
-        checks.at_least(0, "num_workers", "sync_every", "lag", "server_batch")
+        checks.at_least(0, "num_workers", "sync_every", "lag", "server_batch", "max_restarts")
         checks.require("server_wait", lambda value: 0 <= value < self.step_timeout, "at least 0, below step_timeout")
         checks.positive("step_timeout")
+        if not self.num_workers and self.max_restarts != type(self).max_restarts:
+            raise ConfigError(
+                f"{at}.max_restarts is {self.max_restarts}, and {at}.num_workers is 0: an environment in the learner's "
+                "process cannot be replaced, and an error in it ends the run; give num_workers above 0, or leave "
+                "max_restarts out"
+            )
         if self.acting == "server" and not self.num_workers:
             raise ConfigError(
                 f"{at}.acting is server, which acts for actor processes, and {at}.num_workers is 0: it must be above 0"

@@ -112,7 +112,12 @@ class ActingData(LightningDataModule):
         self.collector: Collector | None = None
         self.frames = 0
         self.episodes = EpisodeMeter()
-        self._version = 0
+        self._version = self._restarts = 0
+
+    @property
+    def restarts(self) -> int:
+        """Actors of this rank that took the place of one that failed, in this process's part of the run."""
+        return self._restarts + (0 if self.collector is None else self.collector.restarts)
 
     @property
     def learner(self) -> Learner:
@@ -218,6 +223,7 @@ class ActingData(LightningDataModule):
         if self.collector is not None:
             collector, self.collector = self.collector, None
             self._version = collector.version
+            self._restarts += collector.restarts
             collector.shutdown()
 
 
@@ -229,9 +235,10 @@ class PlainData:
         ranks: number of learners.
 
     Attributes:
-        episodes, saves: as of :class:`ActingData`; there are none, and nothing is saved.
+        episodes, restarts, saves: as of :class:`ActingData`; there are none, and nothing is saved.
     """
 
+    restarts: ClassVar[int] = 0
     saves: ClassVar[bool] = False
     saved: str | None = None
 
@@ -292,6 +299,7 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
         start=frames,
         rank=rank,
         step_timeout=config.collector.step_timeout,
+        max_restarts=config.collector.max_restarts,
         threads_per_worker=config.collector.threads,
         device=_device(config, rank),
         frame_stack=frame_stack,

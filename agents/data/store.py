@@ -145,8 +145,9 @@ class StoringData(ActingData):
             return self.begin_empty()
         found = self._place_of(rank, self.saved)
         self._open.load(found)
-        for other in found.parent.iterdir():  # of writings that no checkpoint came to name
-            if other.name not in (found.name, f"{found.name}.old"):
+        for other in found.parent.iterdir():
+            earlier = other.name < found.name and not other.suffix  # the checkpoint before may name it
+            if not earlier and other.name not in (found.name, f"{found.name}.old"):  # no checkpoint came to name it
                 shutil.rmtree(other, ignore_errors=True)
 
     def begin_empty(self) -> None:
@@ -217,8 +218,8 @@ class StoringData(ActingData):
     def prune(self, rank: int) -> None:
         """As :meth:`ActingData.prune`.
 
-        The replay before the newest stays: of several ranks one alone cannot know that the first has written the
-        checkpoint.
+        The replay before the newest stays: it is that of the checkpoint before, and of several ranks one alone cannot
+        know that the first has written the newest one.
         """
         if self.folder is None or self.saved is None:
             return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +63,32 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint written by offtrace")
     return checkpoint
+
+
+def usable(path: Path) -> Path:
+    """``path``, or the ``previous.ckpt`` beside it where it is damaged or gone, which a warning tells.
+
+    Raises:
+        CheckpointError: neither can be used.
+    """
+    try:
+        read_checkpoint(path)
+    except CheckpointError as error:
+        before = path.with_name("previous.ckpt")
+        if not before.is_file():
+            raise
+        try:
+            frames = int(read_checkpoint(before)[CHECKPOINT_KEY]["frames"])
+        except CheckpointError as second:
+            raise CheckpointError(f"{error}; and the one before it cannot be used either: {second}") from second
+        if not int(os.environ.get("LOCAL_RANK", 0)):
+            warnings.warn(
+                f"{error}; the run goes on from {before.name}, and what it had learnt after {frames:,} frames is lost",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return before
+    return path
 
 
 def builder_of(name: str) -> Builder:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from offtrace.agents.config import Config, ConfigError
-from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
+from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint, usable
 from offtrace.agents.runs.evaluation import EvaluationResult, evaluate
 from offtrace.agents.runs.folders import discard, write_config
 from offtrace.agents.runs.media import Recorder, plot_curve
@@ -40,7 +40,7 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
         config: validated.
         folder: of the run, with its ``config.yaml``. That of a new run is removed where the run is refused, and where
             it was stopped before the first update.
-        resume: a checkpoint to continue from.
+        resume: a checkpoint to continue from; where it is damaged, the one before it is used.
 
     Returns:
         What the run ended with, by itself or by a signal.
@@ -50,6 +50,7 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
         RunFailed: after that; the last checkpoint is kept.
     """
     try:
+        resume = None if resume is None else usable(resume)
         prepare(config, folder, resume)
         summary = train(config, folder, resume)
     except (ConfigError, CheckpointError) as error:
@@ -57,7 +58,10 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
             discard(folder)
         raise RunRefused(one_line(error)) from error
     except DamagedReplay as error:
-        raise RunRefused(f"{one_line(error)}; remove {folder / REPLAY} to go on with an empty one") from error
+        ways = f"remove {folder / REPLAY} to go on with an empty one"
+        if resume == _last(folder) and resume.with_name("previous.ckpt").is_file():
+            ways += f", or {resume} to go on from the checkpoint before, which has a replay of its own"
+        raise RunRefused(f"{one_line(error)}; {ways}") from error
     except Exception as error:
         # the task or the network was refused, or this machine cannot render its images, and nothing had begun
         if isinstance(error, (ValueError, EnvironmentFailure)) and resume is None and discard(folder):
@@ -176,8 +180,9 @@ def _line(config: Config, summary: Summary, folder: Path) -> str:
     if summary.last_score is not None:
         scores = f"score {summary.last_score:.1f} (best {summary.best_score:.1f})"
     dropped = f"{summary.dropped_episodes} episodes dropped, " if summary.dropped_episodes else ""
+    replaced = f"restarts {summary.restarts}, " if summary.restarts else ""
     speed = f"{summary.frames_per_second:,.0f} frames/s and {summary.updates_per_second:,.0f} updates/s"
-    done = f"{scores} after {summary.frames:,} frames, {dropped}{speed}"
+    done = f"{scores} after {summary.frames:,} frames, {dropped}{replaced}{speed}"
     if not summary.signal:
         return f"{done}: {folder}"
     left = summary.frames < config.train.total_frames

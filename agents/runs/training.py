@@ -43,6 +43,7 @@ class Summary:
         updates: of the learner, since the very beginning.
         episodes: those that ended in the rollouts of the first rank, since the very beginning.
         dropped_episodes: those that a failing simulator ended, likewise; nothing was learned from their last step.
+        restarts: actors of the first rank that took the place of one that failed, in this process's part of the run.
         frames_per_second, updates_per_second: of this process's part of the run, evaluations left out.
         seconds: wall time of this process's part.
         scores: ``(frames, mean score)`` of every evaluation.
@@ -58,6 +59,7 @@ class Summary:
     updates: int
     episodes: int
     dropped_episodes: int
+    restarts: int
     frames_per_second: float
     updates_per_second: float
     seconds: float
@@ -107,7 +109,8 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     meters = Meters(config.train.total_frames, config.train.log_every)
     stop = GracefulStop()
     # the order is that of the work after an update
-    callbacks = [sync, meters, evaluation, Checkpoints(run_dir / "checkpoints", config.train.checkpoint_every), stop]
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.train.checkpoint_every, resume)
+    callbacks = [sync, meters, evaluation, checkpoints, stop]
     trainer = make_trainer(config, run_dir, callbacks)
     with stop:
         try:
@@ -123,6 +126,7 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
             updates=agent.updates,
             episodes=data.episodes.count,
             dropped_episodes=data.episodes.dropped,
+            restarts=data.restarts,
             frames_per_second=meters.frames_per_second,
             updates_per_second=meters.updates_per_second,
             seconds=time.perf_counter() - start,

@@ -28,20 +28,23 @@ from torchrl.collectors import Collector
 
 from offtrace.modules.collectors.frames import FRAMES, Packer
 from offtrace.modules.collectors.memory import Layout, Mailbox, SharedBlock
-from offtrace.modules.collectors.server import RemotePolicy, Server, ServerGone, ServerOptions
+from offtrace.modules.collectors.server import LearnerGone, RemotePolicy, Server, ServerGone, ServerOptions
 from offtrace.modules.collectors.weights import SharedWeights, named_tensors
 from offtrace.modules.keys import POLICY_VERSION
 
 _MESSAGE_LIMIT = 16_000  # characters of a traceback
 
 
-def actor_seed(seed: int, rank: int, worker: int, start: int = 0) -> int:
+def actor_seed(seed: int, rank: int, worker: int, start: int = 0, restart: int = 0) -> int:
     """Seed of one actor: the same for equal arguments, unrelated for different ones.
+
+    ``restart``: which of those that took the place of the first one; 0: that one.
 
     A hash and not a sum, so that the environments of run seed 0 are not those of run seed 1 moved by one place.
     The result leaves room below 2**31 for a number per environment.
     """
-    word = np.random.SeedSequence([seed, rank, worker, start]).generate_state(1)[0]
+    place = [seed, rank, worker, start, *([restart] if restart else [])]
+    word = np.random.SeedSequence(place).generate_state(1)[0]
     return int(word) % (2**31 - 2**17)
 
 
@@ -101,7 +104,8 @@ class ActorSpec(NamedTuple):
     Attributes:
         env_fn: called as ``env_fn(seed=...)``; gives an environment of batch size ``[N]``.
         policy: on the CPU, the actors' own.
-        seeds: of each actor's environment; in a process of its own also of torch, numpy and random.
+        seed_of: gives the seed of an actor, by its number and that of its restart: of its environments, and in a
+            process of its own also of torch, numpy and random.
         frames_per_batch: N T, the size of a rollout.
         frame_stack: frames in an observation, of which each travels once; 1: observations travel whole.
         device: where the policy runs.
@@ -112,7 +116,7 @@ class ActorSpec(NamedTuple):
 
     env_fn: Callable[..., Any]
     policy: nn.Module
-    seeds: list[int]
+    seed_of: Callable[[int, int], int]
     frames_per_batch: int
     frame_stack: int
     device: str | torch.device
@@ -120,7 +124,9 @@ class ActorSpec(NamedTuple):
     server: ServerOptions | None = None
     environ: dict[str, str] = {}  # noqa: RUF012  of a NamedTuple
 
-    def make(self, shared: SharedWeights, worker: int, remote: RemotePolicy | None = None) -> Collector:
+    def make(
+        self, shared: SharedWeights, worker: int, restart: int = 0, remote: RemotePolicy | None = None
+    ) -> Collector:
         """TorchRL's collector with an :class:`Actor` for a policy.
 
         Raises:
@@ -131,7 +137,7 @@ class ActorSpec(NamedTuple):
         collector = Collector(
             self.env_fn,
             Actor(policy, shared, worker, remote),
-            create_env_kwargs={"seed": self.seeds[worker]},
+            create_env_kwargs={"seed": self.seed_of(worker, restart)},
             frames_per_batch=self.frames_per_batch,
             total_frames=-1,
             policy_device=device,
@@ -176,12 +182,18 @@ class Failed(NamedTuple):
 
 
 def run_actor(
-    worker: int, pipe: Connection, shared: SharedWeights, spec: SharedBlock, server: Connection | None = None
+    worker: int,
+    restart: int,
+    pipe: Connection,
+    shared: SharedWeights,
+    spec: SharedBlock,
+    server: Connection | None = None,
 ) -> None:
     """An actor process: one rollout for every message that comes through ``pipe``, until it is closed.
 
     Args:
         worker: number of the actor.
+        restart: how many had its place before.
         pipe: answers go back through it, :class:`Up`, :class:`Rollout` or :class:`Failed`.
         shared: the weights.
         spec: the pickled :class:`ActorSpec`.
@@ -190,9 +202,9 @@ def run_actor(
     collector = None
     try:
         made = _begin(spec)
-        _seed_everything(made.seeds[worker])
+        _seed_everything(made.seed_of(worker, restart))
         remote = None if server is None else RemotePolicy(server, list(cast("Any", made.policy).in_keys))
-        collector = made.make(shared, worker, remote)
+        collector = made.make(shared, worker, restart, remote)
         rollouts, outbox = iter(collector), _Outbox(pipe, made.frame_stack)
         _send(pipe, Up())
         while True:
@@ -207,23 +219,24 @@ def run_actor(
             collector.shutdown()
 
 
-def run_server(pipe: Connection, shared: SharedWeights, spec: SharedBlock, actors: list[Connection]) -> None:
+def run_server(restart: int, pipe: Connection, shared: SharedWeights, spec: SharedBlock) -> None:
     """The process of the server.
 
     Args:
-        pipe: to the learner; :class:`Up` or :class:`Failed` go through it.
+        restart: how many had its place before.
+        pipe: to the learner; :class:`Up` or :class:`Failed` go through it, and pipes to the actors come.
         shared: the weights.
         spec: the pickled :class:`ActorSpec`.
-        actors: pipes to the actors.
     """
     try:
         made = _begin(spec)
         assert made.server is not None
-        _seed_everything(made.server.seed)
-        server = Server(made.policy.to(made.device), shared, actors, made.server)
+        seed = made.server.seed
+        _seed_everything(actor_seed(seed, 0, 0, 0, restart) if restart else seed)
+        server = Server(made.policy.to(made.device), shared, pipe, made.server)
         _send(pipe, Up())
         server.serve()
-    except Leave:
+    except (Leave, LearnerGone):
         pass
     except BaseException as error:
         _report(pipe, error)

@@ -19,7 +19,8 @@ from offtrace.modules.envs import EnvironmentFailure
 class LocalBackend:
     """Meets :class:`~offtrace.modules.collectors.protocol.Backend`: a rollout begins when it is asked for.
 
-    Nothing runs beside the learner. Actions are drawn from the generators of this process.
+    Nothing runs beside the learner. Actions are drawn from the generators of this process. What its environments raise
+    ends it: they are of this process, which cannot be replaced.
 
     Args:
         spec: of the actor.
@@ -28,6 +29,8 @@ class LocalBackend:
     Raises:
         ValueError: the environments do not divide a rollout.
     """
+
+    restarts = 0
 
     def __init__(self, spec: ActorSpec, shared: SharedWeights) -> None:
         self._shared = shared

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from offtrace.modules.collectors.actors import ActorSpec, actor_seed
 from offtrace.modules.collectors.local import LocalBackend
 from offtrace.modules.collectors.processes import ProcessBackend
 from offtrace.modules.collectors.protocol import Backend, Collector
+from offtrace.modules.collectors.restarts import MAX_RESTARTS, Restarts
 from offtrace.modules.collectors.rollouts import RolloutCollector
 from offtrace.modules.collectors.server import ServerOptions
 from offtrace.modules.collectors.weights import SharedWeights
@@ -46,6 +48,7 @@ def make_collector(
     start: int = 0,
     rank: int = 0,
     step_timeout: float = 60.0,
+    max_restarts: int = MAX_RESTARTS,
     threads_per_worker: int = 1,
     device: str | torch.device = "cpu",
     frame_stack: int = 1,
@@ -61,8 +64,12 @@ def make_collector(
         num_workers: actor processes. 0: collect in this process, when asked; nothing runs beside the learner then, and
             actions are drawn from the generators of this process, which are left as they are.
         seed, rank, start: the seed of worker w is ``actor_seed(seed, rank, w, start)``. A resumed run gives its frames
-            as ``start``, so that it does not meet the start states and the noise of its beginning again.
+            as ``start``, so that it does not meet the start states and the noise of its beginning again. An actor
+            that takes the place of one that failed gets a new seed.
         step_timeout: seconds that one step (a reset included) may take in an actor process. Not applied in process.
+        max_restarts: most actor processes that may take the place of one that died, hung or raised; see
+            :class:`~offtrace.modules.collectors.restarts.Restarts`. Each is told of in a warning. 0: the first such
+            fault is raised. In process every error is raised, because nothing there can be replaced.
         threads_per_worker: torch threads of an actor process. Two processes of one thread do more than one of two.
         device: where the actors run their copy of the policy; rollouts are always on the CPU.
         frame_stack: frames that an observation stacks along its first dimension, the newest last, each the one before
@@ -81,6 +88,7 @@ def make_collector(
     for name, value, least in (
         ("frames_per_batch", frames_per_batch, 1),
         ("num_workers", num_workers, 0),
+        ("max_restarts", max_restarts, 0),
         ("threads_per_worker", threads_per_worker, 1),
         ("frame_stack", frame_stack, 1),
         ("rollouts_per_batch", rollouts_per_batch, 1),
@@ -101,15 +109,21 @@ def make_collector(
         raise ValueError(f"device is {device}; torch can use {gpus} GPUs here: it must be cpu, or one of those")
     actor = copy.deepcopy(policy).to("cpu")
     shared = SharedWeights(actor, max(num_workers, 1) + (server is not None))
-    seeds = [actor_seed(seed, rank, worker, start) for worker in range(max(num_workers, 1))]
+    seed_of = partial(_seed_of, seed, rank, start)
     spec = ActorSpec(
-        env_fn, actor, seeds, frames_per_batch, frame_stack, device, threads_per_worker, server, dict(os.environ)
+        env_fn, actor, seed_of, frames_per_batch, frame_stack, device, threads_per_worker, server, dict(os.environ)
     )
     backend: Backend
     if num_workers == 0:
         backend = LocalBackend(spec, shared)
     else:
-        backend = ProcessBackend(spec, shared, step_timeout=step_timeout)
+        backend = ProcessBackend(
+            spec, shared, num_workers=num_workers, step_timeout=step_timeout, restarts=Restarts(max_restarts)
+        )
     return RolloutCollector(
         backend, frames_per_batch=frames_per_batch, frame_stack=frame_stack, rollouts_per_batch=rollouts_per_batch
     )
+
+
+def _seed_of(seed: int, rank: int, start: int, worker: int, restart: int) -> int:
+    return actor_seed(seed, rank, worker, start, restart)

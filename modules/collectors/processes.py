@@ -1,9 +1,9 @@
-"""Actors in processes of their own: the learner takes their rollouts in turn, watches over them, and ends them."""
+"""Actors in processes of their own: the learner takes their rollouts in turn, watches over them, and replaces them."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import math
 import os
 import signal
 import time
@@ -19,48 +19,77 @@ from torch import Tensor
 from offtrace.modules.collectors.actors import ActorSpec, Failed, Rollout, Up, run_actor, run_server
 from offtrace.modules.collectors.memory import Key, SharedBlock
 from offtrace.modules.collectors.protocol import Copy
+from offtrace.modules.collectors.restarts import Restarts
+from offtrace.modules.collectors.server import adopt
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 from offtrace.modules.fork_server import ForkedProcess, start_fork_server
 
 _POLL = 0.1  # seconds between two looks at the actors' health while a rollout is awaited
 _START_ALLOWANCE = 120.0  # seconds for importing the libraries, on top of the time one step may take
+_LAST_WORDS = 0.5  # seconds for what a server says when its actors have left
 _SHUTDOWN_TIMEOUT = 4.0
 _UNKNOWN = 255  # the exit code of a process whose fork server is gone
 _KILL_TIMEOUT = 10.0  # a killed process is gone at once, unless the machine is loaded or hangs
 
 
-class ChildProcess:
-    """A process that the learner has started, and what it says.
+class Child:
+    """A place for one process after another, each in place of the last, and what they say.
 
     Args:
-        target: what runs in it, called with its end of a pipe and ``arguments``.
         what: its name in messages.
         shared: the weights, with the signs of life.
         place: its place in those.
-        arguments: further ones.
 
     Attributes:
-        process, pipe, what: as they are.
-        up: whether it has told that it is there.
+        process, pipe: of the process that is there, if any.
+        running: whether there is one, as far as is known.
+        up: whether it has told that it is ready.
+        due: when the next one is to be started, as of ``time.monotonic``; never, while there is one.
         idle: seconds for which it has been waited for since its last sign of life.
+        owes: whether it has something to do, and hangs where it shows no sign of life.
+        has_rollout: whether one waits in its memory.
     """
 
-    def __init__(
-        self, target: Callable[..., None], what: str, shared: SharedWeights, place: int, *arguments: Any
-    ) -> None:
-        self.what, self.up = what, False
+    owes = True
+    has_rollout = False
+    process: ForkedProcess
+    pipe: Connection
+
+    def __init__(self, what: str, shared: SharedWeights, place: int) -> None:
+        self.what = what
+        self.running = self.up = False
+        self.due = 0.0
         self.idle, self._beat = 0.0, 0.0
         self._shared, self._place = shared, place
+        self._starts = 0
+
+    def begin(self, target: Callable[..., None], *arguments: Any) -> None:
+        """Start a process: ``target`` with how many were there before, its end of a pipe, and ``arguments``.
+
+        Raises:
+            EnvironmentFailure: it was not started.
+        """
+        self.up, self.due, self.idle = False, math.inf, 0.0
+        self._shared.steps[self._place] = 0
         self.pipe, theirs = Pipe()
-        self.process = ForkedProcess(target, what, (theirs, shared, *arguments))
+        self.process = ForkedProcess(partial(target, self._starts), self.what, (theirs, self._shared, *arguments))
+        self._starts += 1
+        self.running = True
         try:
             self.process.start()
         except OSError as error:
-            self.pipe.close()
-            raise EnvironmentFailure(f"{what} was not started: {error}") from error
+            raise EnvironmentFailure(f"{self.what} was not started: {error}") from error
         finally:
             theirs.close()  # so that the pipe ends when the process does
+
+    def start(self, spec: SharedBlock, server: Child | None) -> None:
+        """Start the process for the pickled :class:`ActorSpec`, and the server that acts for it.
+
+        Raises:
+            EnvironmentFailure: it was not started.
+        """
+        raise NotImplementedError
 
     def read(self) -> None:
         """Take in what it says.
@@ -78,7 +107,8 @@ class ChildProcess:
             raise EnvironmentFailure(
                 f"{self.what} failed at step {self.step}: {message.reason}\n\nIn its process:\n{message.traceback}"
             )
-        self.up = self.up or isinstance(message, Up)
+        if isinstance(message, Up):
+            self.up, self.idle = True, 0.0
 
     def note(self, message: Any) -> None:
         """What a subclass keeps of a message."""
@@ -89,8 +119,28 @@ class ChildProcess:
         Raises:
             EnvironmentFailure: it is dead.
         """
-        if not self.process.is_alive() and not self.pipe.poll():
+        # without the fork server nobody knows; the process may be well, and its pipe ends when it does
+        if self.process.exitcode not in (None, _UNKNOWN) and not self.pipe.poll():
             raise self._dead()
+
+    def check_moving(self, seconds: float, limit: float) -> None:
+        """Called after each ``seconds`` of waiting for it: look whether it has shown a sign of life within ``limit``.
+
+        Raises:
+            EnvironmentFailure: it hangs.
+        """
+        allowed = limit if self.up else limit + _START_ALLOWANCE
+        if self.wait_for_beat(seconds) > allowed:
+            raise EnvironmentFailure(
+                self.hanging(limit) if self.up else f"{self.what} did not come up within {allowed:.0f} s"
+            )
+
+    def hanging(self, limit: float) -> str:
+        """What to say of it when it hangs."""
+        return (
+            f"{self.what} has made no step for {self.idle:.1f} s (step {self.step} hangs; the limit step_timeout is "
+            f"{limit:g} s)"
+        )
 
     def wait_for_beat(self, seconds: float) -> float:
         """Called after each ``seconds`` of waiting for it: how long it has been waited for since its last sign of life.
@@ -107,9 +157,22 @@ class ChildProcess:
         """The number of its last step."""
         return int(self._shared.steps[self._place])
 
-    def release(self) -> None:
-        """Let go of what it holds."""
+    def kill(self) -> None:
+        """End it without asking; whether or not its parent is there to tell of it."""
+        if not self.running:
+            return
+        with contextlib.suppress(OSError):
+            if self.process.pid is not None and self.process.exitcode in (None, _UNKNOWN):
+                os.kill(self.process.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Wait for the end of what was killed, or a zombie would stay, and let go of it."""
+        if not self.running:
+            return
+        with contextlib.suppress(Exception):  # it may never have been started
+            self.process.join(_KILL_TIMEOUT)
         self.pipe.close()
+        self.running = False
 
     def _dead(self) -> EnvironmentFailure:
         code = self.process.exitcode
@@ -118,37 +181,57 @@ class ChildProcess:
             cause = "how is not known: the fork server, its parent, is gone"
         return EnvironmentFailure(f"{self.what} ended by itself at step {self.step} ({cause})")
 
-    def kill(self) -> None:
-        """End it without asking; whether or not its parent is there to tell of it."""
-        with contextlib.suppress(OSError):
-            if self.process.pid is not None and self.process.exitcode in (None, _UNKNOWN):
-                os.kill(self.process.pid, signal.SIGKILL)
+
+class ServerProcess(Child):
+    """The one that acts for all actors."""
+
+    def start(self, spec: SharedBlock, server: Child | None) -> None:
+        """As :meth:`Child.start`; it is the server."""
+        self.begin(run_server, spec)
+
+    def hanging(self, limit: float) -> str:
+        """As :meth:`Child.hanging`."""
+        return (
+            f"{self.what} has answered nothing for {self.idle:.1f} s (batch {self.step} hangs; the limit step_timeout "
+            f"is {limit:g} s)"
+        )
 
 
-class ActorProcess(ChildProcess):
-    """One actor.
+class ActorProcess(Child):
+    """One actor. A rollout that it has delivered is there to be taken whatever becomes of its process.
 
     Args:
         worker: its number.
         shared: the weights.
-        spec: the pickled :class:`ActorSpec`.
-        server: its pipe to the server, where there is one.
-
-    Attributes:
-        has_rollout: whether a rollout waits in its memory.
     """
 
-    def __init__(self, worker: int, shared: SharedWeights, spec: SharedBlock, server: Connection | None) -> None:
-        self.has_rollout = False
-        self._entries: dict[Key, Tensor] = {}
+    def __init__(self, worker: int, shared: SharedWeights) -> None:
+        super().__init__(f"actor process {worker}", shared, worker)
+        self.owes = False  # a rollout
+        self._entries: Mapping[Key, Tensor] = {}
         self._shape = torch.Size()
-        super().__init__(partial(run_actor, worker), f"actor process {worker}", shared, worker, spec, server)
+
+    def start(self, spec: SharedBlock, server: Child | None) -> None:
+        """As :meth:`Child.start`; a new actor makes the rollout that the last one owed."""
+        ours, theirs = (None, None) if server is None else Pipe()
+        try:
+            if server is not None and theirs is not None:
+                with contextlib.suppress(OSError):  # it has died, which is found when it is read
+                    adopt(server.pipe, theirs)
+            self.begin(partial(run_actor, self._place), spec, ours)
+        finally:  # so that the pipe ends when one of its two processes does
+            for end in (ours, theirs):
+                if end is not None:
+                    end.close()
+        if self.owes:
+            self.go_on()
 
     def go_on(self) -> None:
         """Let it make its next rollout, over the last one."""
-        self.has_rollout = False
-        with contextlib.suppress(OSError):  # it has died, which is found when its rollout is awaited
-            self.pipe.send(None)
+        self.has_rollout, self.owes = False, True
+        if self.running:
+            with contextlib.suppress(OSError):  # it has died, which is found when it is read
+                self.pipe.send(None)
         self.idle = 0.0
 
     def rollout(self) -> tuple[Mapping[Key, Tensor], torch.Size]:
@@ -157,14 +240,15 @@ class ActorProcess(ChildProcess):
 
     def note(self, message: Any) -> None:
         """Whether there is a rollout, and where."""
-        self.has_rollout = isinstance(message, Rollout)
-        if isinstance(message, Rollout) and message.layout is not None:
+        if not isinstance(message, Rollout):
+            return
+        if message.layout is not None:
             self._entries = SharedBlock.receive(self.pipe).views(message.layout)
             self._shape = message.shape
+        self.has_rollout, self.owes = True, False  # last: what an actor died in sending is not there
 
-    def release(self) -> None:
-        """Let go of pipe and memory."""
-        super().release()
+    def forget(self) -> None:
+        """Let go of the memory."""
         self._entries = {}
 
 
@@ -174,48 +258,41 @@ class ProcessBackend:
     An actor makes a rollout when it is told to, into memory that the learner sees, and stands still until that was
     copied out: which is the backpressure, and why no rollout is lost. All of them start at the same time.
 
+    One that raises, dies or hangs is replaced by a new process, with a new seed, memory and pipe of its own. It begins
+    its rollout later than the one in its place would have, so with weights no older. Where the server fails, all start
+    anew: an actor cannot go on in the middle of a step.
+
     Args:
-        spec: of the actors, one for each of its seeds.
+        spec: of the actors.
         shared: the weights.
+        num_workers: number of actors.
         step_timeout: seconds that one step, a reset included, may take.
+        restarts: decides on faults.
 
     Raises:
         ValueError: the environment's maker or the policy does not pickle.
         EnvironmentFailure: an actor did not come up; its own message is in the text.
     """
 
-    def __init__(self, spec: ActorSpec, shared: SharedWeights, *, step_timeout: float) -> None:
+    def __init__(
+        self, spec: ActorSpec, shared: SharedWeights, *, num_workers: int, step_timeout: float, restarts: Restarts
+    ) -> None:
         self._shared = shared
         self._step_timeout = step_timeout
+        self._restarts = restarts
         self._turn = 0
         self._acting = False
-        self._actors: list[ActorProcess] = []
-        self._server: ChildProcess | None = None
-        pickled = _pickled(spec)
-        start_fork_server()
+        self._actors = [ActorProcess(worker, shared) for worker in range(num_workers)]
+        self._server = None if spec.server is None else ServerProcess("the inference server", shared, num_workers)
+        # the server first: actors end when it does, and it is the cause then
+        self._children: list[Child] = [*([] if self._server is None else [self._server]), *self._actors]
+        self._spec: SharedBlock | None = _pickled(spec)
         try:
-            self._start(spec, pickled)
-            self._wait_until(lambda: all(actor.up for actor in self._actors), _START_ALLOWANCE + step_timeout)
+            start_fork_server()
+            self._wait_until(lambda: all(actor.up for actor in self._actors))
         except BaseException:
             self._kill()
             raise
-        finally:
-            pickled.close()
-
-    def _start(self, spec: ActorSpec, pickled: SharedBlock) -> None:
-        number = len(spec.seeds)
-        # each actor's pipe to the server: its own end, and the server's
-        pipes = [Pipe() if spec.server is not None else (None, None) for _ in range(number)]
-        try:
-            if spec.server is not None:
-                ends = [end for _, end in pipes]
-                self._server = ChildProcess(run_server, "the inference server", self._shared, number, pickled, ends)
-            for worker, (end, _) in enumerate(pipes):
-                self._actors.append(ActorProcess(worker, self._shared, pickled, end))
-        finally:  # so that a pipe ends when one of its two processes does
-            for end in itertools.chain(*pipes):
-                if end is not None:
-                    end.close()
 
     @property
     def version(self) -> int:
@@ -232,14 +309,14 @@ class ProcessBackend:
         return self._shared.num_envs
 
     @property
-    def pids(self) -> list[int]:
-        """Of the actor processes."""
-        return [int(actor.process.pid or 0) for actor in self._actors]
+    def restarts(self) -> int:
+        """As of the protocol."""
+        return self._restarts.count
 
     @property
-    def _processes(self) -> list[ChildProcess]:
-        # the server first: actors end when it does, and it is the cause then
-        return [*([] if self._server is None else [self._server]), *self._actors]
+    def pids(self) -> list[int]:
+        """Of the actor processes that are there."""
+        return [int(actor.process.pid or 0) for actor in self._actors if actor.running]
 
     def publish(self, tensors: Mapping[str, Tensor]) -> int:
         """As of the protocol."""
@@ -249,7 +326,7 @@ class ProcessBackend:
         """As of the protocol.
 
         Raises:
-            EnvironmentFailure: an actor raised, died or hung. All are ended then.
+            EnvironmentFailure: an actor raised, died or hung, and is not replaced. All are ended then.
         """
         if not self._acting:
             self._acting = True
@@ -257,7 +334,7 @@ class ProcessBackend:
                 actor.go_on()
         actor = self._actors[self._turn]
         try:
-            self._wait_until(lambda: actor.has_rollout, None)
+            self._wait_until(lambda: actor.has_rollout)
         except EnvironmentFailure:
             self._kill()  # one that hangs would use up all the time it is given to leave
             raise
@@ -270,77 +347,104 @@ class ProcessBackend:
     def shutdown(self) -> None:
         """Ask, then kill, within about 5 seconds."""
         self._shared.stop()
-        for child in self._processes:
+        running = [child for child in self._children if child.running]
+        for child in running:
             child.pipe.close()
         limit = time.monotonic() + _SHUTDOWN_TIMEOUT
         try:
-            for child in self._processes:
-                child.process.join(max(0.0, limit - time.monotonic()))
+            for child in running:
+                with contextlib.suppress(AssertionError):  # it was not started
+                    child.process.join(max(0.0, limit - time.monotonic()))
         finally:  # a second Ctrl-C too must leave nobody
             self._kill()
             self._shared.release()
 
-    def _wait_until(self, condition: Callable[[], bool], seconds: float | None) -> None:
-        """Take in what the processes say until ``condition`` holds; ``seconds`` are the most that all of it may take.
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Start what is due and take in what the processes say, until ``condition`` holds.
 
         Raises:
-            EnvironmentFailure: one failed, died or hangs, or the time is over.
+            EnvironmentFailure: one failed, died or hangs, and is not replaced.
         """
-        pipes = {child.pipe: child for child in self._processes}
-        limit = None if seconds is None else time.monotonic() + seconds
         while not condition():
+            self._start_due()
             before = time.monotonic()
+            pipes = {child.pipe: child for child in self._children if child.running}
             ready: list[Any] = wait(list(pipes), _POLL)
             for pipe in ready:
-                self._read(pipes[pipe])
+                self._watched(pipes[pipe], pipes[pipe].read)
             if ready:
                 continue
-            for child in self._processes:
-                child.check_alive()
-            if limit is None:
-                self._check_moving(self._actors[self._turn], min(time.monotonic() - before, 2 * _POLL))
-            elif time.monotonic() > limit:
-                late = next(child for child in self._processes if not child.up)
-                raise EnvironmentFailure(f"{late.what} did not come up within {seconds:.0f} s")
+            # more than it asked for is time in which this process stood still
+            seconds = min(time.monotonic() - before, 2 * _POLL)
+            for child in self._children:
+                self._watched(child, partial(self._check, child, seconds))
+        self._start_due()  # what was found on the way comes up while the learner learns
 
-    def _read(self, child: ChildProcess) -> None:
-        try:
-            child.read()
-        except EnvironmentFailure:
-            if self._server is not None and child is not self._server:
-                self._server.process.join(_POLL)
-                while self._server.pipe.poll():  # its word, or its end
-                    self._server.read()
-            raise
+    def _start_due(self) -> None:
+        now = time.monotonic()  # one for all, so that no actor comes before its server
+        for child in self._children:
+            if child.due <= now:
+                assert self._spec is not None
+                self._watched(child, partial(child.start, self._spec, self._server), starts=True)
 
-    def _check_moving(self, actor: ActorProcess, seconds: float) -> None:
-        """Look whether the actor, or the server that it may wait for, has shown a sign of life in time.
+    def _check(self, child: Child, seconds: float) -> None:
+        """Look whether a child is well; an actor that has delivered may stand still.
 
-        ``seconds``: since the last look.
+        All that owe something are looked at, not only the one whose turn it is: what hangs together is found together.
+        """
+        child.check_alive()
+        if child.owes or not child.up:
+            # the server that an actor may wait for is to be found first
+            served = self._server is not None and child is not self._server
+            child.check_moving(seconds, self._step_timeout + (2 * _POLL if served else 0.0))
+
+    def _watched(self, child: Child, action: Callable[[], None], *, starts: bool = False) -> None:
+        """``action`` on what is there of ``child``, which is replaced where that tells of a fault.
 
         Raises:
-            EnvironmentFailure: one hangs.
+            EnvironmentFailure: it is not.
         """
-        limit = self._step_timeout
-        if self._server is not None and (idle := self._server.wait_for_beat(seconds)) > limit:
-            raise EnvironmentFailure(
-                f"the inference server has answered nothing for {idle:.1f} s (batch {self._server.step} hangs; the "
-                f"limit step_timeout is {limit:g} s)"
-            )
-        if (idle := actor.wait_for_beat(seconds)) > limit:
-            raise EnvironmentFailure(
-                f"{actor.what} has made no step for {idle:.1f} s (step {actor.step} hangs; the limit step_timeout "
-                f"is {limit:g} s)"
-            )
+        if not (child.running or starts):  # it was ended with another
+            return
+        had = child.has_rollout
+        try:
+            action()
+        except EnvironmentFailure as error:
+            child, fault = self._cause(child, error)
+            delay = self._restarts.after(child.what, fault)
+            together = self._children if child is self._server else [child]
+            for one in together:
+                one.kill()
+            for one in together:
+                one.end()
+                one.due = time.monotonic() + delay
+        else:
+            if child.has_rollout and not had:
+                self._restarts.delivered(*(one.what for one in (child, self._server) if one is not None))
+
+    def _cause(self, child: Child, fault: EnvironmentFailure) -> tuple[Child, EnvironmentFailure]:
+        """The server and its fault, where a child's is that the server has gone."""
+        server = self._server
+        if server is None or child is server or not server.running:
+            return child, fault
+        try:
+            while server.pipe.poll(_LAST_WORDS):  # its word, or its end
+                server.read()
+        except EnvironmentFailure as cause:
+            return server, cause
+        return child, fault
 
     def _kill(self) -> None:
-        """End the processes without asking, and wait for their ends, or zombies would stay."""
-        for child in self._processes:
+        """End the processes without asking, and let go of everything."""
+        for child in self._children:
             child.kill()
-        for child in self._processes:
-            with contextlib.suppress(Exception):
-                child.process.join(_KILL_TIMEOUT)
-            child.release()
+        for child in self._children:
+            child.end()
+        for actor in self._actors:
+            actor.forget()
+        if self._spec is not None:
+            self._spec.close()
+        self._spec = None
 
 
 def _pickled(spec: ActorSpec) -> SharedBlock:

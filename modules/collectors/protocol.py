@@ -21,6 +21,7 @@ class Collector(Protocol):
 
     Attributes:
         version: number of weight pushes so far; may be set, by a run that goes on.
+        restarts: actors (and inference servers) that took the place of one that failed, so far.
         frames_per_batch: N T, the size of a rollout.
         order: maps N to the permutation in which the environments of the next rollout are copied out, or None.
         pin_memory: whether rollouts come in page-locked memory.
@@ -34,6 +35,10 @@ class Collector(Protocol):
     @property
     def num_envs(self) -> int:
         """N, the environments of one actor."""
+
+    @property
+    def restarts(self) -> int:
+        """Replacements so far."""
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         """The collector itself."""
@@ -62,9 +67,14 @@ class Backend(Protocol):
 
     Attributes:
         version: number of weight pushes so far.
+        restarts: as of the collector; a :class:`~offtrace.modules.collectors.restarts.Restarts` decides on them.
     """
 
     version: int
+
+    @property
+    def restarts(self) -> int:
+        """Replacements so far."""
 
     @property
     def num_envs(self) -> int:
@@ -84,10 +94,11 @@ class Backend(Protocol):
         """The next rollout's packed entries, as ``copied`` gives them, [N, T], and the number of its actor, from 0.
 
         The actor's memory may be written again once ``copied`` has returned. The actors' rollouts come in turn, so that
-        the lag is bounded, and none is lost.
+        the lag is bounded, and none is lost. What an actor has delivered comes, whatever becomes of the actor; what it
+        had under way when it failed does not.
 
         Raises:
-            EnvironmentFailure: an actor raised, died or hung; its own message is in the text.
+            EnvironmentFailure: an actor raised, died or hung, and is not replaced; its own message is in the text.
         """
 
     def shutdown(self) -> None:

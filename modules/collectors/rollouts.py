@@ -86,6 +86,11 @@ class RolloutCollector:
         """R N, the environments of a rollout."""
         return self.backend.num_envs * self.rollouts_per_batch
 
+    @property
+    def restarts(self) -> int:
+        """Actors and inference servers that took the place of one that failed, so far."""
+        return self.backend.restarts
+
     def __iter__(self) -> RolloutCollector:
         return self
 
@@ -97,7 +102,8 @@ class RolloutCollector:
         """Next rollout ``[N, T]``, as it travels: each frame in it once.
 
         Raises:
-            EnvironmentFailure: an actor raised, died or hung; its own message is in the text. All actors are ended.
+            EnvironmentFailure: an actor raised, died or hung, and is not replaced; its own message is in the text. All
+                actors are ended.
             RuntimeError: after ``shutdown``.
         """
         if self._closed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -38,6 +39,10 @@ class ServerOptions(NamedTuple):
 
 class ServerGone(Exception):
     """There is nobody to ask."""
+
+
+class LearnerGone(Exception):
+    """There is nobody to act for."""
 
 
 class Request(NamedTuple):
@@ -91,6 +96,15 @@ class RemotePolicy:
         return reply.version
 
 
+def adopt(server: Connection, actor: Connection) -> None:
+    """Gives the server at the other end of ``server`` its end of the pipe to an actor.
+
+    Raises:
+        OSError: it is gone.
+    """
+    reduction.send_handle(server, actor.fileno(), None)
+
+
 class _Client:
     """An actor, as the server sees it."""
 
@@ -125,23 +139,28 @@ class Server:
     Args:
         policy: on its device.
         shared: the newest weights; the server's sign of life is the last of its books.
-        pipes: to the actors.
+        learner: the pipe through which those to the actors come, as :func:`adopt` sends them.
         options: how requests become batches.
     """
 
-    def __init__(self, policy: Any, shared: SharedWeights, pipes: list[Connection], options: ServerOptions) -> None:
+    def __init__(self, policy: Any, shared: SharedWeights, learner: Connection, options: ServerOptions) -> None:
         self._policy = policy.requires_grad_(False)
         self._shared = shared
         self._tensors = named_tensors(policy)
         self._device = next(iter(self._tensors.values())).device
-        self._clients = [_Client(pipe) for pipe in pipes]
+        self._learner = learner
+        self._clients: list[_Client] = []
         self._options = options
         self._loaded = -1
         self._state, self._beats, self._steps = shared.state.numpy(), shared.beats.numpy(), shared.steps.numpy()
 
     @torch.no_grad()
     def serve(self) -> None:
-        """One batch after the other."""
+        """One batch after the other.
+
+        Raises:
+            LearnerGone: it has closed its pipe.
+        """
         pending: list[_Client] = []
         with set_exploration_type(ExplorationType.RANDOM):
             while not self._state[1]:
@@ -160,9 +179,10 @@ class Server:
             full = self._options.batch and rows >= self._options.batch
             if self._state[1] or (pending and (full or not quiet or now >= limit)):
                 return pending
-            if not quiet:  # all are gone, which the learner tells
-                time.sleep(_POLL)
-            for pipe in wait(list(quiet), limit - now if pending else _POLL):
+            for pipe in wait([self._learner, *quiet], limit - now if pending else _POLL):
+                if pipe is self._learner:
+                    self._adopt()
+                    continue
                 client = quiet[pipe]  # type: ignore[index]
                 try:
                     client.read()
@@ -172,6 +192,14 @@ class Server:
                 if not pending:
                     limit = time.monotonic() + self._options.wait
                 pending.append(client)
+
+    def _adopt(self) -> None:
+        """Takes new actors in; one that has died ends its pipe."""
+        try:
+            while self._learner.poll():
+                self._clients.append(_Client(Connection(reduction.recv_handle(self._learner))))
+        except (EOFError, OSError):
+            raise LearnerGone from None
 
     def _cut(self, pending: list[_Client]) -> tuple[list[_Client], list[_Client]]:
         """The requests of the next batch, in the order of their arrival, and the others."""

@@ -118,7 +118,10 @@ class SharedWeights:
 
     def failure(self, error: Exception) -> EnvironmentFailure:
         """What the learner raises for an error in its own process."""
-        return EnvironmentFailure(f"collection failed at step {int(self.steps[0])}: {type(error).__name__}: {error}")
+        return EnvironmentFailure(
+            f"collection in the learner's process, where nothing can be replaced, failed at step {int(self.steps[0])}: "
+            f"{type(error).__name__}: {error}"
+        )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ ENVS, STEPS = 6, 5
 class Collector:
     """Stands in for a collector: "sample" [N, T] numbers every sample of the run."""
 
-    num_envs, frames_per_batch = ENVS, ENVS * STEPS
+    num_envs, frames_per_batch, restarts = ENVS, ENVS * STEPS, 0
 
     def __init__(self, rank: int = 0, frames: int = 0, first: int = 0) -> None:
         self.rank, self.taken, self.version, self.closed = rank, first, 0, False

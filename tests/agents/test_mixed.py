@@ -35,7 +35,7 @@ ROLLOUT = ENVS * STEPS
 class Collector:
     """Numbers every step of the run in "observation"; episodes end nowhere, or where it is said."""
 
-    num_envs, frames_per_batch = ENVS, ROLLOUT
+    num_envs, frames_per_batch, restarts = ENVS, ROLLOUT, 0
 
     def __init__(self, rank: int = 0, frames: int = 0, *, end: int | None = None, valid: bool = False) -> None:
         self.taken, self.version, self.end, self.valid = frames // ROLLOUT, 0, end, valid

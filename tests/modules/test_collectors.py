@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,11 +31,14 @@ from torch import Tensor, nn
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector, processes
+from offtrace.modules import fork_server
+from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector, processes, restarts
 from offtrace.modules.collectors.actors import actor_seed
 from offtrace.modules.collectors.buffer_pool import BufferPool
 from offtrace.modules.collectors.server import ServerOptions
-from offtrace.modules.envs import EnvironmentFailure
+from offtrace.modules.envs import EnvironmentFailure, make_env
+from offtrace.modules.keys import RECURRENT_C, RECURRENT_H
+from offtrace.modules.networks import build_policy
 
 ENVS, STEPS = 4, 5
 WAYS: dict[str, dict[str, Any]] = {"copies": {}, "server": {"server": ServerOptions()}}
@@ -50,9 +54,14 @@ ENDS: dict[str, BaseException] = {
 
 
 class StampEnv(EnvBase):
-    """Endless; observations float64 [N, 3]: environment, step, seed. May raise, hang or be slow at a step."""
+    """Endless; observations float64 [N, 3]: environment, step, seed. May raise, hang, end or be slow at a step.
 
-    def __init__(self, seed: int, envs: int = ENVS, fail: str = "", at: int = 7, delay: float = 0.0) -> None:
+    With ``once`` only where the seed is that of actor 0 of run 0, and so not where that was replaced.
+    """
+
+    def __init__(
+        self, seed: int, envs: int = ENVS, fail: str = "", at: int = 7, delay: float = 0.0, once: bool = False
+    ) -> None:
         super().__init__(device="cpu", batch_size=[envs])
         flags = {k: Binary(1, (envs, 1), dtype=torch.bool) for k in ("done", "terminated", "truncated")}
         self.observation_spec = Composite(
@@ -63,7 +72,8 @@ class StampEnv(EnvBase):
         self.action_spec = Categorical(1000, shape=(envs,))
         self.reward_spec = Unbounded((envs, 1))
         self.done_spec = Composite(**flags, shape=(envs,))
-        self.seed_value, self.fail, self.at, self.delay, self.step_number = seed, fail, at, delay, 0
+        self.seed_value, self.at, self.delay, self.step_number = seed, at, delay, 0
+        self.fail = "" if once and seed != actor_seed(0, 0, 0) else fail
 
     def _observe(self) -> dict[str, Tensor]:
         (n,) = self.batch_size
@@ -82,6 +92,8 @@ class StampEnv(EnvBase):
             raise ValueError("the gripper fell off")
         if self.step_number == self.at and self.fail == "hang":
             time.sleep(1000)
+        if self.step_number == self.at and self.fail == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.step_number == self.at and self.fail in ENDS:
             raise ENDS[self.fail]
         reward = torch.ones(*self.batch_size, 1)
@@ -266,6 +278,7 @@ def test_an_error_in_process_names_its_cause() -> None:
         ({"threads_per_worker": 0}, "threads_per_worker is 0"),
         ({"step_timeout": 0.0}, "step_timeout is 0"),
         ({"rollouts_per_batch": 0}, "rollouts_per_batch is 0"),
+        ({"max_restarts": -1}, "max_restarts is -1"),
         ({"server": ServerOptions(), "num_workers": 0}, "num_workers is 0; an inference server acts for actor"),
         ({"rollouts_per_batch": 3, "num_workers": 2}, "rollouts_per_batch is 3; .* at most 2, their number"),
         ({"rollouts_per_batch": 2, "num_workers": 0}, "rollouts_per_batch is 2; .* at most 1, their number"),
@@ -279,7 +292,7 @@ def test_wrong_arguments_are_refused_at_the_door(arguments: dict[str, Any], mess
 
 
 def test_seeds_differ_by_seed_rank_and_worker_and_repeat() -> None:
-    places = [(s, r, w) for s in range(4) for r in range(4) for w in range(4)]
+    places = [(s, r, w, 0, k) for s in range(4) for r in range(4) for w in range(4) for k in range(3)]
     seeds = [actor_seed(*place) for place in places]
     assert seeds == [actor_seed(*place) for place in places]
     gaps = torch.tensor(sorted(seeds)).diff()
@@ -483,7 +496,7 @@ def test_an_environment_that_cannot_be_made_is_quoted(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["copies", pytest.param("server", marks=pytest.mark.slow)])
 def test_a_raising_environment_is_quoted(way: str, capfd: pytest.CaptureFixture[str]) -> None:
-    collector = make(1, env={"fail": "raise"}, **WAYS[way])
+    collector = make(1, env={"fail": "raise"}, max_restarts=0, **WAYS[way])
     next(collector)
     with pytest.raises(EnvironmentFailure, match=r"(?s)step 7: ValueError: the gripper fell off.*in _step"):
         next(collector)
@@ -493,7 +506,7 @@ def test_a_raising_environment_is_quoted(way: str, capfd: pytest.CaptureFixture[
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_hanging_environment_is_found(way: str) -> None:
-    collector = make(1, env={"fail": "hang"}, step_timeout=5.0, **WAYS[way])
+    collector = make(1, env={"fail": "hang"}, step_timeout=5.0, max_restarts=0, **WAYS[way])
     next(collector)
     with pytest.raises(EnvironmentFailure, match=r"actor process 0 .*step 7 hangs") as caught:
         next(collector)
@@ -505,7 +518,7 @@ def test_a_hanging_environment_is_found(way: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_killed_worker_is_found(way: str) -> None:
-    collector = make(1, env={"delay": 0.2}, **WAYS[way])
+    collector = make(1, env={"delay": 0.2}, max_restarts=0, **WAYS[way])
     next(collector)
     os.kill(collector.backend.pids[0], signal.SIGKILL)
     with pytest.raises(EnvironmentFailure, match=r"actor process 0 .*signal 9"):  # noqa: PT012
@@ -525,7 +538,7 @@ def test_a_killed_worker_is_found(way: str) -> None:
 )
 def test_whatever_an_environment_ends_with_is_told(end: str, words: str) -> None:
     """Errors that look like those of a learner who is gone, and a wish to end the process."""
-    collector = make(1, env={"fail": end})
+    collector = make(1, env={"fail": end}, max_restarts=0)
     next(collector)
     with pytest.raises(EnvironmentFailure, match=f"actor process 0 failed at step 7: {words}\n"):
         next(collector)
@@ -559,11 +572,10 @@ def test_processes_of_the_users_own_are_what_they_were() -> None:
     assert process.exitcode == -signal.SIGTERM
 
 
-def test_time_in_which_everything_stood_still_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_in_which_everything_stood_still_does_not_count() -> None:
     """A run that was suspended for longer than step_timeout goes on."""
     beats = torch.zeros(1, dtype=torch.float64)
-    monkeypatch.setattr(processes.ForkedProcess, "start", lambda self: None)
-    child = processes.ChildProcess(print, "it", SimpleNamespace(beats=beats), 0)  # type: ignore[arg-type]
+    child = processes.Child("it", SimpleNamespace(beats=beats), 0)  # type: ignore[arg-type]
     assert [child.wait_for_beat(0.5) for _ in range(3)] == [0.5, 1.0, 1.5]
     beats += 1
     assert child.wait_for_beat(0.5) == 0.5
@@ -601,7 +613,7 @@ class FaultyPolicy(WeightPolicy):
 def test_a_server_that_fails_is_named(fault: str, words: str) -> None:
     """And not the actors, which it takes with it."""
     policy = FaultyPolicy(fault)
-    collector = make(2, policy=policy, step_timeout=5.0, **WAYS["server"])
+    collector = make(2, policy=policy, step_timeout=5.0, max_restarts=0, **WAYS["server"])
     next(collector)
     push(collector, policy)
     with pytest.raises(EnvironmentFailure, match=words):
@@ -616,6 +628,290 @@ def test_an_actor_that_had_to_be_killed_is_waited_for(monkeypatch: pytest.Monkey
     (pid,) = collector.backend.pids
     collector.shutdown()
     assert not psutil.pid_exists(pid)
+
+
+# Actors that are replaced
+
+
+class Watched:
+    """A learner that pushes after each rollout, and notes what it is given and when.
+
+    Of the first actor of run 0 and those in its place it knows the seeds, so that what is of which shows.
+    """
+
+    def __init__(self, collector: RolloutCollector, policy: WeightPolicy) -> None:
+        self.collector, self.policy = collector, policy
+        self.parts: list[TensorDictBase] = []  # each of one actor
+
+    def learn(self, batches: int) -> None:
+        number = self.collector.rollouts_per_batch
+        for _ in range(batches):
+            rollout = next(self.collector)
+            lag = self.collector.version - int(rollout["policy_version"].min())
+            assert lag <= lag_bound(WORKERS if number == 1 else 3, 1, rollouts_per_batch=number)
+            self.parts += rollout.split(ENVS)
+            push(self.collector, self.policy)
+
+    def seeds(self, worker: int) -> list[int]:
+        """Of those that had the place of an actor, in their order."""
+        return list(
+            dict.fromkeys(int(x["observation"][0, 0, 2]) for x in self.parts if int(x["worker"][0, 0]) == worker)
+        )
+
+    def check(self, workers: int) -> None:
+        """Rollouts in turn; of every actor each step once and in its order; each with the weights of its version."""
+        assert [int(x["worker"][0, 0]) for x in self.parts] == [i % workers for i in range(len(self.parts))]
+        seen = collections.defaultdict(list)
+        for part in self.parts:
+            torch.testing.assert_close(part["weight"].long(), part["policy_version"])
+            torch.testing.assert_close(part["next", "observation"][..., 1], part["observation"][..., 1] + 1)
+            for env, step, seed in part["observation"].flatten(0, 1).long().tolist():
+                seen[int(part["worker"][0, 0]), seed, env].append(step)
+        assert all(steps == list(range(len(steps))) for steps in seen.values())
+        for worker in range(workers):
+            found = self.seeds(worker)
+            known = [actor_seed(0, 0, worker, 0, restart) for restart in range(self.collector.restarts + 1)]
+            assert found[0] == known[0]
+            assert set(found) <= set(known)
+            assert sorted(found, key=known.index) == found
+
+
+@pytest.mark.parametrize(
+    ("way", "fault", "told"),
+    [
+        ("copies", "kill", r"actor process 0 ended by itself at step \d+ \(signal 9\)"),
+        pytest.param("copies", "raise", "step 12: ValueError: the gripper fell off", marks=pytest.mark.slow),
+        pytest.param("copies", "hang", r"step 12 hangs", marks=pytest.mark.slow),
+        pytest.param(
+            "server", "kill", r"actor process 0 ended by itself at step 12 \(signal 9\)", marks=pytest.mark.slow
+        ),
+        pytest.param("server", "raise", "step 12: ValueError: the gripper fell off", marks=pytest.mark.slow),
+    ],
+)
+def test_an_actor_that_fails_is_replaced(way: str, fault: str, told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    policy = WeightPolicy()
+    env = {"fail": fault, "at": 12, "once": True}
+    with make(WORKERS, policy=policy, env=env, step_timeout=5.0, **WAYS[way]) as collector:
+        watched = Watched(collector, policy)
+        with pytest.warns(
+            RuntimeWarning, match=f"{told}.*; a new one takes its place, restart 1 of at most 1000$"
+        ) as lines:
+            watched.learn(12)
+        assert len([line for line in lines if line.category is RuntimeWarning]) == 1
+        assert collector.restarts == 1
+        assert len(collector.backend.pids) == WORKERS
+    watched.check(WORKERS)
+    assert watched.seeds(0) == [actor_seed(0, 0, 0), actor_seed(0, 0, 0, 0, 1)]
+    assert watched.seeds(1) == [actor_seed(0, 0, 1)]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:.*a new one takes its place")
+def test_no_step_is_lost_or_learnt_twice_when_actors_are_killed_at_any_moment(way: str) -> None:
+    """Batches of two of three actors; what was under way is gone, all that is before comes once."""
+    policy, random = WeightPolicy(), torch.Generator().manual_seed(5)
+    with make(3, policy=policy, env={"delay": 0.002}, rollouts_per_batch=2, **WAYS[way]) as collector:
+        watched = Watched(collector, policy)
+        watched.learn(3)
+        for _ in range(6):
+            time.sleep(float(torch.rand((), generator=random)) * 0.03)
+            victims = collector.backend.pids
+            os.kill(victims[int(torch.randint(len(victims), (), generator=random))], signal.SIGKILL)
+            watched.learn(6)
+        assert collector.restarts == 6
+    watched.check(3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*a new one takes its place")
+def test_an_actor_in_another_ones_place_begins_with_a_recurrent_state_of_its_own() -> None:
+    policy = build_policy(observation_shape=[4], num_actions=2, recurrent=8, critic=None)
+    env_fn = partial(make_env, "CartPole-v1", 2, last_step=True)
+    found = collections.defaultdict(list)
+    with make_collector(env_fn, policy, frames_per_batch=8, num_workers=1) as collector:
+        for number in range(6):
+            if number == 3:
+                os.kill(collector.backend.pids[0], signal.SIGKILL)  # type: ignore[attr-defined]
+            rollout = next(collector)
+            found[collector.restarts].append(rollout)
+    assert set(found) == {0, 1}
+    first = found[1][0]
+    for key in (RECURRENT_H, RECURRENT_C):
+        assert (first[key][:, 0] == 0).all()
+        for before, after in zip(found[1], found[1][1:], strict=False):
+            goes_on = ~before["next", "done"][:, -1, 0]
+            torch.testing.assert_close(after[key][goes_on, 0], before["next", key][goes_on, -1])
+
+
+@pytest.mark.slow
+def test_the_last_restart_is_the_last() -> None:
+    """Each delivers one rollout before it fails."""
+    collector = make(1, env={"fail": "raise"}, max_restarts=2)
+    with (
+        pytest.warns(RuntimeWarning, match="restart 2 of at most 2"),
+        pytest.raises(
+            EnvironmentFailure, match=r"(?s)fell off; it is not replaced, because max_restarts is 2\n.*in _step"
+        ),
+    ):
+        collections.deque(collector, maxlen=0)
+    assert collector.restarts == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*a new one takes its place")
+@pytest.mark.parametrize("way", WAYS)
+def test_what_fails_in_every_start_ends_it(way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(restarts, "_BACK_OFF", 0.01)
+    broken = tmp_path / "broken"
+    with make_collector(
+        partial(_breaks, path=broken), WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=2, **WAYS[way]
+    ) as collector:
+        collections.deque((next(collector) for _ in range(4)), maxlen=0)
+        broken.touch()
+        os.kill(collector.backend.pids[1], signal.SIGKILL)  # type: ignore[attr-defined]
+        with pytest.raises(
+            EnvironmentFailure, match=r"process 1 .*there is no licence; .* 5 new ones in a row delivered"
+        ):
+            collections.deque(collector, maxlen=0)
+        assert collector.restarts == 5
+
+
+def _breaks(seed: int, path: Path) -> EnvBase:
+    if path.exists():
+        raise ValueError("there is no licence")
+    return StampEnv(seed)
+
+
+def test_restarts_wait_longer_each_time_until_one_delivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(restarts.time, "monotonic", lambda: clock[0])
+    decide, fault = restarts.Restarts(100), EnvironmentFailure("it is broken\n\ntrace")
+    with pytest.raises(EnvironmentFailure, match="it is broken\n\ntrace"):
+        decide.after("a", fault)  # a fault of set-up
+    decide.delivered("a")
+    with pytest.warns(RuntimeWarning, match="^it is broken; a new one takes its place, restart 1 of at most 100$"):
+        assert decide.after("a", fault) == 0
+
+    def after(name: str, seconds: float) -> float:
+        clock[0] += seconds  # which it took to fail, and by which the waiting is shorter
+        return decide.after(name, fault)
+
+    with pytest.warns(RuntimeWarning):
+        found = [after("a", 0.25), after("a", 0.25), after("b", 0.0), after("a", 4.0), after("a", 0.0)]
+    assert found == [0.25, 1.0, 0.0, 0.0, 3.0]
+    with pytest.raises(EnvironmentFailure, match=r"it is broken; .* 5 new ones in a row delivered nothing\n\ntrace"):
+        decide.after("a", fault)
+    decide.delivered("a")
+    with pytest.warns(RuntimeWarning):
+        assert decide.after("a", fault) == 0
+    assert decide.count == 7
+
+
+@pytest.mark.slow
+def test_a_fault_before_the_first_rollout_is_one_of_set_up() -> None:
+    collector = make(1, env={"fail": "raise", "at": 3})
+    with pytest.raises(EnvironmentFailure, match=r"step 3: ValueError: the gripper fell off\n"):
+        next(collector)
+    assert collector.restarts == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*a new one takes its place")
+def test_actors_survive_the_fork_server_and_are_replaced_without_it() -> None:
+    policy = WeightPolicy()
+    with make(WORKERS, policy=policy) as collector:
+        watched = Watched(collector, policy)
+        watched.learn(4)
+        old = fork_server._server._forkserver_pid  # type: ignore[attr-defined]
+        os.kill(old, signal.SIGKILL)
+        watched.learn(10)
+        assert collector.restarts == 0, "the actors are well"
+        pids = collector.backend.pids
+        os.kill(pids[1], signal.SIGKILL)
+        watched.learn(10)
+        assert collector.restarts == 1
+        assert fork_server._server._forkserver_pid != old  # type: ignore[attr-defined]
+    watched.check(WORKERS)
+    assert wait_until(lambda: all(ended(pid) for pid in pids))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*a new one takes its place")
+def test_a_fork_server_that_hangs_is_ended_and_another_one_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the learner, stopped; the time that it is given is over at once."""
+    with make(1) as collector:
+        collections.deque((next(collector) for _ in range(2)), maxlen=0)
+        old = fork_server._server._forkserver_pid  # type: ignore[attr-defined]
+        os.kill(old, signal.SIGSTOP)
+        patience = iter([0.0])
+        monkeypatch.setattr(fork_server, "wait", lambda pipes, _: wait(pipes, next(patience, None)))
+        os.kill(collector.backend.pids[0], signal.SIGKILL)
+        with pytest.warns(
+            RuntimeWarning, match=r"actor process 0 was not started: the fork server.* forked nothing for"
+        ):
+            collections.deque((next(collector) for _ in range(4)), maxlen=0)
+        assert fork_server._server._forkserver_pid != old  # type: ignore[attr-defined]
+        assert collector.restarts == 2
+
+
+def _late(seed: int, first: int, seconds: float) -> EnvBase:
+    if seed != first:
+        time.sleep(seconds)
+    return StampEnv(seed)
+
+
+@pytest.mark.slow
+def test_an_actor_that_is_up_may_wait_for_others_that_start_for_longer_than_a_step() -> None:
+    env_fn = partial(_late, first=actor_seed(0, 0, 0), seconds=8.0)
+    with make_collector(
+        env_fn, WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=2, step_timeout=3.0
+    ) as collector:
+        next(collector)
+
+
+@pytest.mark.slow
+def test_actors_that_hang_together_are_found_together() -> None:
+    """Not one after the other, each when its turn comes."""
+    env = {"fail": "hang", "at": 7}
+    with make(3, env=env, step_timeout=3.0) as collector:
+        collections.deque((next(collector) for _ in range(3)), maxlen=0)
+        with pytest.warns(RuntimeWarning) as lines:
+            next(collector)
+        told = sorted(str(line.message)[:15] for line in lines if "has made no step" in str(line.message))
+        assert told == [f"actor process {worker}" for worker in range(3)]
+
+
+def _uneven(seed: int) -> EnvBase:
+    first = seed == actor_seed(0, 0, 0)
+    return StampEnv(seed, fail="kill" if first else "", delay=0.0 if first else 1.0)
+
+
+@pytest.mark.slow
+def test_what_died_is_started_again_before_its_turn_comes() -> None:
+    with make_collector(_uneven, WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=2) as collector:
+        next(collector)
+        first, second = collector.backend._actors  # type: ignore[attr-defined]
+        assert wait_until(lambda: first.pipe.poll() and second.pipe.poll())
+        with pytest.warns(RuntimeWarning, match="actor process 0 ended by itself"):
+            assert int(next(collector)["worker"][0, 0]) == 1
+        assert first.running
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_is_replaced() -> None:
+    policy = WeightPolicy()
+    with make(WORKERS, policy=policy, **WAYS["server"]) as collector:
+        watched = Watched(collector, policy)
+        watched.learn(5)
+        os.kill(collector.backend._server.process.pid, signal.SIGKILL)
+        with pytest.warns(
+            RuntimeWarning, match=r"the inference server ended by itself at step \d+ \(signal 9\); a new one"
+        ):
+            watched.learn(10)
+        assert collector.restarts == 1
+    watched.check(WORKERS)
 
 
 # Ends of the learner's process: (how it ends, its exit code)

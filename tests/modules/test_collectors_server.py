@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from offtrace.modules.collectors import make_collector
-from offtrace.modules.collectors.server import RemotePolicy, Request, Server, ServerOptions
+from offtrace.modules.collectors.server import RemotePolicy, Request, Server, ServerOptions, adopt
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import make_env
 from offtrace.modules.networks import build_policy
@@ -35,7 +35,12 @@ def served(requests: int, options: ServerOptions, actors: int = 4) -> tuple[Serv
     """A server of ``actors`` of which the first ``requests`` have asked, each with its number as observation."""
     policy = WeightPolicy()
     pipes = [multiprocessing.Pipe() for _ in range(actors)]
-    server = Server(policy, SharedWeights(policy, actors + 1), [theirs for _, theirs in pipes], options)
+    ours, theirs = multiprocessing.Pipe()
+    server = Server(policy, SharedWeights(policy, actors + 1), theirs, options)
+    for _, end in pipes:
+        adopt(ours, end)
+    server.learner_end = ours  # type: ignore[attr-defined]  # kept open
+    server._adopt()
     for number in range(requests):
         _ask(pipes[number][0], number)
     return server, pipes

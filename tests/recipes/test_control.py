@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from offtrace.agents.callbacks import Meters
+from offtrace.agents.callbacks import Meters, WeightSync
 from offtrace.agents.data import ActingData
 from offtrace.agents.runs import run as runs
 from offtrace.agents.runs.training import Summary
@@ -72,6 +74,8 @@ def weights() -> dict[str, Any]:
         (sac, ["--env.task=walker-wlak"], "did you mean walker-walk? (it has stand, walk, run)"),
         (mpo, ["--env.task=wlaker-walk", "--env.action_repeat=4"], "environment 'wlaker-walk'; did you mean walker-wa"),
         (sac, ["--preset=v1", "--env.task=CartPole-v1"], "no form for the discrete actions of CartPole-v1: it must"),
+        (sac, ["--collector.max_restarts=3"], "collector.max_restarts is 3, and collector.num_workers is 0: an env"),
+        (sac, ["--collector.max_restarts=-1"], "collector.max_restarts is -1; it must be at least 0"),
         (sac, ["--env.task=CartPole-v1", "--loss.target_entropy=0.7"], "must be below log(2) = 0.693"),
         (sac, ["--preset=discrete", "--env.task=Pendulum-v1"], "those of Pendulum-v1 are continuous: it must be auto"),
         (sac, ["--collector.unroll=100"], "learners 100 frames; it must not be more than train.total_frames, 64"),
@@ -184,6 +188,82 @@ def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
+def test_where_the_last_replay_is_damaged_that_of_the_checkpoint_before_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sac(f"--env.task={OWN}:Short", "--train.record=false", "--train.checkpoint_every=32") == 0
+    last = RUN / "checkpoints/last.ckpt"
+    before = torch.load(last.with_name("previous.ckpt"), weights_only=True)["offtrace"]["frames"]
+    damaged = max(max((RUN / "replay/rank0").iterdir()).iterdir(), key=lambda file: file.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    capsys.readouterr()
+    argv = ["--resume", "runs/a", "--train.total_frames=128"]
+    assert sac_control.main(argv) == 2
+    assert f"or {last} to go on from the checkpoint before" in error_line(capsys)
+    last.unlink()
+    with pytest.warns(RuntimeWarning, match="the run goes on from previous.ckpt"):
+        assert sac_control.main(argv) == 0
+    assert f"going on from {before} frames" in capsys.readouterr().err
+    assert column("replay/steps")[-1] == 128
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_an_actor_that_died(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every step that was delivered is in the replay, and entitles to as many updates as in any other run."""
+    argv = ["--env.task=tests.recipes.crashing:Crashing", "--collector.num_workers=2", "--train.record=false"]
+    with pytest.warns(RuntimeWarning, match=r"actor process \d ended by itself at step \d+ \(exit code 1\); a new one"):
+        assert sac(*argv, "--train.total_frames=128") == 0
+    out, err = capsys.readouterr()
+    assert "restarts 1, " in out
+    assert "restarts 1" in err
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert (summary["frames"], summary["restarts"]) == (128, 1)
+    assert summary["updates"] == (128 - 16) * 2 // 8
+    assert column("collector/restarts")[-1] == 1
+    assert column("replay/steps")[-1] == 128
+    assert "error" not in err
+
+
+def flip(content: bytes) -> bytes:
+    """One bit of the largest tensor."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        place = max(archive.infolist(), key=lambda entry: entry.file_size).header_offset + 200
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [lambda content: content[:1000], flip, lambda _: b"", None])
+def test_a_run_survives_its_last_checkpoint(
+    damage: Callable[[bytes], bytes] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one before takes its place, with the replay that belongs to it, until there is a new one."""
+    argv = [f"--env.task={OWN}:Short", "--train.record=false", "--train.checkpoint_every=32"]
+    assert sac(*argv) == 0
+    last, before = (RUN / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+    frames, lost = (torch.load(path, weights_only=True)["offtrace"]["frames"] for path in (before, last))
+    assert 0 < frames < lost == 64
+    kept = before.read_bytes()
+    if damage is None:  # killed between two renames
+        last.unlink()
+    else:
+        last.write_bytes(damage(last.read_bytes()))
+    told = f"last.ckpt.*; the run goes on from previous.ckpt, and what it had learnt after {frames} frames is lost"
+    with pytest.warns(RuntimeWarning, match=told):
+        assert sac_control.main(["--resume", "runs/a", f"--train.total_frames={frames + 8}"]) == 0
+    assert before.read_bytes() == kept, "the damaged one must not take the place of the good one"
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert (summary["frames"], summary["updates"]) == (frames + 8, (frames + 8 - 16) * 2 // 8)
+    assert column("replay/steps")[-1] == frames + 8
+    for path in (last, before):
+        path.write_bytes(path.read_bytes()[:1000])
+    capsys.readouterr()
+    assert sac_control.main(["--resume", "runs/a", "--train.total_frames=128"]) == 2
+    error = error_line(capsys)
+    assert "last.ckpt is truncated" in error
+    assert "the one before it cannot be used either: runs/a/checkpoints/previous.ckpt is truncated" in error
+
+
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_replay(capsys: pytest.CaptureFixture[str]) -> None:
     """SIGTERM in the middle of a rollout; the resumed run ends with every step it ever collected."""
     argv = [f"--env.task={OWN}:Stopped", "--train.total_frames=128", "--replay.capacity=900"]
@@ -205,6 +285,25 @@ def heard() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("heard")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_callbacks_are_set_up_has_its_exit_code(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a KeyboardInterrupt there Lightning makes exit code 1."""
+    own = WeightSync.setup
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(WeightSync, "setup", interrupted)
+    assert sac(f"--env.task={OWN}:Short") == 128 + number
+    assert not RUN.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow
@@ -302,8 +401,9 @@ def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summary = Summary(
-        task="t", algorithm="sac", seed=0, frames=0, updates=0, episodes=0, dropped_episodes=0, frames_per_second=0.0,
-        updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=15, first_update_at=0.0,
+        task="t", algorithm="sac", seed=0, frames=0, updates=0, episodes=0, dropped_episodes=0, restarts=0,
+        frames_per_second=0.0, updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=15,
+        first_update_at=0.0,
     )  # fmt: skip
     monkeypatch.setattr("offtrace.agents.runs.run.train", lambda *_: summary)
     folder = tmp_path / "run"
