@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,13 +15,19 @@ from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
 from offtrace.agents.data.acting import ActingData, PlainData
+from offtrace.agents.guard import Guard
 from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY
+from offtrace.modules import host
 from offtrace.modules.losses import compile_loss
 
 
 class TrainingDivergedError(RuntimeError):
-    """A gradient is no longer finite; the weights, which it has not moved, are still good."""
+    """A gradient is no longer finite; the weights, which it has not moved, are still good.
+
+    It is raised at once where the host can see the gradient. Of an update on a device, which the host does not wait
+    for, it comes with the next log line or at the end, and the updates up to then have moved nothing either.
+    """
 
 
 Update = Callable[["Agent", TensorDictBase], tuple[TensorDictBase, Tensor]]
@@ -61,7 +68,8 @@ class Agent(pl.LightningModule):
         data: the trainer's data module, or :class:`offtrace.agents.data.PlainData` around what is none of ours.
 
     Raises:
-        TrainingDivergedError: in ``training_step``, when the gradient's norm is not finite; the weights stay.
+        TrainingDivergedError: in ``training_step``, :meth:`pop_metrics` or at the end of training, when the gradient's
+            norm is not finite; weights, targets and the optimiser's state stay.
     """
 
     def __init__(
@@ -96,6 +104,7 @@ class Agent(pl.LightningModule):
         self._set_progress: Callable[[float], object] | None = getattr(loss, "set_progress", None)
         self._frames_before = 0  # frames already learned from: the first update has the full learning rate
         self._random_state: dict[str, Any] | None = None
+        self._guard: Guard | None = None
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._count = 0
@@ -126,13 +135,34 @@ class Agent(pl.LightningModule):
             group["lr"] = group["base_lr"] * factor
         if self._set_progress is not None:
             self._set_progress(min(1.0, self._frames_before / self.total_frames))
-        out, norm = self._make_update(self, batch)
+        self._guard = self._guard or self._new_guard(optimizer.optimizer)
+        out, norm = self._on_device(batch)
         self.updates += 1
-        if self._after_update is not None:
-            self._after_update(self.updates)
+        if self.data.reads_priorities:
+            self._check_guard()
         self.data.feedback(batch)
         self._frames_before = self.frames
         self._add_metrics(out, norm)
+
+    def _new_guard(self, optimizer: torch.optim.Optimizer) -> Guard | None:
+        """What keeps a gradient that is not finite from the weights of a device that the host does not read.
+
+        None where the host reads: on the CPU, in an update that is not ours, of several ranks, which must raise
+        together, and in the first update, which makes the optimiser's state.
+        """
+        read = host.readable(self._parameters_to_train[0]) or self.trainer.world_size > 1 or not optimizer.state
+        return None if read or self._make_update is not Agent.gradient_step else Guard(self.loss, optimizer)
+
+    def _on_device(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
+        """All that the device does in an update."""
+        if self._guard is not None:
+            self._guard.remember()
+        out, norm = self._make_update(self, batch)
+        if self._after_update is not None:
+            self._after_update(self.updates + 1)
+        if self._guard is not None:
+            self._guard.restore()
+        return out, norm
 
     def gradient_step(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
         """The loss of ``batch``, the gradient of its terms' sum, the clip and the optimiser's step.
@@ -161,13 +191,26 @@ class Agent(pl.LightningModule):
         """Refuse a gradient whose ``norm`` is not finite; called before the weights move.
 
         Raises:
-            TrainingDivergedError: one sentence.
+            TrainingDivergedError: one sentence; where the host does not wait for the device, not yet.
         """
-        if not torch.isfinite(norm):
+        if self._guard is not None:
+            self._guard.note(norm)
+        elif not torch.isfinite(norm):
             raise TrainingDivergedError(
                 f"the gradient's norm is {norm.item()} at update {self.updates} ({self.frames} frames); "
                 "the weights were left as they were before this step"
             )
+
+    def _check_guard(self) -> None:
+        """Raise what :meth:`check_finite` could not; waits for the device."""
+        if self._guard is None or math.isfinite(norm := float(self._guard.norm)):
+            return
+        skipped = self._guard.forget_skipped()
+        self.updates -= skipped
+        raise TrainingDivergedError(
+            f"the gradient's norm is {norm} at update {self.updates}, {skipped - 1} before this was looked at "
+            f"({self.frames} frames); the weights were left as they were before that step"
+        )
 
     def _rank_scale(self, out: TensorDictBase) -> Tensor | float:
         ranks = self.trainer.world_size
@@ -187,7 +230,12 @@ class Agent(pl.LightningModule):
         self._count += 1
 
     def pop_metrics(self) -> dict[str, float]:
-        """Means of the loss's outputs and the gradient norm since the last call; waits for the device."""
+        """Means of the loss's outputs and the gradient norm since the last call; waits for the device.
+
+        Raises:
+            TrainingDivergedError: a gradient since then was not finite.
+        """
+        self._check_guard()
         if self._sums is None:
             return {}
         means = dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
@@ -241,6 +289,10 @@ class Agent(pl.LightningModule):
             self._random_state = None
         if self.trainer.global_rank:  # the weights are the same on every rank; what is drawn in losses must not be
             torch.manual_seed(torch.initial_seed() + self.updates + self.trainer.global_rank)
+
+    def on_train_end(self) -> None:
+        """Raises what no log line has told."""
+        self._check_guard()
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:

@@ -60,6 +60,10 @@ EPISODE_END: Final = "episode_end"
 """bool ``[*B, 1]``: the whole episode ends with this step (a life loss is only ``done``)."""
 POLICY_VERSION: Final = "policy_version"
 
+FINALS: Final = "finals"
+"""``[*B, K, 0]``: no number, but a shape, which the host knows: in no row more than K steps are truncated before the
+last one. A loss makes room for so many final observations in each row; without it, it must look."""
+
 INDEX: Final = "index"
 """int64 ``[*B]``: which item of a replay was sampled."""
 WEIGHT: Final = "weight"

@@ -195,8 +195,7 @@ class VMPOLoss(Loss):
         sums = self._moments * self._moments[2]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        if sums[2] > 0:
-            self._popart.update(sums[0] / sums[2], sums[1] / sums[2])
+        self._popart.update(sums[0] / sums[2], sums[1] / sums[2], where=sums[2] > 0)
         self._moments = None
 
 
