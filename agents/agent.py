@@ -19,7 +19,11 @@ from offtrace.agents.guard import Guard
 from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY
 from offtrace.modules import host
+from offtrace.modules.keys import FINALS
 from offtrace.modules.losses import compile_loss
+
+ROOM = 1
+"""Final observations for which a row of every compiled batch has room. Few tasks cut off two episodes in an unroll."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -58,13 +62,15 @@ class Agent(pl.LightningModule):
         clip_grad_norm: maximum of the norm over each of the optimiser's groups, or ``None``.
         update: makes an update, where that is more than one :meth:`gradient_step`; called with the agent and the batch.
         after_update: called with the number of updates after each: moves target networks.
-        compile: ``torch.compile`` the loss.
+        compile: ``torch.compile`` the loss, from the second update on. Every batch then has room for one final observation in each row, so that
+            all have the same sizes; one that needs more runs as it is, and is counted.
         checkpoint_facts: plain values for the checkpoints: ``policy``, which says how
             :func:`offtrace.agents.load_policy` rebuilds it (``builder`` and its ``arguments``), ``env`` and
             ``eval_mode``, by which it is evaluated.
 
     Attributes:
         updates: so far, those of earlier parts of the run included.
+        eager_updates: those of this part that were not compiled, because their batch needed more room than others.
         data: the trainer's data module, or :class:`offtrace.agents.data.PlainData` around what is none of ours.
 
     Raises:
@@ -90,7 +96,7 @@ class Agent(pl.LightningModule):
         self.automatic_optimization = False
         self.loss = loss
         self.policy = policy
-        self.updates = 0
+        self.updates = self.eager_updates = 0
         self.total_frames = total_frames
         self.schedule: ScheduleName = schedule
         self.clip_grad_norm = clip_grad_norm
@@ -100,11 +106,12 @@ class Agent(pl.LightningModule):
         self._make_update: Update = update or Agent.gradient_step
         self._after_update = after_update
         # not a submodule: the parameters would stand in a checkpoint twice
-        self.__dict__["_run_loss"] = compile_loss(loss) if compile else loss
+        self.__dict__["_compiled"] = compile_loss(loss) if compile else None
         self._set_progress: Callable[[float], object] | None = getattr(loss, "set_progress", None)
         self._frames_before = 0  # frames already learned from: the first update has the full learning rate
         self._random_state: dict[str, Any] | None = None
         self._guard: Guard | None = None
+        self._looked_up = False
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._count = 0
@@ -174,7 +181,10 @@ class Agent(pl.LightningModule):
             TrainingDivergedError: as :meth:`check_finite`.
         """
         optimizer = self.optimizers()
-        out = self._run_loss(batch)
+        # the first looks up what a compiler cannot follow: which formula is the KL of two distributions
+        compiled = self._compiled is not None and self._looked_up and self._sized(batch)
+        self._looked_up = True
+        out = self._compiled(batch) if compiled else self.loss(batch)
         total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
         optimizer.zero_grad()
         self.manual_backward(total * self._rank_scale(out))
@@ -186,6 +196,16 @@ class Agent(pl.LightningModule):
         self.check_finite(norm)
         optimizer.step()
         return out, norm
+
+    def _sized(self, batch: TensorDictBase) -> bool:
+        """Gives ``batch`` the room for final observations that all batches have, unless it needs more."""
+        finals = batch.get(FINALS, None)
+        if finals is not None and finals.shape[2] > ROOM:
+            self.eager_updates += 1
+            return False
+        if finals is not None:
+            batch[FINALS] = finals.new_empty(*batch.shape, ROOM, 0)
+        return True
 
     def check_finite(self, norm: Tensor) -> None:
         """Refuse a gradient whose ``norm`` is not finite; called before the weights move.

@@ -120,6 +120,8 @@ class Meters(pl.Callback):
             metrics["train/episodes"] = float(episodes.count)
         if episodes.dropped:
             metrics["train/dropped_episodes"] = float(episodes.dropped)
+        if agent.eager_updates:
+            metrics["train/eager_updates"] = float(agent.eager_updates)
         metrics |= agent.data.metrics
         if self._lag_count:
             metrics["train/lag"] = self._lag_sum / self._lag_count

@@ -38,6 +38,8 @@ class TrainConfig(Group):
     """Frames between two writings of last.ckpt, and of the replay where there is one."""
     log_every: float = 10.0
     """Seconds between two log lines."""
+    compile: bool = False
+    """torch.compile the loss; the first update then takes a minute, and a C++ compiler is needed."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
@@ -94,8 +96,6 @@ class ReplayTrainConfig(TrainConfig):
     """Actions in evaluations: drawn from the policy, or its mode."""
     checkpoint_every: int = 50_000
     """Frames between two writings of last.ckpt and the replay."""
-    compile: bool = False
-    """torch.compile the loss; the first update then takes a minute, and a C++ compiler is needed."""
     updates_per_step: int = 8
     """Most updates in one step of Lightning's loop, which costs about half a millisecond each."""
 

@@ -263,7 +263,7 @@ def _check_device(loss: Loss, tensordict: TensorDictBase) -> None:
         if tensordict.device != loss.device:
             raise ValueError(f"the batch is on {tensordict.device}, the networks are on {loss.device}")
         return
-    for key in loss.in_keys:
+    for key in (x for state in loss.state_keys for x in (state, (NEXT, state))):  # the others are read by entry
         found = tensordict.get(key, None)
         if found is not None and found.device != loss.device:
             raise ValueError(f"{key!r} is on {found.device}, the networks are on {loss.device}")
