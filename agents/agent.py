@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,6 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
+from offtrace.agents.capture import CapturedUpdate, make_capturable
 from offtrace.agents.data.acting import ActingData, PlainData
 from offtrace.agents.guard import Guard
 from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor
@@ -33,6 +34,8 @@ class TrainingDivergedError(RuntimeError):
     for, it comes with the next log line or at the end, and the updates up to then have moved nothing either.
     """
 
+
+Capture = Literal["none", "update", "try"]
 
 Update = Callable[["Agent", TensorDictBase], tuple[TensorDictBase, Tensor]]
 """One update of the agent's loss on a batch; what the log gets of it: the loss's outputs, and the gradient's norm."""
@@ -62,8 +65,10 @@ class Agent(pl.LightningModule):
         clip_grad_norm: maximum of the norm over each of the optimiser's groups, or ``None``.
         update: makes an update, where that is more than one :meth:`gradient_step`; called with the agent and the batch.
         after_update: called with the number of updates after each: moves target networks.
-        compile: ``torch.compile`` the loss, from the second update on. Every batch then has room for one final observation in each row, so that
-            all have the same sizes; one that needs more runs as it is, and is counted.
+        compile: ``torch.compile`` the loss, from the second update on. Every batch then has room for one final
+            observation in each row, so that all have the same sizes; one that needs more runs as it is, and is counted.
+        capture: ``"update"`` runs whole updates as CUDA graphs, one learner alone, with room as in ``compile``; Adam is
+            the fused one. ``"try"`` runs them eagerly where the loss cannot be captured. ``"none"`` captures nothing.
         checkpoint_facts: plain values for the checkpoints: ``policy``, which says how
             :func:`offtrace.agents.load_policy` rebuilds it (``builder`` and its ``arguments``), ``env`` and
             ``eval_mode``, by which it is evaluated.
@@ -90,6 +95,7 @@ class Agent(pl.LightningModule):
         update: Update | None = None,
         after_update: Callable[[int], None] | None = None,
         compile: bool = False,
+        capture: Capture = "none",
         checkpoint_facts: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -112,6 +118,8 @@ class Agent(pl.LightningModule):
         self._random_state: dict[str, Any] | None = None
         self._guard: Guard | None = None
         self._looked_up = False
+        self._capture: Capture = capture
+        self._captured: CapturedUpdate | None = None
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._count = 0
@@ -136,20 +144,40 @@ class Agent(pl.LightningModule):
             self._update(part)
 
     def _update(self, batch: TensorDictBase) -> None:
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        if self._capture != "none" and not self._looked_up:
+            make_capturable(optimizer)
         factor = learning_rate_factor(self.schedule, self._frames_before, self.total_frames)
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            rate = group["base_lr"] * factor
+            if isinstance(group["lr"], Tensor) and self._capture != "none":
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         if self._set_progress is not None:
             self._set_progress(min(1.0, self._frames_before / self.total_frames))
-        self._guard = self._guard or self._new_guard(optimizer.optimizer)
-        out, norm = self._on_device(batch)
+        self._guard = self._guard or self._new_guard(optimizer)
+        out, norm = self._captured_or_eager(batch)
         self.updates += 1
         if self.data.reads_priorities:
             self._check_guard()
         self.data.feedback(batch)
         self._frames_before = self.frames
         self._add_metrics(out, norm)
+
+    def _captured_or_eager(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
+        if self._capture == "none" or self._guard is None or not self._sized(batch):
+            return self._on_device(batch)
+        if self._captured is None:
+            self._captured = CapturedUpdate(
+                self._on_device,
+                self._guard.undo,
+                name=type(self.loss).__name__,
+                eager_if_refused=self._capture == "try",
+                graphs=self._parameters_to_train[0].is_cuda,
+            )
+        due = getattr(self._after_update, "due", None)
+        return self._captured(batch, due is None or due(self.updates + 1))
 
     def _new_guard(self, optimizer: torch.optim.Optimizer) -> Guard | None:
         """What keeps a gradient that is not finite from the weights of a device that the host does not read.
@@ -180,14 +208,19 @@ class Agent(pl.LightningModule):
         Raises:
             TrainingDivergedError: as :meth:`check_finite`.
         """
-        optimizer = self.optimizers()
+        # Lightning's wrappers count on the host, which no graph does again
+        raw = self._captured is not None
+        optimizer: Any = self.optimizers(use_pl_optimizer=not raw)
         # the first looks up what a compiler cannot follow: which formula is the KL of two distributions
-        compiled = self._compiled is not None and self._looked_up and self._sized(batch)
+        compiled = self._compiled is not None and self._looked_up
+        if compiled and self._capture == "none":
+            compiled = self._sized(batch)
         self._looked_up = True
         out = self._compiled(batch) if compiled else self.loss(batch)
         total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
         optimizer.zero_grad()
-        self.manual_backward(total * self._rank_scale(out))
+        total = total * self._rank_scale(out)
+        total.backward() if raw else self.manual_backward(total)
         if self.clip_grad_norm is None:
             norm = _norm(self._parameters_to_train)
         else:

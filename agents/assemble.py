@@ -279,7 +279,14 @@ def _agent(
     update: Update | None = None,
 ) -> Agent:
     """The agent of a configuration whose group ``optim`` says optimiser, schedule and clip."""
-    optim = config.optim
+    optim, capture = config.optim, config.train.capture
+    if capture != "none" and not torch.cuda.is_available():
+        raise ConfigError(f"train.capture is {capture}, which needs a GPU, and torch finds none here: it must be none")
+    if capture != "none" and update is not None:
+        raise ConfigError(
+            f"train.capture is {capture}; an update of {config.algorithm} is a search in which the host looks at every "
+            "step: it must be none"
+        )
     return Agent(
         loss,
         policy,
@@ -290,6 +297,7 @@ def _agent(
         update=update,
         after_update=after_update,
         compile=config.train.compile,
+        capture=capture,
         checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
     )
 

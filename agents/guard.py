@@ -48,8 +48,12 @@ class Guard:
         good = self.norm.isfinite()
         self._skipped += ~good
         for tensors, before in zip(self._kept.values(), self._before, strict=True):
-            kept = torch.where(good, _flat(tensors), before).split([tensor.numel() for tensor in tensors])
-            torch._foreach_copy_(tensors, [x.view(y.shape) for x, y in zip(kept, tensors, strict=True)])
+            _write(tensors, torch.where(good, _flat(tensors), before))
+
+    def undo(self) -> None:
+        """Takes an update back that was broken off."""
+        for tensors, before in zip(self._kept.values(), self._before, strict=True):
+            _write(tensors, before)
 
     def forget_skipped(self) -> int:
         """How many updates were taken back; they are no longer counted as steps of the optimiser."""
@@ -62,3 +66,8 @@ class Guard:
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _write(tensors: list[Tensor], flat: Tensor) -> None:
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [x.view(y.shape) for x, y in zip(parts, tensors, strict=True)])

@@ -15,12 +15,22 @@ def soft_update(loss: LossModule, tau: float) -> Callable[[int], None]:
     return lambda updates: updater.step()
 
 
-def hard_update(loss: LossModule, every: int) -> Callable[[int], None]:
+class HardUpdates:
     """Copies whole, after every ``every``-th update since the very beginning, resumed or not."""
-    updater = FastHardUpdate(loss)
 
-    def update(updates: int) -> None:
-        if updates % every == 0:
-            updater.step()
+    def __init__(self, loss: LossModule, every: int) -> None:
+        self._updater, self._every = FastHardUpdate(loss), every
 
-    return update
+    def due(self, updates: int) -> bool:
+        """Whether anything is done after so many updates: it tells two kinds of captured updates apart."""
+        return updates % self._every == 0
+
+    def __call__(self, updates: int) -> None:
+        """Called after each."""
+        if self.due(updates):
+            self._updater.step()
+
+
+def hard_update(loss: LossModule, every: int) -> HardUpdates:
+    """Those of ``loss``."""
+    return HardUpdates(loss, every)

@@ -114,7 +114,7 @@ class Meters(pl.Callback):
         metrics["train/frames_per_second"] = self.frames_per_second
         metrics["train/updates_per_second"] = self.updates_per_second
         metrics["train/updates"] = float(agent.updates)
-        metrics["train/learning_rate"] = agent.trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["train/learning_rate"] = float(agent.trainer.optimizers[0].param_groups[0]["lr"])
         if episodes.returns:
             metrics["train/return"] = sum(episodes.returns) / len(episodes.returns)
             metrics["train/episodes"] = float(episodes.count)

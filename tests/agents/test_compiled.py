@@ -7,10 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.optim import SGD
 
 from offtrace.agents import agent as agents
 from offtrace.agents.agent import Agent
-from tests.agents.test_no_reads import FAMILIES, train
+from offtrace.agents.capture import WARM_UP, NotCapturableError, make_capturable
+from offtrace.agents.config import ConfigError
+from offtrace.modules import host
+from tests.agents.test_no_reads import FAMILIES, everything, marked, train
+from tests.no_reads import NoReads
+from tests.recipes.recipes import parse
 
 
 @pytest.fixture
@@ -71,3 +77,135 @@ def test_a_batch_that_needs_more_room_runs_eagerly_and_is_counted(
     assert counter.frame_count == 1
     assert agent.updates > 3
     assert torch.isfinite(torch.tensor(agent.pop_metrics()["loss_value"]))
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is taken for a device that must not be asked."""
+    monkeypatch.setattr(host, "readable", lambda tensor: False)
+
+
+def check_near(captured: Agent, eager: Agent, **near: float) -> None:
+    assert captured.updates == eager.updates >= 20
+    torch.testing.assert_close(captured.state_dict(), eager.state_dict(), **near)
+    # a ratio next to a clip may be counted or not
+    found, wanted = ({k: v for k, v in x.pop_metrics().items() if "clipped" not in k} for x in (captured, eager))
+    torch.testing.assert_close(found, wanted, **near, equal_nan=True)
+
+
+MORE = {"laser": "--train.total_frames=400", "a2c": "--train.total_frames=800"}
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("family", marked(*FAMILIES))
+def test_the_form_that_is_captured_has_the_numbers_of_the_eager_one(family: str) -> None:
+    """The same function on the same memory, without the graph."""
+    recipe, argv = FAMILIES[family]
+    argv = [*argv, MORE[family]] if family in MORE else argv
+    eager = train(recipe, argv)
+    captured = train(recipe, argv, capture="update")
+    assert captured._captured is not None
+    assert captured.eager_updates == 0
+    assert all(isinstance(group["lr"], torch.Tensor) for group in captured.optimizers().param_groups)
+    # SAC's Adam is fused anyway; the room for a final observation and a fused Adam are other kernels
+    exact = family in ("sac", "sac, discrete")
+    check_near(captured, eager, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-6}))
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("family", marked("impala", "sac", "dqn", "acer"))
+def test_the_form_that_is_captured_reads_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: set[tuple[str, str]] = set()
+    update: Any = Agent._update
+
+    def watched(agent: Agent, batch: Any) -> None:
+        if agent._captured is None:
+            return update(agent, batch)
+        with NoReads(found=found):  # Adam's counts too are on the device
+            return update(agent, batch)
+
+    monkeypatch.setattr(Agent, "_update", watched)
+    assert train(*FAMILIES[family], capture="update").updates > 3
+    assert found == set()
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("capture", ["update", "try"])
+def test_an_update_that_waits_is_told_and_taken_back(capture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    update: Any = Agent._update
+
+    def waits(agent: Agent, batch: Any) -> None:
+        if agent.updates == 2:
+            kept.extend((agent, everything(agent)))
+            calls = iter("w")
+
+            def after(updates: int) -> None:
+                if next(calls, None):
+                    raise RuntimeError("called a synchronizing CUDA operation")
+
+            agent._after_update = after
+        update(agent, batch)
+
+    monkeypatch.setattr(Agent, "_update", waits)
+    words = (
+        r"the update of ImpalaLoss (cannot be captured|runs eagerly), because the host waits .* at .*test_compiled.py"
+    )
+    if capture == "update":
+        with pytest.raises(NotCapturableError, match=words):
+            train(*FAMILIES["impala"], capture=capture)
+        torch.testing.assert_close(everything(kept[0]), kept[1], rtol=0, atol=0)
+        return
+    with pytest.warns(RuntimeWarning, match=words):
+        agent = train(*FAMILIES["impala"], capture=capture)
+    assert agent.updates == 24
+    assert agent._captured is not None
+    assert agent._captured.refused
+
+
+def test_what_cannot_be_captured_is_refused() -> None:
+    with pytest.raises(
+        NotCapturableError, match="SGD has no form that can be captured: use Adam, RMSprop or RMSpropTF"
+    ):
+        make_capturable(SGD([torch.nn.Parameter(torch.ones(1))]))
+    recipe, argv = FAMILIES["impala"]
+    for flag, words in {
+        "--train.devices=2": "train.capture is update, which is for one learner, and train.devices is 2",
+        "--train.accelerator=cpu": "train.capture is update, which needs a GPU; with train.accelerator cpu",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            parse(recipe, *argv, "--train.capture=update", flag).validate()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_machine_without_a_gpu_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"train.capture is update, which needs a GPU, and torch finds none here"):
+        parse(FAMILIES["impala"][0], *FAMILIES["impala"][1], "--train.capture=update").build()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_graph_has_the_numbers_of_the_updates_one_by_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the same function on the same memory, without the graph."""
+    recipe, argv = FAMILIES[family]
+    argv = [*argv, MORE[family]] if family in MORE else argv
+    graph = train(recipe, argv, accelerator="gpu", capture="update")
+    assert graph._captured is not None
+    kinds = len(graph._captured._recordings)
+    # the first update makes the optimiser's state
+    assert graph._captured.replays >= graph.updates - 1 - WARM_UP * kinds > 0
+    monkeypatch.setattr("offtrace.agents.capture.WARM_UP", 10**9)
+    one_by_one = train(recipe, argv, accelerator="gpu", capture="update")
+    assert one_by_one._captured is not None
+    assert one_by_one._captured.replays == 0
+    check_near(graph, one_by_one, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_an_update_that_waits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    step: Any = Agent.check_finite
+    monkeypatch.setattr(Agent, "check_finite", lambda agent, norm: (norm.item(), step(agent, norm)))
+    with pytest.raises(NotCapturableError, match=r"the host waits for the device at .*test_compiled.py"):
+        train(*FAMILIES["impala"], accelerator="gpu", capture="update")

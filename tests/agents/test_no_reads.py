@@ -47,13 +47,16 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def train(recipe: str, argv: list[str], *callbacks: pl.Callback) -> Agent:
+def train(
+    recipe: str, argv: list[str], *callbacks: pl.Callback, accelerator: str = "cpu", capture: Any = "none"
+) -> Agent:
     config = parse(recipe, *argv)
     config.validate()
     torch.manual_seed(0)
     agent, data = config.build()
+    agent._capture = capture  # a configuration has it on a GPU alone
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        accelerator=accelerator, devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[WeightSync(1), *callbacks],
     )  # fmt: skip
     trainer.fit(agent, data)
