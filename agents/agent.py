@@ -14,7 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from offtrace.agents.capture import CapturedUpdate, make_capturable
+from offtrace.agents.capture import CapturedUpdate, NotCapturableError, make_capturable
 from offtrace.agents.data.acting import ActingData, PlainData
 from offtrace.agents.guard import Guard
 from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor
@@ -24,14 +24,14 @@ from offtrace.modules.keys import FINALS
 from offtrace.modules.losses import compile_loss
 
 ROOM = 1
-"""Final observations for which a row of every compiled batch has room. Few tasks cut off two episodes in an unroll."""
+"""Room for final observations in each row of a compiled or captured batch; few unrolls truncate two episodes."""
 
 
 class TrainingDivergedError(RuntimeError):
     """A gradient is no longer finite; the weights, which it has not moved, are still good.
 
-    It is raised at once where the host can see the gradient. Of an update on a device, which the host does not wait
-    for, it comes with the next log line or at the end, and the updates up to then have moved nothing either.
+    On the CPU the error comes at once. On a GPU it comes with the next log line or checkpoint, or at the end of
+    training; the updates in between have moved nothing either.
     """
 
 
@@ -64,23 +64,26 @@ class Agent(pl.LightningModule):
         schedule: ``"linear"`` (to 0 at ``total_frames``) or ``"constant"``.
         clip_grad_norm: maximum of the norm over each of the optimiser's groups, or ``None``.
         update: makes an update, where that is more than one :meth:`gradient_step`; called with the agent and the batch.
-        after_update: called with the number of updates after each: moves target networks.
-        compile: ``torch.compile`` the loss, from the second update on. Every batch then has room for one final
-            observation in each row, so that all have the same sizes; one that needs more runs as it is, and is counted.
-        capture: ``"update"`` runs whole updates as CUDA graphs, one learner alone, with room as in ``compile``; Adam is
-            the fused one. ``"try"`` runs them eagerly where the loss cannot be captured. ``"none"`` captures nothing.
+        after_update: called with the number of updates after each: moves target networks. Where it does nothing after
+            some of them, its method ``due`` says so of a number; a captured update must know.
+        compile: ``torch.compile`` the loss, from the second update on. Every row of a batch then has room for one final
+            observation, so that all batches have the same shape. A batch that needs more room runs eagerly.
+        capture: ``"update"`` runs whole updates as CUDA graphs, with the shapes of ``compile`` and with fused Adam.
+            ``"try"`` runs them eagerly where the loss cannot be captured. ``"none"`` captures nothing. For one learner
+            on a GPU. Lightning's ``global_step`` does not count captured updates.
         checkpoint_facts: plain values for the checkpoints: ``policy``, which says how
             :func:`offtrace.agents.load_policy` rebuilds it (``builder`` and its ``arguments``), ``env`` and
             ``eval_mode``, by which it is evaluated.
 
     Attributes:
         updates: so far, those of earlier parts of the run included.
-        eager_updates: those of this part that were not compiled, because their batch needed more room than others.
+        eager_updates: those that ran eagerly since training started, because their batch needed more room.
         data: the trainer's data module, or :class:`offtrace.agents.data.PlainData` around what is none of ours.
 
     Raises:
-        TrainingDivergedError: in ``training_step``, :meth:`pop_metrics` or at the end of training, when the gradient's
-            norm is not finite; weights, targets and the optimiser's state stay.
+        TrainingDivergedError: in ``training_step``, or on a GPU later, when the gradient's norm is not finite; weights,
+            targets and the optimiser's state stay.
+        NotCapturableError: in ``training_step``, where ``capture`` is ``"update"`` and the update cannot be captured.
     """
 
     def __init__(
@@ -116,8 +119,11 @@ class Agent(pl.LightningModule):
         self._set_progress: Callable[[float], object] | None = getattr(loss, "set_progress", None)
         self._frames_before = 0  # frames already learned from: the first update has the full learning rate
         self._random_state: dict[str, Any] | None = None
+        # the first update of a process is eager and checked at once: it makes the optimiser's state and looks up what
+        # a compiler cannot follow, such as the formula of the KL of two distributions
+        self._first = True
+        self._static = False  # whether the present update is compiled or captured
         self._guard: Guard | None = None
-        self._looked_up = False
         self._capture: Capture = capture
         self._captured: CapturedUpdate | None = None
         self._names: list[str] = []
@@ -145,30 +151,66 @@ class Agent(pl.LightningModule):
 
     def _update(self, batch: TensorDictBase) -> None:
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        if self._capture != "none" and not self._looked_up:
+        if self._first and self._capture != "none":
             make_capturable(optimizer)
-        factor = learning_rate_factor(self.schedule, self._frames_before, self.total_frames)
-        for group in optimizer.param_groups:
-            rate = group["base_lr"] * factor
-            if isinstance(group["lr"], Tensor) and self._capture != "none":
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        if not self._first and self._guard is None and self._checks_later():
+            self._guard = Guard(self.loss, optimizer)
+        self._set_learning_rate(optimizer)
         if self._set_progress is not None:
             self._set_progress(min(1.0, self._frames_before / self.total_frames))
-        self._guard = self._guard or self._new_guard(optimizer)
-        out, norm = self._captured_or_eager(batch)
+        self._static = not self._first and self._fits(batch)
+        out, norm = self._replayed(batch) if self._static and self._capture != "none" else self._on_device(batch)
+        self._first = False
         self.updates += 1
-        if self.data.reads_priorities:
-            self._check_guard()
+        if self.data.reads_priorities:  # those of a diverged update must not get into the replay
+            self.check_guard()
         self.data.feedback(batch)
         self._frames_before = self.frames
         self._add_metrics(out, norm)
 
-    def _captured_or_eager(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
-        if self._capture == "none" or self._guard is None or not self._sized(batch):
-            return self._on_device(batch)
+    def _set_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        factor = learning_rate_factor(self.schedule, self._frames_before, self.total_frames)
+        for group in optimizer.param_groups:
+            if self._capture == "none":
+                group["lr"] = group["base_lr"] * factor
+            else:  # graphs read it where it lies
+                group["lr"].fill_(group["base_lr"] * factor)
+
+    def _checks_later(self) -> bool:
+        """Whether the host leaves it to a :class:`Guard` to check the gradient.
+
+        Not on the CPU, where looking costs nothing; nor with several learners, which must raise together; nor in an
+        ``update`` of the algorithm's own, which may look itself.
+
+        Raises:
+            NotCapturableError: the update is to be captured, and the host checks.
+        """
+        later = not host.readable(self._parameters_to_train[0]) and self.trainer.world_size == 1
+        later = later and self._make_update is Agent.gradient_step
+        if not later and self._capture != "none":
+            raise NotCapturableError(
+                f"capture is {self._capture!r}, which needs one learner, on a GPU, and an update that is one gradient "
+                "step; it must be 'none'"
+            )
+        return later
+
+    def _fits(self, batch: TensorDictBase) -> bool:
+        """Whether the update can be compiled or captured, if that is asked for; gives ``batch`` the shape for it."""
+        if self._compiled is None and self._capture == "none":
+            return False
+        finals = batch.get(FINALS, None)
+        if finals is None:
+            return True
+        if finals.shape[2] > ROOM:
+            self.eager_updates += 1
+            return False
+        batch[FINALS] = finals.new_empty(*batch.shape, ROOM, 0)
+        return True
+
+    def _replayed(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
+        """As :meth:`_on_device`, by a CUDA graph."""
         if self._captured is None:
+            assert self._guard is not None
             self._captured = CapturedUpdate(
                 self._on_device,
                 self._guard.undo,
@@ -179,17 +221,8 @@ class Agent(pl.LightningModule):
         due = getattr(self._after_update, "due", None)
         return self._captured(batch, due is None or due(self.updates + 1))
 
-    def _new_guard(self, optimizer: torch.optim.Optimizer) -> Guard | None:
-        """What keeps a gradient that is not finite from the weights of a device that the host does not read.
-
-        None where the host reads: on the CPU, in an update that is not ours, of several ranks, which must raise
-        together, and in the first update, which makes the optimiser's state.
-        """
-        read = host.readable(self._parameters_to_train[0]) or self.trainer.world_size > 1 or not optimizer.state
-        return None if read or self._make_update is not Agent.gradient_step else Guard(self.loss, optimizer)
-
     def _on_device(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
-        """All that the device does in an update."""
+        """All that the device does in an update; what it returns is detached."""
         if self._guard is not None:
             self._guard.remember()
         out, norm = self._make_update(self, batch)
@@ -197,7 +230,7 @@ class Agent(pl.LightningModule):
             self._after_update(self.updates + 1)
         if self._guard is not None:
             self._guard.restore()
-        return out, norm
+        return out.detach(), norm.detach()
 
     def gradient_step(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
         """The loss of ``batch``, the gradient of its terms' sum, the clip and the optimiser's step.
@@ -208,15 +241,10 @@ class Agent(pl.LightningModule):
         Raises:
             TrainingDivergedError: as :meth:`check_finite`.
         """
-        # Lightning's wrappers count on the host, which no graph does again
+        # a graph does not repeat what Lightning's wrappers do on the host
         raw = self._captured is not None
         optimizer: Any = self.optimizers(use_pl_optimizer=not raw)
-        # the first looks up what a compiler cannot follow: which formula is the KL of two distributions
-        compiled = self._compiled is not None and self._looked_up
-        if compiled and self._capture == "none":
-            compiled = self._sized(batch)
-        self._looked_up = True
-        out = self._compiled(batch) if compiled else self.loss(batch)
+        out = self._compiled(batch) if self._static and self._compiled is not None else self.loss(batch)
         total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
         optimizer.zero_grad()
         total = total * self._rank_scale(out)
@@ -230,21 +258,11 @@ class Agent(pl.LightningModule):
         optimizer.step()
         return out, norm
 
-    def _sized(self, batch: TensorDictBase) -> bool:
-        """Gives ``batch`` the room for final observations that all batches have, unless it needs more."""
-        finals = batch.get(FINALS, None)
-        if finals is not None and finals.shape[2] > ROOM:
-            self.eager_updates += 1
-            return False
-        if finals is not None:
-            batch[FINALS] = finals.new_empty(*batch.shape, ROOM, 0)
-        return True
-
     def check_finite(self, norm: Tensor) -> None:
         """Refuse a gradient whose ``norm`` is not finite; called before the weights move.
 
         Raises:
-            TrainingDivergedError: one sentence; where the host does not wait for the device, not yet.
+            TrainingDivergedError: one sentence; where a :class:`Guard` takes note of it, not yet.
         """
         if self._guard is not None:
             self._guard.note(norm)
@@ -254,15 +272,19 @@ class Agent(pl.LightningModule):
                 "the weights were left as they were before this step"
             )
 
-    def _check_guard(self) -> None:
-        """Raise what :meth:`check_finite` could not; waits for the device."""
+    def check_guard(self) -> None:
+        """Raise what :meth:`check_finite` left for later; waits for the device. Then updates move the weights again.
+
+        Raises:
+            TrainingDivergedError: one sentence.
+        """
         if self._guard is None or math.isfinite(norm := float(self._guard.norm)):
             return
-        skipped = self._guard.forget_skipped()
-        self.updates -= skipped
+        undone = self._guard.forget()
+        self.updates -= undone
         raise TrainingDivergedError(
-            f"the gradient's norm is {norm} at update {self.updates}, {skipped - 1} before this was looked at "
-            f"({self.frames} frames); the weights were left as they were before that step"
+            f"the gradient's norm was {norm} at update {self.updates}, {undone - 1} updates before it was looked at "
+            f"({self.frames} frames); the weights were left as they were before that update"
         )
 
     def _rank_scale(self, out: TensorDictBase) -> Tensor | float:
@@ -278,7 +300,7 @@ class Agent(pl.LightningModule):
 
     def _add_metrics(self, out: TensorDictBase, norm: Tensor) -> None:
         self._names = [*(str(name) for name in out.keys()), "grad_norm"]  # noqa: SIM118 - a TensorDict
-        values = torch.stack([*(value.detach().float() for value in out.values()), norm.detach().float()])
+        values = torch.stack([*(value.float() for value in out.values()), norm.float()])
         self._sums = values if self._sums is None else self._sums + values
         self._count += 1
 
@@ -286,9 +308,9 @@ class Agent(pl.LightningModule):
         """Means of the loss's outputs and the gradient norm since the last call; waits for the device.
 
         Raises:
-            TrainingDivergedError: a gradient since then was not finite.
+            TrainingDivergedError: a gradient since then was not finite, on a GPU.
         """
-        self._check_guard()
+        self.check_guard()
         if self._sums is None:
             return {}
         means = dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
@@ -300,7 +322,12 @@ class Agent(pl.LightningModule):
         return TensorDict.from_module(self.policy).data
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds counters, random state and the facts, all loadable with ``weights_only=True``."""
+        """Adds counters, random state and the facts, all loadable with ``weights_only=True``.
+
+        Raises:
+            TrainingDivergedError: as :meth:`pop_metrics`: the counters would tell of updates that were undone.
+        """
+        self.check_guard()
         checkpoint[CHECKPOINT_KEY] = {
             "updates": self.updates,
             "frames": self.frames,
@@ -344,8 +371,8 @@ class Agent(pl.LightningModule):
             torch.manual_seed(torch.initial_seed() + self.updates + self.trainer.global_rank)
 
     def on_train_end(self) -> None:
-        """Raises what no log line has told."""
-        self._check_guard()
+        """Raises what no log line has told: a last gradient that was not finite."""
+        self.check_guard()
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Updates that are taken back on the device, where their gradient was not finite, without the host's looking."""
+"""Takes updates back on the device after a gradient that was not finite, so that the host need not look."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from torch.optim import Optimizer
 
 
 class Guard:
-    """Keeps weights, buffers (target networks are such) and the optimiser's state from a gradient that is not finite.
+    """Undoes every update from the first gradient that is not finite until :meth:`forget`.
 
-    From the first such gradient on, every update is taken back, until the host looks at :attr:`norm`. What is kept are
-    the same bits as without the guard.
+    It copies all that an update changes, before each: weights, buffers (target networks and running statistics are
+    such) and the optimiser's state. To mask the step alone would save the copy, but needs a kernel for each optimiser
+    and leaves targets and statistics moving. A few large kernels copy all tensors of a dtype at once. Updates with
+    finite gradients have the same bits as without the guard.
 
     Args:
-        loss: whose parameters and buffers are kept.
-        optimizer: whose state is there already.
+        loss: holds the weights and buffers.
+        optimizer: after its first step, so that all of its state is there.
 
     Attributes:
         norm: of the last gradient, or of the first that was not finite; a scalar of the device.
@@ -23,20 +25,21 @@ class Guard:
 
     def __init__(self, loss: nn.Module, optimizer: Optimizer) -> None:
         device = next(loss.parameters()).device
-        states = list(optimizer.state.values())
-        found = [*loss.parameters(), *loss.buffers(), *(x for state in states for x in state.values())]
+        state = [x for entry in optimizer.state.values() for x in entry.values() if isinstance(x, Tensor)]
+        # tied weights are there twice
+        found = {id(x): x.detach() for x in (*loss.parameters(), *loss.buffers(), *state)}
         self._kept: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in {id(x): x.detach() for x in found if isinstance(x, Tensor) and x.device == device}.values():
-            self._kept.setdefault(tensor.dtype, []).append(tensor)
-        # of an Adam on a GPU the host counts the steps
-        steps = [state["step"] for state in states if "step" in state]
-        self._host_steps = [step for step in steps if step.device != device]
+        for tensor in found.values():
+            if tensor.device == device:
+                self._kept.setdefault(tensor.dtype, []).append(tensor)
+        # where Adam is neither fused nor captured its step counts lie on the host
+        self._host_steps = [x for x in state if x.device != device and not x.ndim]
         self._before: list[Tensor] = []
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._undone = torch.zeros((), dtype=torch.int64, device=device)
         self.norm = torch.zeros((), device=device)
 
     def remember(self) -> None:
-        """Called before an update."""
+        """Copies everything, before an update."""
         self._before = [_flat(tensors) for tensors in self._kept.values()]
 
     def note(self, norm: Tensor) -> None:
@@ -44,24 +47,25 @@ class Guard:
         self.norm.copy_(torch.where(self.norm.isfinite(), norm.detach(), self.norm))
 
     def restore(self) -> None:
-        """Called behind an update: takes it back, or leaves it, by :attr:`norm`."""
+        """Undoes the update if :attr:`norm` is not finite; called after it."""
         good = self.norm.isfinite()
-        self._skipped += ~good
+        self._undone += ~good
         for tensors, before in zip(self._kept.values(), self._before, strict=True):
             _write(tensors, torch.where(good, _flat(tensors), before))
 
     def undo(self) -> None:
-        """Takes an update back that was broken off."""
+        """Undoes an update that was broken off before :meth:`restore`."""
         for tensors, before in zip(self._kept.values(), self._before, strict=True):
             _write(tensors, before)
 
-    def forget_skipped(self) -> int:
-        """How many updates were taken back; they are no longer counted as steps of the optimiser."""
-        skipped = int(self._skipped)
-        self._skipped.zero_()
+    def forget(self) -> int:
+        """How many updates were undone; from now on updates move the weights again. Waits for the device."""
+        undone = int(self._undone)
+        self._undone.zero_()
+        self.norm.zero_()
         for step in self._host_steps:
-            step -= skipped
-        return skipped
+            step -= undone
+        return undone
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

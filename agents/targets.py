@@ -16,21 +16,21 @@ def soft_update(loss: LossModule, tau: float) -> Callable[[int], None]:
 
 
 class HardUpdates:
-    """Copies whole, after every ``every``-th update since the very beginning, resumed or not."""
+    """target <- source after every ``every``-th update since the very beginning, resumed or not."""
 
     def __init__(self, loss: LossModule, every: int) -> None:
         self._updater, self._every = FastHardUpdate(loss), every
 
     def due(self, updates: int) -> bool:
-        """Whether anything is done after so many updates: it tells two kinds of captured updates apart."""
+        """Whether the call after so many updates copies; a captured update must know."""
         return updates % self._every == 0
 
     def __call__(self, updates: int) -> None:
-        """Called after each."""
+        """Copies if it is due."""
         if self.due(updates):
             self._updater.step()
 
 
 def hard_update(loss: LossModule, every: int) -> HardUpdates:
-    """Those of ``loss``."""
+    """The :class:`HardUpdates` of the target networks of ``loss``."""
     return HardUpdates(loss, every)

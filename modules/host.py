@@ -1,4 +1,4 @@
-"""What the host may look at without waiting."""
+"""Which tensors the host may read without waiting for a device."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the host may ask what ``tensor`` holds: it lies on the CPU, and no compiler is following.
+    """Whether the host may read the values of ``tensor``: it lies on the CPU, and no compiler traces the call.
 
-    On a device a read waits for all that was asked for before, and a captured graph cannot have one.
+    A read of a device waits for all work that was queued there before, and cannot be part of a CUDA graph.
     """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -61,8 +61,8 @@ EPISODE_END: Final = "episode_end"
 POLICY_VERSION: Final = "policy_version"
 
 FINALS: Final = "finals"
-"""``[*B, K, 0]``: no number, but a shape, which the host knows: in no row more than K steps are truncated before the
-last one. A loss makes room for so many final observations in each row; without it, it must look."""
+"""``[B, T, K, 0]``: holds no number; its shape says that no row has more than K truncated steps before its last one. A
+loss makes room for K final observations in each row. Without the entry it counts them, and waits for the device."""
 
 INDEX: Final = "index"
 """int64 ``[*B]``: which item of a replay was sampled."""

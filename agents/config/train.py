@@ -41,7 +41,7 @@ class TrainConfig(Group):
     compile: bool = False
     """torch.compile the loss; the first update then takes a minute, and a C++ compiler is needed."""
     capture: Literal["none", "update", "try"] = "none"
-    """Run whole updates as CUDA graphs; try: eagerly where the loss cannot be captured. For one learner with a GPU."""
+    """Run whole updates as CUDA graphs (try: eagerly where that is impossible). For one learner on a GPU."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
@@ -50,8 +50,8 @@ class TrainConfig(Group):
         checks.at_least(0, "log_every")
         if self.capture != "none" and self.devices > 1:
             raise ConfigError(
-                f"{at}.capture is {self.capture}, which is for one learner, and {at}.devices is {self.devices}: one of "
-                "the two must be none or 1"
+                f"{at}.capture is {self.capture}, which is for one learner, and {at}.devices is {self.devices}: "
+                "capture must be none, or devices 1"
             )
         if self.capture != "none" and self.accelerator == "cpu":
             raise ConfigError(

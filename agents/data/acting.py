@@ -33,18 +33,19 @@ if TYPE_CHECKING:
 
 
 BOOKS: tuple[Any, ...] = ((NEXT, DONE), (NEXT, TERMINATED), VALID, POLICY_VERSION, (NEXT, POLICY_VERSION))
+"""What the host must know of a rollout: ends, mask and versions."""
 
 
 def books_of(rollout: PackedRollout) -> TensorDict:
-    """What the host has to know of a rollout [N, T], where it has it already: ends, mask and versions."""
+    """The :data:`BOOKS` of a rollout [N, T], which still lies on the host."""
     found = {key: entry for key in BOOKS if (entry := rollout.get(key)) is not None}
     return TensorDict(found, rollout.shape)
 
 
 def make_room(batch: TensorDictBase, books: TensorDictBase) -> None:
-    """Writes into a batch [B, T], on any device, how many of its steps are truncated inside a row, by ``books`` of it.
+    """Writes :data:`offtrace.modules.keys.FINALS` into a batch [B, T] on any device, as its ``books`` say.
 
-    So the loss need not ask the device (:data:`offtrace.modules.keys.FINALS`).
+    Without the entry the loss would have to count truncated steps on the device, and wait for the number.
     """
     flags = [books.get(key, None) for key in BOOKS[:3]]
     done, terminated, valid = (None if flag is None else flag.reshape(batch.shape) for flag in flags)
@@ -195,9 +196,9 @@ class ActingData(LightningDataModule):
 
     @property
     def behaviour_versions(self) -> Tensor:
-        """Versions of the weights that acted in what is newest in the last batch, int64; the host has them.
+        """Versions of the weights that acted in the last batch, int64, on the host.
 
-        They say how far the actors are behind, not the replay.
+        Of replayed data they are those of the newest rollout: they say how old the actors' weights are, not the replay.
         """
         # a resumed run may owe updates before its first rollout
         return torch.tensor([self._version]) if self._versions is None else self._versions

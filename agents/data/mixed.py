@@ -206,7 +206,7 @@ class MixedStream:
                     if before.get(key) is not entry:
                         rollout.set(key, entry.to("cpu"))
             parts = data.dealer.deal(fresh, books_of(packed), self._rank, data.rollouts, dealt=False)
-            for number, (part, known, last) in enumerate(parts):
+            for number, (part, books, last) in enumerate(parts):
                 batch = self._joined(part) if data.share is not None and data.replays else part
                 owed = data.replayed_batches(number)
                 if last:
@@ -217,7 +217,7 @@ class MixedStream:
                     data.frames += self._frames_per_rollout
                     data.rollouts += 1
                 data.owed = owed if data.replays else 0
-                data._versions = known[POLICY_VERSION]
+                data._versions = books[POLICY_VERSION]
                 yield batch
                 yield from self._replayed()
 
@@ -246,6 +246,6 @@ class MixedStream:
         if own is not None:
             marks[VALID] = own
         joined: TensorDictBase = torch.cat([fresh.select(*both).update(marks), replayed.select(*both, *marks)])
-        rooms = [part[FINALS].shape[2] for part in (fresh, replayed)]
-        joined[FINALS] = torch.empty(*joined.shape, max(rooms), 0, device=self._device)
+        room = max(part[FINALS].shape[2] for part in (fresh, replayed))
+        joined[FINALS] = torch.empty(*joined.shape, room, 0, device=self._device)
         return joined

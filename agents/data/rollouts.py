@@ -53,11 +53,11 @@ class Dealer:
     def deal(
         self, rollout: TensorDictBase, books: TensorDictBase, rank: int, number: int, *, dealt: bool
     ) -> Iterator[tuple[TensorDictBase, TensorDictBase, bool]]:
-        """The batches of a rollout, and with each what the host knows of it, and whether it is the last.
+        """The batches of a rollout; with each its books, and whether it is the last.
 
         Args:
             rollout: ``[R, ...]``; its rows are dealt.
-            books: of them, on the host.
+            books: of the rollout, as :func:`books_of`; they are dealt as its rows are.
             rank: of the learner.
             number: of the rollout.
             dealt: whether it comes in the order of its first epoch.
@@ -68,10 +68,10 @@ class Dealer:
                 order = self.order(size, rank, number, epoch)
                 rollout, books = _take(rollout, order), _take(books, order)
             parts = zip(*(x.split(size // self.minibatches) for x in (rollout, books)), strict=True)
-            for place, (part, known) in enumerate(parts, start=epoch * self.minibatches + 1):
+            for place, (part, its_books) in enumerate(parts, start=epoch * self.minibatches + 1):
                 if part.ndim == 2:
-                    make_room(part, known)
-                yield part, known, place == len(self)
+                    make_room(part, its_books)
+                yield part, its_books, place == len(self)
 
     def check(self, rows: int, what: str) -> None:
         """Refuses minibatches that do not divide ``rows``; ``what`` says what they are."""
@@ -176,8 +176,8 @@ class RolloutStream:
         data = self._data
         while data.frames < data.total_frames:
             rank = self._learner.rank
-            for part, known, last in data.dealer.deal(*self._next(), rank, data.rollouts, dealt=not data.deals_steps):
-                data._versions = known.get((NEXT, POLICY_VERSION), None)
+            for part, books, last in data.dealer.deal(*self._next(), rank, data.rollouts, dealt=not data.deals_steps):
+                data._versions = books.get((NEXT, POLICY_VERSION), None)
                 if last:
                     # Counted when its last part is handed out: after that update a checkpoint holds whole rollouts,
                     # and in the middle of one it does not claim what was not learned yet.
@@ -186,10 +186,7 @@ class RolloutStream:
                 yield part
 
     def _next(self) -> tuple[TensorDictBase, TensorDictBase]:
-        """A rollout as it is dealt: its environments in their first order, or its steps one behind the other.
-
-        With it what the host knows of it.
-        """
+        """A rollout and its books, as they are dealt: environments in their first order, or steps in a row."""
         data = self._data
         if not data.deals_steps:
             # The first order is applied by the copy that takes the rollout out of the actors' memory.
@@ -205,8 +202,6 @@ class RolloutStream:
 
 
 def _take(rollout: TensorDictBase, order: Tensor) -> TensorDictBase:
-    tensors = list(rollout.values(True, True))
-    if tensors:
-        order = order.to(tensors[0].device, non_blocking=True)
+    order = order.to(next(iter(rollout.values(True, True)), order).device, non_blocking=True)
     # index_select moves whole rows; indexing a TensorDict moves elements, four times slower for images
     return rollout.apply(lambda tensor: tensor.index_select(0, order))

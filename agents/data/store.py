@@ -176,7 +176,7 @@ class StoringData(ActingData):
 
     @staticmethod
     def _make_room(batch: TensorDictBase) -> None:
-        """As :func:`make_room`; of a replay on a device the host does not look, and no sequence has more than one."""
+        """As :func:`make_room`; where the replay lies on a device, room for one: sequences do not cross episodes."""
         if host.readable(batch[NEXT, DONE]):
             return make_room(batch, batch)
         batch[FINALS] = torch.empty(*batch.shape, 1, 0, device=batch[NEXT, DONE].device)

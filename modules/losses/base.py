@@ -201,7 +201,10 @@ class Loss(LossModule):
         return self.read_keys()
 
     def read_keys(self) -> list[Any]:
-        """Entries that are read; a loss that reads more overrides it. No compiler follows ``super`` of a property."""
+        """Entries that are read; a loss that reads more overrides it.
+
+        A method, because ``torch.compile`` cannot trace ``super()`` of a property.
+        """
         names, uses_behaviour = self.tensor_keys, self.estimator.uses_behaviour
         found = [*self.state_keys, *((k.NEXT, key) for key in self.state_keys), names.action]
         if uses_behaviour or self.reads_behaviour:

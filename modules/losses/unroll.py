@@ -30,8 +30,8 @@ class Unroll:
     the observation that follows a final one.
 
     Args:
-        tensordict: rollout [B, T] in the layout of TorchRL's collectors. Where it has ``"finals"``, whose shape is the
-            number K below, or a larger one, the host reads nothing.
+        tensordict: rollout [B, T] in the layout of TorchRL's collectors. With an entry ``"finals"``, whose shape gives
+            the K below or a larger one, nothing is read of the device.
         policy: its ``in_keys`` are copied; a key that it also writes under ``"next"`` is recurrent state, of which only
             the first step's is used.
         terminated, done: bool [B, T].
@@ -41,7 +41,7 @@ class Unroll:
 
     Raises:
         KeyError: what the policy reads is missing, by its name.
-        ValueError: ``"finals"`` has less room than a row needs, where the host can see it.
+        ValueError: on the CPU, ``"finals"`` has less room than a row needs.
 
     Attributes:
         inputs: TensorDict [B, T + 1 + K], K the largest number of truncations inside a row; usually 0. Without
@@ -98,7 +98,7 @@ class Unroll:
         bootstraps = ~terminated if valid is None else ~terminated & valid
         self._last = bootstraps[:, -1:]
         inserted = (done & bootstraps)[:, :-1]
-        # the number of places is a shape, so the host must know it
+        # a shape, so the host must know it
         self._extra = room(inserted) if finals is None else finals.shape[2]
         if finals is not None and host.readable(inserted) and room(inserted) > self._extra:
             raise ValueError(
@@ -113,8 +113,8 @@ class Unroll:
         self._position = torch.arange(self._time, device=inserted.device) + before
         self._rows = torch.arange(self._batch, device=inserted.device).unsqueeze(1)
         # which row of [x of every step, K final observations of each row, last successors] stands where; gathering
-        # whole rows is about 25 times faster than scattering them. Padding is row 0. A place behind the others takes
-        # what is written for the steps that are not truncated: to leave them out, the host would have to count them.
+        # whole rows is about 25 times faster than scattering them. Padding is row 0. To scatter for truncated steps
+        # alone the host would have to count them, so all others write into one more place, which is cut off.
         steps, length = self._batch * self._time, self._time + 1 + self._extra
         number = torch.arange(steps, device=inserted.device).view(self._batch, -1)
         source = number.new_zeros(self._batch, length + 1).scatter_(1, self._position, number)
@@ -149,7 +149,7 @@ class Unroll:
 
 
 def room(inserted: Tensor) -> int:
-    """K, of ``inserted`` bool [B, T - 1], the steps that are truncated; the host reads one number."""
+    """The largest number of truncated steps in a row, of ``inserted`` bool [B, T - 1]; the host reads one number."""
     return int(inserted.sum(1).max())
 
 
