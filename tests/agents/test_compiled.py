@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict, TensorDictBase
 from torch._dynamo.testing import CompileCounter
 from torch.optim import SGD
 
 from offtrace.agents import agent as agents
 from offtrace.agents.agent import Agent
-from offtrace.agents.capture import WARM_UP, NotCapturableError, make_capturable
+from offtrace.agents.capture import WARM_UP, CapturedUpdate, NotCapturableError, make_capturable
 from offtrace.agents.config import ConfigError
 from offtrace.modules import host
 from tests.agents.test_no_reads import FAMILIES, everything, marked, train
@@ -159,6 +163,57 @@ def test_an_update_that_waits_is_told_and_taken_back(capture: str, monkeypatch: 
     assert agent.updates == 24
     assert agent._captured is not None
     assert agent._captured.refused
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Streams and graphs that note what is done, and do nothing; where the code runs, and how, is in the list."""
+    state: list[str] = []
+
+    @contextlib.contextmanager
+    def within(name: str) -> Iterator[None]:
+        state.append(name)
+        yield
+        state.remove(name)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: within("side stream"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: within("captured"))
+    monkeypatch.setattr("offtrace.agents.capture._waiting_refused", lambda: within("strict"))
+    return state
+
+
+def test_a_kind_of_batch_is_warmed_up_and_then_captured_once(cuda: list[str]) -> None:
+    ran: list[list[str]] = []
+
+    def update(batch: TensorDictBase) -> tuple[TensorDictBase, torch.Tensor]:
+        ran.append(list(cuda))
+        if cuda == ["captured"] and batch["x"].dtype == torch.int64:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        batch["priority"] = 2 * batch["x"]
+        return TensorDict({"loss_q": batch["x"].sum()}), batch["x"].sum()
+
+    undone: list[bool] = []
+    captured = CapturedUpdate(update, lambda: undone.append(True), name="Loss")
+    kind = [["side stream"], ["side stream", "strict"], ["side stream", "strict"], ["captured"]]
+    for shape, due in ((2, True), (3, True), (3, False)):
+        ran.clear()
+        for call in range(6):
+            batch = TensorDict({"x": torch.full((shape,), float(call))}, [shape])
+            captured(batch, due)
+            assert batch["priority"].tolist() == [2.0 * min(call, WARM_UP)] * shape
+        assert ran == kind
+    assert captured.replays == 9
+    whole = TensorDict({"x": torch.ones(2, dtype=torch.int64)}, [2])
+    for _ in range(WARM_UP):
+        captured(whole.clone(), True)
+    with pytest.raises(
+        NotCapturableError, match=r"of Loss cannot be captured \(operation not permitted .*must be none"
+    ):
+        captured(whole, True)
+    assert not undone
 
 
 def test_what_cannot_be_captured_is_refused() -> None:
