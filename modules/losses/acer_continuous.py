@@ -208,10 +208,9 @@ class ContinuousACERLoss(Loss):
         lmbda = getattr(self.estimator, "lmbda", 1.0)
         self.__dict__["uncorrected"] = QLambda(lmbda=lmbda, gamma=gamma)  # no submodule: state_dict knows nothing of it
 
-    @property
-    def in_keys(self) -> list[str]:
+    def read_keys(self) -> list[Any]:
         """Entries that are read."""
-        return [*super().in_keys, k.LOC, k.SCALE]
+        return [*super().read_keys(), k.LOC, k.SCALE]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
