@@ -192,7 +192,7 @@ def parse(argv: list[str], *, presets: Presets, description: str) -> Command:
         return Command(config, None, fitted)
     checkpoint = Path(resume) / "checkpoints" / "last.ckpt"
     if checkpoint.with_name("previous.ckpt").is_file():  # which serves where the last one is damaged
-        return config, checkpoint
+        return Command(config, checkpoint, fitted)
     if not checkpoint.is_file():
         raise RunError(f"{resume} has no checkpoints/last.ckpt to go on from")
     return Command(config, checkpoint_file(checkpoint), fitted)
