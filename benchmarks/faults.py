@@ -101,7 +101,8 @@ class Run:
 
     def __enter__(self) -> Run:
         file = self.folder / "runs/a/metrics.csv"
-        wait(lambda: self.over() or (file.exists() and file.read_text().count("\n") > 2), 120)
+        seconds = wait(lambda: self.over() or (file.exists() and file.read_text().count("\n") > 2), 600)
+        assert seconds < math.inf, self.log()
         assert not self.over(), self.log()
         return self
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -107,6 +109,9 @@ def _run(config: Config, folder: Path, resume: Path | None) -> int:
         start_fork_server(environment_module(config.task))
     from offtrace.agents.runs.run import RunFailed, RunRefused, lines, run  # torch and Lightning for what runs only
 
+    # Python's last collection would go through all objects of these libraries, for 1.4 s of a core: a run that failed
+    # on a machine under load was there for ten seconds after it had said so
+    atexit.register(gc.freeze)
     try:
         summary = run(config, folder, resume)
     except RunRefused as error:
