@@ -162,8 +162,7 @@ def make_acer(config: ACERConfig) -> tuple[Agent, MixedData | RolloutData]:
 
 def control_config() -> ACERConfig:
     """CartPole, near RL Baselines Zoo: 8 environments, RMSProp, a step size that falls, 500,000 steps."""
-    config = ACERConfig(env=EnvConfig(task="CartPole-v1", num_envs=8))
-    config.replay.capacity, config.replay.min_size = 40_000, 8_000
+    config = ACERConfig(env=EnvConfig("CartPole-v1", 8), replay=RatioReplayConfig(capacity=40_000, min_size=8_000))
     config.optim.name, config.optim.schedule, config.train.precision = "rmsprop_tf", "linear", "32-true"
     config.train.total_frames, config.train.eval_every, config.train.checkpoint_every = 500_000, 50_000, 100_000
     return config
@@ -175,7 +174,8 @@ def continuous_config() -> ACERConfig:
     config.env, config.collector.unroll = EnvConfig("cartpole-swingup", num_envs=1, action_repeat=2), 10
     config.network.hidden, config.network.activation = [256, 256], "relu"
     config.replay = RatioReplayConfig(ratio=8.0, sequences=32, capacity=500_000, min_size=5_000)
-    config.loss = LossConfig(estimator="retrace(lmbda=0.7)", clip=5.0, normalize_advantage=True, average_critic=True)
+    config.loss = LossConfig("retrace(lmbda=0.7)", clip=5.0, bound_coef=10.0, average_critic=True)
+    config.loss.normalize_advantage = True
     config.optim = ACEROptimConfig(lr=3e-4, schedule="constant", average_decay=0.995, clip_grad_norm=40.0)
     return config
 
