@@ -171,7 +171,7 @@ def test_a_signal_before_torch_is_there(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert err.endswith("\nterminated\n")
+    assert err.splitlines()[-1] == "terminated"  # behind the line that names the run, or before it
     assert not list((tmp_path / "runs").iterdir())
 
 
