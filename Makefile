@@ -52,6 +52,7 @@ else
 	$(BIN)/python benchmarks/sac_updates.py --pairs 6
 	$(BIN)/python benchmarks/mpo_updates.py --pairs 2
 	$(BIN)/python benchmarks/impala_throughput.py --quick
+	$(BIN)/python benchmarks/architectures.py --quick
 endif
 
 build: $(VENV)/.dev

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from offtrace.agents.config import (
@@ -44,8 +44,8 @@ class LossConfig(Group):
     """Bound of the trust region around the average policy; null for none."""
     num_samples: int = 5
     """Continuous actions only: those that the advantages of the dueling critic are centred on."""
-    correction_samples: int = 1
-    """Continuous actions only: those over which the bias correction is averaged."""
+    bound_coef: float = 0.0
+    """Continuous actions only: weight of half the squared distance of the policy's mean to the actions' bounds."""
     average_critic: bool = False
     """Continuous actions only: targets come from averages of the critics, which move as the average policy does."""
     learn_scale: bool = False
@@ -60,8 +60,8 @@ class LossConfig(Group):
         check_estimator(at, self.estimator, "action", every_step=True)
         checks = Checks(self, at)
         checks.fraction("gamma")
-        checks.at_least(0, "value_coef", "entropy_coef")
-        checks.at_least(1, "num_samples", "correction_samples")
+        checks.at_least(0, "value_coef", "entropy_coef", "bound_coef")
+        checks.at_least(1, "num_samples")
         checks.require("clip", lambda value: value > 0, "above 0; inf never truncates")
         checks.positive_or_null("delta", "reward_clip")
 
@@ -108,9 +108,7 @@ class ACERConfig(MixedConfig):
     collector: CollectorConfig = field(default_factory=lambda: CollectorConfig(unroll=20))
     replay: RatioReplayConfig = field(default_factory=lambda: RatioReplayConfig(capacity=80_000, min_size=16_000))
     loss: LossConfig = field(default_factory=LossConfig)
-    optim: ACEROptimConfig = field(
-        default_factory=lambda: ACEROptimConfig(name="rmsprop_tf", lr=7e-4, schedule="constant")
-    )
+    optim: ACEROptimConfig = field(default_factory=lambda: ACEROptimConfig(lr=7e-4, schedule="constant"))
     train: RolloutTrainConfig = field(default_factory=lambda: RolloutTrainConfig(minibatches=1, epochs=1))
 
     algorithm = "acer"
@@ -147,9 +145,8 @@ def make_acer(config: ACERConfig) -> tuple[Agent, MixedData | RolloutData]:
     info = read_task(config)
     spec = config.policy_spec(info)
     policy = build_policy(**spec["arguments"])
-    loss: Any
     if info.num_actions is not None:
-        loss = ACERLoss(policy, **loss_options(ACERLoss, config.loss))
+        loss: Any = ACERLoss(policy, **loss_options(ACERLoss, config.loss))
     else:
         value, advantage = value_of(config, info), critics_of(config, info)
         if config.network.normalize:
@@ -164,37 +161,40 @@ def make_acer(config: ACERConfig) -> tuple[Agent, MixedData | RolloutData]:
 
 
 def control_config() -> ACERConfig:
-    """CartPole, near the settings of RL Baselines Zoo: 8 environments, a step size that falls, 500,000 steps."""
-    config = ACERConfig(env=EnvConfig(task="CartPole-v1", num_envs=8))
-    config.replay = RatioReplayConfig(capacity=40_000, min_size=8_000)
-    config.optim.schedule = "linear"
-    config.train = RolloutTrainConfig(
-        total_frames=500_000, minibatches=1, epochs=1, eval_every=50_000, checkpoint_every=100_000, precision="32-true"
-    )
+    """CartPole, near RL Baselines Zoo: 8 environments, RMSProp, a step size that falls, 500,000 steps."""
+    config = ACERConfig(env=EnvConfig("CartPole-v1", 8), replay=RatioReplayConfig(capacity=40_000, min_size=8_000))
+    config.optim.name, config.optim.schedule, config.train.precision = "rmsprop_tf", "linear", "32-true"
+    config.train.total_frames, config.train.eval_every, config.train.checkpoint_every = 500_000, 50_000, 100_000
     return config
 
 
 def continuous_config() -> ACERConfig:
-    """cartpole-swingup of dm_control: behind each fresh sequence of 20 steps 4 batches of 16 replayed ones, Adam."""
+    """cartpole-swingup of dm_control: behind each fresh sequence of 10 steps 8 batches of 32 replayed ones, Adam."""
     config = control_config()
-    config.env = EnvConfig(task="cartpole-swingup", num_envs=1)
+    config.env, config.collector.unroll = EnvConfig("cartpole-swingup", num_envs=1, action_repeat=2), 10
     config.network.hidden, config.network.activation = [256, 256], "relu"
-    config.replay = RatioReplayConfig(ratio=4.0, sequences=16, capacity=500_000, min_size=5_000)
-    config.loss.clip, config.loss.normalize_advantage = 5.0, True
+    config.replay = RatioReplayConfig(ratio=8.0, sequences=32, capacity=500_000, min_size=5_000)
+    config.loss = LossConfig("retrace(lmbda=0.7)", clip=5.0, bound_coef=10.0, average_critic=True)
+    config.loss.normalize_advantage = True
     config.optim = ACEROptimConfig(lr=3e-4, schedule="constant", average_decay=0.995, clip_grad_norm=40.0)
     return config
 
 
+def pendulum_config() -> ACERConfig:
+    """Pendulum-v1 of Gymnasium, with the settings of :func:`continuous_config`."""
+    return replace(continuous_config(), env=EnvConfig(task="Pendulum-v1", num_envs=1))
+
+
 def atari_config() -> ACERConfig:
-    """Pong, near the settings of RL Baselines Zoo: 16 games, 5,000 steps of each in the replay."""
-    config = ACERConfig()
-    config.loss.reward_clip, config.train.total_frames = 1.0, 10_000_000
+    """Pong on a small machine: 16 games, 5,000 steps of each in the replay; normalised advantages, Adam."""
+    config = ACERConfig(loss=LossConfig("retrace(lmbda=0.95)", entropy_coef=0.01, normalize_advantage=True))
+    config.loss.reward_clip, config.optim.lr, config.train.total_frames = 1.0, 4e-4, 10_000_000
     return config
 
 
 def paper_config() -> ACERConfig:
-    """The published settings: 50,000 steps of each of 16 games in the replay, 200 million frames."""
-    config = atari_config()
-    config.replay = RatioReplayConfig(capacity=800_000, min_size=160_000)
-    config.loss.entropy_coef, config.train.total_frames = 0.001, 200_000_000
+    """The published settings: 50,000 steps of each of 16 games in the replay, RMSProp, 200 million frames."""
+    config = ACERConfig(loss=LossConfig(entropy_coef=0.001, reward_clip=1.0))
+    config.replay.capacity, config.replay.min_size = 800_000, 160_000
+    config.optim.name, config.train.total_frames = "rmsprop_tf", 200_000_000
     return config

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -13,15 +14,28 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
+from offtrace.agents.capture import CapturedUpdate, NotCapturableError, make_capturable
 from offtrace.agents.data.acting import ActingData, PlainData
+from offtrace.agents.guard import Guard
 from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY
+from offtrace.modules import host
+from offtrace.modules.keys import FINALS
 from offtrace.modules.losses import compile_loss
+
+ROOM = 1
+"""Room for final observations in each row of a compiled or captured batch; few unrolls truncate two episodes."""
 
 
 class TrainingDivergedError(RuntimeError):
-    """A gradient is no longer finite; the weights, which it has not moved, are still good."""
+    """A gradient is no longer finite; the weights, which it has not moved, are still good.
 
+    On the CPU the error comes at once. On a GPU it comes with the next log line or checkpoint, or at the end of
+    training; the updates in between have moved nothing either.
+    """
+
+
+Capture = Literal["none", "update", "try"]
 
 Update = Callable[["Agent", TensorDictBase], tuple[TensorDictBase, Tensor]]
 """One update of the agent's loss on a batch; what the log gets of it: the loss's outputs, and the gradient's norm."""
@@ -50,18 +64,26 @@ class Agent(pl.LightningModule):
         schedule: ``"linear"`` (to 0 at ``total_frames``) or ``"constant"``.
         clip_grad_norm: maximum of the norm over each of the optimiser's groups, or ``None``.
         update: makes an update, where that is more than one :meth:`gradient_step`; called with the agent and the batch.
-        after_update: called with the number of updates after each: moves target networks.
-        compile: ``torch.compile`` the loss.
+        after_update: called with the number of updates after each: moves target networks. Where it does nothing after
+            some of them, its method ``due`` says so of a number; a captured update must know.
+        compile: ``torch.compile`` the loss, from the second update on. Every row of a batch then has room for one final
+            observation, so that all batches have the same shape. A batch that needs more room runs eagerly.
+        capture: ``"update"`` runs whole updates as CUDA graphs, with the shapes of ``compile`` and with fused Adam.
+            ``"try"`` runs them eagerly where the loss cannot be captured. ``"none"`` captures nothing. For one learner
+            on a GPU. Lightning's ``global_step`` does not count captured updates.
         checkpoint_facts: plain values for the checkpoints: ``policy``, which says how
             :func:`offtrace.agents.load_policy` rebuilds it (``builder`` and its ``arguments``), ``env`` and
             ``eval_mode``, by which it is evaluated.
 
     Attributes:
         updates: so far, those of earlier parts of the run included.
+        eager_updates: those that ran eagerly since training started, because their batch needed more room.
         data: the trainer's data module, or :class:`offtrace.agents.data.PlainData` around what is none of ours.
 
     Raises:
-        TrainingDivergedError: in ``training_step``, when the gradient's norm is not finite; the weights stay.
+        TrainingDivergedError: in ``training_step``, or on a GPU later, when the gradient's norm is not finite; weights,
+            targets and the optimiser's state stay.
+        NotCapturableError: in ``training_step``, where ``capture`` is ``"update"`` and the update cannot be captured.
     """
 
     def __init__(
@@ -76,13 +98,14 @@ class Agent(pl.LightningModule):
         update: Update | None = None,
         after_update: Callable[[int], None] | None = None,
         compile: bool = False,
+        capture: Capture = "none",
         checkpoint_facts: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.loss = loss
         self.policy = policy
-        self.updates = 0
+        self.updates = self.eager_updates = 0
         self.total_frames = total_frames
         self.schedule: ScheduleName = schedule
         self.clip_grad_norm = clip_grad_norm
@@ -92,10 +115,17 @@ class Agent(pl.LightningModule):
         self._make_update: Update = update or Agent.gradient_step
         self._after_update = after_update
         # not a submodule: the parameters would stand in a checkpoint twice
-        self.__dict__["_run_loss"] = compile_loss(loss) if compile else loss
+        self.__dict__["_compiled"] = compile_loss(loss) if compile else None
         self._set_progress: Callable[[float], object] | None = getattr(loss, "set_progress", None)
         self._frames_before = 0  # frames already learned from: the first update has the full learning rate
         self._random_state: dict[str, Any] | None = None
+        # the first update of a process is eager and checked at once: it makes the optimiser's state and looks up what
+        # a compiler cannot follow, such as the formula of the KL of two distributions
+        self._first = True
+        self._static = False  # whether the present update is compiled or captured
+        self._guard: Guard | None = None
+        self._capture: Capture = capture
+        self._captured: CapturedUpdate | None = None
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._count = 0
@@ -120,19 +150,87 @@ class Agent(pl.LightningModule):
             self._update(part)
 
     def _update(self, batch: TensorDictBase) -> None:
-        optimizer = self.optimizers()
-        factor = learning_rate_factor(self.schedule, self._frames_before, self.total_frames)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        if self._first and self._capture != "none":
+            make_capturable(optimizer)
+        if not self._first and self._guard is None and self._checks_later():
+            self._guard = Guard(self.loss, optimizer)
+        self._set_learning_rate(optimizer)
         if self._set_progress is not None:
             self._set_progress(min(1.0, self._frames_before / self.total_frames))
-        out, norm = self._make_update(self, batch)
+        self._static = not self._first and self._fits(batch)
+        out, norm = self._replayed(batch) if self._static and self._capture != "none" else self._on_device(batch)
+        self._first = False
         self.updates += 1
-        if self._after_update is not None:
-            self._after_update(self.updates)
+        if self.data.reads_priorities:  # those of a diverged update must not get into the replay
+            self.check_guard()
         self.data.feedback(batch)
         self._frames_before = self.frames
         self._add_metrics(out, norm)
+
+    def _set_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        factor = learning_rate_factor(self.schedule, self._frames_before, self.total_frames)
+        for group in optimizer.param_groups:
+            if self._capture == "none":
+                group["lr"] = group["base_lr"] * factor
+            else:  # graphs read it where it lies
+                group["lr"].fill_(group["base_lr"] * factor)
+
+    def _checks_later(self) -> bool:
+        """Whether the host leaves it to a :class:`Guard` to check the gradient.
+
+        Not on the CPU, where looking costs nothing; nor with several learners, which must raise together; nor in an
+        ``update`` of the algorithm's own, which may look itself.
+
+        Raises:
+            NotCapturableError: the update is to be captured, and the host checks.
+        """
+        later = not host.readable(self._parameters_to_train[0]) and self.trainer.world_size == 1
+        later = later and self._make_update is Agent.gradient_step
+        if not later and self._capture != "none":
+            raise NotCapturableError(
+                f"capture is {self._capture!r}, which needs one learner, on a GPU, and an update that is one gradient "
+                "step; it must be 'none'"
+            )
+        return later
+
+    def _fits(self, batch: TensorDictBase) -> bool:
+        """Whether the update can be compiled or captured, if that is asked for; gives ``batch`` the shape for it."""
+        if self._compiled is None and self._capture == "none":
+            return False
+        finals = batch.get(FINALS, None)
+        if finals is None:
+            return True
+        if finals.shape[2] > ROOM:
+            self.eager_updates += 1
+            return False
+        batch[FINALS] = finals.new_empty(*batch.shape, ROOM, 0)
+        return True
+
+    def _replayed(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
+        """As :meth:`_on_device`, by a CUDA graph."""
+        if self._captured is None:
+            assert self._guard is not None
+            self._captured = CapturedUpdate(
+                self._on_device,
+                self._guard.undo,
+                name=type(self.loss).__name__,
+                eager_if_refused=self._capture == "try",
+                graphs=self._parameters_to_train[0].is_cuda,
+            )
+        due = getattr(self._after_update, "due", None)
+        return self._captured(batch, due is None or due(self.updates + 1))
+
+    def _on_device(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
+        """All that the device does in an update; what it returns is detached."""
+        if self._guard is not None:
+            self._guard.remember()
+        out, norm = self._make_update(self, batch)
+        if self._after_update is not None:
+            self._after_update(self.updates + 1)
+        if self._guard is not None:
+            self._guard.restore()
+        return out.detach(), norm.detach()
 
     def gradient_step(self, batch: TensorDictBase) -> tuple[TensorDictBase, Tensor]:
         """The loss of ``batch``, the gradient of its terms' sum, the clip and the optimiser's step.
@@ -143,11 +241,14 @@ class Agent(pl.LightningModule):
         Raises:
             TrainingDivergedError: as :meth:`check_finite`.
         """
-        optimizer = self.optimizers()
-        out = self._run_loss(batch)
+        # a graph does not repeat what Lightning's wrappers do on the host
+        raw = self._captured is not None
+        optimizer: Any = self.optimizers(use_pl_optimizer=not raw)
+        out = self._compiled(batch) if self._static and self._compiled is not None else self.loss(batch)
         total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
         optimizer.zero_grad()
-        self.manual_backward(total * self._rank_scale(out))
+        total = total * self._rank_scale(out)
+        total.backward() if raw else self.manual_backward(total)
         if self.clip_grad_norm is None:
             norm = _norm(self._parameters_to_train)
         else:
@@ -161,13 +262,30 @@ class Agent(pl.LightningModule):
         """Refuse a gradient whose ``norm`` is not finite; called before the weights move.
 
         Raises:
-            TrainingDivergedError: one sentence.
+            TrainingDivergedError: one sentence; where a :class:`Guard` takes note of it, not yet.
         """
-        if not torch.isfinite(norm):
+        if self._guard is not None:
+            self._guard.note(norm)
+        elif not torch.isfinite(norm):
             raise TrainingDivergedError(
                 f"the gradient's norm is {norm.item()} at update {self.updates} ({self.frames} frames); "
                 "the weights were left as they were before this step"
             )
+
+    def check_guard(self) -> None:
+        """Raise what :meth:`check_finite` left for later; waits for the device. Then updates move the weights again.
+
+        Raises:
+            TrainingDivergedError: one sentence.
+        """
+        if self._guard is None or math.isfinite(norm := float(self._guard.norm)):
+            return
+        undone = self._guard.forget()
+        self.updates -= undone
+        raise TrainingDivergedError(
+            f"the gradient's norm was {norm} at update {self.updates}, {undone - 1} updates before it was looked at "
+            f"({self.frames} frames); the weights were left as they were before that update"
+        )
 
     def _rank_scale(self, out: TensorDictBase) -> Tensor | float:
         ranks = self.trainer.world_size
@@ -182,12 +300,17 @@ class Agent(pl.LightningModule):
 
     def _add_metrics(self, out: TensorDictBase, norm: Tensor) -> None:
         self._names = [*(str(name) for name in out.keys()), "grad_norm"]  # noqa: SIM118 - a TensorDict
-        values = torch.stack([*(value.detach().float() for value in out.values()), norm.detach().float()])
+        values = torch.stack([*(value.float() for value in out.values()), norm.float()])
         self._sums = values if self._sums is None else self._sums + values
         self._count += 1
 
     def pop_metrics(self) -> dict[str, float]:
-        """Means of the loss's outputs and the gradient norm since the last call; waits for the device."""
+        """Means of the loss's outputs and the gradient norm since the last call; waits for the device.
+
+        Raises:
+            TrainingDivergedError: a gradient since then was not finite, on a GPU.
+        """
+        self.check_guard()
         if self._sums is None:
             return {}
         means = dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
@@ -199,7 +322,12 @@ class Agent(pl.LightningModule):
         return TensorDict.from_module(self.policy).data
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds counters, random state and the facts, all loadable with ``weights_only=True``."""
+        """Adds counters, random state and the facts, all loadable with ``weights_only=True``.
+
+        Raises:
+            TrainingDivergedError: as :meth:`pop_metrics`: the counters would tell of updates that were undone.
+        """
+        self.check_guard()
         checkpoint[CHECKPOINT_KEY] = {
             "updates": self.updates,
             "frames": self.frames,
@@ -241,6 +369,10 @@ class Agent(pl.LightningModule):
             self._random_state = None
         if self.trainer.global_rank:  # the weights are the same on every rank; what is drawn in losses must not be
             torch.manual_seed(torch.initial_seed() + self.updates + self.trainer.global_rank)
+
+    def on_train_end(self) -> None:
+        """Raises what no log line has told: a last gradient that was not finite."""
+        self.check_guard()
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:

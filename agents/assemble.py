@@ -252,9 +252,7 @@ def replay_agent(
     check_memory(config, info, RUNS)
     check_rings(config, info)
     check_budget(config, info.frame_skip)
-    agent = _agent(
-        config, loss, policy, spec, optimizer=optimizer, after_update=after_update, compile=config.train.compile
-    )
+    agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     data = ReplayData(
         partial(rollout_collector, config, info.frame_stack, policy),
         partial(_replay, config, info),
@@ -279,10 +277,16 @@ def _agent(
     optimizer: OptimizerFactory | None,
     after_update: Callable[[int], None] | None,
     update: Update | None = None,
-    compile: bool = False,
 ) -> Agent:
     """The agent of a configuration whose group ``optim`` says optimiser, schedule and clip."""
-    optim = config.optim
+    optim, capture = config.optim, config.train.capture
+    if capture != "none" and not torch.cuda.is_available():
+        raise ConfigError(f"train.capture is {capture}, which needs a GPU, and torch finds none here: it must be none")
+    if capture != "none" and update is not None:
+        raise ConfigError(
+            f"train.capture is {capture}; an update of {config.algorithm} is a search in which the host looks at every "
+            "step: it must be none"
+        )
     return Agent(
         loss,
         policy,
@@ -292,7 +296,8 @@ def _agent(
         clip_grad_norm=optim.clip_grad_norm,
         update=update,
         after_update=after_update,
-        compile=compile,
+        compile=config.train.compile,
+        capture=capture,
         checkpoint_facts={"policy": spec, **config.checkpoint_facts()},
     )
 

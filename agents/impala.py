@@ -78,6 +78,11 @@ class ImpalaConfig(MixedConfig):
 
     algorithm = "impala"
 
+    @property
+    def actors_fit_machine(self) -> bool:
+        """True, because the loss corrects for lag, unless a replay holds what each actor makes."""
+        return not self.replay.form
+
     def check_kind(self, kind: Literal["discrete", "continuous"]) -> None:
         """As :meth:`Config.check_kind`; ``max_kl`` needs discrete ones."""
         if self.loss.max_kl is not None and kind == "continuous":

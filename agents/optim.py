@@ -62,7 +62,12 @@ class RMSpropTF(Optimizer):
             torch._foreach_addcmul_(squares, grads, grads, value=1 - group["decay"])
             denominators = torch._foreach_add(squares, group["eps"])
             torch._foreach_sqrt_(denominators)
-            torch._foreach_addcdiv_(params, grads, denominators, value=-group["lr"])
+            if isinstance(group["lr"], Tensor):  # of a captured update: the host must not read it
+                steps = torch._foreach_div(grads, denominators)
+                torch._foreach_mul_(steps, group["lr"])
+                torch._foreach_sub_(params, steps)
+            else:
+                torch._foreach_addcdiv_(params, grads, denominators, value=-group["lr"])
         return loss
 
     def _square(self, param: Tensor) -> Tensor:

@@ -15,12 +15,22 @@ def soft_update(loss: LossModule, tau: float) -> Callable[[int], None]:
     return lambda updates: updater.step()
 
 
-def hard_update(loss: LossModule, every: int) -> Callable[[int], None]:
-    """Copies whole, after every ``every``-th update since the very beginning, resumed or not."""
-    updater = FastHardUpdate(loss)
+class HardUpdates:
+    """target <- source after every ``every``-th update since the very beginning, resumed or not."""
 
-    def update(updates: int) -> None:
-        if updates % every == 0:
-            updater.step()
+    def __init__(self, loss: LossModule, every: int) -> None:
+        self._updater, self._every = FastHardUpdate(loss), every
 
-    return update
+    def due(self, updates: int) -> bool:
+        """Whether the call after so many updates copies; a captured update must know."""
+        return updates % self._every == 0
+
+    def __call__(self, updates: int) -> None:
+        """Copies if it is due."""
+        if self.due(updates):
+            self._updater.step()
+
+
+def hard_update(loss: LossModule, every: int) -> HardUpdates:
+    """The :class:`HardUpdates` of the target networks of ``loss``."""
+    return HardUpdates(loss, every)

@@ -4,9 +4,9 @@
     python benchmarks/gpu_report.py --minutes 1 --parts machine emulator learner
 
 Parts: the machine; the emulator's ceiling; the learner's, on batches that lie on its device; how fast actors start; the
-recipe IMPALA at its defaults and over the ways of acting, with the GPU's utilisation; updates of SAC and MPO; the
-returns against a copy of their bytes; the tests that need a GPU. Every part is a process of its own with a time of its
-own. One that fails or takes too long is told in a line, and the others go on.
+recipe IMPALA at its defaults and over the ways of acting, with the GPU's utilisation; the paper's architectures;
+updates of SAC and MPO; the returns against a copy of their bytes; the tests that need a GPU. Every part is a process of
+its own with a time of its own. One that fails or takes too long is told in a line, and the others go on.
 """
 
 from __future__ import annotations
@@ -205,15 +205,16 @@ def starts(seconds: float) -> None:
 def impala(seconds: float) -> None:
     """The recipe over the ways of acting."""
     actors, cuda = max(1, CORES - 2), device() == "cuda"
-    copies = ["--collector.num_workers", str(actors), "--env.num_envs", "32"]
+    unrolls = str(32 * max(1, actors // 2))
+    sizes = ["--collector.num_workers", str(actors), "--env.num_envs", "32", "--train.unrolls", unrolls]
+    copies, server = ["--collector.acting", "copies"], ["--collector.acting", "server"]
     forms: dict[str, list[str]] = {
         "defaults": [],
-        f"{actors} actors with copies": [*copies, "--train.unrolls", str(32 * max(1, actors // 2))],
-        f"{actors} actors, one server": [
-            *copies, "--train.unrolls", str(32 * max(1, actors // 2)), "--collector.acting", "server",
-            "--collector.device", "cuda" if cuda else "cpu",
-        ],
-    }  # fmt: skip
+        f"{actors} actors with copies": [*sizes, *copies, "--collector.device", "cpu"],
+        f"{actors} actors, one server": [*sizes, *server, "--collector.device", "cuda" if cuda else "cpu"],
+    }
+    if cuda:
+        forms["2 actors with copies on the GPU, many emulator threads"] = [*copies, "--collector.device", "cuda"]
     runs = [(network, *form) for network in ("shallow", "resnet") for form in forms.items()]
     print("| network | acting | agent steps/s | updates/s | lag, mean and most | first line after, s | GPU busy |")
     print("|---|---|---|---|---|---|---|", flush=True)
@@ -277,6 +278,12 @@ def _gpu_busy() -> Iterator[list[float]]:
         over.set()
 
 
+def architectures(seconds: float) -> None:
+    """Who waits for whom; what is not done in time is left out."""
+    each = str(max(1.0, seconds / 10 - 12))  # ten figures, and what a start takes
+    shell("benchmarks/architectures.py", "--rounds", "1", "--seconds", each, seconds=seconds + 20)
+
+
 def updates(seconds: float) -> None:
     """SAC and MPO, eager and compiled, against their bare loops."""
     for script in ("sac_updates.py", "mpo_updates.py"):
@@ -304,6 +311,7 @@ PARTS: dict[str, tuple[float, Callable[[float], None]]] = {
     "learner": (5, learner),
     "starts": (8, starts),
     "impala": (40, impala),
+    "architectures": (30, architectures),
     "updates": (20, updates),
     "returns": (10, returns),
     "tests": (10, tests),

@@ -106,6 +106,11 @@ def compare(args: argparse.Namespace, flags: list[str]) -> None:
         "minibatches": config.train.minibatches,
         "epochs": config.train.epochs,
     }
+    # on a larger machine the recipe would take others
+    flags = [
+        "--env.num_envs", str(config.env.num_envs), "--collector.num_workers", "1", "--collector.acting", "copies",
+        "--collector.device", "cpu", "--train.unrolls", "0", *flags,
+    ]  # fmt: skip
     bf16 = precision(config) == "bf16-mixed"
     pairs = []
     for index in range(args.pairs):

@@ -16,30 +16,52 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, popen_forkserver, process, reduction, resource_tracker, spawn, util
+from multiprocessing.connection import wait
 from multiprocessing.context import set_spawning_popen
 from typing import Any
 
 _ALWAYS = ("offtrace.modules.collectors.actors", "offtrace.modules.networks.policy")
 _IF_USED = tuple(f"offtrace.modules.envs.{name}" for name in ("atari", "control", "gym"))
-_server = forkserver.ForkServer()
 _preloaded: set[str] = set()
+_PATIENCE = 300.0  # seconds for a process to be forked, of which imports in front of it may take most
+
+
+class _ForkServer(forkserver.ForkServer):
+    """Starts as it must, whoever finds that it does not run or has died."""
+
+    def ensure_running(self) -> None:
+        # its start lets through the signals that are blocked below
+        resource_tracker.ensure_running()
+        path = os.pathsep.join(place or os.getcwd() for place in sys.path)
+        # the libraries that it imports may ask for GPUs, and a process that has met one cannot be forked
+        with environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""), signals_blocked():
+            super().ensure_running()
+
+    def kill(self) -> None:
+        """Where it hangs; the next process is forked from another one. Those that run go on."""
+        server: Any = self  # to type checkers a fork server has no process
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
+
+
+_server = _ForkServer()
 
 
 def start_fork_server(*modules: str) -> None:
-    """Start it, if it does not run yet or has died, and come back at once: it imports while the caller goes on.
+    """Start it, if it does not run yet, and come back at once: it imports while the caller goes on.
+
+    Where it dies, another one is started for the next process that is wanted.
 
     Args:
         modules: further ones that it imports, and one that takes its place. One that is not there is passed over. Those
             of environments that this process has imported, it imports too.
+
+    Raises:
+        OSError: it cannot be started.
     """
     _preloaded.update(modules, (name for name in _IF_USED if name in sys.modules))
     _server.set_forkserver_preload([*_ALWAYS, *sorted(_preloaded)])
-    # its start lets through the signals that are blocked below
-    resource_tracker.ensure_running()
-    path = os.pathsep.join(place or os.getcwd() for place in sys.path)
-    # the libraries that it imports may ask for GPUs, and a process that has met one cannot be forked
-    with environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""), signals_blocked():
-        _server.ensure_running()
+    _server.ensure_running()
 
 
 class ForkedProcess(process.BaseProcess):
@@ -49,7 +71,7 @@ class ForkedProcess(process.BaseProcess):
     through. Arguments are pickled, and pipes and shared memory among them handed over.
 
     Raises:
-        OSError: in ``start``, the server is gone or cannot be reached.
+        OSError: in ``start``, the server has died just now, hangs or cannot be reached.
     """
 
     _start_method = "forkserver"
@@ -85,6 +107,9 @@ class _Popen(popen_forkserver.Popen):
             self.finalizer = util.Finalize(self, _close, (ours, self.sentinel))
             with open(write, "wb", closefd=True) as file:
                 file.write(buffer.getbuffer())
+            if not wait([self.sentinel], _PATIENCE):
+                _server.kill()
+                raise TimeoutError(f"it has forked nothing for {_PATIENCE:.0f} s")
             self.pid = forkserver.read_signed(self.sentinel)
         except (OSError, EOFError) as error:
             raise OSError(

@@ -60,6 +60,10 @@ EPISODE_END: Final = "episode_end"
 """bool ``[*B, 1]``: the whole episode ends with this step (a life loss is only ``done``)."""
 POLICY_VERSION: Final = "policy_version"
 
+FINALS: Final = "finals"
+"""``[B, T, K, 0]``: holds no number; its shape says that no row has more than K truncated steps before its last one. A
+loss makes room for K final observations in each row. Without the entry it counts them, and waits for the device."""
+
 INDEX: Final = "index"
 """int64 ``[*B]``: which item of a replay was sampled."""
 WEIGHT: Final = "weight"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from offtrace.agents.acer import continuous_config, control_config
+from offtrace.agents.acer import continuous_config, control_config, pendulum_config
 from offtrace.recipes.cli import run_recipe
 
 main = partial(
     run_recipe,
-    presets={"default": control_config, "continuous": continuous_config},
+    presets={"default": control_config, "continuous": continuous_config, "pendulum": pendulum_config},
     description="ACER. Without flags: CartPole; --preset continuous for cartpole-swingup of dm_control.",
 )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -14,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from offtrace.agents.config import Config, ConfigError, may_have_gpu
+from offtrace.agents.config import Config, ConfigError, fit, may_have_gpu, this_machine
 from offtrace.agents.runs.folders import RunError, config_text, discard, new_run, read_config
 from offtrace.agents.runs.missing import no_checkpoint
 from offtrace.modules.envs.names import environment_module
@@ -27,14 +29,32 @@ from offtrace.modules.fork_server import start_fork_server
 from offtrace.modules.naming import nearest
 from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_file, sentence, types_of_keys
 
-MAY_CHANGE = ("train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every")
-"""Flags that a resumed run may be given; everything else is what the run began with."""
+MAY_CHANGE = (
+    "train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every",
+    "collector.device",
+)  # fmt: skip
+"""Flags that a resumed run may be given; everything else is what the run began with. The last one is chosen by the
+machine, and the next machine may have no GPU."""
 
 _FOLDER = "OFFTRACE_RUN_FOLDER"
 _PACKAGE = Path(__file__).resolve().parents[1]
 _format_warning = warnings.formatwarning
 
 Presets = dict[str, Callable[[], Config]]
+
+
+class Command(NamedTuple):
+    """What a command line asks for.
+
+    Attributes:
+        config: the configuration.
+        resume: the checkpoint to go on from.
+        fitted: how it was fitted to the machine, in a line; empty of a run that goes on, which is not.
+    """
+
+    config: Config
+    resume: Path | None
+    fitted: str
 
 
 def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: str) -> int:
@@ -53,15 +73,18 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
     new: Path | None = None
     before = _interrupt_on_sigterm()
     try:
-        config, resume = parse(argv, presets=presets, description=description)
+        config, resume, fitted = parse(argv, presets=presets, description=description)
         check(config)
         if resume is None:
             folder = new = _folder(config)
+            config = read_config(folder, type(config))  # what the first learner chose holds for all
         else:
             folder = resume.parent.parent
         if not int(os.environ.get("LOCAL_RANK", 0)):
             task, frames = config.task, f"{config.train.total_frames:,} frames"
             print(f"{task}, {frames}, seed {config.train.seed}: {folder}", file=sys.stderr)
+            if fitted:
+                print(fitted, file=sys.stderr)
         return _run(config, folder, resume)
     except (ConfigError, RunError) as error:
         return fail(str(error))
@@ -82,12 +105,14 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
 
 
 def _run(config: Config, folder: Path, resume: Path | None) -> int:
-    if (
-        config.collector.num_workers and config.collector.backend == "processes"
-    ):  # it imports for the actors while this process does for the learner
+    if config.collector.num_workers and config.collector.backend == "processes":
+        # it imports for the actors while this process does for the learner
         start_fork_server(environment_module(config.task))
     from offtrace.agents.runs.run import RunFailed, RunRefused, lines, run  # torch and Lightning for what runs only
 
+    # Python's last collection would go through all objects of these libraries, for 1.4 s of a core: a run that failed
+    # on a machine under load was there for ten seconds after it had said so
+    atexit.register(gc.freeze)
     try:
         summary = run(config, folder, resume)
     except RunRefused as error:
@@ -139,8 +164,8 @@ def fail(message: str) -> int:
     return 2
 
 
-def parse(argv: list[str], *, presets: Presets, description: str) -> tuple[Config, Path | None]:
-    """The configuration of a command line, and the checkpoint to go on from.
+def parse(argv: list[str], *, presets: Presets, description: str) -> Command:
+    """What a command line asks for; a new run's configuration fits this machine where nothing else is said.
 
     Raises:
         ConfigError: an unknown flag or key (with the nearest known), a value of a wrong type, an unreadable file.
@@ -161,19 +186,22 @@ def parse(argv: list[str], *, presets: Presets, description: str) -> tuple[Confi
         source = str(Path(resume) / "config.yaml")
     types_of = types_of_keys(kind)
     content = read_file(Path(source), types_of, base.algorithm) if source is not None else {}
-    values = _parsed(parser, numbers(argv, types_of), content, source, types_of)
-    config: Config = _build(kind, values)
+    argv = numbers(argv, types_of)
+    words = _words(argv, content)
+    config: Config = _build(kind, _parsed(parser, words, argv, source, types_of))
+    # a run that goes on is what it was, and what it was began with what fitted then
+    fitted = "" if resume else fit(config, _given(parser, words), this_machine())
     if any(word.startswith("--print_config") for word in argv):
         print(config_text(config), end="")
         raise SystemExit(0)
     if not resume:
-        return config, None
+        return Command(config, None, fitted)
     checkpoint = Path(resume) / "checkpoints" / "last.ckpt"
     if checkpoint.with_name("previous.ckpt").is_file():  # which serves where the last one is damaged
-        return config, checkpoint
+        return Command(config, checkpoint, fitted)
     if not checkpoint.is_file():
         raise RunError(f"{resume} has no checkpoints/last.ckpt to go on from")
-    return config, checkpoint_file(checkpoint)
+    return Command(config, checkpoint_file(checkpoint), fitted)
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -237,12 +265,20 @@ class _Quoted(yaml.SafeDumper):
 _Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
-def _parsed(
-    parser: ArgumentParser, argv: list[str], content: dict[str, Any], source: str | None, types_of: dict[str, Any]
-) -> dict[str, Any]:
+def _words(argv: list[str], content: dict[str, Any]) -> list[str]:
+    """The command line as the parser gets it: what a file holds first."""
     words = [word for word in _without("--config", argv) if not word.startswith("--print_config")]
-    if content:
-        words = ["--config", yaml.dump(content, Dumper=_Quoted), *words]
+    return ["--config", yaml.dump(content, Dumper=_Quoted), *words] if content else words
+
+
+def _given(parser: ArgumentParser, words: list[str]) -> set[str]:
+    """The flags that file or command line set, which can be parsed."""
+    return {str(flag) for flag in parser.parse_args(words, defaults=False).keys()}  # noqa: SIM118  of groups too
+
+
+def _parsed(
+    parser: ArgumentParser, words: list[str], argv: list[str], source: str | None, types_of: dict[str, Any]
+) -> dict[str, Any]:
     # argparse's own ways out print usage and exit; everything wrong becomes one sentence instead
     noise = io.StringIO()
     try:

@@ -11,7 +11,7 @@ from offtrace.recipes.cli import run_recipe
 main = partial(
     run_recipe,
     presets={"default": atari_config, "paper": paper_config, "replay": replay_config, "laser": laser_config},
-    description="IMPALA on Atari. Without flags: Pong, fifteen million frames, this machine's devices.",
+    description="IMPALA on Atari. Without flags: Pong, fifteen million frames, the actors that fit this machine.",
 )
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from offtrace.agents.agent import Agent
+from offtrace.agents.agent import Agent, TrainingDivergedError
 from offtrace.agents.data.acting import ActingData, PlainData
 from offtrace.modules.replay import DamagedReplay
 
@@ -61,6 +62,8 @@ class Checkpoints(pl.Callback):
         """
         alone = trainer.world_size > 1 and agent.data.saves
         if agent.updates and self._began and not alone:  # before that, what was read is not all in place
+            with contextlib.suppress(TrainingDivergedError):  # nothing may keep the checkpoint from being written
+                agent.check_guard()
             self.save(trainer, agent, "last.ckpt")
 
     def on_score(self, trainer: pl.Trainer, agent: Agent, score: float, *, best: float) -> None:

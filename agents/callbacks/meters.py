@@ -115,7 +115,7 @@ class Meters(pl.Callback):
         metrics["train/frames_per_second"] = self.frames_per_second
         metrics["train/updates_per_second"] = self.updates_per_second
         metrics["train/updates"] = float(agent.updates)
-        metrics["train/learning_rate"] = agent.trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["train/learning_rate"] = float(agent.trainer.optimizers[0].param_groups[0]["lr"])
         if episodes.returns:
             metrics["train/return"] = sum(episodes.returns) / len(episodes.returns)
             metrics["train/episodes"] = float(episodes.count)
@@ -123,6 +123,8 @@ class Meters(pl.Callback):
             metrics["train/dropped_episodes"] = float(episodes.dropped)
         if agent.data.restarts:
             metrics["collector/restarts"] = float(agent.data.restarts)
+        if agent.eager_updates:
+            metrics["train/eager_updates"] = float(agent.eager_updates)
         metrics |= agent.data.metrics
         if self._lag_count:
             metrics["train/lag"] = self._lag_sum / self._lag_count

@@ -32,6 +32,8 @@ class GracefulStop(pl.Callback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
+        # before the fit: Lightning would make exit code 1 of a Ctrl-C that comes ahead of setup
+        self._listen()
         self._kept = True
         return self
 
@@ -40,12 +42,10 @@ class GracefulStop(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
         """Takes the signals over before the actors start."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        # Lightning would put its own handler in front: it loses the exit code, and waits for the other ranks
-        trainer._signal_connector.register_signal_handlers = lambda: None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
+        self._listen()
+        if self._before:
+            # Lightning would put its own handler in front: it loses the exit code, and waits for the other ranks
+            trainer._signal_connector.register_signal_handlers = lambda: None
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
         """From now on an update is worth waiting for."""
@@ -65,6 +65,11 @@ class GracefulStop(pl.Callback):
         """Gives the signals back, after the data module has ended its actors."""
         if not self._kept:
             self._restore()
+
+    def _listen(self) -> None:
+        if not self._before and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
 
     def _restore(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)

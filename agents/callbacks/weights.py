@@ -64,8 +64,8 @@ class WeightSync(pl.Callback):
         self._remember(agent)
 
     def on_train_batch_start(self, trainer: pl.Trainer, agent: Agent, batch: Any, batch_idx: int) -> None:
-        """Reads the batch's versions."""
-        versions, steps = self._data.behaviour_versions(batch).to("cpu", torch.int64).unique(return_counts=True)
+        """Takes the versions of the batch, which the host has: on a device they would be waited for."""
+        versions, steps = self._data.behaviour_versions.long().unique(return_counts=True)
         copied = torch.tensor([self._copied_at[version - self._first_version] for version in versions.tolist()])
         self.lag_mean = agent.updates - float((copied * steps).sum() / steps.sum())
         self.lag_max = agent.updates - int(copied.min())

@@ -1,9 +1,11 @@
 """The groups that configurations are made of. Imports neither torch nor Lightning."""
 
-from offtrace.agents.config.base import Checks, Config, ConfigError, Group, available_cores, count, may_have_gpu
+from offtrace.agents.config.base import Checks, Config, ConfigError, Group, count
 from offtrace.agents.config.collector import CollectorConfig
 from offtrace.agents.config.env import EnvConfig
 from offtrace.agents.config.estimator import check_actions, check_estimator, check_truncates, samples_of
+from offtrace.agents.config.fit import fit
+from offtrace.agents.config.machine import Machine, available_cores, may_have_gpu, this_machine
 from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig, RatioReplayConfig, ShareReplayConfig
 from offtrace.agents.config.network import FeedForwardConfig, NetworkConfig, SeparateNetworksConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
@@ -21,6 +23,7 @@ __all__ = [
     "EnvConfig",
     "FeedForwardConfig",
     "Group",
+    "Machine",
     "MixedConfig",
     "MixedReplayConfig",
     "NetworkConfig",
@@ -43,6 +46,8 @@ __all__ = [
     "check_estimator",
     "check_truncates",
     "count",
+    "fit",
     "may_have_gpu",
     "samples_of",
+    "this_machine",
 ]

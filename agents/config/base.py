@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from offtrace.agents.config.machine import available_cores
 from offtrace.modules.envs.names import known_actions
 
 if TYPE_CHECKING:
@@ -23,19 +22,6 @@ if TYPE_CHECKING:
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one sentence."""
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def may_have_gpu() -> bool:
-    """Whether a GPU driver that torch could use shows itself; only torch can tell how many GPUs there are."""
-    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, WSL
-    return not sys.platform.startswith("linux") or any(os.path.exists(path) for path in drivers)
 
 
 def count(number: int, noun: str) -> str:
@@ -165,6 +151,11 @@ class Config:
         return True
 
     @property
+    def actors_fit_machine(self) -> bool:
+        """Whether a recipe may take more actors where there are cores for them: what is learnt must not suffer."""
+        return False
+
+    @property
     def rollouts_per_batch(self) -> int:
         """Rollouts of different actors that are taken together."""
         return 1
@@ -225,6 +216,12 @@ class Config:
             getattr(self, field.name).check(field.name)
         if self.env.shows_images is not None:
             self.network.check_reads(self.task, self.env.shows_images)
+        threads = self.collector.emulator_threads
+        if threads > 1 and not self.env.is_atari:
+            raise ConfigError(
+                f"collector.emulator_threads is {threads}, which only Atari games have; {self.task} is none: it must "
+                "be 1"
+            )
         self.check_actions()
 
     def check_actions(self, actions: Literal["discrete", "continuous"] | None = None) -> None:

@@ -15,7 +15,8 @@ class CollectorConfig(Group):
     """The actors."""
 
     num_workers: int = 1
-    """Actor processes, which act while the learner learns; 0 collects in the learner's process, in turn with it."""
+    """Actor processes, which act while the learner learns; 0 collects in the learner's process, in turn with it.
+    Where IMPALA reads images, what is not given of actors, environments, unrolls and acting fits the machine."""
     backend: Literal["processes", "ray"] = "processes"
     """Where they run: processes of this machine, or actors of a Ray cluster, which needs offtrace[ray]."""
     address: str = ""
@@ -27,6 +28,8 @@ class CollectorConfig(Group):
     """Agent steps of an environment in one rollout."""
     threads: int = 1
     """Torch threads of an actor process."""
+    emulator_threads: int = 1
+    """Atari only: threads that step the games of an actor; games and actions are the same with any number."""
     acting: Literal["copies", "server"] = "copies"
     """copies: every actor has a copy of the policy; server: one process acts for all, on what requests have arrived."""
     server_batch: int = 0
@@ -34,7 +37,8 @@ class CollectorConfig(Group):
     server_wait: float = 0.001
     """Of the server: seconds that a batch waits for more requests after its first."""
     device: str = "cpu"
-    """Where the actors run their copy of the policy, or the server its one: cpu, cuda or cuda:<n>."""
+    """Where the actors run their copy of the policy, or the server its one: cpu, cuda (of several learners each one's
+    own GPU) or cuda:<n>."""
     step_timeout: float = 60.0
     """Seconds after which a step that did not return counts as hung."""
     max_restarts: int = 1000
@@ -49,7 +53,7 @@ class CollectorConfig(Group):
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         checks = Checks(self, at)
-        checks.at_least(1, "unroll", "threads")
+        checks.at_least(1, "unroll", "threads", "emulator_threads")
         checks.at_least(0, "num_workers", "sync_every", "lag", "server_batch", "max_restarts")
         checks.require("server_wait", lambda value: 0 <= value < self.step_timeout, "at least 0, below step_timeout")
         checks.positive("step_timeout")

@@ -33,9 +33,14 @@ class EnvConfig(Group):
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(usual, name)}
 
     @property
+    def is_atari(self) -> bool:
+        """Whether the task is an Atari game."""
+        return atari_name(self.task) is not None
+
+    @property
     def frame_skip(self) -> int:
         """Environment frames per agent step, as far as the name tells: an own task may have others."""
-        return ATARI_FRAME_SKIP if atari_name(self.task) is not None else self.action_repeat
+        return ATARI_FRAME_SKIP if self.is_atari else self.action_repeat
 
     @property
     def shows_images(self) -> bool | None:

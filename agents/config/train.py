@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from offtrace.agents.config.base import Checks, Group
+from offtrace.agents.config.base import Checks, ConfigError, Group
 
 
 @dataclass
@@ -38,12 +38,25 @@ class TrainConfig(Group):
     """Frames between two writings of last.ckpt, and of the replay where there is one."""
     log_every: float = 10.0
     """Seconds between two log lines."""
+    compile: bool = False
+    """torch.compile the loss; the first update then takes a minute, and a C++ compiler is needed."""
+    capture: Literal["none", "update", "try"] = "none"
+    """Run whole updates as CUDA graphs (try: eagerly where that is impossible). For one learner on a GPU."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         checks = Checks(self, at)
         checks.at_least(1, "total_frames", "devices", "eval_every", "eval_episodes", "checkpoint_every")
         checks.at_least(0, "log_every")
+        if self.capture != "none" and self.devices > 1:
+            raise ConfigError(
+                f"{at}.capture is {self.capture}, which is for one learner, and {at}.devices is {self.devices}: "
+                "capture must be none, or devices 1"
+            )
+        if self.capture != "none" and self.accelerator == "cpu":
+            raise ConfigError(
+                f"{at}.capture is {self.capture}, which needs a GPU; with {at}.accelerator cpu it must be none"
+            )
         checks.require("seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 
 
@@ -94,8 +107,6 @@ class ReplayTrainConfig(TrainConfig):
     """Actions in evaluations: drawn from the policy, or its mode."""
     checkpoint_every: int = 50_000
     """Frames between two writings of last.ckpt and the replay."""
-    compile: bool = False
-    """torch.compile the loss; the first update then takes a minute, and a C++ compiler is needed."""
     updates_per_step: int = 8
     """Most updates in one step of Lightning's loop, which costs about half a millisecond each."""
 

@@ -10,16 +10,50 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from offtrace.modules.collectors import RayOptions, ServerOptions, actor_seed, make_collector
 from offtrace.modules.envs import make_env
-from offtrace.modules.keys import EPISODE_END, EPISODE_REWARD, NEXT, VALID
+from offtrace.modules.keys import (
+    DONE,
+    EPISODE_END,
+    EPISODE_REWARD,
+    FINALS,
+    NEXT,
+    POLICY_VERSION,
+    TERMINATED,
+    VALID,
+)
+from offtrace.modules.losses.unroll import room
 
 if TYPE_CHECKING:
     from offtrace.agents.config import Config
     from offtrace.modules.collectors import Collector, PackedRollout
+
+
+BOOKS: tuple[Any, ...] = ((NEXT, DONE), (NEXT, TERMINATED), VALID, POLICY_VERSION, (NEXT, POLICY_VERSION))
+"""What the host must know of a rollout: ends, mask and versions."""
+
+
+def books_of(rollout: PackedRollout) -> TensorDict:
+    """The :data:`BOOKS` of a rollout [N, T], which still lies on the host."""
+    found = {key: entry for key in BOOKS if (entry := rollout.get(key)) is not None}
+    return TensorDict(found, rollout.shape)
+
+
+def make_room(batch: TensorDictBase, books: TensorDictBase) -> None:
+    """Writes :data:`offtrace.modules.keys.FINALS` into a batch [B, T] on any device, as its ``books`` say.
+
+    Without the entry the loss would have to count truncated steps on the device, and wait for the number.
+    """
+    flags = [books.get(key, None) for key in BOOKS[:3]]
+    done, terminated, valid = (None if flag is None else flag.reshape(batch.shape) for flag in flags)
+    if done is None or terminated is None:
+        return
+    ends = done & ~terminated
+    number = room((ends if valid is None else ends & valid)[:, :-1])
+    batch[FINALS] = torch.empty(*batch.shape, number, 0, device=batch[NEXT, DONE].device)
 
 
 class EpisodeMeter:
@@ -93,11 +127,13 @@ class ActingData(LightningDataModule):
         collector: the collector while training runs, else None.
         episodes: those that ended in this rank's rollouts, since training began.
         saves: whether there is more to save than a checkpoint holds.
+        reads_priorities: whether :meth:`feedback` waits for what the loss wrote.
         folder: where :meth:`save` writes, one folder a rank; None: nothing is saved.
         saved: the name under which lies there what a checkpoint may count on; None before the first.
     """
 
     saves: ClassVar[bool] = False
+    reads_priorities: bool = False
     folder: Path | None = None
     saved: str | None = None
 
@@ -113,6 +149,7 @@ class ActingData(LightningDataModule):
         self.frames = 0
         self.episodes = EpisodeMeter()
         self._version = self._restarts = 0
+        self._versions: Tensor | None = None
 
     @property
     def restarts(self) -> int:
@@ -162,9 +199,14 @@ class ActingData(LightningDataModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must define stream")
 
-    def behaviour_versions(self, batch: Any) -> Tensor:
-        """Versions of the weights that acted in what is newest in ``batch``, int64."""
-        raise NotImplementedError(f"{type(self).__name__} must define behaviour_versions")
+    @property
+    def behaviour_versions(self) -> Tensor:
+        """Versions of the weights that acted in the last batch, int64, on the host.
+
+        Of replayed data they are those of the newest rollout: they say how old the actors' weights are, not the replay.
+        """
+        # a resumed run may owe updates before its first rollout
+        return torch.tensor([self._version]) if self._versions is None else self._versions
 
     def updates(self, batch: Any) -> Iterable[TensorDictBase]:
         """The batches of one ``training_step``, each of which is one update."""
@@ -235,11 +277,13 @@ class PlainData:
         ranks: number of learners.
 
     Attributes:
-        episodes, restarts, saves: as of :class:`ActingData`; there are none, and nothing is saved.
+        episodes, restarts, saves, reads_priorities: as of :class:`ActingData`; there are none, and nothing is saved or
+            read.
     """
 
     restarts: ClassVar[int] = 0
     saves: ClassVar[bool] = False
+    reads_priorities: bool = False
     saved: str | None = None
 
     def __init__(self, module: Any, ranks: int) -> None:
@@ -288,7 +332,8 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
 
     ``frame_stack``: frames in an observation of the task.
     """
-    env_fn = partial(make_env, config.task, config.env.num_envs, **config.env_options())
+    threads = config.collector.emulator_threads
+    env_fn = partial(make_env, config.task, config.env.num_envs, num_threads=threads, **config.env_options())
     return make_collector(
         env_fn,
         policy,
@@ -300,7 +345,7 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
         step_timeout=config.collector.step_timeout,
         max_restarts=config.collector.max_restarts,
         threads_per_worker=config.collector.threads,
-        device=config.collector.device,
+        device=_device(config, rank),
         frame_stack=frame_stack,
         rollouts_per_batch=config.rollouts_per_batch,
         server=_server(config, rank, frames),
@@ -312,6 +357,12 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
 def _ray(config: Config) -> RayOptions | None:
     collector = config.collector
     return RayOptions(collector.address, collector.placement == "near") if collector.backend == "ray" else None
+
+
+def _device(config: Config, rank: int) -> str:
+    """Where the actors of ``rank`` have their policy: each learner's on its own GPU, where each has one."""
+    device, train = config.collector.device, config.train
+    return f"cuda:{rank}" if device == "cuda" and train.devices > 1 and train.accelerator != "cpu" else device
 
 
 def _server(config: Config, rank: int, frames: int) -> ServerOptions | None:

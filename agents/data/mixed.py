@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from offtrace.agents.data.acting import Learner
+from offtrace.agents.data.acting import Learner, books_of
 from offtrace.agents.data.replay import ENDLESS
 from offtrace.agents.data.rollouts import Dealer
 from offtrace.agents.data.store import ReplayFactory, ReplayHook, StoringData
-from offtrace.modules.keys import INDEX, POLICY_VERSION, VALID, WEIGHT
+from offtrace.modules.keys import FINALS, INDEX, POLICY_VERSION, VALID, WEIGHT
 from offtrace.modules.replay import Replay
 from offtrace.modules.replay.limiter import rows_of_share
 
@@ -205,8 +205,8 @@ class MixedStream:
                 for key, entry in fresh.items(True, True):
                     if before.get(key) is not entry:
                         rollout.set(key, entry.to("cpu"))
-            parts = data.dealer.deal(fresh, self._rank, data.rollouts, dealt=False)
-            for number, (part, last) in enumerate(parts):
+            parts = data.dealer.deal(fresh, books_of(packed), self._rank, data.rollouts, dealt=False)
+            for number, (part, books, last) in enumerate(parts):
                 batch = self._joined(part) if data.share is not None and data.replays else part
                 owed = data.replayed_batches(number)
                 if last:
@@ -217,7 +217,7 @@ class MixedStream:
                     data.frames += self._frames_per_rollout
                     data.rollouts += 1
                 data.owed = owed if data.replays else 0
-                data._versions = part[POLICY_VERSION]
+                data._versions = books[POLICY_VERSION]
                 yield batch
                 yield from self._replayed()
 
@@ -236,7 +236,7 @@ class MixedStream:
         """Replayed rows behind fresh ones, with the entries that both have."""
         replayed = self._sample()
         there = set(replayed.keys(True, True))
-        both = [key for key in fresh.keys(True, True) if key in there and key != VALID]
+        both = [key for key in fresh.keys(True, True) if key in there and key not in (VALID, FINALS)]
         shape = fresh.batch_size
         marks = {VALID: torch.ones(*shape, 1, dtype=torch.bool, device=self._device)}
         marks[INDEX] = torch.full(shape, -1, device=self._device)
@@ -245,4 +245,7 @@ class MixedStream:
         own = fresh.get(VALID, None)
         if own is not None:
             marks[VALID] = own
-        return torch.cat([fresh.select(*both).update(marks), replayed.select(*both, *marks)])
+        joined: TensorDictBase = torch.cat([fresh.select(*both).update(marks), replayed.select(*both, *marks)])
+        room = max(part[FINALS].shape[2] for part in (fresh, replayed))
+        joined[FINALS] = torch.empty(*joined.shape, room, 0, device=self._device)
+        return joined

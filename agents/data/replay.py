@@ -179,7 +179,7 @@ class ReplayStream:
         packed = self._collector.take()
         data.episodes.note(packed)
         rollout = packed.unpack()
-        data._versions = rollout[NEXT, POLICY_VERSION]
+        data._versions = packed.get((NEXT, POLICY_VERSION))
         if data.on_rollout is not None:
             data.on_rollout(rollout)
         data.insert(rollout)

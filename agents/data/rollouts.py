@@ -11,8 +11,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from offtrace.agents.data.acting import ActingData, Learner, check_sizes
-from offtrace.modules.keys import NEXT, POLICY_VERSION
+from offtrace.agents.data.acting import ActingData, Learner, books_of, check_sizes, make_room
+from offtrace.modules.keys import FINALS, NEXT, POLICY_VERSION
 
 if TYPE_CHECKING:
     from offtrace.modules.collectors import Collector
@@ -51,12 +51,13 @@ class Dealer:
         return torch.randperm(size, generator=torch.Generator().manual_seed(int(word)))
 
     def deal(
-        self, rollout: TensorDictBase, rank: int, number: int, *, dealt: bool
-    ) -> Iterator[tuple[TensorDictBase, bool]]:
-        """The batches of a rollout, and with each whether it is the last.
+        self, rollout: TensorDictBase, books: TensorDictBase, rank: int, number: int, *, dealt: bool
+    ) -> Iterator[tuple[TensorDictBase, TensorDictBase, bool]]:
+        """The batches of a rollout; with each its books, and whether it is the last.
 
         Args:
             rollout: ``[R, ...]``; its rows are dealt.
+            books: of the rollout, as :func:`books_of`; they are dealt as its rows are.
             rank: of the learner.
             number: of the rollout.
             dealt: whether it comes in the order of its first epoch.
@@ -64,10 +65,13 @@ class Dealer:
         size = rollout.shape[0]
         for epoch in range(self.epochs):
             if epoch or not dealt:
-                rollout = _take(rollout, self.order(size, rank, number, epoch).to(rollout.device))
-            parts = rollout.split(size // self.minibatches)
-            for place, part in enumerate(parts, start=epoch * self.minibatches + 1):
-                yield part, place == len(self)
+                order = self.order(size, rank, number, epoch)
+                rollout, books = _take(rollout, order), _take(books, order)
+            parts = zip(*(x.split(size // self.minibatches) for x in (rollout, books)), strict=True)
+            for place, (part, its_books) in enumerate(parts, start=epoch * self.minibatches + 1):
+                if part.ndim == 2:
+                    make_room(part, its_books)
+                yield part, its_books, place == len(self)
 
     def check(self, rows: int, what: str) -> None:
         """Refuses minibatches that do not divide ``rows``; ``what`` says what they are."""
@@ -125,10 +129,6 @@ class RolloutData(ActingData):
         self.rollouts = 0
         self._diagnostics: dict[str, Tensor] = {}
 
-    def behaviour_versions(self, batch: TensorDictBase) -> Tensor:
-        """Versions of the weights that acted in ``batch``, int64."""
-        return batch[NEXT, POLICY_VERSION]
-
     @property
     def metrics(self) -> dict[str, float]:
         """For the log: what ``on_rollout`` returned of the newest rollout."""
@@ -176,7 +176,8 @@ class RolloutStream:
         data = self._data
         while data.frames < data.total_frames:
             rank = self._learner.rank
-            for part, last in data.dealer.deal(self._next(), rank, data.rollouts, dealt=not data.deals_steps):
+            for part, books, last in data.dealer.deal(*self._next(), rank, data.rollouts, dealt=not data.deals_steps):
+                data._versions = books.get((NEXT, POLICY_VERSION), None)
                 if last:
                     # Counted when its last part is handed out: after that update a checkpoint holds whole rollouts,
                     # and in the middle of one it does not claim what was not learned yet.
@@ -184,20 +185,23 @@ class RolloutStream:
                     data.rollouts += 1
                 yield part
 
-    def _next(self) -> TensorDictBase:
-        """A rollout as it is dealt: its environments in their first order, or its steps one behind the other."""
+    def _next(self) -> tuple[TensorDictBase, TensorDictBase]:
+        """A rollout and its books, as they are dealt: environments in their first order, or steps in a row."""
         data = self._data
         if not data.deals_steps:
             # The first order is applied by the copy that takes the rollout out of the actors' memory.
             self._collector.order = lambda size: data.dealer.order(size, self._learner.rank, data.rollouts)
         packed = self._collector.take()
         data.episodes.note(packed)
-        rollout = packed.unpack(self._learner.device)
+        rollout, books = packed.unpack(self._learner.device), books_of(packed)
         if data.on_rollout is not None:
+            make_room(rollout, books)
             data._diagnostics = data.on_rollout(rollout) or {}
-        return rollout.flatten(0, 1) if data.deals_steps else rollout
+            rollout.pop(FINALS, None)
+        return (rollout.flatten(0, 1), books.flatten(0, 1)) if data.deals_steps else (rollout, books)
 
 
 def _take(rollout: TensorDictBase, order: Tensor) -> TensorDictBase:
+    order = order.to(next(iter(rollout.values(True, True)), order).device, non_blocking=True)
     # index_select moves whole rows; indexing a TensorDict moves elements, four times slower for images
     return rollout.apply(lambda tensor: tensor.index_select(0, order))

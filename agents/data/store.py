@@ -12,9 +12,10 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from offtrace.agents.data.acting import ActingData
+from offtrace.agents.data.acting import ActingData, make_room
+from offtrace.modules import host
 from offtrace.modules.envs import EnvironmentFailure
-from offtrace.modules.keys import INDEX, POLICY_VERSION, PRIORITY, VALID, WEIGHT
+from offtrace.modules.keys import DONE, FINALS, INDEX, NEXT, POLICY_VERSION, PRIORITY, VALID, WEIGHT
 from offtrace.modules.replay import Replay
 from offtrace.modules.returns import effective_sample_size
 
@@ -77,7 +78,6 @@ class StoringData(ActingData):
         self.replay: Replay | None = None
         self._replay_fn = replay_fn
         self._failed = 0
-        self._versions: Tensor | None = None
         self._sampled: _Sampled | None = None
 
     @property
@@ -108,11 +108,6 @@ class StoringData(ActingData):
     def progress(self) -> float:
         """Part of the frames that are done, in [0, 1]."""
         return min(1.0, self.frames / self.total_frames)
-
-    def behaviour_versions(self, batch: Any) -> Tensor:
-        """Versions of the weights that acted in the newest data: how far the actors are behind, not the replay."""
-        # a resumed run may owe updates before its first rollout
-        return torch.tensor([self._version]) if self._versions is None else self._versions
 
     def open_replay(self, rank: int) -> Replay:
         """Makes the empty replay of ``rank``.
@@ -176,7 +171,16 @@ class StoringData(ActingData):
         newest = self._version if self.collector is None else self.collector.version
         version, valid, weight = (batch.get(key, None) for key in (POLICY_VERSION, VALID, WEIGHT))
         self._sampled = _Sampled(version, valid, weight, newest)
+        if batch.ndim == 2:
+            self._make_room(batch)
         return batch
+
+    @staticmethod
+    def _make_room(batch: TensorDictBase) -> None:
+        """As :func:`make_room`; where the replay lies on a device, room for one: sequences do not cross episodes."""
+        if host.readable(batch[NEXT, DONE]):
+            return make_room(batch, batch)
+        batch[FINALS] = torch.empty(*batch.shape, 1, 0, device=batch[NEXT, DONE].device)
 
     def replayed(self, device: torch.device, number: int | None = None) -> TensorDictBase:
         """As :meth:`sample`, on ``device`` and as ``on_replayed`` returns it."""
@@ -188,6 +192,11 @@ class StoringData(ActingData):
             self._open.renew(batch)
         return batch
 
+    @property
+    def reads_priorities(self) -> bool:  # type: ignore[override]
+        """Whether the replay samples by priority."""
+        return self._open.sampler.prioritized
+
     def feedback(self, batch: TensorDictBase) -> None:
         """Gives a prioritised sampler the errors that the loss wrote into a batch; fresh rows are left out.
 
@@ -195,7 +204,7 @@ class StoringData(ActingData):
             ValueError: the loss wrote none.
         """
         index = batch.get(INDEX, None)
-        if index is None or not self._open.sampler.prioritized:
+        if index is None or not self.reads_priorities:
             return
         priority = batch.get(PRIORITY, None)
         if priority is None:

@@ -58,7 +58,10 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
             discard(folder)
         raise RunRefused(one_line(error)) from error
     except DamagedReplay as error:
-        raise RunRefused(f"{one_line(error)}; remove {folder / REPLAY} to go on with an empty one") from error
+        ways = f"remove {folder / REPLAY} to go on with an empty one"
+        if resume == _last(folder) and resume.with_name("previous.ckpt").is_file():
+            ways += f", or {resume} to go on from the checkpoint before, which has a replay of its own"
+        raise RunRefused(f"{one_line(error)}; {ways}") from error
     except Exception as error:
         # the task or the network was refused, or this machine cannot render its images, and nothing had begun
         if isinstance(error, (ValueError, EnvironmentFailure)) and resume is None and discard(folder):

@@ -156,8 +156,12 @@ def learner_threads(config: Config) -> int:
     A thread too many costs more than it brings: on two cores, one actor beside a learner of two threads made a quarter
     fewer frames than beside one of a single thread. ``OMP_NUM_THREADS`` limits them, as it does everywhere in torch.
     """
-    here = not config.collector.address  # those of a cluster run where there is room
-    busy = config.collector.num_workers * config.collector.threads if here else 0
+    collector = config.collector
+    # an actor's emulator and its policy take turns
+    busy = collector.num_workers * max(collector.threads, collector.emulator_threads)
+    busy += collector.threads if collector.acting == "server" else 0
+    if collector.address:  # those of a cluster run where there is room
+        busy = 0
     free = max(1, available_cores() // max(1, config.train.devices) - busy)
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return min(free, int(limit)) if limit.isdigit() and int(limit) else free

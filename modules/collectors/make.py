@@ -90,9 +90,9 @@ def make_collector(
         ray: which cluster, and where in it; None: one of this machine, for this process alone.
 
     Raises:
-        ValueError: a size is not positive or larger than the actors allow, frames_per_batch does not divide by N,
-            what actor processes need does not pickle, Ray is not installed, its cluster cannot be reached or has too
-            few CPUs, or an option does not fit the backend.
+        ValueError: a size is not positive or larger than the actors allow, frames_per_batch does not divide by N, the
+            device is not there, what actor processes need does not pickle, Ray is not installed, its cluster cannot be
+            reached or has too few CPUs, or an option does not fit the backend.
         EnvironmentFailure: an actor process did not come up; its own message is in the text.
     """
     for name, value, least in (
@@ -120,6 +120,9 @@ def make_collector(
         raise ValueError(f"ray is {ray}, and backend is {backend}: it must be ray, or leave these options out")
     if step_timeout <= 0:
         raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds")
+    where = torch.device(device)
+    if where.type == "cuda" and (where.index or 0) >= (gpus := torch.cuda.device_count()):
+        raise ValueError(f"device is {device}; torch can use {gpus} GPUs here: it must be cpu, or one of those")
     actor = copy.deepcopy(policy).to("cpu")
     shared = SharedWeights(actor, max(num_workers, 1) + (server is not None))
     seed_of = partial(_seed_of, seed, rank, start)

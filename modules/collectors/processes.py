@@ -86,7 +86,8 @@ class Child(Seat):
             raise EnvironmentFailure(
                 f"{self.what} failed at step {self.step}: {message.reason}\n\nIn its process:\n{message.traceback}"
             )
-        self.up = self.up or isinstance(message, Up)
+        if isinstance(message, Up):
+            self.came_up()
 
     def note(self, message: Any) -> None:
         """What a subclass keeps of a message."""
@@ -129,6 +130,10 @@ class Child(Seat):
 class ServerProcess(Child):
     """The one that acts for all actors."""
 
+    def __init__(self, what: str, shared: SharedWeights, place: int) -> None:
+        super().__init__(what, shared, place)
+        self.owes = True  # answers, always
+
     def start(self, spec: SharedBlock, server: Child | None) -> None:
         """As :meth:`Child.start`; it is the server."""
         self.begin(run_server, spec)
@@ -151,7 +156,6 @@ class ActorProcess(Child):
 
     def __init__(self, worker: int, shared: SharedWeights) -> None:
         super().__init__(f"actor process {worker}", shared, worker)
-        self._asked = False  # for a rollout that is not there yet
         self._entries: Mapping[Key, Tensor] = {}
         self._shape = torch.Size()
 
@@ -167,12 +171,12 @@ class ActorProcess(Child):
             for end in (ours, theirs):
                 if end is not None:
                     end.close()
-        if self._asked:
+        if self.owes:
             self.go_on()
 
     def go_on(self) -> None:
         """Let it make its next rollout, over the last one."""
-        self.has_rollout, self._asked = False, True
+        self.has_rollout, self.owes = False, True
         if self.running:
             with contextlib.suppress(OSError):  # it has died, which is found when it is read
                 self.pipe.send(None)
@@ -189,7 +193,7 @@ class ActorProcess(Child):
         if message.layout is not None:
             self._entries = SharedBlock.receive(self.pipe).views(message.layout)
             self._shape = message.shape
-        self.has_rollout, self._asked = True, False  # last: what an actor died in sending is not there
+        self.has_rollout, self.owes = True, False  # last: what an actor died in sending is not there
 
     def forget(self) -> None:
         """Let go of the memory."""
@@ -232,6 +236,7 @@ class ProcessBackend:
         self._children: list[Child] = [*([] if self._server is None else [self._server]), *self._actors]
         self._spec: SharedBlock | None = _in_shared_memory(pickled(spec))
         try:
+            start_fork_server()
             self._wait_until(lambda: all(actor.up for actor in self._actors))
         except BaseException:
             self._kill()
@@ -321,23 +326,21 @@ class ProcessBackend:
             seconds = min(time.monotonic() - before, 2 * _POLL)
             for child in self._children:
                 self._watched(child, partial(self._check, child, seconds))
+        self._start_due()  # what was found on the way comes up while the learner learns
 
     def _start_due(self) -> None:
         now = time.monotonic()  # one for all, so that no actor comes before its server
         for child in self._children:
             if child.due <= now:
                 assert self._spec is not None
-                start_fork_server()  # it too may have died
                 self._watched(child, partial(child.start, self._spec, self._server), starts=True)
 
     def _check(self, child: Child, seconds: float) -> None:
-        """Look whether a child is well; those that stand still are not waited for."""
+        """Look whether a child is well."""
         child.check_alive()
-        if not child.up or child is self._server:
-            child.check_moving(seconds, self._step_timeout)
-        elif child is self._actors[self._turn]:
-            # the server that it may wait for is to be found first
-            child.check_moving(seconds, self._step_timeout + (2 * _POLL if self._server is not None else 0.0))
+        # the server that an actor may wait for is to be found first
+        served = self._server is not None and child is not self._server
+        child.check_moving(seconds, self._step_timeout + (2 * _POLL if served else 0.0))
 
     def _watched(self, child: Child, action: Callable[[], None], *, starts: bool = False) -> None:
         """``action`` on what is there of ``child``, which is replaced where that tells of a fault.

@@ -155,7 +155,7 @@ class RaySeat(Seat):
         self.pid = 0
         self.rollout: Sent | None = None
         self._node = ""
-        self._asked: Callable[[], tuple[int, Any]] | None = None  # for a rollout that is not there yet
+        self._weights: Callable[[], tuple[int, Any]] | None = None  # to make it with
         self._actor: Any = None
         self._answer: Any = None
         self._life: Any = None
@@ -169,7 +169,7 @@ class RaySeat(Seat):
 
     def go_on(self, weights: Callable[[], tuple[int, Any]]) -> None:
         """Let it make its next rollout, with the version and the weights that there are when it begins."""
-        self.rollout, self._asked, self.idle = None, weights, 0.0
+        self.rollout, self.owes, self._weights, self.idle = None, True, weights, 0.0
         if self.running and self.up:
             self._expect(self._actor.rollout.remote(*weights()))
 
@@ -194,12 +194,13 @@ class RaySeat(Seat):
                 f"In its process:\n{answer.traceback}"
             )
         if isinstance(answer, Up):
-            self.up, self.pid, self._node = True, answer.pid, answer.node
+            self.came_up()
+            self.pid, self._node = answer.pid, answer.node
             self._shared.num_envs = answer.num_envs
-            if self._asked is not None:
-                self.go_on(self._asked)
+            if self.owes and self._weights is not None:
+                self.go_on(self._weights)
         else:
-            self.rollout, self._asked = answer, None
+            self.rollout, self.owes = answer, False
 
     def check(self, seconds: float, limit: float) -> None:
         """Called after each ``seconds`` of waiting for it: ask for a sign of life, and look when the last one came.
@@ -387,9 +388,7 @@ class RayBackend:
         """
         while not condition():
             before = time.monotonic()
-            for seat in self._seats:
-                if seat.due <= before:
-                    seat.start(self._class, self._spec)
+            self._start_due()
             awaited = [future for seat in self._seats for future in seat.awaited]
             if awaited:
                 concurrent.futures.wait(awaited, _POLL, concurrent.futures.FIRST_COMPLETED)
@@ -403,8 +402,14 @@ class RayBackend:
             # more than it asked for is time in which this process stood still
             seconds = min(time.monotonic() - before, 2 * _POLL)
             for seat in self._seats:
-                if seat.running and (not seat.up or (self._acting and seat is self._seats[self._turn])):
+                if seat.running and (seat.owes or not seat.up):
                     self._watched(seat, partial(seat.check, seconds, self._step_timeout))
+        self._start_due()  # what was found on the way comes up while the learner learns
+
+    def _start_due(self) -> None:
+        for seat in self._seats:
+            if seat.due <= time.monotonic():
+                seat.start(self._class, self._spec)
 
     def _watched(self, seat: RaySeat, action: Callable[[], None]) -> None:
         """``action`` on what is there of ``seat``, which is replaced where that tells of a fault.

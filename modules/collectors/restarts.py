@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 
 from offtrace.modules.envs import EnvironmentFailure
 
 MAX_RESTARTS = 1000
-_IN_A_ROW = 5  # with the waiting in between they take less than 10 s, plus what it takes to fail
-_BACK_OFF = 0.5  # seconds
+_IN_A_ROW = 5
+_BACK_OFF = 0.5  # seconds; the fifth comes 7.5 s after the first fault, or later where failing takes long
 
 
 class Restarts:
@@ -16,7 +17,8 @@ class Restarts:
 
     What fails before there was any rollout is a fault of set-up, such as a task that does not exist, and nothing that a
     new actor would mend. Later a new one takes its place: at once, and where that fails as well before it has delivered
-    anything, after 0.5, 1, 2 and 4 seconds. Five in a row without a rollout are the last.
+    anything, not before 0.5, 1.5, 3.5 and 7.5 seconds after the first fault. What the starts themselves take counts, so
+    that a machine under load comes to an end as soon. Five in a row without a rollout are the last.
 
     Args:
         most: replacements in all; 0: the first fault is the last.
@@ -28,11 +30,12 @@ class Restarts:
     def __init__(self, most: int) -> None:
         self.most = most
         self.count = 0
-        self._in_a_row: dict[str, int] = {}  # since the last rollout of each; empty before the first of all
+        # when each has failed since its last rollout; empty before the first rollout of all
+        self._faults: dict[str, list[float]] = {}
 
     def delivered(self, *names: str) -> None:
         """These have done what they are there for."""
-        self._in_a_row.update(dict.fromkeys(names, 0))
+        self._faults.update((name, []) for name in names)
 
     def after(self, name: str, fault: EnvironmentFailure) -> float:
         """Counts the replacement of ``name`` and tells of it in a warning of one line.
@@ -43,18 +46,19 @@ class Restarts:
         Raises:
             EnvironmentFailure: there is to be none; with the fault's own text.
         """
-        if not self._in_a_row or not self.most:
+        if not self._faults or not self.most:
             raise fault
-        row = self._in_a_row.get(name, 0)
+        faults = self._faults.setdefault(name, [])
+        row = len(faults)
         what, line, rest = str(fault).partition("\n")
         if row == _IN_A_ROW or self.count == self.most:
             used = f"{row} new ones in a row delivered nothing" if row == _IN_A_ROW else f"max_restarts is {self.most}"
             raise EnvironmentFailure(f"{what}; it is not replaced, because {used}{line}{rest}") from fault
         self.count += 1
-        self._in_a_row[name] = row + 1
+        faults.append(time.monotonic())
         warnings.warn(
             f"{what}; a new one takes its place, restart {self.count} of at most {self.most}",
             RuntimeWarning,
             stacklevel=2,
         )
-        return _BACK_OFF * 2 ** (row - 1) if row else 0.0
+        return max(0.0, faults[0] + _BACK_OFF * (2**row - 1) - faults[-1])

@@ -23,11 +23,12 @@ class Seat:
         up: whether it has told that it is ready.
         due: when the next one is to be started, as of ``time.monotonic``; never, while there is one.
         idle: seconds for which it has been waited for since its last sign of life.
+        owes: whether it has something to do, and hangs where it shows no sign of life.
     """
 
     def __init__(self, what: str, shared: SharedWeights, place: int) -> None:
         self.what = what
-        self.running = self.up = False
+        self.running = self.up = self.owes = False
         self.due = 0.0
         self.idle, self._beat = 0.0, 0.0
         self._shared, self._place = shared, place
@@ -40,12 +41,21 @@ class Seat:
         self._starts += 1
         return self._starts - 1
 
+    def came_up(self) -> None:
+        """It has told that it is ready; what it does from now on is measured anew."""
+        self.up, self.idle = True, 0.0
+
     def check_moving(self, seconds: float, limit: float) -> None:
-        """Called after each ``seconds`` of waiting for it: look whether it has shown a sign of life within ``limit``.
+        """Called after each ``seconds`` of waiting: look whether it has shown a sign of life within ``limit``.
+
+        Of all that owe something, not only of the one whose turn it is: what hangs together is found together. Who has
+        delivered may stand still.
 
         Raises:
             EnvironmentFailure: it hangs.
         """
+        if self.up and not self.owes:
+            return
         allowed = limit if self.up else limit + _START_ALLOWANCE
         if self.wait_for_beat(seconds) > allowed:
             raise EnvironmentFailure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -264,10 +265,9 @@ class ACERLoss(Loss):
             *self.estimator.diagnostic_keys,
         ]
 
-    @property
-    def in_keys(self) -> list[str]:
+    def read_keys(self) -> list[Any]:
         """Entries that are read."""
-        return [*super().in_keys, k.LOGITS]
+        return [*super().read_keys(), k.LOGITS]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -23,7 +23,7 @@ from offtrace.modules.losses.acer import (
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, check_positive
+from offtrace.modules.losses.steps import check_action_bounds, check_arguments, check_positive
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout
 from offtrace.modules.networks import Critic, DiagonalNormal, StateValue
 from offtrace.modules.returns import clipped_fraction
@@ -64,7 +64,7 @@ def gaussian_kl_gradient(*, average_loc: Tensor, average_scale: Tensor, loc: Ten
 
 
 class _Critic(NamedTuple):
-    """V of the steps and of their successors, and Q~ of the action, [B, T]; Q~ of new ones of the policy [m, B, T]."""
+    """V of the steps and of their successors, Q~ of the action and of a new one of the policy; all [B, T]."""
 
     value: Tensor
     next_value: Tensor
@@ -78,7 +78,7 @@ class ContinuousACERLoss(Loss):
     The critic is a stochastic dueling network: with n actions u_j drawn from the policy,
     Q~(x, a) = V(x) + A(x, a) - 1/n sum over j of A(x, u_j). Over the valid steps of a rollout [B, T]::
 
-        loss_policy  = sum of  -z . phi(x)
+        loss_policy  = sum of  -z . phi(x) + bound_coef * 1/2 |mean(x) - clip(mean(x), low, high)|^2
         loss_value   = sum of  value_coef * 1/2 ((Q^ret - Q~(x, a))^2 + (V^target - V(x))^2)
         loss_entropy = sum of  -entropy_coef * H(pi(.|x))
 
@@ -104,13 +104,15 @@ class ContinuousACERLoss(Loss):
         clip: c, of the importance weights in the policy gradient; the paper's is 5 here.
         delta: bound of the trust region; None for none.
         num_samples: n.
-        correction_samples: m, the number of a' over which the bias correction is averaged; the paper has 1. The smaller
-            the clip, the more of the gradient comes from there: from the critic, instead of the returns.
         learn_scale: False leaves the scale as it is at the start, as in the paper; the entropy, which is that of the
             scale alone, then has no gradient, and ``entropy_coef`` must be 0.
         reward_clip: rewards are clipped to [-reward_clip, reward_clip]; None leaves them.
         normalize_advantage: divide g by the root mean square of Q^opc - V over the valid steps, before the projection:
             then ``delta`` does not depend on the size of the rewards. The paper does not.
+        action_bounds: lowest and highest action; what lies beyond acts as the bound does, and A reads the bound.
+        bound_coef: weight of half the squared distance of the policy's mean to the bounds, summed over the actions'
+            entries. Beyond the bounds no return tells the mean to come back, and noise carries it away: the paper has
+            none.
         average_critic: Q^ret, Q^opc, V^target and the V that the policy is compared with come from averages of the two
             networks, ``target("value")`` and ``target("advantage")``, which have to follow after every update. The
             paper's come from the networks that learn.
@@ -153,15 +155,19 @@ class ContinuousACERLoss(Loss):
         clip: float = 10.0,
         delta: float | None = 1.0,
         num_samples: int = 5,
-        correction_samples: int = 1,
         learn_scale: bool = False,
         reward_clip: float | None = None,
         normalize_advantage: bool = False,
+        action_bounds: tuple[float, float] = (-1.0, 1.0),
+        bound_coef: float = 0.0,
         average_critic: bool = False,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, clip=clip, delta=delta)
-        check_positive(num_samples=num_samples, correction_samples=correction_samples)
+        check_positive(num_samples=num_samples)
+        check_action_bounds(action_bounds)
+        if bound_coef < 0:
+            raise ValueError(f"bound_coef must be at least 0, got {bound_coef}")
         if entropy_coef and not learn_scale:
             raise ValueError(
                 f"entropy_coef is {entropy_coef}; the entropy of a normal is that of its scale, which "
@@ -180,8 +186,9 @@ class ContinuousACERLoss(Loss):
         self.add_network("advantage", advantage, target=average_critic)
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.clip, self.delta, self.reward_clip = clip, delta, reward_clip
-        self.num_samples, self.correction_samples, self.learn_scale = num_samples, correction_samples, learn_scale
+        self.num_samples, self.learn_scale = num_samples, learn_scale
         self.normalize_advantage, self.average_critic = normalize_advantage, average_critic
+        self.action_bounds, self.bound_coef = action_bounds, bound_coef
         losses = ["loss_policy", "loss_value", "loss_entropy"]
         diagnostics = ["entropy", "kl", "ratio_mean", "explained_variance", "advantage_std", "pg_rho_clipped"]
         average = ["projected", "kl_average"] if delta is not None else []
@@ -201,26 +208,24 @@ class ContinuousACERLoss(Loss):
         lmbda = getattr(self.estimator, "lmbda", 1.0)
         self.__dict__["uncorrected"] = QLambda(lmbda=lmbda, gamma=gamma)  # no submodule: state_dict knows nothing of it
 
-    @property
-    def in_keys(self) -> list[str]:
+    def read_keys(self) -> list[Any]:
         """Entries that are read."""
-        return [*super().in_keys, k.LOC, k.SCALE]
+        return [*super().read_keys(), k.LOC, k.SCALE]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics, all scalars, of a rollout [B, T]."""
         behaviour = DiagonalNormal(*(behaviour_parameter(self, tensordict, key) for key in (k.LOC, k.SCALE)))
 
-        # the policy over the steps and their successors, and new actions of it at the steps: a'_1 to a'_m, u_1 to u_n
+        # the policy over the steps and their successors, and new actions of it at the steps: a', u_1 to u_n
         policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
         valid, log_rho = policy.outcome.valid, policy.log_rho
         assert log_rho is not None
         stats = Stats(valid, policy.outcome.reward, self.reduction)
         loc, scale = policy.params[k.LOC], policy.params[k.SCALE]
         with torch.no_grad():
-            number = self.correction_samples + self.num_samples
-            drawn = loc + scale * torch.randn(number, *loc.shape, dtype=loc.dtype, device=loc.device)
-            fresh, centre = drawn.split([self.correction_samples, self.num_samples])
+            drawn = loc + scale * torch.randn(1 + self.num_samples, *loc.shape, dtype=loc.dtype, device=loc.device)
+            fresh, centre = drawn[0], drawn[1:]
 
         # the stochastic dueling critic of a and a'
         critic = self._critic(policy, fresh, centre, self.value, self.advantage)
@@ -245,9 +250,9 @@ class ContinuousACERLoss(Loss):
             fresh_rho = policy.dist.log_prob(fresh) - behaviour.log_prob(fresh)
             _, correction = truncated_weights(log_rho=fresh_rho, clip=self.clip)
             score = gaussian_score(action=policy.action, loc=loc, scale=scale)
-            fresh_score = gaussian_score(action=fresh, loc=loc.expand_as(fresh), scale=scale.expand_as(fresh))
+            fresh_score = gaussian_score(action=fresh, loc=loc, scale=scale)
             gradient = (weight * (q_opc - value)).unsqueeze(-1) * score
-            gradient = gradient + ((correction * (known.q_fresh - value)).unsqueeze(-1) * fresh_score).mean(0)
+            gradient = gradient + (correction * (known.q_fresh - value)).unsqueeze(-1) * fresh_score
             gradient = self._learnt(gradient)
             if self.normalize_advantage:
                 gradient = gradient / stats.root_mean_square(q_opc - value)
@@ -262,8 +267,11 @@ class ContinuousACERLoss(Loss):
         # the three terms
         entropy, error = policy.dist.entropy(), q_return - q_value
         statistics = torch.cat([loc, scale.log()], -1)
+        beyond = (loc - loc.clamp(*self.action_bounds)).square().sum(-1)
         out = {
-            "loss_policy": -stats.reduce((zero_invalid(projected, valid) * statistics).sum(-1)),
+            "loss_policy": stats.reduce(
+                0.5 * self.bound_coef * beyond - (zero_invalid(projected, valid) * statistics).sum(-1)
+            ),
             "loss_value": (0.5 * self.value_coef) * stats.reduce(error.square() + (target - critic.value).square()),
             "loss_entropy": -self.entropy_coef * stats.reduce(entropy),
         }
@@ -272,27 +280,28 @@ class ContinuousACERLoss(Loss):
         with torch.no_grad():
             out |= rollout_diagnostics(stats, entropy=entropy, advantage=q_opc - value, target=q_return, error=error)
             out["pg_rho_clipped"] = clipped_fraction(log_rho, self.clip, valid=valid)
-            out["bias_correction"] = stats.mean(correction.mean(0))
+            out["bias_correction"] = stats.mean(correction)
             if self.delta is not None:
                 out["projected"] = stats.mean(is_changed(before=gradient, change=projected - gradient))
                 out["kl_average"] = stats.mean(torch.distributions.kl_divergence(average, policy.dist))
         return TensorDict(out | ratio_diagnostics(self.policy, tensordict, policy, stats) | estimate.diagnostics, [])
 
     def _critic(self, policy: EvaluatedPolicy, fresh: Tensor, centre: Tensor, value: Any, advantage: Any) -> _Critic:
-        """By networks ``value`` and ``advantage``; ``fresh`` [m, B, T, D] are the a', ``centre`` [n, B, T, D] the u."""
+        """By networks ``value`` and ``advantage``; ``fresh`` [B, T, D] is a', ``centre`` [n, B, T, D] are the u."""
         inputs, unroll = policy.unroll.inputs, policy.unroll
         values = value(inputs.select(*value.in_keys)).get(self.tensor_keys.value).squeeze(-1)
         states = {key: unroll.steps(inputs.get(key)).flatten(0, 1) for key in advantage.in_keys if key != k.ACTION}
 
         def of(actions: Tensor) -> Tensor:
-            found: Tensor = advantage.values(states, actions.flatten(1, 2)).view(actions.shape[:-1])
+            inside = actions.clamp(*self.action_bounds).flatten(1, 2)
+            found: Tensor = advantage.values(states, inside).view(actions.shape[:-1])
             return found
 
         now = unroll.steps(values)
         of_action = of(torch.cat([policy.action.unsqueeze(0), centre]))
         baseline = of_action[1:].mean(0)
         with torch.no_grad():
-            q_fresh = now + of(fresh) - baseline
+            q_fresh = now + of(fresh.unsqueeze(0))[0] - baseline
         return _Critic(now, unroll.successors(values).detach(), now + of_action[0] - baseline, q_fresh)
 
     def _learnt(self, statistics: Tensor) -> Tensor:

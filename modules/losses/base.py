@@ -197,7 +197,14 @@ class Loss(LossModule):
 
     @property
     def in_keys(self) -> list[Any]:
-        """Entries that are read."""
+        """As :meth:`read_keys`."""
+        return self.read_keys()
+
+    def read_keys(self) -> list[Any]:
+        """Entries that are read; a loss that reads more overrides it.
+
+        A method, because ``torch.compile`` cannot trace ``super()`` of a property.
+        """
         names, uses_behaviour = self.tensor_keys, self.estimator.uses_behaviour
         found = [*self.state_keys, *((k.NEXT, key) for key in self.state_keys), names.action]
         if uses_behaviour or self.reads_behaviour:

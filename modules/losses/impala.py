@@ -168,10 +168,9 @@ class ImpalaLoss(Loss):
                 "as it is here does not: use 'vtrace', with its leak of 1, or no max_kl"
             )
 
-    @property
-    def in_keys(self) -> list[Any]:
+    def read_keys(self) -> list[Any]:
         """Entries that are read."""
-        return [*super().in_keys, k.LOGITS] if self.max_kl is not None else super().in_keys
+        return [*super().read_keys(), k.LOGITS] if self.max_kl is not None else super().read_keys()
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -19,6 +19,7 @@ from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     States,
     Steps,
+    check_action_bounds,
     check_arguments,
     log_ratio,
     read_log_prob,
@@ -352,8 +353,7 @@ def _multipliers(policy: Any, covariance: str, *, per_dimension: bool, action_di
 def _check_samples(num_samples: int, action_bounds: tuple[float, float]) -> None:
     if num_samples < 1:
         raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
-    if not action_bounds[0] < action_bounds[1]:
-        raise ValueError(f"action_bounds must be (low, high) with low < high, got {action_bounds}")
+    check_action_bounds(action_bounds)
 
 
 def _check_gaussian(policy: ProbabilisticTensorDictSequential, covariance: str) -> None:

@@ -56,31 +56,31 @@ class Stats:
         """Scalar."""
         return self.variance(x).sqrt()
 
-    @torch.no_grad()
     def root_mean_square(self, x: Tensor) -> Tensor:
         """Scalar, of ``x`` [*B] over the valid steps of all ranks, at least 1e-8.
 
         The ranks are those of ``torch.distributed``; every rank must call it as often as the others.
         """
-        y = x.double()
-        sums = torch.stack([self.sum(y * y), self.sum(torch.ones_like(y))])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        squares, count = sums.unbind()
-        return (squares / count.clamp(min=1)).sqrt().clamp(min=1e-8).to(x.dtype)
+        with torch.no_grad():
+            y = x.double()
+            sums = torch.stack([self.sum(y * y), self.sum(torch.ones_like(y))])
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(sums)
+            squares, count = sums.unbind()
+            return (squares / count.clamp(min=1)).sqrt().clamp(min=1e-8).to(x.dtype)
 
-    @torch.no_grad()
     def standardised(self, x: Tensor, weight: Tensor) -> Tensor:
         """``x`` - m ``weight`` [*B], of mean zero and standard deviation one over the valid steps of all ranks.
 
         For ``x`` a product with ``weight``, m is the weighted mean of the other factor: what has no weight stays 0. The
         ranks are those of ``torch.distributed``; every rank must call it as often as the others.
         """
-        y, w = x.double(), weight.double()
-        sums = torch.stack([self.sum(z) for z in (torch.ones_like(y), y, w, y * y, y * w, w * w)])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        count, total, mass, squares, products, masses = sums.unbind()
-        mean = total / mass.clamp(min=torch.finfo(x.dtype).tiny)
-        variance = (squares - 2 * mean * products + mean.square() * masses).clamp(min=0) / count.clamp(min=1)
-        return (x - mean.to(x.dtype) * weight) / (variance.sqrt().to(x.dtype) + 1e-8)
+        with torch.no_grad():  # as a decorator it would stop a compiler
+            y, w = x.double(), weight.double()
+            sums = torch.stack([self.sum(z) for z in (torch.ones_like(y), y, w, y * y, y * w, w * w)])
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(sums)
+            count, total, mass, squares, products, masses = sums.unbind()
+            mean = total / mass.clamp(min=torch.finfo(x.dtype).tiny)
+            variance = (squares - 2 * mean * products + mean.square() * masses).clamp(min=0) / count.clamp(min=1)
+            return (x - mean.to(x.dtype) * weight) / (variance.sqrt().to(x.dtype) + 1e-8)

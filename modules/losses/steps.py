@@ -218,6 +218,16 @@ def check_positive(**numbers: float | None) -> None:
             raise ValueError(f"{name} must be positive or None, got {value}")
 
 
+def check_action_bounds(action_bounds: tuple[float, float]) -> None:
+    """Refuse bounds that are not (low, high).
+
+    Raises:
+        ValueError: by the argument's name.
+    """
+    if not action_bounds[0] < action_bounds[1]:
+        raise ValueError(f"action_bounds must be (low, high) with low < high, got {action_bounds}")
+
+
 def _check_shape(estimator: Any, shape: tuple[int, ...]) -> None:
     if len(shape) not in (1, 2):
         raise ValueError(f"the batch must be [N] or [N, T], got {list(shape)}")

@@ -10,8 +10,9 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.distributions import Distribution
 
+from offtrace.modules import host
 from offtrace.modules.estimators.base import Outcome, zero_invalid
-from offtrace.modules.keys import ACTION_MASK, ACTION_VALUE, IS_INIT, LOGITS, NEXT
+from offtrace.modules.keys import ACTION_MASK, ACTION_VALUE, FINALS, IS_INIT, LOGITS, NEXT
 from offtrace.modules.losses.steps import entry, read_outcome
 
 if TYPE_CHECKING:
@@ -29,13 +30,18 @@ class Unroll:
     the observation that follows a final one.
 
     Args:
-        tensordict: rollout [B, T] in the layout of TorchRL's collectors.
+        tensordict: rollout [B, T] in the layout of TorchRL's collectors. With an entry ``"finals"``, whose shape gives
+            the K below or a larger one, nothing is read of the device.
         policy: its ``in_keys`` are copied; a key that it also writes under ``"next"`` is recurrent state, of which only
             the first step's is used.
         terminated, done: bool [B, T].
         valid: bool [B, T] or None; False where the successor is not known.
         successors: False leaves them out: then the sequence is x_0, ..., x_{T-1} alone, and nothing under ``"next"``
             is read.
+
+    Raises:
+        KeyError: what the policy reads is missing, by its name.
+        ValueError: on the CPU, ``"finals"`` has less room than a row needs.
 
     Attributes:
         inputs: TensorDict [B, T + 1 + K], K the largest number of truncations inside a row; usually 0. Without
@@ -55,7 +61,7 @@ class Unroll:
         self._batch, self._time = tensordict.batch_size
         self._extra, length = 0, self._time
         if successors:
-            length = self._insert(terminated, done, valid)
+            length = self._insert(terminated, done, valid, tensordict.get(FINALS, None))
         states = {key[1] for key in policy.out_keys if isinstance(key, tuple) and key[0] == NEXT}
         # an invalid step's observation is read as the successor of the step before it, if that goes on to it
         read = valid
@@ -87,13 +93,17 @@ class Unroll:
         """Of ``x`` [B, T + 1 + K, ...] the places of the steps' successors, [B, T, ...]."""
         return x[self._rows, self._position + 1] if self._extra else x[:, 1:]
 
-    def _insert(self, terminated: Tensor, done: Tensor, valid: Tensor | None) -> int:
+    def _insert(self, terminated: Tensor, done: Tensor, valid: Tensor | None, finals: Tensor | None) -> int:
         """Find places for successors; the length of the sequence."""
         bootstraps = ~terminated if valid is None else ~terminated & valid
         self._last = bootstraps[:, -1:]
         inserted = (done & bootstraps)[:, :-1]
-        # the number of places is a shape, so the host must know it: one small read, before any kernel of the network
-        self._extra = int(inserted.sum(1).max())
+        # a shape, so the host must know it
+        self._extra = room(inserted) if finals is None else finals.shape[2]
+        if finals is not None and host.readable(inserted) and room(inserted) > self._extra:
+            raise ValueError(
+                f"{FINALS!r} has room for {self._extra} final observations in a row, and a row has {room(inserted)}"
+            )
         if self._extra:
             self._place(inserted)
         return self._time + 1 + self._extra
@@ -102,16 +112,21 @@ class Unroll:
         before = torch.nn.functional.pad(inserted.long().cumsum(1), (1, 0))
         self._position = torch.arange(self._time, device=inserted.device) + before
         self._rows = torch.arange(self._batch, device=inserted.device).unsqueeze(1)
-        row, step = self._final_row, self._final_step = inserted.nonzero(as_tuple=True)
-        # which row of [x of every step, final observations, last successors] stands where; gathering whole rows is
-        # about 25 times faster than scattering them. Padding is row 0.
-        steps = self._batch * self._time
-        source = self._position.new_zeros(self._batch, self._time + 1 + self._extra)
-        source[self._rows, self._position] = torch.arange(steps, device=source.device).view(self._batch, -1)
-        source[row, self._position[row, step] + 1] = steps + torch.arange(len(row), device=source.device)
-        ends = steps + len(row) + torch.arange(self._batch, device=source.device)
-        source[self._rows.squeeze(1), self._position[:, -1] + 1] = ends
-        self._source = source.flatten()
+        # which row of [x of every step, K final observations of each row, last successors] stands where; gathering
+        # whole rows is about 25 times faster than scattering them. Padding is row 0. To scatter for truncated steps
+        # alone the host would have to count them, so all others write into one more place, which is cut off.
+        steps, length = self._batch * self._time, self._time + 1 + self._extra
+        number = torch.arange(steps, device=inserted.device).view(self._batch, -1)
+        source = number.new_zeros(self._batch, length + 1).scatter_(1, self._position, number)
+        place = torch.where(inserted, self._position[:, :-1] + 1, length)
+        source.scatter_(1, place, steps + self._rows * self._extra + before[:, :-1])
+        source.scatter_(1, self._position[:, -1:] + 1, steps + self._batch * self._extra + self._rows)
+        self._source = source[:, :length].flatten()
+        place = torch.where(inserted, before[:, :-1], self._extra)
+        self._final = number.new_zeros(self._batch, self._extra + 1).scatter_(
+            1, place, number[:1, :-1].expand_as(place)
+        )
+        self._final = self._final[:, : self._extra]
 
     def _next(self, tensordict: TensorDictBase, key: Any, x: Tensor) -> Tensor:
         next_x = tensordict.get((NEXT, key), None)
@@ -128,9 +143,14 @@ class Unroll:
         last = torch.where(self._last.view(-1, 1, *event), next_x[:, -1:], x[:, -1:])
         if not self._extra:
             return torch.cat([x, last], 1)
-        final = next_x[self._final_row, self._final_step]
+        final = next_x[self._rows, self._final].flatten(0, 1)
         source = torch.cat([x.flatten(0, 1), final, last.flatten(0, 1)])
         return source.index_select(0, self._source).unflatten(0, (self._batch, -1))
+
+
+def room(inserted: Tensor) -> int:
+    """The largest number of truncated steps in a row, of ``inserted`` bool [B, T - 1]; the host reads one number."""
+    return int(inserted.sum(1).max())
 
 
 class EvaluatedPolicy(NamedTuple):
@@ -243,7 +263,7 @@ def _check_device(loss: Loss, tensordict: TensorDictBase) -> None:
         if tensordict.device != loss.device:
             raise ValueError(f"the batch is on {tensordict.device}, the networks are on {loss.device}")
         return
-    for key in loss.in_keys:
+    for key in (x for state in loss.state_keys for x in (state, (NEXT, state))):  # the others are read by entry
         found = tensordict.get(key, None)
         if found is not None and found.device != loss.device:
             raise ValueError(f"{key!r} is on {found.device}, the networks are on {loss.device}")

@@ -44,8 +44,6 @@ class VMPOLoss(Loss):
     of the returns, and :meth:`update_values` is called after every optimiser step. Without one ``value_coef`` has to
     fit the size of the returns.
 
-    ``torch.compile`` breaks the graph once, before the network: the number of states evaluated depends on the batch.
-
     Args:
         policy: what :func:`offtrace.modules.networks.make_policy` gives; discrete, or an unsquashed normal.
         estimator: of state values, gives G and A: ``"gae"``, with its lmbda of 1 the n-step returns of the paper up to
@@ -127,10 +125,9 @@ class VMPOLoss(Loss):
         duals = [*self.temperature.parameters(), *self.alphas.parameters()]
         return {"actor_critic": list(self.policy.parameters()), "duals": duals}
 
-    @property
-    def in_keys(self) -> list[Any]:
+    def read_keys(self) -> list[Any]:
         """Entries that are read."""
-        return [*super().in_keys, *self.policy[-1].in_keys]
+        return [*super().read_keys(), *self.policy[-1].in_keys]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -195,8 +192,7 @@ class VMPOLoss(Loss):
         sums = self._moments * self._moments[2]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        if sums[2] > 0:
-            self._popart.update(sums[0] / sums[2], sums[1] / sums[2])
+        self._popart.update(sums[0] / sums[2], sums[1] / sums[2], where=sums[2] > 0)
         self._moments = None
 
 

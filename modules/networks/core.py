@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrl.data import Unbounded
 from torchrl.envs.transforms import TensorDictPrimer
 
+from offtrace.modules import host
 from offtrace.modules.keys import RECURRENT_C, RECURRENT_H
 
 
@@ -52,7 +52,9 @@ class LSTMCore(nn.Module):
         assert last_action is not None
         assert last_reward is not None
         if self.num_actions is not None:
-            last_action = F.one_hot(last_action.long(), self.num_actions)
+            # F.one_hot reads the largest action
+            none = last_action.new_zeros(*last_action.shape, self.num_actions, dtype=x.dtype)
+            last_action = none.scatter_(-1, last_action.long().unsqueeze(-1), 1)
         extra = torch.cat([last_action.to(x.dtype), last_reward.to(x.dtype).clamp(-1, 1)], -1)
         return torch.cat([x, extra.masked_fill(is_init, 0)], -1)
 
@@ -66,9 +68,7 @@ class LSTMCore(nn.Module):
         ``critic_alone`` leaves out a core of the policy's own: features are then those of the critic.
         On the CPU sequences in which no episode starts behind their first step go through torch's fused LSTM.
         """
-        # a GPU would have to be waited for, and a compiler cannot ask what a tensor holds
-        known = is_init.device.type == "cpu" and not torch.compiler.is_compiling()
-        run = _fused if known and not bool(is_init[:, 1:].any()) else _looped
+        run = _fused if host.readable(is_init) and not bool(is_init[:, 1:].any()) else _looped
         parts = self._parts(x, h, c)[-1:] if critic_alone else self._parts(x, h, c)
         found = [run(cell, part, is_init, *state) for cell, part, *state in parts]
         return found[0] if len(found) == 1 else torch.cat(found, -1)

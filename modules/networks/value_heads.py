@@ -69,15 +69,23 @@ class PopArtHead(ValueHead):
         return self.linear(x) * self.scale + self.mean
 
     @torch.no_grad()
-    def update(self, mean: Tensor, square: Tensor) -> None:
-        """Take in a batch of returns by the means of them and of their squares, scalars; in place."""
-        before, scale = self.mean.clone(), self.scale
+    def update(self, mean: Tensor, square: Tensor, *, where: Tensor | None = None) -> None:
+        """Take in a batch of returns by the means of them and of their squares, scalars; in place.
+
+        Where ``where``, a bool scalar, is False, nothing changes.
+        """
+        kept = (self.mean, self.square, self.count, self.linear.weight, self.linear.bias)
+        old = [tensor.clone() for tensor in kept]
+        before, scale = old[0], self.scale
         self.count += 1
         weight = (1 / self.count).clamp(min=self.rate)
         self.mean.lerp_(mean.to(self.mean), weight)
         self.square.lerp_(square.to(self.square), weight)
         self.linear.weight.mul_(scale / self.scale)
         self.linear.bias.mul_(scale).add_(before - self.mean).div_(self.scale)
+        if where is not None:
+            for tensor, unchanged in zip(kept, old, strict=True):
+                tensor.copy_(torch.where(where, tensor, unchanged))
 
 
 class _ActionHead(nn.Module):

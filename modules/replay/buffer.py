@@ -459,7 +459,9 @@ class Replay:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device)  # which costs where it does nothing, too
+        if self.device.type == "cpu":  # where a copy that does nothing costs, too
+            return tensor
+        return tensor.to(self.device, non_blocking=True)
 
     def _check_whole(self) -> None:
         if self._inserting:

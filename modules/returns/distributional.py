@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
+from offtrace.modules import host
 from offtrace.modules.returns.checks import check, check_float, check_numbers, computing_dtype, discount, narrowed
 from offtrace.modules.returns.state_values import saturated
 
@@ -109,7 +110,7 @@ def distributional_return(
     behind = torch.cat([c[1:], c[-1:]]).masked_fill(cut, 0)
     # behind an end of the MDP all atoms coincide: any distribution will do, and what was stored there need not be one
     nowhere = torch.zeros_like(support)
-    nowhere[0] = 1
+    nowhere[0].fill_(1)
     mixture = torch.where((terminated | ~known).unsqueeze(-1), nowhere, next_state_dist)
     # what stands behind a cut need not be a distribution
     following = behind.unsqueeze(-1)
@@ -158,8 +159,8 @@ class _Grid:
     def __init__(self, support: Tensor) -> None:
         self.support = support
         self._even: tuple[float, float] | None = None
-        # a GPU would have to be waited for, and a compiler cannot ask what a tensor holds, nor vmap what its rows hold
-        if support.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batchedtensor(support):
+        # vmap cannot ask what its rows hold
+        if host.readable(support) and not is_batchedtensor(support):
             low, high = float(support[0]), float(support[-1])
             even = low + torch.arange(len(support), dtype=support.dtype) * ((high - low) / (len(support) - 1))
             rounding = 4 * torch.finfo(support.dtype).eps * max(abs(low), abs(high))

@@ -12,8 +12,9 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from offtrace.agents.data import PlainData, RolloutData
+from offtrace.agents.data import PlainData, RolloutData, acting
 from offtrace.agents.data.rollouts import Dealer
+from offtrace.agents.impala import atari_config
 from offtrace.modules.collectors import PackedRollout
 
 ENVS, STEPS = 6, 5
@@ -267,3 +268,26 @@ def test_a_checkpoint_continues_the_count(tmp_path: Path) -> None:
     assert len(rest.batches) == 8
     for one, other in zip(rest.batches, whole.batches[4:], strict=True):
         assert torch.equal(one["sample"], other["sample"])
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "accelerator", "wanted"),
+    [
+        ("cuda", 1, "auto", "cuda"),
+        ("cuda", 2, "auto", "cuda:1"),
+        ("cuda:0", 2, "gpu", "cuda:0"),
+        ("cuda", 2, "cpu", "cuda"),
+        ("cpu", 2, "gpu", "cpu"),
+    ],
+)
+def test_actors_get_their_emulators_threads_and_their_learners_gpu(
+    device: str, devices: int, accelerator: Any, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = atari_config()
+    config.collector.device, config.collector.emulator_threads = device, 3
+    config.train.devices, config.train.accelerator = devices, accelerator
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(acting, "make_collector", lambda env_fn, policy, **options: made.update(options, env_fn=env_fn))
+    acting.rollout_collector(config, 4, torch.nn.Identity(), rank=1, frames=0)
+    assert made["device"] == wanted
+    assert made["env_fn"].keywords["num_threads"] == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from tensordict import TensorDict
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from offtrace.agents.assemble import read_task
 from offtrace.agents.callbacks import Checkpoints, WeightSync
@@ -448,24 +450,26 @@ def test_vmpo_learns_something(popart: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_loss_is_the_loss() -> None:
+def test_a_compiled_loss_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same updates from the same samples; traced, without a C++ compiler."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr("offtrace.agents.agent.compile_loss", partial(torch.compile, backend=counter))
     finals = []
     for compile_ in (False, True):
         config = configs()["sac"]
         config.loss.estimator = "one_step"
         config.loss.fixed_alpha = 0.1
+        config.train.compile = compile_
         pl.seed_everything(1, verbose=False)
         agent, data = config.build()
-        if compile_:
-            torch._dynamo.reset()
-            agent.__dict__["_run_loss"] = torch.compile(agent.loss, backend="aot_eager")
         trainer = pl.Trainer(
             accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, callbacks=[WeightSync(1)],
         )  # fmt: skip
         trainer.fit(agent, data)
         finals.append({k: v.clone() for k, v in agent.state_dict().items()})
+    assert counter.frame_count == 1
     assert finals[0].keys() == finals[1].keys()
     for name, value in finals[0].items():
         torch.testing.assert_close(value, finals[1][name], rtol=1e-3, atol=1e-4)

@@ -18,6 +18,7 @@ from offtrace.modules.networks import build_critic, build_policy, build_value
 from tests.modules.test_impala_loss import FEATURES, LOSSES, rollout, total
 
 GAMMA, DIM, SAMPLES = 0.9, 2, 3
+BOUNDS = (-0.9, 0.8)  # some of the means and of the actions lie beyond
 
 
 def networks(seed: int = 0) -> tuple[Any, Any, Any]:
@@ -44,7 +45,7 @@ def stored(masked: bool = False) -> TensorDict:
 
 
 def make(**options: Any) -> ContinuousACERLoss:
-    loss = ContinuousACERLoss(*networks(), gamma=GAMMA, num_samples=SAMPLES, **options)
+    loss = ContinuousACERLoss(*networks(), gamma=GAMMA, num_samples=SAMPLES, action_bounds=BOUNDS, **options)
     with torch.no_grad():
         for name in ("policy", *(("value", "advantage") if loss.average_critic else ())):
             for parameter in getattr(loss, f"target_{name}_params").values(True, True):
@@ -88,11 +89,11 @@ def test_the_dueling_critic_has_the_policys_mean_in_v() -> None:
     td = stored()
     policy = evaluate_rollout(loss, td)
     actions = torch.randn(SAMPLES, 5, 7, DIM, dtype=torch.float64)
-    found = loss._critic(policy, actions, actions, loss.value, loss.advantage)
-    torch.testing.assert_close(found.q_fresh.mean(0), found.value)
+    found = [loss._critic(policy, action, actions, loss.value, loss.advantage) for action in actions]
+    torch.testing.assert_close(torch.stack([one.q_fresh for one in found]).mean(0), found[0].value)
     td["action"] = actions[1]
-    again = loss._critic(evaluate_rollout(loss, td), actions, actions, loss.value, loss.advantage)
-    torch.testing.assert_close(again.q_value, found.q_fresh[1])
+    again = loss._critic(evaluate_rollout(loss, td), actions[0], actions, loss.value, loss.advantage)
+    torch.testing.assert_close(again.q_value, found[1].q_fresh)
 
 
 @pytest.mark.parametrize("learn_scale", [False, True])
@@ -107,7 +108,7 @@ def test_loss_equals_the_direct_sums(
     """One step at a time, in the order of the paper's box, from the same draws."""
     options = {"learn_scale": learn_scale, "delta": delta, "reduction": reduction, "normalize_advantage": normalize}
     options["average_critic"] = average_critic
-    options["correction_samples"] = number = 3 if average_critic else 1
+    options["bound_coef"], (low, high) = 0.6 if average_critic else 0.0, BOUNDS
     lmbda = 0.8 if average_critic else 1.0
     options["estimator"] = f"retrace(lmbda={lmbda})"
     entropy_coef = 0.03 if learn_scale else 0.0
@@ -116,7 +117,7 @@ def test_loss_equals_the_direct_sums(
     out = loss(td)
     loc, scale = parameters_of(loss.policy, td["observation"])
     torch.manual_seed(5)
-    fresh = (loc + scale * torch.randn(number + SAMPLES, *loc.shape, dtype=torch.float64)).detach()
+    fresh = (loc + scale * torch.randn(1 + SAMPLES, *loc.shape, dtype=torch.float64)).detach()
     average = [x.detach() for x in parameters_of(loss.target("policy"), td["observation"])]
     observation, action = td["observation"], td["action"]
 
@@ -127,9 +128,10 @@ def test_loss_equals_the_direct_sums(
             value.values({"observation": x.reshape(-1, FEATURES)}).view(5, 7)
             for x in (observation, td["next", "observation"])
         )
-        of = [advantage.values({"observation": flat}, a.reshape(-1, DIM)).view(5, 7) for a in (action, *fresh)]
-        baseline = torch.stack(of[1 + number :]).mean(0)
-        return v, after, v + of[0] - baseline, torch.stack([v + x - baseline for x in of[1 : 1 + number]])
+        executed = [a.clamp(low, high).reshape(-1, DIM) for a in (action, *fresh)]
+        of = [advantage.values({"observation": flat}, a).view(5, 7) for a in executed]
+        baseline = torch.stack(of[2:]).mean(0)
+        return v, after, v + of[0] - baseline, v + of[1] - baseline
 
     learnt = critic(loss.value, loss.advantage)
     known = learnt
@@ -138,7 +140,7 @@ def test_loss_equals_the_direct_sums(
     value, following, q, q_fresh = (x.detach() for x in known)
     dist, behaviour = Normal(loc, scale), Normal(td["loc"], td["scale"])
     rho = (dist.log_prob(action).sum(-1) - td["action_log_prob"]).exp().detach()
-    fresh_rho = (dist.log_prob(fresh) - behaviour.log_prob(fresh)).sum(-1).exp().detach()
+    fresh_rho = (dist.log_prob(fresh[0]) - behaviour.log_prob(fresh[0])).sum(-1).exp().detach()
     reward, terminated, done = (td["next", key].squeeze(-1) for key in ("reward", "terminated", "done"))
     valid = td["valid"].squeeze(-1) if masked else torch.ones(5, 7, dtype=torch.bool)
     count = int(valid.sum())
@@ -158,7 +160,7 @@ def test_loss_equals_the_direct_sums(
                 opc = lmbda * (opc - float(q[b, t])) + float(value[b, t])
         size = math.sqrt(sum(squares) / count)
     policy_term = value_term = torch.zeros((), dtype=torch.float64)
-    projected = 0
+    projected = beyond = 0
     corrections = 0.0
     for b in range(5):
         ret = opc = None
@@ -176,11 +178,10 @@ def test_loss_equals_the_direct_sums(
             f = Normal(own[:DIM], own[DIM:].exp())
             weight = min(1.2, float(rho[b, t])) * (opc - v)
             objective = weight * f.log_prob(action[b, t]).sum()
-            for m in range(number):
-                correction = max(0.0, 1 - 1.2 / float(fresh_rho[m, b, t]))
-                corrections += correction / number
-                log_prob = f.log_prob(fresh[m, b, t]).sum()
-                objective = objective + correction * (float(q_fresh[m, b, t]) - v) * log_prob / number
+            correction = max(0.0, 1 - 1.2 / float(fresh_rho[b, t]))
+            corrections += correction
+            log_prob = f.log_prob(fresh[0, b, t]).sum()
+            objective = objective + correction * (float(q_fresh[b, t]) - v) * log_prob
             g = torch.autograd.grad(objective, own, retain_graph=True)[0] / size
             kl = torch.distributions.kl_divergence(Normal(average[0][b, t], average[1][b, t]), f).sum()
             k = torch.autograd.grad(kl, own)[0]
@@ -190,6 +191,11 @@ def test_loss_equals_the_direct_sums(
             projected += excess / float(k.norm()) > 0.01 * float(g.norm())
             z = g - excess / float(k @ k) * k
             policy_term = policy_term - z @ statistics
+            for mean in loc[b, t]:
+                outside = max(mean.item() - high, low - mean.item(), 0.0)
+                beyond += outside > 0
+                nearest = high if mean > high else low
+                policy_term = policy_term + options["bound_coef"] * 0.5 * (mean - nearest) ** 2 * (outside > 0)
             target = min(1.0, float(rho[b, t])) * (ret - q_t) + v
             errors = ret - learnt[2][b, t], target - learnt[0][b, t]
             value_term = value_term + 0.7 * 0.5 * (errors[0] ** 2 + errors[1] ** 2)
@@ -202,6 +208,7 @@ def test_loss_equals_the_direct_sums(
     torch.testing.assert_close(out["loss_entropy"], -entropy_coef * entropy / scale_of)
     torch.testing.assert_close(float(out["bias_correction"]), corrections / count)
     assert set(loss.out_keys) == set(out.keys())
+    assert 0 < beyond < DIM * count
     if delta is not None:
         assert 0 < projected < count
         torch.testing.assert_close(float(out["projected"]), projected / count, rtol=1e-6, atol=0)
@@ -211,6 +218,26 @@ def test_loss_equals_the_direct_sums(
     for one, other in zip(found, torch.autograd.grad(wanted, names), strict=True):
         torch.testing.assert_close(one, other)
     assert not any(x.requires_grad for name, x in out.items() if name not in LOSSES)
+
+
+def test_the_critic_reads_what_is_executed_and_the_mean_comes_back() -> None:
+    """Beyond the bounds Q~ is that of the bound, and only ``bound_coef`` tells the mean to come back."""
+    far = {"reward": torch.zeros(5, 7, 1, dtype=torch.float64)}
+    gradients = {}
+    for coef in (0.0, 2.0):
+        loss, td = make(bound_coef=coef, delta=None), stored()
+        td["next"].update(far)
+        last = loss.policy_params["module", "0", "head", "loc", "bias"]
+        with torch.no_grad():
+            last += 50.0
+            for critic in (loss.value_params, loss.advantage_params):
+                for parameter in critic.values(True, True):
+                    parameter.zero_()
+        torch.manual_seed(0)
+        loss(td)["loss_policy"].backward()
+        gradients[coef] = last.grad
+    assert not gradients[0.0].any()
+    assert (gradients[2.0] > 2.0 * 30).all()  # its descent lowers the mean, in proportion to the distance
 
 
 def test_a_fixed_scale_gets_no_gradient() -> None:

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -311,9 +312,10 @@ def test_an_error_in_process_names_its_cause() -> None:
         ({"rollouts_per_batch": 3, "num_workers": 2}, "rollouts_per_batch is 3; .* at most 2, their number"),
         ({"rollouts_per_batch": 2, "num_workers": 0}, "rollouts_per_batch is 2; .* at most 1, their number"),
         ({"frames_per_batch": ENVS * STEPS + 1, "num_workers": 0}, "multiple of the 4 environments"),
+        ({"device": "cuda:99"}, r"device is cuda:99; torch can use \d+ GPUs here: it must be cpu, or one of those"),
     ],
 )
-def test_wrong_sizes_are_refused_at_the_door(arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused_at_the_door(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_collector(StampEnv, WeightPolicy(), **{"frames_per_batch": ENVS * STEPS, **arguments})
 
@@ -833,15 +835,23 @@ def _breaks(seed: int, path: Path) -> EnvBase:
     return StampEnv(seed)
 
 
-def test_restarts_wait_longer_each_time_until_one_delivers() -> None:
+def test_restarts_wait_longer_each_time_until_one_delivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(restarts.time, "monotonic", lambda: clock[0])
     decide, fault = restarts.Restarts(100), EnvironmentFailure("it is broken\n\ntrace")
     with pytest.raises(EnvironmentFailure, match="it is broken\n\ntrace"):
         decide.after("a", fault)  # a fault of set-up
     decide.delivered("a")
     with pytest.warns(RuntimeWarning, match="^it is broken; a new one takes its place, restart 1 of at most 100$"):
         assert decide.after("a", fault) == 0
+
+    def after(name: str, seconds: float) -> float:
+        clock[0] += seconds  # which it took to fail, and by which the waiting is shorter
+        return decide.after(name, fault)
+
     with pytest.warns(RuntimeWarning):
-        assert [decide.after(name, fault) for name in "aabaa"] == [0.5, 1.0, 0.0, 2.0, 4.0]
+        found = [after("a", 0.25), after("a", 0.25), after("b", 0.0), after("a", 4.0), after("a", 0.0)]
+    assert found == [0.25, 1.0, 0.0, 0.0, 3.0]
     with pytest.raises(EnvironmentFailure, match=r"it is broken; .* 5 new ones in a row delivered nothing\n\ntrace"):
         decide.after("a", fault)
     decide.delivered("a")
@@ -876,6 +886,68 @@ def test_actors_survive_the_fork_server_and_are_replaced_without_it() -> None:
         assert fork_server._server._forkserver_pid != old  # type: ignore[attr-defined]
     watched.check(WORKERS)
     assert wait_until(lambda: all(ended(pid) for pid in pids))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*a new one takes its place")
+def test_a_fork_server_that_hangs_is_ended_and_another_one_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the learner, stopped; the time that it is given is over at once."""
+    with make(1) as collector:
+        collections.deque((next(collector) for _ in range(2)), maxlen=0)
+        old = fork_server._server._forkserver_pid  # type: ignore[attr-defined]
+        os.kill(old, signal.SIGSTOP)
+        patience = iter([0.0])
+        monkeypatch.setattr(fork_server, "wait", lambda pipes, _: wait(pipes, next(patience, None)))
+        os.kill(collector.backend.pids[0], signal.SIGKILL)
+        with pytest.warns(
+            RuntimeWarning, match=r"actor process 0 was not started: the fork server.* forked nothing for"
+        ):
+            collections.deque((next(collector) for _ in range(4)), maxlen=0)
+        assert fork_server._server._forkserver_pid != old  # type: ignore[attr-defined]
+        assert collector.restarts == 2
+
+
+def _late(seed: int, first: int, seconds: float) -> EnvBase:
+    if seed != first:
+        time.sleep(seconds)
+    return StampEnv(seed)
+
+
+@pytest.mark.slow
+def test_an_actor_that_is_up_may_wait_for_others_that_start_for_longer_than_a_step() -> None:
+    env_fn = partial(_late, first=actor_seed(0, 0, 0), seconds=8.0)
+    with make_collector(
+        env_fn, WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=2, step_timeout=3.0
+    ) as collector:
+        next(collector)
+
+
+@pytest.mark.slow
+def test_actors_that_hang_together_are_found_together() -> None:
+    """Not one after the other, each when its turn comes."""
+    env = {"fail": "hang", "at": 7}
+    with make(3, env=env, step_timeout=3.0) as collector:
+        collections.deque((next(collector) for _ in range(3)), maxlen=0)
+        with pytest.warns(RuntimeWarning) as lines:
+            next(collector)
+        told = sorted(str(line.message)[:15] for line in lines if "has made no step" in str(line.message))
+        assert told == [f"actor process {worker}" for worker in range(3)]
+
+
+def _uneven(seed: int) -> EnvBase:
+    first = seed == actor_seed(0, 0, 0)
+    return StampEnv(seed, fail="kill" if first else "", delay=0.0 if first else 1.0)
+
+
+@pytest.mark.slow
+def test_what_died_is_started_again_before_its_turn_comes() -> None:
+    with make_collector(_uneven, WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=2) as collector:
+        next(collector)
+        first, second = collector.backend._actors  # type: ignore[attr-defined]
+        assert wait_until(lambda: first.pipe.poll() and second.pipe.poll())
+        with pytest.warns(RuntimeWarning, match="actor process 0 ended by itself"):
+            assert int(next(collector)["worker"][0, 0]) == 1
+        assert first.running
 
 
 @pytest.mark.slow

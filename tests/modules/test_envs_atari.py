@@ -45,6 +45,15 @@ def test_names(name: str) -> None:
     env.close()
 
 
+def test_the_emulators_threads_change_nothing() -> None:
+    """Games stay in their places, whichever thread is done first."""
+    alone, together = (AtariEnv("breakout", 5, seed=7, num_threads=threads) for threads in (1, 3))
+    for one, other in zip(play(alone, 120), play(together, 120), strict=True):
+        assert (one == other).all()
+    alone.close()
+    together.close()
+
+
 @pytest.mark.parametrize(
     ("name", "near"), [("pnog", "pong"), ("MsPackman", "ms_pacman"), ("Acrobott-v1", "Acrobot-v1")]
 )

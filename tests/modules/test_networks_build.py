@@ -338,12 +338,12 @@ def test_a_fault_inside_a_users_network_is_shown_as_it_is() -> None:
         build_policy(observation_shape=[3], network=f"{__name__}:broken", **DISCRETE)
 
 
-def test_networks_know_nothing_but_each_other_and_the_names_of_entries() -> None:
+def test_networks_know_nothing_but_each_other_names_of_entries_and_what_the_host_may_read() -> None:
     folder = Path(offtrace.modules.networks.__file__).parent
-    known = ("offtrace.modules.networks", "offtrace.modules.keys", "offtrace.modules.naming")
+    known = tuple(f"offtrace.modules.{name}" for name in ("networks", "keys", "naming", "host"))
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
                 assert not name.startswith("offtrace") or name.startswith(known), f"{path.name} imports {name}"

@@ -11,6 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from offtrace.agents.config import Machine
+from offtrace.recipes import cli
+
+
+@pytest.fixture(autouse=True)
+def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes in this process begin with their presets, whatever machine runs the tests."""
+    monkeypatch.setattr(cli, "this_machine", lambda: Machine(2))
+
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

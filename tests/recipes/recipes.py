@@ -34,7 +34,7 @@ def presets_of(name: str) -> dict[str, Callable[[], Config]]:
 
 def parse(name: str, *argv: str) -> Config:
     """The configuration of a recipe's command line."""
-    return cli.parse(list(argv), presets=presets_of(name), description="")[0]
+    return cli.parse(list(argv), presets=presets_of(name), description="").config
 
 
 EVERY_PRESET = [(name, preset) for name in TRAINING for preset in presets_of(name)]

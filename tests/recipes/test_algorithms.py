@@ -81,8 +81,7 @@ def arguments(name: str) -> list[str]:
         (
             "acer_control",
             [
-                "--preset=continuous",
-                CONTINUOUS,
+                "--preset=pendulum",
                 "--loss.learn_scale=true",
                 "--network.normalize=true",
                 "--replay.sequences=2",

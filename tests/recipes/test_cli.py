@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from offtrace.agents.config import ConfigError, ShareReplayConfig
+from offtrace.agents.config import ConfigError, Machine, ShareReplayConfig
 from offtrace.agents.impala import ImpalaConfig, atari_config, paper_config
 from offtrace.agents.runs.checkpoint import CheckpointError, load_policy
 from offtrace.agents.runs.folders import RunError, new_run, read_config, write_config
@@ -26,7 +26,7 @@ PRESETS = {"default": atari_config, "paper": paper_config}
 
 
 def parse(*argv: str) -> ImpalaConfig:
-    config, _ = cli.parse(list(argv), presets=PRESETS, description="")
+    config = cli.parse(list(argv), presets=PRESETS, description="").config
     assert isinstance(config, ImpalaConfig)
     return config
 
@@ -61,6 +61,59 @@ def test_every_preset_is_right_and_reads_back_as_printed(
     assert (config.train.name, config.loss.gamma) == ("1e6", 0.5)
     cli.check(config)
     cli.check(preset_itself)
+
+
+def test_what_fits_the_machine_is_shown_and_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chosen for new runs; a flag or a file that says otherwise wins, and a run that goes on keeps what it had."""
+    monkeypatch.setattr(cli, "this_machine", lambda: Machine(16))
+    command = cli.parse([], presets=PRESETS, description="")
+    chosen = command.config
+    assert (chosen.collector.num_workers, chosen.env.num_envs, chosen.train.unrolls) == (8, 8, 32)  # type: ignore[attr-defined]
+    assert command.fitted.startswith("16 cores, no GPU: half of the cores act")
+    with pytest.raises(SystemExit):
+        parse("--print_config")
+    path = tmp_path / "config.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert yaml.safe_load(path.read_text())["collector"]["num_workers"] == 8
+    for argv, actors in (
+        (["--collector.num_workers", "3"], 3),
+        (["--collector.num_workers=3"], 3),
+        (["--collector={num_workers: 3}"], 3),
+    ):
+        config = parse(*argv)
+        assert (config.collector.num_workers, config.train.unrolls) == (actors, 32)
+        cli.check(config)
+    monkeypatch.setattr(cli, "this_machine", lambda: Machine(64, 1))
+    assert parse("--config", str(path)) == chosen, "a file that holds all values"
+    path.write_text("env: {num_envs: 8}")
+    config = parse("--config", str(path), "--collector.acting", "copies")
+    assert (config.env.num_envs, config.collector.acting, config.collector.num_workers) == (8, "copies", 32)
+    cli.check(config)
+    write_config(atari_config(), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with zipfile.ZipFile(tmp_path / "checkpoints" / "last.ckpt", "w") as archive:
+        archive.writestr("data", "x")
+    assert parse("--resume", str(tmp_path)) == atari_config()
+    assert parse("--resume", str(tmp_path), "--collector.device", "cuda").collector.device == "cuda"
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_a_new_run_says_how_it_fits_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(cli, "_run", lambda config, folder, resume: ran.append(config) or 0)
+    for rank, cores, told in (("0", 2, 1), ("1", 16, 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr(cli, "this_machine", lambda cores=cores: Machine(cores))
+        assert main_of("impala_atari")(["--train.name=one"]) == 0
+        line = (
+            "2 cores, no GPU: as the preset says, because a learner has fewer than 4 cores (1 actor of 16 environments)"
+        )
+        assert capsys.readouterr().err.splitlines().count(line) == told
+    assert ran[1] == ran[0], "learners of one run that find other machines have what the first one chose"
 
 
 def test_presets_differ() -> None:
@@ -131,6 +184,11 @@ def test_learners_with_a_replay_each_keep_their_number(tmp_path: Path) -> None:
     [
         (["--env.num_envs", "0"], "env.num_envs is 0; it must be at least 1"),
         (["--collector.unroll", "-3"], "collector.unroll is -3; it must be at least 1"),
+        (["--collector.emulator_threads", "0"], "collector.emulator_threads is 0; it must be at least 1"),
+        (
+            ["--collector.emulator_threads", "2", "--env.task", "CartPole-v1"],
+            "collector.emulator_threads is 2, which only Atari games have; CartPole-v1 is none: it must be 1",
+        ),
         (["--train.minibatches", "5"], "train.minibatches is 5; it must divide env.num_envs, 16"),
         (["--loss.gamma", "1.5"], "loss.gamma is 1.5; it must be between 0 and 1"),
         (["--loss.policy_clip", "0"], "loss.policy_clip is 0.0; it must be above 0, or null"),
@@ -381,11 +439,12 @@ def test_a_resumed_run_keeps_its_configuration(tmp_path: Path, monkeypatch: pyte
         parse("--resume", "runs/one")
     with zipfile.ZipFile(tmp_path / "runs/one/checkpoints/last.ckpt", "w") as archive:
         archive.writestr("data", "x")
-    resumed, checkpoint = cli.parse(
+    resumed, checkpoint, fitted = cli.parse(
         ["--resume", "runs/one", "--train.total_frames", "5e6"], presets=PRESETS, description=""
     )
     assert (resumed.env.task, resumed.train.total_frames) == ("boxing", 5_000_000)
     assert checkpoint == Path("runs/one/checkpoints/last.ckpt")
+    assert not fitted
     with pytest.raises(ConfigError, match=r"--optim.lr cannot change in a resumed run; only train.total_frames"):
         parse("--resume", "runs/one", "--optim.lr", "1")
 

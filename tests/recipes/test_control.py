@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from offtrace.agents.callbacks import Meters
+from offtrace.agents.callbacks import Meters, WeightSync
 from offtrace.agents.data import ActingData
 from offtrace.agents.runs import run as runs
 from offtrace.agents.runs.training import Summary
@@ -201,6 +201,26 @@ def test_a_damaged_replay_is_refused_and_left_alone(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
+def test_where_the_last_replay_is_damaged_that_of_the_checkpoint_before_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sac(f"--env.task={OWN}:Short", "--train.record=false", "--train.checkpoint_every=32") == 0
+    last = RUN / "checkpoints/last.ckpt"
+    before = torch.load(last.with_name("previous.ckpt"), weights_only=True)["offtrace"]["frames"]
+    damaged = max(max((RUN / "replay/rank0").iterdir()).iterdir(), key=lambda file: file.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    capsys.readouterr()
+    argv = ["--resume", "runs/a", "--train.total_frames=128"]
+    assert sac_control.main(argv) == 2
+    assert f"or {last} to go on from the checkpoint before" in error_line(capsys)
+    last.unlink()
+    with pytest.warns(RuntimeWarning, match="the run goes on from previous.ckpt"):
+        assert sac_control.main(argv) == 0
+    assert f"going on from {before} frames" in capsys.readouterr().err
+    assert column("replay/steps")[-1] == 128
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_without_an_actor_that_died(capsys: pytest.CaptureFixture[str]) -> None:
     """Every step that was delivered is in the replay, and entitles to as many updates as in any other run."""
     argv = ["--env.task=tests.recipes.crashing:Crashing", "--collector.num_workers=2", "--train.record=false"]
@@ -278,6 +298,25 @@ def heard() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("heard")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_callbacks_are_set_up_has_its_exit_code(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a KeyboardInterrupt there Lightning makes exit code 1."""
+    own = WeightSync.setup
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(WeightSync, "setup", interrupted)
+    assert sac(f"--env.task={OWN}:Short") == 128 + number
+    assert not RUN.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
 
-from offtrace.agents.impala import control_config
+from offtrace.agents.config import CollectorConfig
+from offtrace.agents.impala import atari_config, control_config
 from offtrace.agents.runs.media import read_curves
 from offtrace.agents.runs.training import learner_threads
 from offtrace.recipes import evaluate, impala_atari, impala_control
@@ -179,4 +180,15 @@ def test_threads_of_the_learner(
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
     config = control_config()
     config.collector.num_workers, config.train.devices = workers, devices
+    assert learner_threads(config) == threads
+
+
+@pytest.mark.parametrize(("acting", "emulator", "threads"), [("copies", 3, 2), ("server", 1, 5), ("server", 3, 1)])
+def test_emulators_and_server_take_cores_too(
+    acting: Literal["copies", "server"], emulator: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = atari_config()
+    config.collector = CollectorConfig(num_workers=2, acting=acting, emulator_threads=emulator)
     assert learner_threads(config) == threads

@@ -172,7 +172,7 @@ def test_a_signal_before_torch_is_there(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert err.endswith("\nterminated\n")
+    assert err.splitlines()[-1] == "terminated"  # behind the line that names the run, or before it
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -229,7 +229,8 @@ def make(): return Env()
 def test_an_environment_that_fails_stops_the_run(tmp_path: Path, how: str, words: str) -> None:
     (tmp_path / "own_env.py").write_text(f"HOW = {how!r}\n{OWN}")
     argv = [*TINY, "--env.task", "own_env:make", "--train.name", "f", "--train.total_frames", "100000",
-            "--train.checkpoint_every", "64", "--collector.step_timeout", "5"]  # fmt: skip
+            "--train.checkpoint_every", "64", "--collector.step_timeout", "5",
+            "--collector.max_restarts", "0"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(RECIPES / "impala_control.py"), *argv], cwd=tmp_path, capture_output=True, text=True,
         timeout=200, check=False, env=environment(),
