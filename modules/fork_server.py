@@ -34,7 +34,7 @@ class _ForkServer(forkserver.ForkServer):
         resource_tracker.ensure_running()
         path = os.pathsep.join(place or os.getcwd() for place in sys.path)
         # the libraries that it imports may ask for GPUs, and a process that has met one cannot be forked
-        with _environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""), _signals_blocked():
+        with environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""), signals_blocked():
             super().ensure_running()
 
     def kill(self) -> None:
@@ -123,7 +123,8 @@ def _close(*fds: int) -> None:
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
+    """What is started in it has these environment variables."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -137,7 +138,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """What is started in it has SIGINT and SIGTERM blocked: the learner alone handles those."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

@@ -105,7 +105,8 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
 
 
 def _run(config: Config, folder: Path, resume: Path | None) -> int:
-    if config.collector.num_workers:  # it imports for the actors while this process does for the learner
+    if config.collector.num_workers and config.collector.backend == "processes":
+        # it imports for the actors while this process does for the learner
         start_fork_server(environment_module(config.task))
     from offtrace.agents.runs.run import RunFailed, RunRefused, lines, run  # torch and Lightning for what runs only
 

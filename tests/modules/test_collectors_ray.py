@@ -1,0 +1,139 @@
+"""Ray: how its cluster is joined or started, and what is refused; the contract is in test_collectors.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from offtrace.modules.collectors import RayOptions, ServerOptions, make_collector
+from tests.modules.test_collectors import ENVS, STEPS, StampEnv, WeightPolicy
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
+
+
+def refused(**kwargs: Any) -> str:
+    """The sentence."""
+    arguments: dict[str, Any] = {"frames_per_batch": ENVS * STEPS, "num_workers": 1, "backend": "ray", **kwargs}
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the tests look
+        make_collector(arguments.pop("env_fn", StampEnv), WeightPolicy(), **arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
+    assert refused() == "backend is ray, and Ray is not installed: pip install 'offtrace[ray]'"
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_workers": 0}, "num_workers is 0, and backend is ray; it must be at least 1"),
+        (
+            {"server": ServerOptions()},
+            "backend is ray, whose actors have a copy of the policy each; server must be None",
+        ),
+        ({"device": "cuda:0"}, "device is cuda:0; Ray actors act on the CPU: it must be cpu"),
+        ({"backend": "rya"}, "backend is 'rya'; it must be processes or ray"),
+        ({"backend": "processes", "ray": RayOptions(near=True)}, "and backend is processes: it must be ray, or leave"),
+        ({"ray": RayOptions("ray://head:10001")}, "address is 'ray://head:10001'; it must be host:port"),
+        ({"ray": RayOptions("head")}, "address is 'head'; it must be host:port"),
+        ({"env_fn": partial(StampEnv, fail=threading.Lock())}, "does not pickle, which actor processes need"),
+    ],
+)
+def test_what_ray_actors_cannot_be_is_refused(arguments: dict[str, Any], words: str) -> None:
+    assert words in refused(**arguments)
+
+
+@needs_ray
+def test_an_address_where_nobody_listens_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert refused(ray=RayOptions(address)).startswith(f"address is {address}, where nobody listens (")
+
+
+@needs_ray
+def test_a_cluster_of_another_version_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**_: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9.3\n    Python: 3.10.1\nThis")
+
+    monkeypatch.setattr(ray, "init", init)
+    before = signal.getsignal(signal.SIGTERM)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        told = refused(ray=RayOptions(address))
+    assert told.startswith(f"address is {address}, and the Ray cluster there cannot be used: Version mismatch: ")
+    assert "Ray: 2.9.3 Python: 3.10.1" in told
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+_SCRIPT = """
+import os, signal, sys, tempfile
+import psutil
+from offtrace.modules.collectors import RayOptions, make_collector
+from tests.modules.test_collectors import ENVS, STEPS, StampEnv, WeightPolicy
+
+if __name__ == "__main__":
+    before = {*os.environ, "RAY_CLIENT_MODE"}  # which Ray sets for itself
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    make = lambda workers, ray: make_collector(
+        StampEnv, WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=workers, backend="ray", ray=ray
+    )
+    with make(1, RayOptions(near=True)) as collector:
+        next(collector)
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        names = {p: " ".join(p.cmdline()) for p in processes[1:]}
+        sockets = [c for p in processes for c in p.net_connections() if c.status == "LISTEN"]
+        print("listening", *sorted({c.laddr.ip for c in sockets}))
+        print("handlers", handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+        print("variables", *(name for name in os.environ if name.startswith("RAY_") and name not in before))
+        for workers, ray in ((2, None), (1, RayOptions("127.0.0.1:1"))):
+            try:
+                make(workers, ray)
+            except ValueError as error:
+                print(error)
+    print("left", [name for p, name in names.items() if p.is_running()], os.listdir(tempfile.gettempdir()))
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_of_our_own_is_private_and_leaves_nothing(tmp_path: Path, sockets: None) -> None:
+    script = tmp_path / "learner.py"
+    script.write_text(_SCRIPT)
+    folder = Path(os.environ["TMPDIR"])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
+    assert set(found["listening"].split()) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert found["handlers"] == "True"
+    assert found["variables"] == ""
+    assert "2 actors of 1 CPU each (num_workers, threads_per_worker) are more than the 1 nodes of" in done.stdout
+    assert "address is 127.0.0.1:1, and this process is connected to the Ray cluster at 127.0.0.1:" in done.stdout
+    assert found["left"].startswith("[] ")
+    assert not list(folder.glob("ray*"))
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
