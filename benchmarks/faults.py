@@ -1,8 +1,11 @@
 """What runs survive, counted: killed, raising, hanging actors, numbers that are not finite, signals, a killed learner.
 
-    python benchmarks/faults.py [--quick] [--only kills conservation rates dead term driver starts]
+    python benchmarks/faults.py [--quick] [--backend ray] \\
+        [--only kills conservation rates dead stop driver starts nodes]
 
-Every row is a run of its own in a process group of its own. ``--quick`` takes fewer kills, frames and starts.
+Every row is a run of its own in a process group of its own, with a temporary folder of its own. ``--quick`` takes fewer
+kills, frames and starts. ``--backend ray`` runs the actors on Ray; ``nodes`` is of Ray alone: runs that join a cluster
+of several nodes, all on this machine.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import numpy as np
 import psutil
 
 RATE = 1e-4
+PATHS = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, sys.path)])}
 ENDLESS = "--train.total_frames=100_000_000"
 Rows = Iterator[tuple[str, str]]
 
@@ -50,12 +54,17 @@ class Numbered(gymnasium.Env[Any, Any]):
         return self._seen, 1.0, False, False, {}
 
 
+def in_actor() -> bool:
+    """Whether this is an actor's process, of either backend, and not the learner's."""
+    return multiprocessing.parent_process() is not None or Path(sys.argv[0]).name == "default_worker.py"
+
+
 class Raising(gymnasium.Wrapper[Any, Any, Any, Any]):
     """CartPole; one step in ten thousand fails, in actor processes alone."""
 
     def __init__(self) -> None:
         super().__init__(gymnasium.make("CartPole-v1"))
-        self._rate = 0.0 if multiprocessing.parent_process() is None else RATE
+        self._rate = RATE if in_actor() else 0.0
         self._chance = random.Random()
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -80,23 +89,26 @@ class Breakable(gymnasium.Wrapper[Any, Any, Any, Any]):
     """CartPole; it cannot be made once there is a file ``broken``."""
 
     def __init__(self) -> None:
-        if Path("broken").exists() and multiprocessing.parent_process() is not None:
+        if Path(os.environ["TMPDIR"], "broken").exists() and in_actor():
             raise ValueError("there is no licence")
         super().__init__(gymnasium.make("CartPole-v1"))
 
 
 class Run:
-    """A run of IMPALA with two actor processes, in a folder of its own; ``with`` waits until it has learnt a little."""
+    """A run of IMPALA with two actors, in a folder of its own; ``with`` waits until it has learnt a little."""
+
+    backend = "processes"
 
     def __init__(self, *argv: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="faults-"))
-        path = os.pathsep.join([str(Path(__file__).resolve().parent), *filter(None, sys.path)])
+        self.folder = Path(tempfile.mkdtemp(prefix="f-"))
+        self.temporary = self.folder / "t"  # the sockets in it have long names
+        self.temporary.mkdir()
         command = [sys.executable, "-m", "offtrace.recipes.impala_control", "--train.name=a", "--train.log_every=1"]
-        command += ["--collector.num_workers=2", "--train.record=false", *argv]
+        command += ["--collector.num_workers=2", "--train.record=false", f"--collector.backend={self.backend}", *argv]
         with open(self.folder / "log", "w") as log:
             self.process = subprocess.Popen(
-                command, cwd=self.folder, env={**os.environ, "PYTHONPATH": path}, stdout=log, stderr=log, text=True,
-                start_new_session=True,
+                command, cwd=self.folder, env={**os.environ, **PATHS, "TMPDIR": str(self.temporary)}, stdout=log,
+                stderr=log, text=True, start_new_session=True,
             )  # fmt: skip
 
     def __enter__(self) -> Run:
@@ -140,16 +152,21 @@ class Run:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def actors(self) -> list[psutil.Process]:
-        """The processes forked for the run: children of its fork server."""
+        """Processes forked for the run, children of its fork server; or those of Ray, on any node here."""
         found = []
-        for process in self.children():
+        for process in psutil.Process().children(recursive=True):
             try:
                 parent = process.parent()
-                if parent is not None and all("forkserver" in " ".join(x.cmdline()) for x in (process, parent)):
+                names = [" ".join(x.cmdline()) for x in (process, parent) if x is not None]
+                if names[0].startswith("ray::RayActor") or (len(names) == 2 and all("forkserver" in x for x in names)):
                     found.append(process)
             except psutil.NoSuchProcess:
                 pass
         return found
+
+    def left(self) -> list[str]:
+        """What it left in its temporary folder."""
+        return [x.name for x in self.temporary.iterdir() if not x.name.startswith("torchinductor")]
 
 
 def wait(condition: Callable[[], bool], seconds: float) -> float:
@@ -163,7 +180,13 @@ def wait(condition: Callable[[], bool], seconds: float) -> float:
 
 
 def alive(processes: list[psutil.Process]) -> int:
-    return sum(x.is_running() and x.status() != psutil.STATUS_ZOMBIE for x in processes)
+    def lives(process: psutil.Process) -> bool:
+        try:
+            return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    return sum(map(lives, processes))
 
 
 def spread(seconds: list[float]) -> str:
@@ -187,11 +210,14 @@ def kills(quick: bool) -> Rows:
 def conservation(quick: bool) -> Rows:
     from offtrace.modules.collectors import ServerOptions
 
-    for way, server in (("copies of the policy", None), ("an inference server", ServerOptions())):
-        yield f"the same to three actors with {way}, steps numbered", conserved(server, 4 if quick else 20)
+    ways: dict[str, dict[str, Any]] = {
+        "with copies of the policy": {}, "with an inference server": {"server": ServerOptions()},
+    }  # fmt: skip
+    for way, arguments in {"on Ray": {"backend": "ray"}}.items() if Run.backend == "ray" else ways.items():
+        yield f"the same to three actors {way}, steps numbered", conserved(arguments, 4 if quick else 20)
 
 
-def conserved(server: Any, number: int) -> str:
+def conserved(arguments: dict[str, Any], number: int) -> str:
     """Kills beside a learner that notes every step it is given, by the environment's start."""
     from offtrace.modules.collectors import make_collector
     from offtrace.modules.envs import make_env
@@ -200,9 +226,11 @@ def conserved(server: Any, number: int) -> str:
     warnings.simplefilter("ignore")
     policy = build_policy(observation_shape=[2], num_actions=2, network="mlp", normalize=None)
     env_fn, chance = partial(make_env, "faults:Numbered", 4), random.Random(1)
+    os.environ.update(PATHS)  # Ray's processes import the environment
     seen, turns, whole = collections.defaultdict[float, list[int]](list), list[int](), list[float]()
-    with make_collector(env_fn, policy, frames_per_batch=64, num_workers=3, server=server) as collector:
+    with make_collector(env_fn, policy, frames_per_batch=64, num_workers=3, **arguments) as collector:
         backend: Any = collector.backend  # type: ignore[attr-defined]
+        seats = backend._seats if Run.backend == "ray" else backend._actors
 
         def learn(rollouts: int) -> None:
             for _ in range(rollouts):
@@ -215,7 +243,7 @@ def conserved(server: Any, number: int) -> str:
         while collector.restarts < number:
             before, start = collector.restarts, time.monotonic()
             os.kill(chance.choice(backend.pids), signal.SIGKILL)
-            while collector.restarts == before or not all(x.up for x in backend._actors):
+            while collector.restarts == before or not all(x.up for x in seats):
                 learn(1)
             whole.append(time.monotonic() - start)
             learn(chance.randrange(6))
@@ -238,7 +266,7 @@ def rates(quick: bool) -> Rows:
 
 def dead(quick: bool) -> Rows:
     with Run("--env.task=faults:Breakable", ENDLESS) as run:
-        (run.folder / "broken").touch()
+        (run.temporary / "broken").touch()
         for actor in run.actors():
             actor.kill()
         told = wait(lambda: "training stopped" in run.log(), 120)
@@ -246,28 +274,45 @@ def dead(quick: bool) -> Rows:
         yield "all actors dead for good", f"told after {told:.1f} s, gone after {exited:.1f} s: {run.end(1)}"
 
 
-def term(quick: bool) -> Rows:
-    with Run(ENDLESS) as run:
-        processes = run.children()
-        run.actors()[0].kill()
-        run.signal(signal.SIGTERM)
-        seconds, left = wait(run.over, 60), wait(lambda: not alive(processes), 30)
-        last = "written" if (run.folder / "runs/a/checkpoints/last.ckpt").exists() else "missing"
-        yield (
-            "SIGTERM to the group, an actor just killed",
-            f"exit {run.process.returncode} after {seconds:.1f} s, checkpoint {last}, "
-            f"all processes gone {left:.1f} s later",
-        )
+def stop(quick: bool) -> Rows:
+    """SIGTERM and Ctrl-C."""
+    for number, what in ((signal.SIGTERM, "SIGTERM to the group"), (signal.SIGINT, "Ctrl-C")):
+        with Run(ENDLESS) as run:
+            processes = run.children()
+            run.actors()[0].kill()
+            run.signal(number)
+            seconds, left = wait(run.over, 60), wait(lambda p=processes: not alive(p), 30)  # type: ignore[misc]
+            last = "written" if (run.folder / "runs/a/checkpoints/last.ckpt").exists() else "missing"
+            yield (
+                f"{what}, an actor just killed",
+                f"exit {run.process.returncode} after {seconds:.1f} s, checkpoint {last}, "
+                f"all processes gone {left:.1f} s later, {len(run.left())} names in its temporary folder",
+            )
 
 
 def driver(quick: bool) -> Rows:
-    """kill -9 of the learner, of the fork server, and of the inference server."""
+    """kill -9 of the learner, of the fork server, and of the inference server; or of Ray's raylet."""
     with Run(ENDLESS) as run:
-        there = run.actors()
+        there, others = run.actors(), run.children()
         run.process.kill()
         run.process.wait()
         seconds = wait(lambda: not alive(there), 60)
-        yield "`kill -9` of the learner", f"its {len(there)} actors are gone after {seconds:.1f} s"
+        last = seconds + wait(lambda: not alive(others), 90)
+        yield (
+            "`kill -9` of the learner",
+            f"its {len(there)} actors are gone after {seconds:.1f} s, all its processes after {last:.1f} s; "
+            f"{len(run.left())} names in its temporary folder",
+        )
+    if Run.backend == "ray":
+        with Run(ENDLESS) as run:
+            processes = run.children()
+            next(x for x in processes if x.name() == "raylet").kill()
+            seconds, left = wait(run.over, 120), wait(lambda: not alive(processes), 90)
+            yield (
+                "`kill -9` of the raylet of the learner's node",
+                f"over after {seconds:.1f} s, all processes gone {left:.1f} s later: {run.end(1)}",
+            )
+        return
     frames = f"--train.total_frames={100_000 if quick else 300_000}"
     with Run(frames) as run:
         there = run.actors()
@@ -283,22 +328,26 @@ def driver(quick: bool) -> Rows:
 def starts(quick: bool) -> Rows:
     """Ctrl-C at any moment of a start."""
     number, chance = (5 if quick else 100), random.Random(2)
-    left, codes, slowest, shared = 0, collections.Counter[str](), 0.0, names()
+    left, folders, codes, slowest, shared = 0, 0, collections.Counter[str](), 0.0, names()
     for _ in range(number):
         run = Run(ENDLESS)
         time.sleep(chance.uniform(0.5, 12.0))
         processes = run.children()
         run.signal(signal.SIGINT)
         wait(run.over, 60)
-        codes[run.end(1).partition(";")[0]] += 1
+        code = run.end(1).partition(";")[0]
+        codes[code] += 1
+        if code != "exit 130":
+            print(run.log(), file=sys.stderr, flush=True)
         slowest = max(slowest, wait(lambda p=processes: not alive(p), 60))  # type: ignore[misc]
         left += alive(processes)
+        folders += len(run.left())
         run.__exit__()
     ended = ", ".join(f"{code} {times} times" for code, times in codes.items())
     yield (
         f"{number} starts and Ctrl-Cs, 0.5 to 12 s later",
-        f"{ended}; {left} processes and {len(names() - shared)} names in /dev/shm left, the last process, "
-        f"a fork server that imports, gone {slowest:.1f} s after the learner at most",
+        f"{ended}; {left} processes, {folders} names in temporary folders and {len(names() - shared)} in /dev/shm "
+        f"left, the last process gone {slowest:.1f} s after the learner at most",
     )
 
 
@@ -306,17 +355,68 @@ def names() -> set[str]:
     return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
 
 
+def nodes(quick: bool) -> Rows:
+    """Runs that join a cluster: a node of it is killed and one added, and it is left as it was."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ.update(PATHS)
+    soon = {f"health_check_{name}": 500 for name in ("initial_delay_ms", "period_ms", "timeout_ms")}
+    arguments = {"num_cpus": 1, "_system_config": {**soon, "health_check_failure_threshold": 2}}
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args=arguments)
+    first = cluster.add_node(num_cpus=2)
+    other = ray.remote(num_cpus=1)(collections.Counter).remote()  # another job, on the head's one CPU
+    join = ["--collector.backend=ray", f"--collector.address={cluster.address}"]
+    try:
+        cluster.wait_for_nodes()
+
+        def free() -> bool:
+            return bool(ray.available_resources().get("CPU", 0.0) == 2.0)
+
+        wait(lambda: ray.available_resources().get("CPU") == 2.0, 30)
+        with Run(f"--train.total_frames={150_000 if quick else 500_000}", *join) as run:
+            ray.get(other.update.remote(["before"]))
+            start = time.monotonic()
+            cluster.remove_node(first, allow_graceful=False)
+            cluster.add_node(num_cpus=2)
+            wait(lambda: "restart 2 of" in run.log(), 60)
+            seconds = time.monotonic() - start + wait(lambda: len(run.actors()) == 2, 60)
+            yield (
+                "a node with both actors killed, another one added",
+                f"{run.end(1200)}; two new actors after {seconds:.1f} s",
+            )
+        for what, end in (("its end", None), ("Ctrl-C", signal.SIGINT), ("`kill -9`", signal.SIGKILL)):
+            with Run(ENDLESS if end else "--train.total_frames=100_000", *join) as run:
+                if end:
+                    run.signal(end)
+                ended = run.end(600).partition(";")[0]
+                seconds = wait(free, 60)
+                ray.get(other.update.remote([what]))
+                yield (
+                    f"{what} of a run that joined a cluster",
+                    f"{ended}; its CPUs free after {seconds:.1f} s, {len(run.left())} names in its temporary folder; "
+                    f"{sum(x['Alive'] for x in ray.nodes())} of 2 nodes are there",
+                )
+        calls = ray.get(other.copy.remote())
+        yield "the other job of that cluster", f"has its state: {len(calls)} of 4 calls counted"
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 def main() -> None:
     """Prints a table."""
-    checks = {x.__name__: x for x in (kills, conservation, rates, dead, term, driver, starts)}
+    checks = {x.__name__: x for x in (kills, conservation, rates, dead, stop, driver, starts, nodes)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=checks, default=list(checks))
+    parser.add_argument("--only", nargs="+", choices=checks, help="default: all")
+    parser.add_argument("--backend", choices=["processes", "ray"], default=Run.backend)
     args = parser.parse_args()
+    Run.backend = args.backend
     # what a script starts in the background ignores Ctrl-C, and so would the runs
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("| what happens | what came of it |\n|---|---|", flush=True)
-    for name in args.only:
+    for name in args.only or [x for x in checks if x != "nodes" or args.backend == "ray"]:
         for what, result in checks[name](args.quick):
             print(f"| {what} | {result} |", flush=True)
 
