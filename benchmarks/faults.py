@@ -327,7 +327,7 @@ def driver(quick: bool) -> Rows:
 
 def starts(quick: bool) -> Rows:
     """Ctrl-C at any moment of a start."""
-    number, chance = (5 if quick else 100), random.Random(2)
+    number, chance = (5 if quick else 20 if Run.backend == "ray" else 100), random.Random(2)
     left, folders, codes, slowest, shared = 0, 0, collections.Counter[str](), 0.0, names()
     for _ in range(number):
         run = Run(ENDLESS)
@@ -362,8 +362,9 @@ def nodes(quick: bool) -> Rows:
 
     os.environ.update(PATHS)
     soon = {f"health_check_{name}": 500 for name in ("initial_delay_ms", "period_ms", "timeout_ms")}
-    arguments = {"num_cpus": 1, "_system_config": {**soon, "health_check_failure_threshold": 2}}
-    cluster = Cluster(initialize_head=True, connect=True, head_node_args=arguments)
+    arguments = {"num_cpus": 1, "_system_config": {**soon, "health_check_failure_threshold": 5}}
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    ray.init(cluster.address, log_to_driver=False, configure_logging=False)
     first = cluster.add_node(num_cpus=2)
     other = ray.remote(num_cpus=1)(collections.Counter).remote()  # another job, on the head's one CPU
     join = ["--collector.backend=ray", f"--collector.address={cluster.address}"]
@@ -413,6 +414,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=["processes", "ray"], default=Run.backend)
     args = parser.parse_args()
     Run.backend = args.backend
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray listens on 127.0.0.1 alone, if this comes before it
     # what a script starts in the background ignores Ctrl-C, and so would the runs
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("| what happens | what came of it |\n|---|---|", flush=True)
