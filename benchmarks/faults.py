@@ -291,7 +291,7 @@ def stop(quick: bool) -> Rows:
 
 
 def driver(quick: bool) -> Rows:
-    """kill -9 of the learner, of the fork server, and of the inference server; or of Ray's raylet."""
+    """kill -9 of the learner, of the fork server, and of the inference server; or of what Ray's cluster depends on."""
     with Run(ENDLESS) as run:
         there, others = run.actors(), run.children()
         run.process.kill()
@@ -304,14 +304,15 @@ def driver(quick: bool) -> Rows:
             f"{len(run.left())} names in its temporary folder",
         )
     if Run.backend == "ray":
-        with Run(ENDLESS) as run:
-            processes = run.children()
-            next(x for x in processes if x.name() == "raylet").kill()
-            seconds, left = wait(run.over, 120), wait(lambda: not alive(processes), 90)
-            yield (
-                "`kill -9` of the raylet of the learner's node",
-                f"over after {seconds:.1f} s, all processes gone {left:.1f} s later: {run.end(1)}",
-            )
+        for name in ("raylet", "gcs_server"):
+            with Run(ENDLESS) as run:
+                processes = run.children()
+                next(x for x in processes if x.name() == name).kill()
+                seconds, left = wait(run.over, 120), wait(lambda p=processes: not alive(p), 90)  # type: ignore[misc]
+                yield (
+                    f"`kill -9` of Ray's `{name}` on the learner's node",
+                    f"exit {run.process.poll()} after {seconds:.1f} s, all processes gone {left:.1f} s later",
+                )
         return
     frames = f"--train.total_frames={100_000 if quick else 300_000}"
     with Run(frames) as run:
