@@ -71,7 +71,7 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
     warnings.formatwarning = _one_warning
     import_from_here()
     new: Path | None = None
-    before = _interrupt_on_sigterm()
+    signals = _Signals()
     try:
         config, resume, fitted = parse(argv, presets=presets, description=description)
         check(config)
@@ -85,23 +85,22 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
             print(f"{task}, {frames}, seed {config.train.seed}: {folder}", file=sys.stderr)
             if fitted:
                 print(fitted, file=sys.stderr)
-        return _run(config, folder, resume)
+        code = _run(config, folder, resume)
+        return 128 + signals.came if code and signals.came else code
     except (ConfigError, RunError) as error:
         return fail(str(error))
-    except KeyboardInterrupt:  # before training took the signals over: nothing to save yet
-        if new is not None:
+    except BaseException as error:
+        signals.restore()
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signals.came
+        if not number:
+            raise
+        if new is not None:  # before training took the signals over: nothing to save yet
             discard(new)
-        print("interrupted", file=sys.stderr)
-        return 130
-    except _Terminated:
-        if new is not None:
-            discard(new)
-        print("terminated", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr)
+        return 128 + number
     finally:
         warnings.formatwarning = _format_warning
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        signals.restore()
 
 
 def _run(config: Config, folder: Path, resume: Path | None) -> int:
@@ -138,15 +137,38 @@ class _Terminated(BaseException):
     """SIGTERM before training took the signals over."""
 
 
-def _interrupt_on_sigterm() -> Any:
-    """Lets SIGTERM end the program as Ctrl-C does, without a trace; the handler before, where one can be set."""
-    if threading.current_thread() is not threading.main_thread():
-        return None
+class _Signals:
+    """Before training takes them over, Ctrl-C and SIGTERM end the program without a trace.
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+    What they raise may be lost, as in a callback of the import system, which prints and forgets it, or become an error
+    of what was being imported: so it is raised again every second until :meth:`restore`.
 
-    return signal.signal(signal.SIGTERM, terminate)
+    Attributes:
+        came: the first signal's number, 0 while none came.
+    """
+
+    def __init__(self) -> None:
+        self.came = 0
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {
+                number: signal.signal(number, self._raise)
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+                if signal.getsignal(number) is not signal.SIG_IGN
+            }
+
+    def restore(self) -> None:
+        """Have the handlers of before again."""
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.came = self.came or number
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        raise _Terminated if self.came == signal.SIGTERM else KeyboardInterrupt
 
 
 def _folder(config: Config) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,30 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+@pytest.mark.parametrize("lost", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_an_import_swallows_ends_the_start_all_the_same(
+    number: signal.Signals, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: Any) -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException as error:
+            if not lost:
+                raise ImportError("initialization failed") from error
+        time.sleep(20)
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr("offtrace.agents.runs.run.run", start)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's jobs in the background ignore it
+    try:
+        assert train() == 128 + number
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not list(Path("runs").iterdir())
 
 
 @pytest.mark.slow
