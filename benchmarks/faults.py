@@ -60,16 +60,16 @@ def in_actor() -> bool:
 
 
 class Raising(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """CartPole; one step in ten thousand fails, in actor processes alone."""
+    """CartPole; one step in ten thousand fails, in actors alone, and not in the first rollout, where it ends a run."""
 
     def __init__(self) -> None:
         super().__init__(gymnasium.make("CartPole-v1"))
         self._rate = RATE if in_actor() else 0.0
-        self._chance = random.Random()
+        self._chance, self._steps = random.Random(), 0
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        found = super().step(action)
-        return self.fail(found) if self._chance.random() < self._rate else found
+        found, self._steps = super().step(action), self._steps + 1
+        return found if self._steps < 100 else self.fail(found) if self._chance.random() < self._rate else found
 
     def fail(self, found: Any) -> Any:
         raise ValueError("the pole is bent")

@@ -186,8 +186,11 @@ def test_a_signal_while_the_actors_start(tmp_path: Path) -> None:
 
     def acts() -> bool:
         """Whether there is a fork of the fork server."""
-        servers = [p for p in psutil.Process(process.pid).children() if "forkserver" in " ".join(p.cmdline())]
-        return any(server.children() for server in servers)
+
+        def forks(parent: psutil.Process) -> list[psutil.Process]:  # what it imports may run programs
+            return [p for p in parent.children() if "forkserver" in " ".join(p.cmdline())]
+
+        return any(forks(server) for server in forks(psutil.Process(process.pid)))
 
     while not acts() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
