@@ -8,8 +8,10 @@ import gc
 import io
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -24,19 +26,21 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from offtrace.agents.config import Config, ConfigError, fit, may_have_gpu, this_machine
 from offtrace.agents.runs.folders import RunError, config_text, discard, new_run, read_config
 from offtrace.agents.runs.missing import no_checkpoint
+from offtrace.agents.runs.ranks import by_torchrun, check_launch, from_first, rank, tell_refusal
 from offtrace.modules.envs.names import environment_module
 from offtrace.modules.fork_server import start_fork_server
 from offtrace.modules.naming import nearest
 from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_file, sentence, types_of_keys
 
 MAY_CHANGE = (
-    "train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every",
-    "collector.device",
+    "train.total_frames", "train.devices", "train.num_nodes", "train.accelerator", "train.log_every",
+    "train.checkpoint_every", "collector.device",
 )  # fmt: skip
 """Flags that a resumed run may be given; everything else is what the run began with. The last one is chosen by the
 machine, and the next machine may have no GPU."""
 
 _FOLDER = "OFFTRACE_RUN_FOLDER"
+_SEEN = 30.0  # seconds after which a shared file system shows what another node has written
 _PACKAGE = Path(__file__).resolve().parents[1]
 _format_warning = warnings.formatwarning
 
@@ -80,14 +84,14 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
             config = read_config(folder, type(config))  # what the first learner chose holds for all
         else:
             folder = resume.parent.parent
-        if not int(os.environ.get("LOCAL_RANK", 0)):
+        if not rank():
             task, frames = config.task, f"{config.train.total_frames:,} frames"
             print(f"{task}, {frames}, seed {config.train.seed}: {folder}", file=sys.stderr)
             if fitted:
                 print(fitted, file=sys.stderr)
         return _run(config, folder, resume)
     except (ConfigError, RunError) as error:
-        return fail(str(error))
+        return _refuse(str(error))
     except KeyboardInterrupt:  # before training took the signals over: nothing to save yet
         if new is not None:
             discard(new)
@@ -116,11 +120,11 @@ def _run(config: Config, folder: Path, resume: Path | None) -> int:
     try:
         summary = run(config, folder, resume)
     except RunRefused as error:
-        return fail(str(error))
+        return _refuse(str(error))
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if not int(os.environ.get("LOCAL_RANK", 0)):  # of several learners the first sums up
+    if not rank():  # of several learners the first sums up
         print("\n".join(lines(config, summary, folder)))
     return 128 + summary.signal if summary.signal else 0
 
@@ -151,11 +155,25 @@ def _interrupt_on_sigterm() -> Any:
 
 def _folder(config: Config) -> Path:
     # Lightning starts the other ranks with this command line again: they join the folder of the first
-    if "LOCAL_RANK" in os.environ and _FOLDER in os.environ:
+    if "LOCAL_RANK" in os.environ and _FOLDER in os.environ and not by_torchrun():
         return Path(os.environ[_FOLDER])
-    folder = new_run(config)
+    folder = Path(from_first(lambda: str(new_run(config))))
+    limit = time.monotonic() + _SEEN
+    while not (folder / "config.yaml").is_file():
+        if time.monotonic() > limit:
+            raise RunError(
+                f"the run folder of the first learner, {folder}, is not there in {Path.cwd()} on "
+                f"{socket.gethostname()}: learners on several nodes need the same working directory, on a file system "
+                "that all of them share"
+            )
+        time.sleep(0.1)
     os.environ[_FOLDER] = str(folder)
     return folder
+
+
+def _refuse(message: str) -> int:
+    tell_refusal(message)
+    return fail(message)
 
 
 def fail(message: str) -> int:
@@ -224,6 +242,7 @@ def check(config: Config) -> None:
         ConfigError: one sentence.
     """
     config.validate()
+    check_launch(config.train)
     if not may_have_gpu():
         config.check_devices(0)
 
@@ -293,7 +312,7 @@ def _parsed(
 
 
 def _check_resumed(argv: list[str], begun: Config) -> None:
-    free = [flag for flag in MAY_CHANGE if flag != "train.devices" or begun.devices_may_change]
+    free = [flag for flag in MAY_CHANGE if flag not in ("train.devices", "train.num_nodes") or begun.devices_may_change]
     for word in argv:
         flag = word.split("=")[0].removeprefix("--")
         if word.startswith("--") and flag not in (*free, "resume", "print_config"):

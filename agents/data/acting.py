@@ -362,7 +362,12 @@ def _ray(config: Config) -> RayOptions | None:
 def _device(config: Config, rank: int) -> str:
     """Where the actors of ``rank`` have their policy: each learner's on its own GPU, where each has one."""
     device, train = config.collector.device, config.train
-    return f"cuda:{rank}" if device == "cuda" and train.devices > 1 and train.accelerator != "cpu" else device
+    # the ranks of a machine are consecutive
+    return (
+        f"cuda:{rank % train.devices}"
+        if device == "cuda" and train.devices > 1 and train.accelerator != "cpu"
+        else device
+    )
 
 
 def _server(config: Config, rank: int, frames: int) -> ServerOptions | None:
