@@ -356,7 +356,9 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
 
 def _ray(config: Config) -> RayOptions | None:
     collector = config.collector
-    return RayOptions(collector.address, collector.placement == "near") if collector.backend == "ray" else None
+    if collector.backend != "ray":
+        return None
+    return RayOptions(collector.address, collector.placement == "near", config.train.learners)
 
 
 def _device(config: Config, rank: int) -> str:

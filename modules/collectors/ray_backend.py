@@ -51,10 +51,14 @@ class RayOptions(NamedTuple):
         address: ``host:port`` of the head of a cluster that runs, or ``auto``: the one that this machine is a node of.
             Empty: a cluster of this machine alone, for this process, on 127.0.0.1.
         near: where there is room, on the learner's own node; else spread over the nodes.
+        learners: ranks of ``torch.distributed`` whose actors share the cluster at ``address``. Each of them must make
+            its collector, alike, at the same time: none takes CPUs before all have found room. Without an address each
+            has a cluster of its own.
     """
 
     address: str = ""
     near: bool = False
+    learners: int = 1
 
 
 class Up(NamedTuple):
@@ -305,7 +309,7 @@ class RayBackend:
         self._cluster = contextlib.ExitStack()
         self._cluster.enter_context(ray_connection(options.address, num_workers * spec.threads))
         try:
-            check_room(num_workers, spec.threads)
+            check_room(num_workers, spec.threads, options.learners if options.address else 1)
             self._class = _actor_class(spec.threads, options)
             self._spec = _put(data)
             _quiet_about_read_only()
@@ -444,7 +448,9 @@ def _actor_class(threads: int, options: RayOptions) -> Any:
 
     where: Any = "SPREAD"
     if options.near:
-        where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        where = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=True, _spill_on_unavailable=True
+        )
     # Ray's own restarts would repeat the seed
     actor = ray.remote(concurrency_groups={_WATCH: 1, _LIFE: 1}, max_restarts=0, max_task_retries=0)(RayActor)
     return actor.options(num_cpus=threads, scheduling_strategy=where)

@@ -147,7 +147,10 @@ def _init(failed: str, **options: Any) -> None:
         with signals_blocked():
             ray.init(log_to_driver=False, configure_logging=False, **options)
     except Exception as error:
-        raise ValueError(f"{failed}: {' '.join(str(error).split())[:_LONGEST]}") from error
+        words = " ".join(str(error).split())[:_LONGEST]
+        if words.startswith("Failed to connect"):  # Ray prints that a token was refused, and raises this
+            words += "; one that wants a token has it from RAY_AUTH_TOKEN, and RAY_AUTH_MODE is token then"
+        raise ValueError(f"{failed}: {words}") from error
     finally:
         logger.setLevel(level)
         if mode is None:  # which Ray sets
@@ -157,8 +160,14 @@ def _init(failed: str, **options: Any) -> None:
     _links.callback(ray.shutdown)
 
 
-def check_room(number: int, cpus: int) -> None:
+def check_room(number: int, cpus: int, learners: int = 1) -> None:
     """Look whether the cluster has CPUs for ``number`` actors of ``cpus`` each, which would wait for them for ever.
+
+    Args:
+        number: of actors of each learner.
+        cpus: of each actor.
+        learners: ranks of ``torch.distributed``, all of which must call this; it comes back when all have found room,
+            so that none counts as in use what another one of them has just taken.
 
     Raises:
         ValueError: it has not, or others use them.
@@ -166,17 +175,22 @@ def check_room(number: int, cpus: int) -> None:
     import ray
 
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    each, number = f" of each of {learners} learners" if learners > 1 else "", number * learners
     wanted = f"{number} actors of {cpus} CPU each"
     if sum(int(there // cpus) for there in nodes) < number:
         raise ValueError(
-            f"{wanted} (num_workers, threads_per_worker) are more than the {len(nodes)} nodes of the Ray cluster have "
-            f"room for, with {sum(nodes):g} CPUs together: ask for fewer, or add nodes"
+            f"{wanted} (num_workers, threads_per_worker{each}) are more than the {len(nodes)} nodes of the Ray cluster "
+            f"have room for, with {sum(nodes):g} CPUs together: ask for fewer, or add nodes"
         )
     limit = time.monotonic() + _ROOM_TIMEOUT
     while (free := ray.available_resources().get("CPU", 0.0)) < number * cpus:
         if time.monotonic() > limit:
             raise ValueError(
-                f"{wanted} find no room: of the {sum(nodes):g} CPUs of the Ray cluster {free:g} are free, the others "
-                "are in use; ask for fewer actors, or wait"
+                f"{wanted}{each} find no room: of the {sum(nodes):g} CPUs of the Ray cluster {free:g} are free, the "
+                "others are in use; ask for fewer actors, or wait"
             )
         time.sleep(_POLL)
+    if learners > 1:
+        import torch.distributed
+
+        torch.distributed.barrier()

@@ -103,7 +103,7 @@ if __name__ == "__main__":
         print("listening", *sorted({c.laddr.ip for c in sockets}))
         print("handlers", handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
         print("variables", *(name for name in os.environ if name.startswith("RAY_") and name not in before))
-        for workers, ray in ((2, None), (1, RayOptions("127.0.0.1:1"))):
+        for workers, ray in ((2, None), (1, RayOptions("auto", learners=2)), (1, RayOptions("127.0.0.1:1"))):
             try:
                 make(workers, ray)
             except ValueError as error:
@@ -133,6 +133,7 @@ def test_a_cluster_of_our_own_is_private_and_leaves_nothing(tmp_path: Path, sock
     assert found["handlers"] == "True"
     assert found["variables"] == ""
     assert "2 actors of 1 CPU each (num_workers, threads_per_worker) are more than the 1 nodes of" in done.stdout
+    assert "2 actors of 1 CPU each (num_workers, threads_per_worker of each of 2 learners) are more" in done.stdout
     assert "address is 127.0.0.1:1, and this process is connected to the Ray cluster at 127.0.0.1:" in done.stdout
     assert found["left"].startswith("[] ")
     assert not list(folder.glob("ray*"))
