@@ -34,10 +34,10 @@ from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_
 
 MAY_CHANGE = (
     "train.total_frames", "train.devices", "train.num_nodes", "train.accelerator", "train.log_every",
-    "train.checkpoint_every", "collector.device",
+    "train.checkpoint_every", "collector.address", "collector.device",
 )  # fmt: skip
-"""Flags that a resumed run may be given; everything else is what the run began with. The last one is chosen by the
-machine, and the next machine may have no GPU."""
+"""Flags that a resumed run may be given; everything else is what the run began with. The last two are of the machine: a
+Ray cluster may have another head, and the next machine may have no GPU."""
 
 _FOLDER = "OFFTRACE_RUN_FOLDER"
 _SEEN = 30.0  # seconds after which a shared file system shows what another node has written
