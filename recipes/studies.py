@@ -14,6 +14,8 @@ from typing import Any, TypeVar, get_type_hints
 from offtrace.agents.config import ConfigError
 from offtrace.recipes.cli import fail
 
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
+
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -32,22 +34,25 @@ def run_study(
 
     Returns:
         that code; 2 for a wrong command line or folder; 1 for a training that ended the study; 130 when interrupted, by
-        Ctrl-C or SIGTERM.
+        Ctrl-C, SIGTERM or the end of the terminal.
     """
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        ends = [end for end in _ENDS if signal.getsignal(end) is signal.SIG_DFL]  # nohup ignores one
+        for end in ends:
+            signal.signal(end, signal.default_int_handler)
         try:
             return study(args)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for end in ends:
+                signal.signal(end, signal.SIG_DFL)
     except ConfigError as error:
         return fail(str(error))
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what has finished is kept", file=sys.stderr)
+        print("interrupted; what has finished is kept, and the same command goes on", file=sys.stderr)
         return 130
 
 
