@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from offtrace.agents.config import ConfigError, available_cores, count
+from offtrace.agents.registry import config_class
 from offtrace.agents.runs.folders import commit_of
 from offtrace.modules.envs.names import check_name
 from offtrace.modules.naming import nearest
@@ -115,8 +116,10 @@ def _best(word: str, tasks: Sequence[str]) -> tuple[str, float]:
 
 def _epilog() -> str:
     rows = [("agent", "discrete actions", "continuous actions", "images, discrete actions")]
-    rows += [(name, *presets) for name, presets in PRESETS.items()]
-    lines = ["  ".join(f"{word:<22}" for word in row).rstrip() for row in rows]
+    for name, presets in PRESETS.items():
+        continuous = "cannot act" if config_class(name).actions == "discrete" else presets.continuous
+        rows.append((name, presets.discrete, continuous, presets.images))
+    lines = ["  ".join(f"{word:<23}" for word in row).rstrip() for row in rows]
     known = ", ".join(f"{task} {score:g}" for task, score in BEST.items())
     return _EPILOG.format(presets="\n".join(lines), known=known)
 

@@ -136,7 +136,10 @@ def test_every_agent_has_presets_of_its_own() -> None:
         config.validate()
         assert (config.task, config.train.total_frames, config.train.seed) == ("CartPole-v1", 100_000, 3)
         assert (config.train.eval_every, config.train.eval_episodes, config.train.final_eval) == (100_000, 20, True)
-    assert all(f"{word}  " in compare._epilog() + "  " for presets in PRESETS.values() for word in presets[:2])
+    told = {line.split()[0]: line for line in compare._epilog().splitlines() if line}
+    assert told["ppo"].split() == ["ppo", "ppo", "ppo/pendulum", "ppo/atari"]
+    for name in PRESETS:
+        assert ("cannot act" in told[name]) == (name in ("dqn", "q_actor_critic", "reactor"))
 
 
 def test_the_key_holds_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +214,7 @@ def test_rows_table_and_figure_agree_and_what_has_finished_is_not_run_again(caps
     assert Path("out/compare.png").read_bytes()[:4] == b"\x89PNG"
     assert compare.main([*WORDS, "--best", "CartPole-v1=980"]) == 0
     assert calls() == []
+    assert len(rows()) == 6
     assert "| a2c | 260 | 260 to 260 | 0.25 | 2 | 1,234 |" in Path("out/compare.md").read_text()
     assert compare.main([*WORDS, "--frames", "4000"]) == 0  # random actions need none
     assert calls() == [f"CartPole-v1 {name} {seed} 4000" for seed in (0, 1) for name in ("a2c", "ppo")]
