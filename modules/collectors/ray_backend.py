@@ -366,7 +366,7 @@ class RayBackend:
         return entries, shape, worker
 
     def shutdown(self) -> None:
-        """Ask, then kill, within about 5 seconds; a cluster of our own takes as long again."""
+        """Ask, then kill, within about 5 seconds."""
         try:
             leaving = [seat.leave() for seat in self._seats if seat.running and seat.up]
             concurrent.futures.wait(leaving, _SHUTDOWN_TIMEOUT)

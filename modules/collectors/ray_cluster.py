@@ -10,10 +10,12 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -21,9 +23,13 @@ from offtrace.modules.fork_server import environment, signals_blocked
 
 _CONNECT_TIMEOUT = 5.0
 _ROOM_TIMEOUT = 10.0  # seconds in which actors that were ended give their CPUs back
+_END_TIMEOUT = 2.0  # where nobody takes in the dead, those of others stay
 _POLL = 0.1
 _TRIES = 3  # Ray waits for its own processes for so long as they need where nothing else runs
 _LONGEST = 500  # characters of Ray's own words in a sentence
+# waits until the learner is gone, then ends what is left of its own cluster, itself included, and removes the folder:
+# some of Ray's processes look for a minute for those that went with the learner
+_WATCH = 'trap \'\' HUP INT TERM; cat; rm -rf "$0"; sleep 1; rm -rf "$0"; kill -9 0'
 
 _links = contextlib.ExitStack()  # what the last of those who use it undoes
 _users = 0
@@ -91,17 +97,28 @@ def _start(cpus: int) -> None:
     Raises:
         ValueError: it does not start.
     """
-    from ray._private import ray_constants
+    from ray._private import ray_constants, utils
 
     # not in /tmp/ray, which is everybody's; the sockets in it have long names already
     folder = tempfile.mkdtemp(prefix="ray-")
     _links.callback(shutil.rmtree, folder, ignore_errors=True)
+    watch = subprocess.Popen(
+        ["sh", "-c", _WATCH, folder], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0
+    )
+    _links.callback(_end_group, watch)
+    die_with_learner = utils.set_kill_on_parent_death_linux
+
+    def begin() -> None:  # in a process of Ray's, before it is one
+        os.setpgid(0, watch.pid)
+        die_with_learner()
+
     # what Ray has for systems whose firewalls ask about every listener: it listens on 127.0.0.1. Its processes read it
     # from the environment, and this one did so when Ray was imported, as TorchRL does
     own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_TOKEN": _token, "RAY_USAGE_STATS_ENABLED": "0"}
     with (
         environment(**own, RAY_worker_niceness="0"),  # no lower priority than the learner's, which waits for them
         mock.patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False),
+        mock.patch.object(utils, "set_kill_on_parent_death_linux", begin),
     ):
         for tries_left in reversed(range(_TRIES)):
             try:
@@ -116,6 +133,17 @@ def _start(cpus: int) -> None:
             except ValueError:
                 if not tries_left:
                     raise
+
+
+def _end_group(leader: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its group, and see them gone."""
+    with leader:  # its number, which is the group's, is nobody else's before it is waited for
+        os.killpg(leader.pid, signal.SIGKILL)
+    limit = time.monotonic() + _END_TIMEOUT
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < limit:
+            os.killpg(leader.pid, 0)
+            time.sleep(_POLL / 10)
 
 
 def _join(address: str) -> None:
@@ -154,7 +182,23 @@ def _init(failed: str, **options: Any) -> None:
             os.environ.pop("RAY_AUTH_MODE", None)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-    _links.callback(ray.shutdown)
+    _links.callback(_shut_down)
+
+
+def _shut_down() -> None:
+    """As ``ray.shutdown``, which would ask each process of a cluster of our own and wait a second for an answer.
+
+    SIGTERM is blocked in them.
+    """
+    import ray
+
+    if node := ray._private.worker._global_node:
+        node.kill_all_processes = partial(_kill, node.kill_all_processes)
+    ray.shutdown()
+
+
+def _kill(processes: Callable[..., None], **_: Any) -> None:
+    processes(check_alive=False)
 
 
 def check_room(number: int, cpus: int) -> None:

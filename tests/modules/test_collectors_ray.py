@@ -112,28 +112,49 @@ if __name__ == "__main__":
 """
 
 
+def learner(folder: Path, script: str, **kwargs: Any) -> subprocess.Popen[str]:
+    """A process that runs ``script``."""
+    (folder / "learner.py").write_text(script)
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(
+        [sys.executable, str(folder / "learner.py")],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
+        stdout=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_learner_that_is_killed_leaves_no_process_and_no_folder(tmp_path: Path, sockets: None) -> None:
+    script = "import sys\nfrom offtrace.modules.collectors import ray_connection\nwith ray_connection():\n"
+    with learner(
+        tmp_path, f"{script}    print('up', flush=True)\n    sys.stdin.read()", stdin=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        processes = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    _, left = psutil.wait_procs(processes, timeout=20)  # Ray's own agents look for their cluster for a minute
+    assert not left
+    assert not list(Path(os.environ["TMPDIR"]).glob("ray*"))
+
+
 @needs_ray
 @pytest.mark.slow
 def test_a_cluster_of_our_own_is_private_and_leaves_nothing(tmp_path: Path, sockets: None) -> None:
-    script = tmp_path / "learner.py"
-    script.write_text(_SCRIPT)
-    folder = Path(os.environ["TMPDIR"])
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
+    folder = os.environ["TMPDIR"]
+    with learner(tmp_path, _SCRIPT, stderr=subprocess.PIPE) as process:
+        out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    found = dict(line.partition(" ")[::2] for line in out.splitlines())
     assert set(found["listening"].split()) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     assert found["handlers"] == "True"
     assert found["variables"] == ""
-    assert "2 actors of 1 CPU each (num_workers, threads_per_worker) are more than the 1 nodes of" in done.stdout
-    assert "address is 127.0.0.1:1, and this process is connected to the Ray cluster at 127.0.0.1:" in done.stdout
+    assert "2 actors of 1 CPU each (num_workers, threads_per_worker) are more than the 1 nodes of" in out
+    assert "address is 127.0.0.1:1, and this process is connected to the Ray cluster at 127.0.0.1:" in out
     assert found["left"].startswith("[] ")
-    assert not list(folder.glob("ray*"))
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+    assert not list(Path(folder).glob("ray*"))
+    assert not [p for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or [])]
