@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     import_from_here()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        address = args.address or ("" if args.ray else None)
-        return examine(checks_of(args.task, args.folder, address), as_json=args.json)
+        groups = checks_of(args.task, args.folder, args.address or ("" if args.ray else None))
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return examine(groups, as_json=args.json)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     except ConfigError as error:
         return fail(str(error))
     except KeyboardInterrupt:

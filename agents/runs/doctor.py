@@ -38,7 +38,7 @@ _SHARED = Path("/dev/shm")
 _LEAST_MEMORY, _LEAST_DISK, _LEAST_SHARED = 2e9, 1e9, 256e6  # bytes
 _LEAST_FILES = 1024
 _SECONDS = 0.5  # in which steps are counted
-_STEP, _LONG = 20.0, 60.0  # seconds for a step of a task, and for an actor to come up
+_STEP, _LONG = 20.0, 60.0  # seconds for a step of a task, and for an actor to come up; twice as many for Ray's
 
 
 def checks_of(task: str | None, folder: Path, address: str | None) -> list[list[Check]]:
@@ -71,7 +71,7 @@ def checks_of(task: str | None, folder: Path, address: str | None) -> list[list[
     if task is not None:
         actors.append(Check(f"--task {task}", partial(acts, task, num_workers=1), limit=_LONG))
     wanted = address is not None
-    ray = [Check("Ray", partial(ray_actor, address), needed=wanted, limit=_LONG if wanted else 30.0)]
+    ray = [Check("Ray", partial(ray_actor, address), needed=wanted, limit=2 * _LONG)]
     return [machine, actors, ray, [Check("flags that fit", partial(fits, task))]]
 
 
@@ -95,10 +95,15 @@ def package(name: str) -> str:
         raise Missing(f"not installed: {repair}") from error
     if not wanted.specifier.contains(version, prereleases=True):
         raise ValueError(f"{version}; it must be {wanted.specifier}: {repair}")
-    pins = _TOP / "constraints.txt"  # of a checkout
-    tested = dict(line.split("==") for line in pins.read_text().splitlines() if "==" in line) if pins.is_file() else {}
-    differs = tested.get(name, version) not in (version, Version(version).public)
-    return f"{version}; constraints.txt has {tested[name]}, which was tested" if differs else version
+    differs = _tested(name, version) not in (version, Version(version).public)
+    return f"{version}; constraints.txt has {_tested(name, version)}, which was tested" if differs else version
+
+
+def _tested(name: str, otherwise: str) -> str:
+    """The version in ``constraints.txt`` of a checkout, or ``otherwise``."""
+    file = _TOP / "constraints.txt"
+    pins = [line.partition("==") for line in file.read_text().splitlines()] if file.is_file() else []
+    return next((version.partition(";")[0].strip() for known, _, version in pins if known == name), otherwise)
 
 
 def others() -> str:
@@ -300,13 +305,13 @@ def ray_actor(address: str | None) -> str:
     version = importlib.metadata.version("ray")
     if address is None:
         return f"{version}; --ray starts it, --address joins a cluster"
-    from offtrace.modules.collectors.ray_backend import RayOptions
     from offtrace.modules.collectors.ray_cluster import cluster_size, ray_connection
 
     with ray_connection(address):
         nodes, cpus, gpus = cluster_size()
-        told = acts(SMALL, num_workers=1, backend="ray", ray=RayOptions(address))
-    return f"{version}, {count(nodes, 'node')} with {cpus:g} CPUs and {gpus:g} GPUs; {told}"
+        where = f"{count(nodes, 'node')}, CPUs {cpus:g}, GPUs {gpus:g}" if address else "a cluster of this machine"
+        told = acts(SMALL, num_workers=1, backend="ray")  # by this connection
+    return f"{version}, {where}; {told}"
 
 
 def fits(task: str | None) -> str:

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
 _LONGEST = 300  # characters of what an error says
-_PATIENCE = 3.0  # seconds in which a process that is interrupted ends by itself
+_PATIENCE = 6.0  # seconds in which a process that is interrupted ends by itself
 
 
 class Missing(Exception):
@@ -64,8 +64,12 @@ def run_isolated(groups: Sequence[Sequence[Check]]) -> Iterator[Line]:
                 if worker.pipe in ready or worker.deadline <= time.monotonic():
                     yield worker.line()
     finally:
+        limit = time.monotonic() + _PATIENCE
         for worker in workers:
-            worker.end(now=bool(worker.left))
+            if worker.left:
+                worker.interrupt()
+        for worker in workers:
+            worker.end(limit)
 
 
 class _Worker:
@@ -98,18 +102,22 @@ class _Worker:
                 found: Line = self.pipe.recv()
                 self.deadline = time.monotonic() + (self.left[0].limit if self.left else 0.0)
                 return found
-        code = self.end(now=late)
+        if late:
+            self.interrupt()
+        code = self.end(time.monotonic() + _PATIENCE)
         if self.left:
             self._start()
         how = f"it did not end within {check.limit:g} s" if late else f"its process ended {_cause(code)}"
         return Line(check.name, "failed", how, check.needed)
 
-    def end(self, *, now: bool) -> int:
-        """Ends all processes of the group, where ``now`` is not said after its checks; the first one's exit code."""
-        if now:
-            self._process.send_signal(signal.SIGINT)  # leaves no temporary files, if it can
+    def interrupt(self) -> None:
+        """Lets the process end before its checks have, without leaving temporary files, if it can."""
+        self._process.send_signal(signal.SIGINT)
+
+    def end(self, limit: float) -> int:
+        """Ends all processes of the group, once the first has ended or at the time ``limit``; its exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_PATIENCE)
+            self._process.wait(max(0.0, limit - time.monotonic()))
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self.pipe.close()

@@ -12,13 +12,16 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from offtrace.agents.config import Machine, available_cores
 from offtrace.agents.runs import doctor as checks
+from offtrace.agents.runs import isolated
 from offtrace.agents.runs.isolated import Check, Missing, line_of
+from offtrace.modules.collectors.ray_cluster import cluster_size
 from offtrace.recipes import doctor
 from tests.recipes import faulty_checks as faulty
 
@@ -38,8 +41,9 @@ def gone(pids: Path) -> bool:
 
 @pytest.mark.slow
 def test_whatever_becomes_of_a_check_is_a_line_and_the_others_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(isolated, "_PATIENCE", 0.5)
     pids = tmp_path / "pids"
     groups = [
         [Check("first", faulty.found), Check("dead", faulty.dies), Check("broken", faulty.raises, needed=False)],
@@ -116,8 +120,16 @@ def test_a_wrong_command_line_is_one_sentence(argv: list[str], told: str, capsys
     assert told in err
 
 
-def test_versions_are_compared_with_what_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = {"torch": "2.13.0+cpu", "torchrl": "0.15.0", "gymnasium": "1.3.9", "lightning": "2.6.6"}
+PYPROJECT = """[project]
+dependencies = ["torch>=2.11", "torchrl>=0.14.1,<0.15", "gymnasium>=1.0", "rich>=13", "lab>=1; python_version < '3'"]
+"""
+CONSTRAINTS = "# tested\ntorch==2.13.0\ntorchrl==0.14.1\ngymnasium==1.4.0; python_version >= '3'\n"
+
+
+def test_versions_are_compared_with_what_is_required_and_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {"torch": "2.13.0+cpu", "torchrl": "0.15.0", "gymnasium": "1.3.9"}
 
     def version(name: str) -> str:
         if name not in installed:
@@ -125,14 +137,19 @@ def test_versions_are_compared_with_what_is_required(monkeypatch: pytest.MonkeyP
         return installed[name]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(checks, "_TOP", tmp_path)
+    (tmp_path / "pyproject.toml").write_text(PYPROJECT)
+    (tmp_path / "constraints.txt").write_text(CONSTRAINTS)
     assert checks.package("torch") == "2.13.0+cpu"
     with pytest.raises(ValueError, match=r"^0.15.0; it must be <0.15,>=0.14.1: pip install 'torchrl<0.15,>=0.14.1'$"):
         checks.package("torchrl")
     assert checks.package("gymnasium") == "1.3.9; constraints.txt has 1.4.0, which was tested"
     with pytest.raises(Missing, match=r"^not installed: pip install 'rich>=13'$"):
         checks.package("rich")
-    with pytest.raises(ValueError, match=r"^ale-py: not installed: "):
+    with pytest.raises(ValueError, match=r"^rich: not installed: "):
         checks.others()
+    installed["rich"] = "15.0.0"
+    assert checks.others() == "2 packages as required"
 
 
 def test_a_folder_that_runs_cannot_use_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +173,13 @@ def test_flags_are_those_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "half of the cores act" in told
     assert "--env.task" not in checks.fits("breakout")
     assert checks.fits("walker-walk").startswith("impala_control.py takes its preset; 16 cores, no GPU: ")
+
+
+def test_a_cluster_is_the_nodes_that_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = [(True, {"CPU": 4.0, "GPU": 1.0}), (True, {"CPU": 2.0}), (False, {"CPU": 8.0}), (True, {})]
+    nodes = [{"Alive": alive, "Resources": own} for alive, own in resources]
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: nodes))
+    assert cluster_size() == (3, 6.0, 1.0)
 
 
 @pytest.mark.slow
