@@ -257,6 +257,14 @@ class Connection:
         self._due = time.monotonic() + _HEAD_EVERY
 
 
+def cluster_size() -> tuple[int, float, float]:
+    """Nodes, CPUs and GPUs of the cluster that this process is connected to, as Ray counts them."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return len(nodes), sum(node.get("CPU", 0.0) for node in nodes), sum(node.get("GPU", 0.0) for node in nodes)
+
+
 def check_room(number: int, cpus: int) -> None:
     """Look whether the cluster has CPUs for ``number`` actors of ``cpus`` each, which would wait for them for ever.
 
