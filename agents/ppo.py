@@ -152,8 +152,7 @@ def control_config() -> PPOConfig:
 def pendulum_config() -> PPOConfig:
     """Pendulum: continuous actions."""
     config = PPOConfig(env=EnvConfig(task="Pendulum-v1", num_envs=8), collector=CollectorConfig(0, unroll=128))
-    # rewards down to -16: CleanRL's PPO normalises them in continuous control, RL Baselines3 Zoo does not in this task
-    config.loss = LossConfig(gamma=0.9, entropy_coef=0.0, value_coef=0.05, normalize_reward=True)
+    config.loss = LossConfig(gamma=0.9, entropy_coef=0.0, value_coef=0.05)
     config.optim.lr = 1e-3
     config.train = TrainConfig(
         total_frames=400_000, minibatches=8, epochs=10, eval_every=50_000, checkpoint_every=100_000, precision="32-true"

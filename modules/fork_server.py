@@ -14,7 +14,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver, popen_forkserver, process, reduction, resource_tracker, spawn, util
 from multiprocessing.connection import wait
 from multiprocessing.context import set_spawning_popen
@@ -34,7 +34,7 @@ class _ForkServer(forkserver.ForkServer):
         resource_tracker.ensure_running()
         path = os.pathsep.join(place or os.getcwd() for place in sys.path)
         # the libraries that it imports may ask for GPUs, and a process that has met one cannot be forked
-        with _environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""), _signals_blocked():
+        with environment(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=""), signals_blocked():
             super().ensure_running()
 
     def kill(self) -> None:
@@ -123,21 +123,26 @@ def _close(*fds: int) -> None:
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str | None) -> Iterator[None]:
+    """What is started in it has these environment variables, or has them not where a value is None."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """What is started in it has SIGINT and SIGTERM blocked: the learner alone handles those."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

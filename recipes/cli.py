@@ -117,7 +117,8 @@ def run_in(folder: Path, config: Config, resume: Path | None) -> int:
         config: checked.
         resume: a checkpoint to go on from.
     """
-    if config.collector.num_workers:  # it imports for the actors while this process does for the learner
+    if config.collector.num_workers and config.collector.backend == "processes":
+        # it imports for the actors while this process does for the learner
         start_fork_server(environment_module(config.task))
     from offtrace.agents.runs.run import RunFailed, RunRefused, lines, run  # torch and Lightning for what runs only
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from offtrace.agents.config.base import Checks, ConfigError, Group
+from offtrace.modules.collectors.ray_cluster import check_ray
 
 
 @dataclass
@@ -16,6 +17,13 @@ class CollectorConfig(Group):
     num_workers: int = 1
     """Actor processes, which act while the learner learns; 0 collects in the learner's process, in turn with it.
     Where IMPALA reads images, what is not given of actors, environments, unrolls and acting fits the machine."""
+    backend: Literal["processes", "ray"] = "processes"
+    """Where they run: processes of this machine, or actors of a Ray cluster, which needs offtrace[ray]."""
+    address: str = ""
+    """Of the Ray cluster: host:port of its head, or auto for the one that this machine is a node of; empty: one of this
+    machine, for this run alone."""
+    placement: Literal["spread", "near"] = "spread"
+    """Of Ray actors: spread over the nodes, or near: on the learner's own as far as there is room."""
     unroll: int = 64
     """Agent steps of an environment in one rollout."""
     threads: int = 1
@@ -59,4 +67,24 @@ class CollectorConfig(Group):
             raise ConfigError(
                 f"{at}.acting is server, which acts for actor processes, and {at}.num_workers is 0: it must be above 0"
             )
+        if self.backend == "ray":
+            self._check_ray(at)
+        else:
+            checks.require("address", lambda value: not value, "empty where backend is processes")
+            checks.require("placement", lambda value: value == "spread", "spread where backend is processes")
         checks.require("device", lambda value: re.fullmatch(r"cpu|cuda(:\d+)?", value), "cpu, cuda or cuda:<number>")
+
+    def _check_ray(self, at: str) -> None:
+        if not self.num_workers:
+            raise ConfigError(f"{at}.backend is ray, and {at}.num_workers is 0: it must be above 0")
+        if self.acting == "server":
+            raise ConfigError(
+                f"{at}.acting is server, and {at}.backend is ray, whose actors have a copy of the policy each: it must "
+                "be copies"
+            )
+        if self.device != "cpu":
+            raise ConfigError(f"{at}.device is {self.device}, and {at}.backend is ray, whose actors act on the CPU")
+        try:
+            check_ray(self.address)
+        except ValueError as error:
+            raise ConfigError(f"{at}.{error}") from error

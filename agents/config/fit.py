@@ -79,7 +79,8 @@ def choose(config: Config, given: Collection[str], machine: Machine) -> Fit:
     """
     env, collector = config.env, config.collector
     cores = max(1, machine.cores // config.train.devices)
-    if machine.cores == 1 and collector.num_workers == 1 and "collector.acting" not in given:
+    ray = collector.backend == "ray"
+    if machine.cores == 1 and collector.num_workers == 1 and "collector.acting" not in given and not ray:
         return Fit({"collector.num_workers": 0}, "one core, on which acting and learning take turns")
     if not collector.num_workers:
         threads = min(cores, env.num_envs) if cores >= FEW and env.is_atari else 1
@@ -88,7 +89,14 @@ def choose(config: Config, given: Collection[str], machine: Machine) -> Fit:
         return Fit({}, "as the preset says, because more actors would change what is learnt from")
     if not env.shows_images and config.network.encoder not in IMAGES:
         return Fit({}, "as the preset says, because one actor is enough for vectors")
-    if cores < FEW and machine.gpus and config.train.accelerator != "cpu" and config.network.encoder == "resnet":
+    if collector.address:
+        if "collector.num_workers" not in given:
+            return Fit(
+                {}, "as the preset says, because only --collector.num_workers says what of the cluster is for it"
+            )
+        return _spread(config, given, machine, cores)
+    resnet_on_gpu = machine.gpus and config.train.accelerator != "cpu" and config.network.encoder == "resnet"
+    if cores < FEW and resnet_on_gpu and not ray:
         return Fit(
             {"collector.device": "cuda"}, f"a learner has fewer than {FEW} cores, and the GPU acts with the ResNet"
         )
@@ -102,6 +110,8 @@ def _spread(config: Any, given: Collection[str], machine: Machine, cores: int) -
     collector, train = config.collector, config.train
     gpu = bool(machine.gpus) and train.accelerator != "cpu"
     acting, device = collector.acting, collector.device
+    if collector.backend == "ray":  # whose actors have copies of the policy, on CPU cores
+        given = {*given, "collector.acting", "collector.device"}
     if "collector.acting" not in given:
         acting = "server" if gpu and (device != "cpu" or "collector.device" not in given) else "copies"
     if "collector.device" not in given:
@@ -128,6 +138,8 @@ def _spread(config: Any, given: Collection[str], machine: Machine, cores: int) -
         which = which if room // threads <= limit else "as many cores as leave the data young"
     why = which + (" act" if device == "cpu" else " step environments, and the GPU acts")
     why += "" if gpu else ", the others learn"
+    if collector.address:
+        why = "as many actors of the Ray cluster as are given, and batches that keep their data young"
     envs, unrolls = _batch(config, given, workers, ahead, most if workers * threads > 2 else config.env.num_envs)
     return Fit(
         {

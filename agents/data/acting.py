@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from offtrace.modules.collectors import ServerOptions, actor_seed, make_collector
+from offtrace.modules.collectors import RayOptions, ServerOptions, actor_seed, make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.keys import (
     DONE,
@@ -349,7 +349,14 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
         frame_stack=frame_stack,
         rollouts_per_batch=config.rollouts_per_batch,
         server=_server(config, rank, frames),
+        backend=config.collector.backend,
+        ray=_ray(config),
     )
+
+
+def _ray(config: Config) -> RayOptions | None:
+    collector = config.collector
+    return RayOptions(collector.address, collector.placement == "near") if collector.backend == "ray" else None
 
 
 def _device(config: Config, rank: int) -> str:

@@ -160,6 +160,21 @@ class ActorSpec(NamedTuple):
         return collector
 
 
+def pickled(spec: ActorSpec) -> bytes:
+    """``spec`` for another process.
+
+    Raises:
+        ValueError: it does not pickle.
+    """
+    try:
+        return cloudpickle.dumps(spec)
+    except Exception as error:
+        raise ValueError(
+            f"the environment's maker or the policy does not pickle, which actor processes need: {error}; leave out "
+            "what cannot be copied (open files, locks, windows), or collect in this process with num_workers=0"
+        ) from error
+
+
 class Up(NamedTuple):
     """An actor is there."""
 
@@ -202,7 +217,7 @@ def run_actor(
     collector = None
     try:
         made = _begin(spec)
-        _seed_everything(made.seed_of(worker, restart))
+        seed_everything(made.seed_of(worker, restart))
         remote = None if server is None else RemotePolicy(server, list(cast("Any", made.policy).in_keys))
         collector = made.make(shared, worker, restart, remote)
         rollouts, outbox = iter(collector), _Outbox(pipe, made.frame_stack)
@@ -232,7 +247,7 @@ def run_server(restart: int, pipe: Connection, shared: SharedWeights, spec: Shar
         made = _begin(spec)
         assert made.server is not None
         seed = made.server.seed
-        _seed_everything(actor_seed(seed, 0, 0, 0, restart) if restart else seed)
+        seed_everything(actor_seed(seed, 0, 0, 0, restart) if restart else seed)
         server = Server(made.policy.to(made.device), shared, pipe, made.server)
         _send(pipe, Up())
         server.serve()
@@ -270,10 +285,14 @@ def _send(pipe: Connection, message: Any) -> None:
 
 def _report(pipe: Connection, error: BaseException) -> None:
     """Tell the learner of the error with which this process ends."""
-    reason = " ".join("".join(traceback.format_exception_only(error)).split())
-    message = Failed(reason, "".join(traceback.format_exception(error))[-_MESSAGE_LIMIT:])
     with contextlib.suppress(Leave):
-        _send(pipe, message)
+        _send(pipe, told(error))
+
+
+def told(error: BaseException) -> Failed:
+    """The error with which an actor ends, as the learner is told of it."""
+    reason = " ".join("".join(traceback.format_exception_only(error)).split())
+    return Failed(reason, "".join(traceback.format_exception(error))[-_MESSAGE_LIMIT:])
 
 
 class _Outbox:
@@ -292,7 +311,8 @@ class _Outbox:
             block.close()
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
+    """Of this process: torch, numpy, random."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -308,8 +328,18 @@ def _initialise_process() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="learner-watch").start()
+    leave_signals_to_the_learner()
+
+
+def leave_signals_to_the_learner() -> None:
+    """Be deaf to what ends a whole group of processes, of which the learner decides; called in the main thread."""
     # a handler that does nothing, and no blocked or ignored signal: those would be inherited by programs that an
     # environment starts
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    let_signals_through()
+
+
+def let_signals_through() -> None:
+    """Those that this thread has blocked, and so would have the programs that it starts."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchrl.envs import EnvBase
@@ -16,6 +16,8 @@ from offtrace.modules.collectors.actors import ActorSpec, actor_seed
 from offtrace.modules.collectors.local import LocalBackend
 from offtrace.modules.collectors.processes import ProcessBackend
 from offtrace.modules.collectors.protocol import Backend, Collector
+from offtrace.modules.collectors.ray_backend import RayBackend, RayOptions
+from offtrace.modules.collectors.ray_cluster import check_ray
 from offtrace.modules.collectors.restarts import MAX_RESTARTS, Restarts
 from offtrace.modules.collectors.rollouts import RolloutCollector
 from offtrace.modules.collectors.server import ServerOptions
@@ -54,8 +56,10 @@ def make_collector(
     frame_stack: int = 1,
     rollouts_per_batch: int = 1,
     server: ServerOptions | None = None,
+    backend: Literal["processes", "ray"] = "processes",
+    ray: RayOptions | None = None,
 ) -> Collector:
-    """Collector of rollouts ``[N, T]``, in process or in N processes.
+    """Collector of rollouts ``[N, T]``: in process, in processes of this machine, or on a Ray cluster.
 
     Args:
         env_fn: called as ``env_fn(seed=...)`` where it acts; gives an environment of batch size ``[N]``. Must pickle.
@@ -79,10 +83,16 @@ def make_collector(
             most the number of actors.
         server: None: every actor has a copy of the policy. Else one process acts for all actors, on ``device``, and
             makes one batch of the requests that have arrived.
+        backend: where the actors run: ``processes`` of this machine, or ``ray``, actors of a Ray cluster, which needs
+            ``offtrace[ray]``. Their rollouts each have one version, that of the newest weights when they began; they
+            act on the CPU, have the environment variables of their node, and every node must have this package and
+            what ``env_fn`` imports.
+        ray: which cluster, and where in it; None: one of this machine, for this process alone.
 
     Raises:
         ValueError: a size is not positive or larger than the actors allow, frames_per_batch does not divide by N, the
-            device is not there, or what actor processes need does not pickle.
+            device is not there, what actor processes need does not pickle, Ray is not installed, its cluster cannot be
+            reached or has too few CPUs, or an option does not fit the backend.
         EnvironmentFailure: an actor process did not come up; its own message is in the text.
     """
     for name, value, least in (
@@ -102,6 +112,12 @@ def make_collector(
         )
     if server is not None and not num_workers:
         raise ValueError("num_workers is 0; an inference server acts for actor processes: it must be at least 1")
+    if backend not in ("processes", "ray"):
+        raise ValueError(f"backend is {backend!r}; it must be processes or ray")
+    if backend == "ray":
+        _check_ray(num_workers, device, server, ray)
+    elif ray is not None:
+        raise ValueError(f"ray is {ray}, and backend is {backend}: it must be ray, or leave these options out")
     if step_timeout <= 0:
         raise ValueError(f"step_timeout is {step_timeout}; it must be above 0 seconds")
     where = torch.device(device)
@@ -113,16 +129,27 @@ def make_collector(
     spec = ActorSpec(
         env_fn, actor, seed_of, frames_per_batch, frame_stack, device, threads_per_worker, server, dict(os.environ)
     )
-    backend: Backend
+    runs: Backend
     if num_workers == 0:
-        backend = LocalBackend(spec, shared)
+        runs = LocalBackend(spec, shared)
     else:
-        backend = ProcessBackend(
-            spec, shared, num_workers=num_workers, step_timeout=step_timeout, restarts=Restarts(max_restarts)
-        )
+        made = partial(RayBackend, options=ray or RayOptions()) if backend == "ray" else ProcessBackend
+        runs = made(spec, shared, num_workers=num_workers, step_timeout=step_timeout, restarts=Restarts(max_restarts))
     return RolloutCollector(
-        backend, frames_per_batch=frames_per_batch, frame_stack=frame_stack, rollouts_per_batch=rollouts_per_batch
+        runs, frames_per_batch=frames_per_batch, frame_stack=frame_stack, rollouts_per_batch=rollouts_per_batch
     )
+
+
+def _check_ray(
+    num_workers: int, device: str | torch.device, server: ServerOptions | None, options: RayOptions | None
+) -> None:
+    check_ray((options or RayOptions()).address)
+    if server is not None:
+        raise ValueError("backend is ray, whose actors have a copy of the policy each; server must be None")
+    if not num_workers:
+        raise ValueError("num_workers is 0, and backend is ray; it must be at least 1")
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"device is {device}; Ray actors act on the CPU: it must be cpu")
 
 
 def _seed_of(seed: int, rank: int, start: int, worker: int, restart: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
 import time
@@ -12,57 +11,40 @@ from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
-import cloudpickle
 import torch
 from torch import Tensor
 
-from offtrace.modules.collectors.actors import ActorSpec, Failed, Rollout, Up, run_actor, run_server
+from offtrace.modules.collectors.actors import ActorSpec, Failed, Rollout, Up, pickled, run_actor, run_server
 from offtrace.modules.collectors.memory import Key, SharedBlock
 from offtrace.modules.collectors.protocol import Copy
 from offtrace.modules.collectors.restarts import Restarts
+from offtrace.modules.collectors.seats import Seat
 from offtrace.modules.collectors.server import adopt
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 from offtrace.modules.fork_server import ForkedProcess, start_fork_server
 
 _POLL = 0.1  # seconds between two looks at the actors' health while a rollout is awaited
-_START_ALLOWANCE = 120.0  # seconds for importing the libraries, on top of the time one step may take
 _LAST_WORDS = 0.5  # seconds for what a server says when its actors have left
 _SHUTDOWN_TIMEOUT = 4.0
 _UNKNOWN = 255  # the exit code of a process whose fork server is gone
 _KILL_TIMEOUT = 10.0  # a killed process is gone at once, unless the machine is loaded or hangs
 
 
-class Child:
+class Child(Seat):
     """A place for one process after another, each in place of the last, and what they say.
 
     Args:
-        what: its name in messages.
-        shared: the weights, with the signs of life.
-        place: its place in those.
+        what, shared, place: as of :class:`~offtrace.modules.collectors.seats.Seat`.
 
     Attributes:
         process, pipe: of the process that is there, if any.
-        running: whether there is one, as far as is known.
-        up: whether it has told that it is ready.
-        due: when the next one is to be started, as of ``time.monotonic``; never, while there is one.
-        idle: seconds for which it has been waited for since its last sign of life.
-        owes: whether it has something to do, and hangs where it shows no sign of life.
         has_rollout: whether one waits in its memory.
     """
 
-    owes = True
     has_rollout = False
     process: ForkedProcess
     pipe: Connection
-
-    def __init__(self, what: str, shared: SharedWeights, place: int) -> None:
-        self.what = what
-        self.running = self.up = False
-        self.due = 0.0
-        self.idle, self._beat = 0.0, 0.0
-        self._shared, self._place = shared, place
-        self._starts = 0
 
     def begin(self, target: Callable[..., None], *arguments: Any) -> None:
         """Start a process: ``target`` with how many were there before, its end of a pipe, and ``arguments``.
@@ -70,12 +52,9 @@ class Child:
         Raises:
             EnvironmentFailure: it was not started.
         """
-        self.up, self.due, self.idle = False, math.inf, 0.0
-        self._shared.steps[self._place] = 0
         self.pipe, theirs = Pipe()
-        self.process = ForkedProcess(partial(target, self._starts), self.what, (theirs, self._shared, *arguments))
-        self._starts += 1
-        self.running = True
+        number = self.occupy()
+        self.process = ForkedProcess(partial(target, number), self.what, (theirs, self._shared, *arguments))
         try:
             self.process.start()
         except OSError as error:
@@ -108,7 +87,7 @@ class Child:
                 f"{self.what} failed at step {self.step}: {message.reason}\n\nIn its process:\n{message.traceback}"
             )
         if isinstance(message, Up):
-            self.up, self.idle = True, 0.0
+            self.came_up()
 
     def note(self, message: Any) -> None:
         """What a subclass keeps of a message."""
@@ -122,40 +101,6 @@ class Child:
         # without the fork server nobody knows; the process may be well, and its pipe ends when it does
         if self.process.exitcode not in (None, _UNKNOWN) and not self.pipe.poll():
             raise self._dead()
-
-    def check_moving(self, seconds: float, limit: float) -> None:
-        """Called after each ``seconds`` of waiting for it: look whether it has shown a sign of life within ``limit``.
-
-        Raises:
-            EnvironmentFailure: it hangs.
-        """
-        allowed = limit if self.up else limit + _START_ALLOWANCE
-        if self.wait_for_beat(seconds) > allowed:
-            raise EnvironmentFailure(
-                self.hanging(limit) if self.up else f"{self.what} did not come up within {allowed:.0f} s"
-            )
-
-    def hanging(self, limit: float) -> str:
-        """What to say of it when it hangs."""
-        return (
-            f"{self.what} has made no step for {self.idle:.1f} s (step {self.step} hangs; the limit step_timeout is "
-            f"{limit:g} s)"
-        )
-
-    def wait_for_beat(self, seconds: float) -> float:
-        """Called after each ``seconds`` of waiting for it: how long it has been waited for since its last sign of life.
-
-        A time in which this process itself stood still, suspended with the others, does not count.
-        """
-        beat = float(self._shared.beats[self._place])
-        self.idle = seconds + (self.idle if beat == self._beat else 0.0)
-        self._beat = beat
-        return self.idle
-
-    @property
-    def step(self) -> int:
-        """The number of its last step."""
-        return int(self._shared.steps[self._place])
 
     def kill(self) -> None:
         """End it without asking; whether or not its parent is there to tell of it."""
@@ -185,6 +130,10 @@ class Child:
 class ServerProcess(Child):
     """The one that acts for all actors."""
 
+    def __init__(self, what: str, shared: SharedWeights, place: int) -> None:
+        super().__init__(what, shared, place)
+        self.owes = True  # answers, always
+
     def start(self, spec: SharedBlock, server: Child | None) -> None:
         """As :meth:`Child.start`; it is the server."""
         self.begin(run_server, spec)
@@ -207,7 +156,6 @@ class ActorProcess(Child):
 
     def __init__(self, worker: int, shared: SharedWeights) -> None:
         super().__init__(f"actor process {worker}", shared, worker)
-        self.owes = False  # a rollout
         self._entries: Mapping[Key, Tensor] = {}
         self._shape = torch.Size()
 
@@ -286,7 +234,7 @@ class ProcessBackend:
         self._server = None if spec.server is None else ServerProcess("the inference server", shared, num_workers)
         # the server first: actors end when it does, and it is the cause then
         self._children: list[Child] = [*([] if self._server is None else [self._server]), *self._actors]
-        self._spec: SharedBlock | None = _pickled(spec)
+        self._spec: SharedBlock | None = _in_shared_memory(pickled(spec))
         try:
             start_fork_server()
             self._wait_until(lambda: all(actor.up for actor in self._actors))
@@ -388,15 +336,11 @@ class ProcessBackend:
                 self._watched(child, partial(child.start, self._spec, self._server), starts=True)
 
     def _check(self, child: Child, seconds: float) -> None:
-        """Look whether a child is well; an actor that has delivered may stand still.
-
-        All that owe something are looked at, not only the one whose turn it is: what hangs together is found together.
-        """
+        """Look whether a child is well."""
         child.check_alive()
-        if child.owes or not child.up:
-            # the server that an actor may wait for is to be found first
-            served = self._server is not None and child is not self._server
-            child.check_moving(seconds, self._step_timeout + (2 * _POLL if served else 0.0))
+        # the server that an actor may wait for is to be found first
+        served = self._server is not None and child is not self._server
+        child.check_moving(seconds, self._step_timeout + (2 * _POLL if served else 0.0))
 
     def _watched(self, child: Child, action: Callable[[], None], *, starts: bool = False) -> None:
         """``action`` on what is there of ``child``, which is replaced where that tells of a fault.
@@ -447,19 +391,8 @@ class ProcessBackend:
         self._spec = None
 
 
-def _pickled(spec: ActorSpec) -> SharedBlock:
-    """In shared memory, because what is larger than a pipe would keep the start of a process waiting for its imports.
-
-    Raises:
-        ValueError: it does not pickle.
-    """
-    try:
-        data = cloudpickle.dumps(spec)
-    except Exception as error:
-        raise ValueError(
-            f"the environment's maker or the policy does not pickle, which actor processes need: {error}; leave out "
-            "what cannot be copied (open files, locks, windows), or collect in this process with num_workers=0"
-        ) from error
+def _in_shared_memory(data: bytes) -> SharedBlock:
+    """Where what is larger than a pipe does not keep the start of a process waiting for its imports."""
     block = SharedBlock(len(data))
     block.whole.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     return block

@@ -74,6 +74,17 @@ class SharedWeights:
         self.state[0] = value
 
     @property
+    def packed(self) -> Tensor:
+        """All weights where they lie, uint8 ``[bytes]``."""
+        return self._block.whole[: self._layout["state"].offset]
+
+    def replace(self, packed: Tensor, version: int) -> None:
+        """Copy in what is :attr:`packed` elsewhere, of the same policy, and its version."""
+        with self._locked():
+            self.packed.copy_(packed)
+            self.state[0] = version
+
+    @property
     def num_envs(self) -> int:
         """Environments of one actor, known once it is up."""
         return int(self.state[2])

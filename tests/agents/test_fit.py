@@ -134,6 +134,15 @@ def test_a_resnet_has_younger_data_and_the_gpu() -> None:
         (Machine(16), {"collector__num_workers": 0}, (0, 16, 0, 16, "copies", "cpu")),
         (Machine(1), {"collector__acting": "server"}, (1, 16, 0, 1, "server", "cpu")),
         (Machine(1), {"collector__num_workers": 1}, (1, 16, 0, 1, "copies", "cpu")),
+        # Ray's actors have copies of the policy on CPU cores; how many a cluster has for a run nobody here knows
+        (Machine(16, 1), {"collector__backend": "ray"}, (14, 8, 32, 1, "copies", "cpu")),
+        (Machine(1), {"collector__backend": "ray"}, (1, 16, 0, 1, "copies", "cpu")),
+        (Machine(2, 1), {"collector__backend": "ray", "network__encoder": "resnet"}, (1, 16, 0, 1, "copies", "cpu")),
+        (Machine(16, 1), {"collector__backend": "ray", "collector__address": "auto"}, (1, 16, 0, 1, "copies", "cpu")),
+        (
+            Machine(2), {"collector__backend": "ray", "collector__address": "auto", "collector__num_workers": 32},
+            (32, 2, 32, 1, "copies", "cpu"),
+        ),
     ],
 )  # fmt: skip
 def test_what_is_given_stays_and_the_rest_adapts(

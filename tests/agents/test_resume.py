@@ -40,7 +40,7 @@ def trpo_config(rollouts: int) -> trpo.TRPOConfig:
 
 def ppo_config(rollouts: int) -> ppo.PPOConfig:
     config = ppo.pendulum_config()
-    assert config.loss.normalize_reward
+    config.loss.normalize_reward = True
     config.env.num_envs, config.collector.unroll = ENVS, UNROLL
     config.train.minibatches, config.train.epochs = MINIBATCHES, EPOCHS
     config.train.total_frames = rollouts * ROLLOUT

@@ -8,6 +8,8 @@ the batch must agree at every single step.
 from __future__ import annotations
 
 import collections
+import contextlib
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -32,17 +34,21 @@ from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from offtrace.modules import fork_server
-from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector, processes, restarts
+from offtrace.modules.collectors import RolloutCollector, lag_bound, make_collector, processes, ray_connection, restarts
 from offtrace.modules.collectors.actors import actor_seed
 from offtrace.modules.collectors.buffer_pool import BufferPool
+from offtrace.modules.collectors.ray_backend import RayBackend
 from offtrace.modules.collectors.server import ServerOptions
 from offtrace.modules.envs import EnvironmentFailure, make_env
 from offtrace.modules.keys import RECURRENT_C, RECURRENT_H
 from offtrace.modules.networks import build_policy
 
 ENVS, STEPS = 4, 5
-WAYS: dict[str, dict[str, Any]] = {"copies": {}, "server": {"server": ServerOptions()}}
-"""How actor processes act: each with a copy of the policy, or all through one server. Both keep one contract."""
+WAYS: dict[str, dict[str, Any]] = {"copies": {}, "server": {"server": ServerOptions()}, "ray": {"backend": "ray"}}
+"""How actors act: each with a copy of the policy, or all through one server, or on Ray. All keep one contract."""
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
+EVERY_WAY = [pytest.param(way, marks=needs_ray if way == "ray" else ()) for way in WAYS]
+WORKERS = 2
 
 
 ENDS: dict[str, BaseException] = {
@@ -121,9 +127,28 @@ class WeightPolicy(TensorDictModuleBase):
 
 def make(workers: int, *, policy: nn.Module | None = None, env: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     env_fn = partial(StampEnv, **(env or {}))
+    if kwargs.get("backend") == "ray":
+        cluster_of_the_tests()
     return make_collector(
         env_fn, policy or WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=workers, **kwargs
     )
+
+
+_cluster = contextlib.ExitStack()
+
+
+def cluster_of_the_tests() -> None:
+    """Connects this process to one Ray cluster for all tests of this file that need one."""
+    import ray
+
+    if not ray.is_initialized():
+        _cluster.enter_context(ray_connection(cpus=3))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_of_the_cluster() -> Iterator[None]:
+    with _cluster:
+        yield
 
 
 def push(collector: RolloutCollector, policy: WeightPolicy) -> None:
@@ -168,9 +193,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """What this process maps of shared memory, and names there that tell of it; learner and actors make none."""
+    """What this process maps of shared memory, and names there that tell of it; learner and actors make none.
+
+    But for the object store of a Ray cluster, which is there as long as the cluster.
+    """
     folder = Path("/dev/shm")
-    mapped = {f"{m.addr} {m.path}" for m in psutil.Process().memory_maps(grouped=False) if str(folder) in m.path}
+    paths = (m for m in psutil.Process().memory_maps(grouped=False) if "plasma" not in m.path)
+    mapped = {f"{m.addr} {m.path}" for m in paths if str(folder) in m.path}
     names = (p.name for p in folder.iterdir()) if folder.exists() else ()
     return mapped | {name for name in names if str(os.getpid()) in name}
 
@@ -312,7 +341,15 @@ def test_lag_bound_in_the_cases_one_can_count_by_hand() -> None:
 
 # Two actor processes and a slow learner
 
-WORKERS, UPDATES, ROLLOUTS = 2, 2, 8
+UPDATES, ROLLOUTS = 2, 8
+
+
+def steps_made(collector: RolloutCollector) -> list[int]:
+    """By each actor until now."""
+    backend: Any = collector.backend
+    if isinstance(backend, RayBackend):
+        return [seat._ask("beat").result(60)[0] for seat in backend._seats]
+    return backend._shared.steps[:WORKERS].tolist()
 
 
 class SlowRun:
@@ -326,7 +363,7 @@ class SlowRun:
         before, memory = children(), shared_memory()
         policy = WeightPolicy()
         with make(WORKERS, policy=policy, seed=3, env={"delay": 0.005}, **WAYS[way]) as collector:
-            self.spawned = children() - before
+            self.spawned = set(collector.backend.pids) if way == "ray" else children() - before
             for number in range(ROLLOUTS):
                 rollout = next(collector)
                 self.rollouts.append(rollout)
@@ -335,15 +372,15 @@ class SlowRun:
                         self._stand_still(collector)
                     self.lags.append(collector.version - int(rollout["policy_version"].min()))
                     push(collector, policy)
-        self.left = (children() - before, shared_memory() - memory)
+        wait_until(lambda: all(ended(pid) for pid in self.spawned))
+        self.left = ({pid for pid in self.spawned | (children() - before) if not ended(pid)}, shared_memory() - memory)
 
     def _stand_still(self, collector: RolloutCollector) -> None:
-        shared = collector.backend._shared  # type: ignore[attr-defined]
         seeds = [int(rollout["observation"][0, 0, 2]) for rollout in self.rollouts]
         allowed = torch.tensor([seeds.count(actor_seed(3, 0, worker)) + 1 for worker in range(WORKERS)]) * STEPS
-        assert wait_until(lambda: bool((shared.steps[:WORKERS] == allowed).all()))
+        assert wait_until(lambda: steps_made(collector) == allowed.tolist())
         time.sleep(0.5)
-        assert (shared.steps[:WORKERS] == allowed).all()
+        assert steps_made(collector) == allowed.tolist()
 
     def steps(self) -> dict[tuple[int, int], list[int]]:
         """Steps in the order of arrival by (seed, environment)."""
@@ -357,7 +394,7 @@ class SlowRun:
         return all(steps == list(range(len(steps))) for steps in self.steps().values())
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=EVERY_WAY)
 def slow_run(request: pytest.FixtureRequest) -> SlowRun:
     return SlowRun(request.param)
 
@@ -488,13 +525,22 @@ def _no_environment(seed: int) -> EnvBase:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_an_environment_that_cannot_be_made_is_quoted(way: str) -> None:
-    with pytest.raises(EnvironmentFailure, match="actor process 0 failed at step 0: ValueError: there is no game"):
+    if way == "ray":
+        cluster_of_the_tests()
+    with pytest.raises(EnvironmentFailure, match=r"actor.* 0 .*failed at step 0: ValueError: there is no game"):
         make_collector(_no_environment, WeightPolicy(), frames_per_batch=ENVS * STEPS, **WAYS[way])
 
 
-@pytest.mark.parametrize("way", ["copies", pytest.param("server", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "copies",
+        pytest.param("server", marks=pytest.mark.slow),
+        pytest.param("ray", marks=[needs_ray, pytest.mark.slow]),
+    ],
+)
 def test_a_raising_environment_is_quoted(way: str, capfd: pytest.CaptureFixture[str]) -> None:
     collector = make(1, env={"fail": "raise"}, max_restarts=0, **WAYS[way])
     next(collector)
@@ -504,7 +550,7 @@ def test_a_raising_environment_is_quoted(way: str, capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["copies", "server"])  # of Ray: test_an_actor_that_fails_is_replaced
 def test_a_hanging_environment_is_found(way: str) -> None:
     collector = make(1, env={"fail": "hang"}, step_timeout=5.0, max_restarts=0, **WAYS[way])
     next(collector)
@@ -516,7 +562,7 @@ def test_a_hanging_environment_is_found(way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["copies", "server"])  # of Ray: test_an_actor_that_fails_is_replaced
 def test_a_killed_worker_is_found(way: str) -> None:
     collector = make(1, env={"delay": 0.2}, max_restarts=0, **WAYS[way])
     next(collector)
@@ -686,6 +732,8 @@ class Watched:
             "server", "kill", r"actor process 0 ended by itself at step 12 \(signal 9\)", marks=pytest.mark.slow
         ),
         pytest.param("server", "raise", "step 12: ValueError: the gripper fell off", marks=pytest.mark.slow),
+        pytest.param("ray", "kill", r"Ray actor 0 on 127.0.0.1 ended by itself", marks=[needs_ray, pytest.mark.slow]),
+        pytest.param("ray", "hang", r"step 12 hangs", marks=[needs_ray, pytest.mark.slow]),
     ],
 )
 def test_an_actor_that_fails_is_replaced(way: str, fault: str, told: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -707,7 +755,7 @@ def test_an_actor_that_fails_is_replaced(way: str, fault: str, told: str, capfd:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 @pytest.mark.filterwarnings("ignore:.*a new one takes its place")
 def test_no_step_is_lost_or_learnt_twice_when_actors_are_killed_at_any_moment(way: str) -> None:
     """Batches of two of three actors; what was under way is gone, all that is before comes once."""
@@ -715,12 +763,13 @@ def test_no_step_is_lost_or_learnt_twice_when_actors_are_killed_at_any_moment(wa
     with make(3, policy=policy, env={"delay": 0.002}, rollouts_per_batch=2, **WAYS[way]) as collector:
         watched = Watched(collector, policy)
         watched.learn(3)
-        for _ in range(6):
+        kills = 3 if way == "ray" else 6  # a Ray actor takes seconds to start
+        for _ in range(kills):
             time.sleep(float(torch.rand((), generator=random)) * 0.03)
             victims = collector.backend.pids
             os.kill(victims[int(torch.randint(len(victims), (), generator=random))], signal.SIGKILL)
             watched.learn(6)
-        assert collector.restarts == 6
+        assert collector.restarts == kills
     watched.check(3)
 
 
@@ -761,10 +810,12 @@ def test_the_last_restart_is_the_last() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*a new one takes its place")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_what_fails_in_every_start_ends_it(way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(restarts, "_BACK_OFF", 0.01)
     broken = tmp_path / "broken"
+    if way == "ray":
+        cluster_of_the_tests()
     with make_collector(
         partial(_breaks, path=broken), WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=2, **WAYS[way]
     ) as collector:
@@ -772,7 +823,7 @@ def test_what_fails_in_every_start_ends_it(way: str, monkeypatch: pytest.MonkeyP
         broken.touch()
         os.kill(collector.backend.pids[1], signal.SIGKILL)  # type: ignore[attr-defined]
         with pytest.raises(
-            EnvironmentFailure, match=r"process 1 .*there is no licence; .* 5 new ones in a row delivered"
+            EnvironmentFailure, match=r"actor.* 1 .*there is no licence; .* 5 new ones in a row delivered"
         ):
             collections.deque(collector, maxlen=0)
         assert collector.restarts == 5

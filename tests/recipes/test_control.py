@@ -76,6 +76,19 @@ def weights() -> dict[str, Any]:
         (sac, ["--preset=v1", "--env.task=CartPole-v1"], "no form for the discrete actions of CartPole-v1: it must"),
         (sac, ["--collector.max_restarts=3"], "collector.max_restarts is 3, and collector.num_workers is 0: an env"),
         (sac, ["--collector.max_restarts=-1"], "collector.max_restarts is -1; it must be at least 0"),
+        (sac, ["--collector.backend=ray"], "collector.backend is ray, and collector.num_workers is 0: it must be ab"),
+        (sac, ["--collector.address=head:6379"], "collector.address is head:6379; it must be empty where backend is p"),
+        (sac, ["--collector.placement=near"], "collector.placement is near; it must be spread where backend is proc"),
+        (
+            sac,
+            ["--collector.backend=ray", "--collector.num_workers=1", "--collector.acting=server"],
+            "collector.acting is server, and collector.backend is ray, whose actors have a copy of the policy each",
+        ),
+        (
+            sac,
+            ["--collector.backend=ray", "--collector.num_workers=1", "--collector.device=cuda"],
+            "collector.device is cuda, and collector.backend is ray, whose actors act on the CPU",
+        ),
         (sac, ["--env.task=CartPole-v1", "--loss.target_entropy=0.7"], "must be below log(2) = 0.693"),
         (sac, ["--preset=discrete", "--env.task=Pendulum-v1"], "those of Pendulum-v1 are continuous: it must be auto"),
         (sac, ["--collector.unroll=100"], "learners 100 frames; it must not be more than train.total_frames, 64"),
@@ -409,12 +422,12 @@ def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").touch()
-    assert cli._run(SACConfig(), folder, None) == 128 + 15
+    assert cli.run_in(folder, SACConfig(), None) == 128 + 15
     assert not folder.exists()
     assert "stopped by SIGTERM before the first update; nothing is kept" in capsys.readouterr().out
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/last.ckpt").touch()
-    assert cli._run(SACConfig(), folder, None) == 128 + 15
+    assert cli.run_in(folder, SACConfig(), None) == 128 + 15
     out = capsys.readouterr().out
     assert out.startswith("stopped by SIGTERM; no evaluation yet after 0 frames")
     assert out.endswith(f"; go on with --resume {folder}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -239,6 +240,25 @@ def test_an_environment_that_fails_stops_the_run(tmp_path: Path, how: str, words
     assert "the last checkpoint is kept: runs/f/checkpoints/last.ckpt" in done.stderr
     content: Any = torch.load(tmp_path / "runs/f/checkpoints/last.ckpt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
+@pytest.mark.parametrize("name", ["impala_control", "dqn"])
+def test_a_run_on_ray_ends_and_leaves_nothing(tmp_path: Path, sockets: None, name: str) -> None:
+    """Of rollouts, and of a replay that Ray actors fill."""
+    folder = Path(os.environ["TMPDIR"])
+    frames = 2048 if name == "dqn" else 4096
+    more = ["--replay.min_size=200", "--collector.unroll=16"] if name == "dqn" else ["--train.eval_every=2048"]
+    done = recipe(
+        name, tmp_path, "--train.name=a", "--collector.backend=ray", "--collector.num_workers=1",
+        "--train.record=false", f"--train.total_frames={frames}", "--train.eval_episodes=2", *more,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs/a/summary.json").read_text())
+    assert summary["frames"] >= frames
+    assert summary["restarts"] == 0
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+    assert not list(folder.glob("ray*"))
 
 
 def test_more_devices_than_there_are(tmp_path: Path) -> None:
