@@ -68,12 +68,7 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
     failed, the last checkpoint is kept; 128 + n: stopped by signal n, likewise.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # GNU OpenMP's threads wait for each other in a loop for milliseconds. Where something else has one of their cores,
-    # that is where the time goes: SAC then learns half as fast as with this bound, and no slower where nothing has.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    warnings.formatwarning = _one_warning
-    import_from_here()
+    prepare_process()
     new: Path | None = None
     before = _interrupt_on_sigterm()
     try:
@@ -89,7 +84,7 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
             print(f"{task}, {frames}, seed {config.train.seed}: {folder}", file=sys.stderr)
             if fitted:
                 print(fitted, file=sys.stderr)
-        return _run(config, folder, resume)
+        return run_in(folder, config, resume)
     except (ConfigError, RunError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:  # before training took the signals over: nothing to save yet
@@ -108,7 +103,24 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
             signal.signal(signal.SIGTERM, before)
 
 
-def _run(config: Config, folder: Path, resume: Path | None) -> int:
+def prepare_process() -> None:
+    """What a process that trains needs before it imports torch: short waits, warnings of one line, own modules."""
+    # GNU OpenMP's threads wait for each other in a loop for milliseconds. Where something else has one of their cores,
+    # that is where the time goes: SAC then learns half as fast as with this bound, and no slower where nothing has.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    warnings.formatwarning = _one_warning
+    import_from_here()
+
+
+def run_in(folder: Path, config: Config, resume: Path | None) -> int:
+    """Trains in the folder of a run, which has its ``config.yaml``, and tells the end; the code of :func:`run_recipe`.
+
+    Args:
+        folder: of the run.
+        config: checked.
+        resume: a checkpoint to go on from.
+    """
     if config.collector.num_workers and config.collector.backend == "processes":
         # it imports for the actors while this process does for the learner
         start_fork_server(environment_module(config.task))

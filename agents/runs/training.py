@@ -165,7 +165,7 @@ def learner_threads(config: Config) -> int:
     # an actor's emulator and its policy take turns
     busy = collector.num_workers * max(collector.threads, collector.emulator_threads)
     busy += collector.threads if collector.acting == "server" else 0
-    if collector.address:  # those of a cluster run where there is room
+    if collector.address and collector.placement == "spread":  # they run where there is room
         busy = 0
     free = max(1, available_cores() // max(1, config.train.devices) - busy)
     limit = os.environ.get("OMP_NUM_THREADS", "")

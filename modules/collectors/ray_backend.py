@@ -33,13 +33,14 @@ from offtrace.modules.collectors.actors import (
 from offtrace.modules.collectors.frames import FRAMES, Packer
 from offtrace.modules.collectors.memory import Key
 from offtrace.modules.collectors.protocol import Copy
-from offtrace.modules.collectors.ray_cluster import check_room, ray_connection
+from offtrace.modules.collectors.ray_cluster import Connection, check_room, ray_connection
 from offtrace.modules.collectors.restarts import Restarts
 from offtrace.modules.collectors.seats import Seat
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 
 _POLL = 0.1  # seconds between two looks at the actors' health while a rollout is awaited
+_LAST_WORDS = 2.0  # seconds for a finished rollout of an actor that has died
 _SHUTDOWN_TIMEOUT = 4.0
 _WATCH, _LIFE = "watch", "life"  # threads of an actor beside the one that acts
 
@@ -188,7 +189,8 @@ class RaySeat(Seat):
         Raises:
             EnvironmentFailure: it failed, or is dead.
         """
-        if self._answer is None or not self._answer.done():
+        # what it had finished may be on its way still
+        if self._answer is None or not concurrent.futures.wait([self._answer], _LAST_WORDS).done:
             self._result(self._life)
         answer = self._result(self._answer)
         self._answer = None
@@ -224,15 +226,16 @@ class RaySeat(Seat):
         self._ask("leave")
         return self._actor.close.remote().future()
 
-    def end(self) -> None:
-        """End it without asking, and let go of it."""
+    def end(self, *, kill: bool) -> None:
+        """Let go of it, and end it without asking, unless it has gone with the connection."""
         if not self.running:
             return
         import ray
 
         self.running = False
-        with contextlib.suppress(Exception):  # it may be gone, and Ray with it
-            ray.kill(self._actor, no_restart=True)
+        if kill:
+            with contextlib.suppress(Exception):  # it may be gone, and Ray with it
+                ray.kill(self._actor, no_restart=True)
         self._actor = self._answer = self._reference = self._life = self._beating = None
 
     @property
@@ -298,7 +301,7 @@ class RayBackend:
         restarts: Restarts,
         options: RayOptions,
     ) -> None:
-        data = pickled(spec)
+        data = pickled(spec._replace(environ={}))  # the cluster may be shared with others
         self._shared = shared
         self._step_timeout = step_timeout
         self._restarts = restarts
@@ -309,6 +312,7 @@ class RayBackend:
         self._cluster = contextlib.ExitStack()
         self._cluster.enter_context(ray_connection(options.address, num_workers * spec.threads))
         try:
+            self._connection = Connection()
             check_room(num_workers, spec.threads, options.learners if options.address else 1)
             self._class = _actor_class(spec.threads, options)
             self._spec = _put(data)
@@ -370,9 +374,10 @@ class RayBackend:
         return entries, shape, worker
 
     def shutdown(self) -> None:
-        """Ask, then kill, within about 5 seconds; a cluster of our own takes as long again."""
+        """Ask, then kill, within about 5 seconds."""
         try:
-            leaving = [seat.leave() for seat in self._seats if seat.running and seat.up]
+            asked = self._seats if self._connection.there else []
+            leaving = [seat.leave() for seat in asked if seat.running and seat.up]
             concurrent.futures.wait(leaving, _SHUTDOWN_TIMEOUT)
         finally:  # a second Ctrl-C too must leave nobody
             self._end()
@@ -388,9 +393,11 @@ class RayBackend:
         """Start what is due and take in what the actors deliver, until ``condition`` holds.
 
         Raises:
-            EnvironmentFailure: one failed, died or hangs, and is not replaced.
+            EnvironmentFailure: one failed, died or hangs, and is not replaced; or the cluster has gone.
         """
+        self._connection.check()
         while not condition():
+            self._connection.check()
             before = time.monotonic()
             self._start_due()
             awaited = [future for seat in self._seats for future in seat.awaited]
@@ -421,20 +428,21 @@ class RayBackend:
         Raises:
             EnvironmentFailure: it is not.
         """
+        had = seat.rollout is not None
         try:
             action()
         except EnvironmentFailure as error:
             delay = self._restarts.after(seat.what, error)
-            seat.end()
+            seat.end(kill=True)
             seat.due = time.monotonic() + delay
         else:
-            if seat.rollout is not None:
+            if seat.rollout is not None and not had:
                 self._restarts.delivered(seat.what)
 
     def _end(self) -> None:
         """End the actors without asking, and let go of everything."""
         for seat in self._seats:
-            seat.end()
+            seat.end(kill=self._connection.there)
             seat.rollout = None
         self._class = self._spec = None
         self._put = (-1, None)

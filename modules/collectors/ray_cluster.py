@@ -10,23 +10,33 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
+from offtrace.modules.envs import EnvironmentFailure
 from offtrace.modules.fork_server import environment, signals_blocked
 
 _CONNECT_TIMEOUT = 5.0
 _ROOM_TIMEOUT = 10.0  # seconds in which actors that were ended give their CPUs back
+_HEAD_EVERY, _HEAD_TRIES = 2.0, 8  # seconds between two looks at the head, and how many in a row may fail
+_END_TIMEOUT = 2.0  # where nobody takes in the dead, those of others stay
 _POLL = 0.1
 _TRIES = 3  # Ray waits for its own processes for so long as they need where nothing else runs
 _LONGEST = 500  # characters of Ray's own words in a sentence
+# waits until the learner is gone, then ends what is left of its own cluster, itself included, and removes the folder:
+# some of Ray's processes look for a minute for those that went with the learner
+_WATCH = 'trap \'\' HUP INT TERM; cat; rm -rf "$0"; sleep 1; rm -rf "$0"; kill -9 0'
 
 _links = contextlib.ExitStack()  # what the last of those who use it undoes
 _users = 0
+_joined = ""  # the address that was asked for, which Ray writes in another way
 _token = secrets.token_hex(32)  # of clusters of our own; Ray asks for it once a process
 
 
@@ -74,7 +84,7 @@ def ray_connection(address: str = "", cpus: int = 1) -> Iterator[None]:
         except BaseException:
             _links.close()
             raise
-    elif address not in ("", "auto", found := ray.get_runtime_context().gcs_address):
+    elif address not in ("", "auto", _joined, found := ray.get_runtime_context().gcs_address):
         raise ValueError(f"address is {address}, and this process is connected to the Ray cluster at {found} already")
     _users += 1
     try:
@@ -91,18 +101,35 @@ def _start(cpus: int) -> None:
     Raises:
         ValueError: it does not start.
     """
-    from ray._private import ray_constants
+    import ray
+    from ray._private import ray_constants, utils
 
-    # not in /tmp/ray, which is everybody's; the sockets in it have long names already
+    # not in /tmp/ray, which is everybody's, as Ray makes its folder in this one too; the sockets in it have long names
     folder = tempfile.mkdtemp(prefix="ray-")
+    os.mkdir(rays := os.path.join(folder, "r"))
     _links.callback(shutil.rmtree, folder, ignore_errors=True)
+    watch = subprocess.Popen(
+        ["sh", "-c", _WATCH, folder], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0
+    )
+    _links.callback(_end_group, watch)
     # what Ray has for systems whose firewalls ask about every listener: it listens on 127.0.0.1. Its processes read it
     # from the environment, and this one did so when Ray was imported, as TorchRL does
-    own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_TOKEN": _token, "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": None,  # then Ray has it that all who connect need the token, in this process too
+        "RAY_AUTH_TOKEN": _token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # no lower priority than the learner's, which waits for them
+        "PYTHONPATH": os.pathsep.join(place or os.getcwd() for place in sys.path),
+    }
     with (
-        environment(**own, RAY_worker_niceness="0"),  # no lower priority than the learner's, which waits for them
+        environment(**own),
         mock.patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False),
+        # called in a process of Ray's before it is one. Ray would have it die with the thread that starts it
+        mock.patch.object(utils, "set_kill_on_parent_death_linux", partial(os.setpgid, 0, watch.pid)),
     ):
+        raylet: Any = ray._raylet
+        raylet.AuthenticationTokenLoader.instance().reset_cache()  # the token of a cluster before this one
         for tries_left in reversed(range(_TRIES)):
             try:
                 _init(
@@ -110,12 +137,25 @@ def _start(cpus: int) -> None:
                     address="local",
                     num_cpus=cpus,
                     include_dashboard=False,
-                    _temp_dir=folder,
+                    _temp_dir=rays,
                 )
-                return
+                break
             except ValueError:
                 if not tries_left:
                     raise
+    if not (found := ray.get_runtime_context().gcs_address).startswith("127.0.0.1:"):
+        raise ValueError(f"Ray {ray.__version__} does not keep a cluster to this machine: it listens at {found}")
+
+
+def _end_group(leader: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its group, and see them gone."""
+    with leader:  # its number, which is the group's, is nobody else's before it is waited for
+        os.killpg(leader.pid, signal.SIGKILL)
+    limit = time.monotonic() + _END_TIMEOUT
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < limit:
+            os.killpg(leader.pid, 0)
+            time.sleep(_POLL / 10)
 
 
 def _join(address: str) -> None:
@@ -132,19 +172,21 @@ def _join(address: str) -> None:
             raise ValueError(
                 f"address is {address}, where nobody listens ({error}); it must be that of a Ray cluster's head"
             ) from error
+    global _joined
     _init(f"address is {address}, and the Ray cluster there cannot be used", address=address)
+    _joined = address
 
 
 def _init(failed: str, **options: Any) -> None:
     import ray
 
-    before, mode = signal.getsignal(signal.SIGTERM), os.environ.get("RAY_AUTH_MODE")
+    before = signal.getsignal(signal.SIGTERM)
     logger = logging.getLogger("ray")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         # Ray's processes are of this one's group, and what ends the group is the learner's to decide
-        with signals_blocked():
+        with signals_blocked(), environment(RAY_AUTH_MODE=os.environ.get("RAY_AUTH_MODE")):  # which Ray sets
             ray.init(log_to_driver=False, configure_logging=False, **options)
     except Exception as error:
         words = " ".join(str(error).split())[:_LONGEST]
@@ -153,11 +195,77 @@ def _init(failed: str, **options: Any) -> None:
         raise ValueError(f"{failed}: {words}") from error
     finally:
         logger.setLevel(level)
-        if mode is None:  # which Ray sets
-            os.environ.pop("RAY_AUTH_MODE", None)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-    _links.callback(ray.shutdown)
+    _links.callback(_shut_down)
+
+
+def _shut_down() -> None:
+    """As ``ray.shutdown``, which would ask each process of a cluster of our own and wait a second for an answer.
+
+    SIGTERM is blocked in them.
+    """
+    import ray
+
+    if node := ray._private.worker._global_node:
+        node.kill_all_processes = partial(_kill, node.kill_all_processes)
+    ray.shutdown()
+
+
+def _kill(processes: Callable[..., None], **_: Any) -> None:
+    processes(check_alive=False)
+
+
+class Connection:
+    """That of this process to its Ray cluster.
+
+    Ray makes a new one by itself, with settings of its own, where it is asked for anything without one; and a minute
+    after the head has gone it ends the process, so that nothing could be saved.
+    """
+
+    def __init__(self) -> None:
+        import ray
+
+        self._ray = ray
+        self._head = ray.get_runtime_context().gcs_address
+        self._due = 0.0
+        self._failed = 0
+
+    @property
+    def there(self) -> bool:
+        """Whether Ray may be asked for anything."""
+        return bool(self._ray.is_initialized())
+
+    def check(self) -> None:
+        """Called often: look whether it is there, and now and then whether the cluster's head is.
+
+        Raises:
+            EnvironmentFailure: it has gone.
+        """
+        if not self.there:
+            raise EnvironmentFailure("the connection to the Ray cluster was ended, and the collector was not before it")
+        if time.monotonic() < self._due:
+            return
+        host, _, port = self._head.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _HEAD_EVERY / 2).close()
+            self._failed = 0
+        except OSError as error:
+            self._failed += 1
+            if self._failed == _HEAD_TRIES:
+                raise EnvironmentFailure(
+                    f"the head of the Ray cluster, {self._head}, has gone ({error}); start the cluster again, and go "
+                    "on from the checkpoint"
+                ) from error
+        self._due = time.monotonic() + _HEAD_EVERY
+
+
+def cluster_size() -> tuple[int, float, float]:
+    """Nodes, CPUs and GPUs of the cluster that this process is connected to, as Ray counts them."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return len(nodes), sum(node.get("CPU", 0.0) for node in nodes), sum(node.get("GPU", 0.0) for node in nodes)
 
 
 def check_room(number: int, cpus: int, learners: int = 1) -> None:

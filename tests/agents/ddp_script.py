@@ -1,6 +1,7 @@
 """Run by test_ddp.py: Lightning's fit on two gloo ranks. Writes what each rank saw into a folder.
 
 python ddp_script.py train FOLDER        each with its own CartPole environments
+python ddp_script.py rewards FOLDER        likewise PPO, which normalises rewards, in Pendulum
 python ddp_script.py gradients FOLDER        one update on fixed batches with unequal masks, by SGD, with each loss
 python ddp_script.py ray FOLDER        by SGD, each with its own actors on one Ray cluster
 """
@@ -22,6 +23,7 @@ from tensordict import TensorDict, TensorDictBase
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import WeightSync
 from offtrace.agents.impala import ImpalaConfig, control_config, make_impala
+from offtrace.agents.ppo import pendulum_config
 from offtrace.agents.trpo import trust_region_update
 from offtrace.modules.keys import FINALS
 from offtrace.modules.losses import ACERLoss, ImpalaLoss, TRPOLoss
@@ -49,17 +51,19 @@ class Spy(pl.Callback):
         self.first: list[torch.Tensor] = []
 
     def on_train_batch_start(self, trainer: Any, agent: Any, batch: TensorDictBase, batch_idx: int) -> None:
-        self.first.append(batch["observation"][0, 0].clone())
+        self.first.append(batch["observation"].flatten(0, -2)[0].clone())
 
 
-def train(folder: Path) -> None:
-    config = control_config()
+def train(folder: Path, kind: str) -> None:
+    config: Any = control_config() if kind == "train" else pendulum_config()
+    if kind == "rewards":
+        config.loss.normalize_reward = True
     config.collector.num_workers = 0
     config.env.num_envs, config.collector.unroll, config.train.minibatches = 4, 8, 2
     config.train.epochs = 1
     config.train.total_frames = 4 * 8 * 2 * 6
     pl.seed_everything(config.train.seed, verbose=False)
-    agent, data = make_impala(config)
+    agent, data = config.build()
     spy = Spy()
     trainer = fit(agent, data, 2, [WeightSync(2), spy])
     torch.save(
@@ -225,9 +229,9 @@ def on_ray(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out = Path(sys.argv[2])
-    if sys.argv[1] == "train":
-        train(out)
-    elif sys.argv[1] == "ray":
+    if sys.argv[1] == "ray":
         on_ray(out)
-    else:
+    elif sys.argv[1] == "gradients":
         gradients(out, ranks=2)
+    else:
+        train(out, sys.argv[1])

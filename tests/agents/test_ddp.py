@@ -25,8 +25,9 @@ def run(*arguments: str, **variables: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_ranks_collect_for_themselves_and_stay_identical(tmp_path: Path) -> None:
-    run("train", str(tmp_path))
+@pytest.mark.parametrize("kind", ["train", "rewards"])
+def test_ranks_collect_for_themselves_and_stay_identical(kind: str, tmp_path: Path) -> None:
+    run(kind, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
     for name, value in ranks[0]["weights"].items():
@@ -35,6 +36,8 @@ def test_ranks_collect_for_themselves_and_stay_identical(tmp_path: Path) -> None
         assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(other[key])) for key in state)
     assert not torch.isclose(ranks[0]["first"], ranks[1]["first"]).all(-1).any(), "the ranks' environments are the same"
     assert ranks[0]["frames"] == ranks[1]["frames"] == ranks[0]["configured"]
+    if kind == "rewards":  # those of both
+        assert ranks[0]["weights"]["loss.reward_normalizer.returns.count"] == ranks[0]["frames"]
     assert ranks[0]["updates"] == ranks[1]["updates"] == 12
 
 
