@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import socket
 import threading
 import time
 import warnings
@@ -33,13 +34,14 @@ from offtrace.modules.collectors.actors import (
 from offtrace.modules.collectors.frames import FRAMES, Packer
 from offtrace.modules.collectors.memory import Key
 from offtrace.modules.collectors.protocol import Copy
-from offtrace.modules.collectors.ray_cluster import Connection, check_room, ray_connection
+from offtrace.modules.collectors.ray_cluster import check_room, ray_connection
 from offtrace.modules.collectors.restarts import Restarts
 from offtrace.modules.collectors.seats import Seat
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 
 _POLL = 0.1  # seconds between two looks at the actors' health while a rollout is awaited
+_HEAD_EVERY, _HEAD_TRIES = 2.0, 8  # seconds between two looks at the head, and how many in a row may fail
 _LAST_WORDS = 2.0  # seconds for a finished rollout of an actor that has died
 _SHUTDOWN_TIMEOUT = 4.0
 _WATCH, _LIFE = "watch", "life"  # threads of an actor beside the one that acts
@@ -265,6 +267,50 @@ class RaySeat(Seat):
             raise EnvironmentFailure(
                 f"{self._named} ended by itself ({type(error).__name__})\n\nRay says:\n{error}"
             ) from None
+
+
+class Connection:
+    """That of this process to its Ray cluster.
+
+    Ray makes a new one by itself, with settings of its own, where it is asked for anything without one; and a minute
+    after the head has gone it ends the process, so that nothing could be saved.
+    """
+
+    def __init__(self) -> None:
+        import ray
+
+        self._ray = ray
+        self._head = ray.get_runtime_context().gcs_address
+        self._due = 0.0
+        self._failed = 0
+
+    @property
+    def there(self) -> bool:
+        """Whether Ray may be asked for anything."""
+        return bool(self._ray.is_initialized())
+
+    def check(self) -> None:
+        """Called often: look whether it is there, and now and then whether the cluster's head is.
+
+        Raises:
+            EnvironmentFailure: it has gone.
+        """
+        if not self.there:
+            raise EnvironmentFailure("the connection to the Ray cluster was ended, and the collector was not before it")
+        if time.monotonic() < self._due:
+            return
+        host, _, port = self._head.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _HEAD_EVERY / 2).close()
+            self._failed = 0
+        except OSError as error:
+            self._failed += 1
+            if self._failed == _HEAD_TRIES:
+                raise EnvironmentFailure(
+                    f"the head of the Ray cluster, {self._head}, has gone ({error}); start the cluster again, and go "
+                    "on from the checkpoint"
+                ) from error
+        self._due = time.monotonic() + _HEAD_EVERY
 
 
 class RayBackend:

@@ -20,12 +20,10 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-from offtrace.modules.envs import EnvironmentFailure
 from offtrace.modules.fork_server import environment, signals_blocked
 
 _CONNECT_TIMEOUT = 5.0
 _ROOM_TIMEOUT = 10.0  # seconds in which actors that were ended give their CPUs back
-_HEAD_EVERY, _HEAD_TRIES = 2.0, 8  # seconds between two looks at the head, and how many in a row may fail
 _END_TIMEOUT = 2.0  # where nobody takes in the dead, those of others stay
 _POLL = 0.1
 _TRIES = 3  # Ray waits for its own processes for so long as they need where nothing else runs
@@ -214,50 +212,6 @@ def _shut_down() -> None:
 
 def _kill(processes: Callable[..., None], **_: Any) -> None:
     processes(check_alive=False)
-
-
-class Connection:
-    """That of this process to its Ray cluster.
-
-    Ray makes a new one by itself, with settings of its own, where it is asked for anything without one; and a minute
-    after the head has gone it ends the process, so that nothing could be saved.
-    """
-
-    def __init__(self) -> None:
-        import ray
-
-        self._ray = ray
-        self._head = ray.get_runtime_context().gcs_address
-        self._due = 0.0
-        self._failed = 0
-
-    @property
-    def there(self) -> bool:
-        """Whether Ray may be asked for anything."""
-        return bool(self._ray.is_initialized())
-
-    def check(self) -> None:
-        """Called often: look whether it is there, and now and then whether the cluster's head is.
-
-        Raises:
-            EnvironmentFailure: it has gone.
-        """
-        if not self.there:
-            raise EnvironmentFailure("the connection to the Ray cluster was ended, and the collector was not before it")
-        if time.monotonic() < self._due:
-            return
-        host, _, port = self._head.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), _HEAD_EVERY / 2).close()
-            self._failed = 0
-        except OSError as error:
-            self._failed += 1
-            if self._failed == _HEAD_TRIES:
-                raise EnvironmentFailure(
-                    f"the head of the Ray cluster, {self._head}, has gone ({error}); start the cluster again, and go "
-                    "on from the checkpoint"
-                ) from error
-        self._due = time.monotonic() + _HEAD_EVERY
 
 
 def cluster_size() -> tuple[int, float, float]:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from offtrace.modules.collectors import RayOptions, ServerOptions, make_collector, ray_cluster
+from offtrace.modules.collectors import RayOptions, ServerOptions, make_collector, ray_backend
 from offtrace.modules.collectors.ray_backend import RayBackend, RaySeat, Sent
 from offtrace.modules.collectors.restarts import Restarts
 from offtrace.modules.collectors.weights import SharedWeights
@@ -204,16 +204,16 @@ def test_a_cluster_of_our_own_is_private_and_leaves_nothing(tmp_path: Path, sock
 def test_a_head_that_has_gone_is_told_before_ray_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    monkeypatch.setattr(ray_cluster, "_HEAD_EVERY", 0.01)
+    monkeypatch.setattr(ray_backend, "_HEAD_EVERY", 0.01)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
         monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
-        connection = ray_cluster.Connection()
-        for _ in range(2 * ray_cluster._HEAD_TRIES):
+        connection = ray_backend.Connection()
+        for _ in range(2 * ray_backend._HEAD_TRIES):
             connection.check()
             time.sleep(0.02)
-    for _ in range(ray_cluster._HEAD_TRIES - 1):
+    for _ in range(ray_backend._HEAD_TRIES - 1):
         connection.check()
         time.sleep(0.02)
     with pytest.raises(EnvironmentFailure, match=f"the head of the Ray cluster, {address}, has gone"):
