@@ -20,7 +20,7 @@ from offtrace.agents.guard import Guard
 from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY
 from offtrace.modules import host
-from offtrace.modules.keys import FINALS
+from offtrace.modules.keys import FINALS, INDEX, PRIORITY
 from offtrace.modules.losses import compile_loss
 
 ROOM = 1
@@ -46,9 +46,10 @@ class Agent(pl.LightningModule):
 
     Every ``training_step`` is one update, or one for each of several batches: the loss in one call, one backward pass
     of the sum of its terms, the clip, the step, and the target networks. Then the data module sees the batch again, and
-    what the loss wrote into it. The frame counter belongs to the data module, which knows about ranks and repeated
-    passes. An algorithm whose update is something else gives ``update``, which stands in for the loss, the backward
-    pass, the clip and the step, and may call :meth:`gradient_step` for them.
+    what the loss wrote into it; priorities that lie on a device it sees one update later, when they have come. The
+    frame counter belongs to the data module, which knows about ranks and repeated passes. An algorithm whose update is
+    something else gives ``update``, which stands in for the loss, the backward pass, the clip and the step, and may
+    call :meth:`gradient_step` for them.
 
     Under several ranks only gradients cross them, and DDP averages those. For the average to equal the gradient of
     the joined batch, a summed loss is multiplied by the number of ranks, and an averaged one by the rank's share of the
@@ -126,6 +127,7 @@ class Agent(pl.LightningModule):
         self._guard: Guard | None = None
         self._capture: Capture = capture
         self._captured: CapturedUpdate | None = None
+        self._priorities: host.Copies | None = None  # of the last update
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._count = 0
@@ -162,11 +164,27 @@ class Agent(pl.LightningModule):
         out, norm = self._replayed(batch) if self._static and self._capture != "none" else self._on_device(batch)
         self._first = False
         self.updates += 1
-        if self.data.reads_priorities:  # those of a diverged update must not get into the replay
-            self.check_guard()
-        self.data.feedback(batch)
+        self._feed_back(batch, norm)
         self._frames_before = self.frames
         self._add_metrics(out, norm)
+
+    def _feed_back(self, batch: TensorDictBase, norm: Tensor) -> None:
+        """Shows the data module the batch; where its priorities lie on a device, those of the batch before."""
+        priority = batch.get(PRIORITY, None) if self.data.reads_priorities else None
+        if priority is None or host.readable(priority):
+            self.data.feedback(batch)
+            return
+        self.settle()
+        self._priorities = host.Copies(batch[INDEX], priority, norm if self._guard is None else self._guard.norm)
+
+    def settle(self) -> None:
+        """Gives the data module the priorities that are still on their way from the device; before it is saved."""
+        if self._priorities is None:
+            return
+        index, priority, norm = self._priorities.read()
+        self._priorities = None
+        if norm.isfinite():  # else the update was undone, which is told with the next log line
+            self.data.feedback(TensorDict({INDEX: index, PRIORITY: priority}, [len(index)]))
 
     def _set_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
         factor = learning_rate_factor(self.schedule, self._frames_before, self.total_frames)

@@ -37,6 +37,7 @@ from offtrace.modules.envs import EnvInfo, env_info
 from offtrace.modules.keys import OBSERVATION, VALID
 from offtrace.modules.losses import burn_in
 from offtrace.modules.networks import Critic, DiscreteCritic, StateValue, build_critic, build_value
+from offtrace.modules.networks.normalise import of_all_ranks
 from offtrace.modules.replay import LazyPrioritized, Prioritized, Replay, Sampler, Uniform
 
 
@@ -325,12 +326,12 @@ def _normalizer_update(config: Config, policy: Any) -> Callable[[TensorDictBase]
         valid = rollout.get(VALID, None)
         if valid is None:
             valid = torch.ones(*rollout.batch_size, 1, dtype=torch.bool)
-        valid = _of_all_ranks(valid.flatten(0, 1).to(device))
+        valid = of_all_ranks(valid.flatten(0, 1).to(device))
         if isinstance(found, TensorDictBase):  # images are not normalised: they need not cross
             vectors = {name: found[name].flatten(0, 1).to(device) for name in normalizer.names}
-            normalizer.update({name: _of_all_ranks(vector) for name, vector in vectors.items()}, valid)
+            normalizer.update({name: of_all_ranks(vector) for name, vector in vectors.items()}, valid)
         else:
-            normalizer.update(_of_all_ranks(found.flatten(0, 1).to(device)), valid)
+            normalizer.update(of_all_ranks(found.flatten(0, 1).to(device)), valid)
 
     return update
 
@@ -339,15 +340,6 @@ def _state_renewal(config: OffPolicyConfig | MixedConfig, policy: nn.Module) -> 
     """Renews the recurrent state of replayed sequences by the steps in front of them, where the configuration asks."""
     steps = config.samples.length if config.replay.whole_episodes else config.replay.burn_in
     return partial(burn_in, policy, steps=steps) if steps else None
-
-
-def _of_all_ranks(tensor: Tensor) -> Tensor:
-    """``tensor`` of every rank, one behind the other."""
-    if not torch.distributed.is_initialized():
-        return tensor
-    everybody = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everybody, tensor.contiguous())
-    return torch.cat(everybody)
 
 
 def _in_turn(hooks: list[RolloutHook]) -> RolloutHook:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from offtrace.agents.config import (
     Checks,
     CollectorConfig,
+    ConfigError,
     EnvConfig,
     Group,
     NetworkConfig,
@@ -18,6 +19,9 @@ from offtrace.agents.config import (
 )
 
 if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+    from torch import Tensor
+
     from offtrace.agents.agent import Agent
     from offtrace.agents.data import RolloutData
     from offtrace.modules.envs import EnvInfo
@@ -48,6 +52,9 @@ class LossConfig(Group):
     """Rewards are clipped to plus or minus this in the learner; null for none."""
     normalize_advantage: bool = True
     """Advantages of a minibatch are shifted and scaled to mean 0 and deviation 1."""
+    normalize_reward: bool = False
+    """Rewards are divided by the running standard deviation of the discounted return, and clipped to 10, in the
+    learner; scores stay as they are. For rewards of any size; not with reward_clip."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
@@ -57,6 +64,11 @@ class LossConfig(Group):
         checks.require("clip_epsilon", lambda value: 0 < value < 1, "above 0 and below 1")
         checks.at_least(0, "value_coef", "entropy_coef")
         checks.positive_or_null("reward_clip", "value_clip")
+        if self.normalize_reward and self.reward_clip is not None:
+            raise ConfigError(
+                f"{at}.normalize_reward is true, and {at}.reward_clip {self.reward_clip}: normalize_reward must be "
+                "false, or reward_clip null"
+            )
 
 
 @dataclass
@@ -113,7 +125,16 @@ def make_ppo(config: PPOConfig) -> tuple[Agent, RolloutData]:
     info = read_task(config)
     spec = config.policy_spec(info)
     loss = PPOLoss(build_policy(**spec["arguments"]), **asdict(config.loss))
-    return rollout_agent(config, info, loss, loss.policy, spec, on_rollout=loss.prepare)
+    if not config.loss.normalize_reward:
+        return rollout_agent(config, info, loss, loss.policy, spec, on_rollout=loss.prepare)
+
+    def prepare(rollout: TensorDictBase) -> dict[str, Tensor]:
+        number = config.env.num_envs
+        rows = data.environments(rollout, of_actor=number)
+        return loss.prepare(rollout, (rows, number * max(1, config.collector.num_workers)))
+
+    agent, data = rollout_agent(config, info, loss, loss.policy, spec, on_rollout=prepare)
+    return agent, data
 
 
 def control_config() -> PPOConfig:

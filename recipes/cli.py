@@ -8,8 +8,10 @@ import gc
 import io
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -24,19 +26,21 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from offtrace.agents.config import Config, ConfigError, fit, may_have_gpu, this_machine
 from offtrace.agents.runs.folders import RunError, config_text, discard, new_run, read_config
 from offtrace.agents.runs.missing import no_checkpoint
+from offtrace.agents.runs.ranks import by_torchrun, check_launch, from_first, rank, tell_refusal
 from offtrace.modules.envs.names import environment_module
 from offtrace.modules.fork_server import start_fork_server
 from offtrace.modules.naming import nearest
 from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_file, sentence, types_of_keys
 
 MAY_CHANGE = (
-    "train.total_frames", "train.devices", "train.accelerator", "train.log_every", "train.checkpoint_every",
-    "collector.device",
+    "train.total_frames", "train.devices", "train.num_nodes", "train.accelerator", "train.log_every",
+    "train.checkpoint_every", "collector.address", "collector.device",
 )  # fmt: skip
-"""Flags that a resumed run may be given; everything else is what the run began with. The last one is chosen by the
-machine, and the next machine may have no GPU."""
+"""Flags that a resumed run may be given; everything else is what the run began with. The last two are of the machine: a
+Ray cluster may have another head, and the next machine may have no GPU."""
 
 _FOLDER = "OFFTRACE_RUN_FOLDER"
+_SEEN = 30.0  # seconds after which a shared file system shows what another node has written
 _PACKAGE = Path(__file__).resolve().parents[1]
 _format_warning = warnings.formatwarning
 
@@ -64,12 +68,7 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
     failed, the last checkpoint is kept; 128 + n: stopped by signal n, likewise.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # GNU OpenMP's threads wait for each other in a loop for milliseconds. Where something else has one of their cores,
-    # that is where the time goes: SAC then learns half as fast as with this bound, and no slower where nothing has.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    warnings.formatwarning = _one_warning
-    import_from_here()
+    prepare_process()
     new: Path | None = None
     signals = _Signals()
     try:
@@ -80,15 +79,15 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
             config = read_config(folder, type(config))  # what the first learner chose holds for all
         else:
             folder = resume.parent.parent
-        if not int(os.environ.get("LOCAL_RANK", 0)):
+        if not rank():
             task, frames = config.task, f"{config.train.total_frames:,} frames"
             print(f"{task}, {frames}, seed {config.train.seed}: {folder}", file=sys.stderr)
             if fitted:
                 print(fitted, file=sys.stderr)
-        code = _run(config, folder, resume)
+        code = run_in(folder, config, resume)
         return 128 + signals.came if code and signals.came else code
     except (ConfigError, RunError) as error:
-        return fail(str(error))
+        return _refuse(str(error))
     except BaseException as error:
         signals.restore()
         number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signals.came
@@ -103,7 +102,24 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
         signals.restore()
 
 
-def _run(config: Config, folder: Path, resume: Path | None) -> int:
+def prepare_process() -> None:
+    """What a process that trains needs before it imports torch: short waits, warnings of one line, own modules."""
+    # GNU OpenMP's threads wait for each other in a loop for milliseconds. Where something else has one of their cores,
+    # that is where the time goes: SAC then learns half as fast as with this bound, and no slower where nothing has.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    warnings.formatwarning = _one_warning
+    import_from_here()
+
+
+def run_in(folder: Path, config: Config, resume: Path | None) -> int:
+    """Trains in the folder of a run, which has its ``config.yaml``, and tells the end; the code of :func:`run_recipe`.
+
+    Args:
+        folder: of the run.
+        config: checked.
+        resume: a checkpoint to go on from.
+    """
     if config.collector.num_workers and config.collector.backend == "processes":
         # it imports for the actors while this process does for the learner
         start_fork_server(environment_module(config.task))
@@ -115,11 +131,11 @@ def _run(config: Config, folder: Path, resume: Path | None) -> int:
     try:
         summary = run(config, folder, resume)
     except RunRefused as error:
-        return fail(str(error))
+        return _refuse(str(error))
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if not int(os.environ.get("LOCAL_RANK", 0)):  # of several learners the first sums up
+    if not rank():  # of several learners the first sums up
         print("\n".join(lines(config, summary, folder)))
     return 128 + summary.signal if summary.signal else 0
 
@@ -173,11 +189,25 @@ class _Signals:
 
 def _folder(config: Config) -> Path:
     # Lightning starts the other ranks with this command line again: they join the folder of the first
-    if "LOCAL_RANK" in os.environ and _FOLDER in os.environ:
+    if "LOCAL_RANK" in os.environ and _FOLDER in os.environ and not by_torchrun():
         return Path(os.environ[_FOLDER])
-    folder = new_run(config)
+    folder = Path(from_first(lambda: str(new_run(config))))
+    limit = time.monotonic() + _SEEN
+    while not (folder / "config.yaml").is_file():
+        if time.monotonic() > limit:
+            raise RunError(
+                f"the run folder of the first learner, {folder}, is not there in {Path.cwd()} on "
+                f"{socket.gethostname()}: learners on several nodes need the same working directory, on a file system "
+                "that all of them share"
+            )
+        time.sleep(0.1)
     os.environ[_FOLDER] = str(folder)
     return folder
+
+
+def _refuse(message: str) -> int:
+    tell_refusal(message)
+    return fail(message)
 
 
 def fail(message: str) -> int:
@@ -246,6 +276,7 @@ def check(config: Config) -> None:
         ConfigError: one sentence.
     """
     config.validate()
+    check_launch(config.train)
     if not may_have_gpu():
         config.check_devices(0)
 
@@ -315,7 +346,7 @@ def _parsed(
 
 
 def _check_resumed(argv: list[str], begun: Config) -> None:
-    free = [flag for flag in MAY_CHANGE if flag != "train.devices" or begun.devices_may_change]
+    free = [flag for flag in MAY_CHANGE if flag not in ("train.devices", "train.num_nodes") or begun.devices_may_change]
     for word in argv:
         flag = word.split("=")[0].removeprefix("--")
         if word.startswith("--") and flag not in (*free, "resume", "print_config"):

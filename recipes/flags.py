@@ -102,6 +102,14 @@ def numbers(argv: Sequence[str], types_of: dict[str, Any]) -> list[str]:
     return words
 
 
+def whole_number(word: str) -> int:
+    """The type of a flag that takes counts such as ``1e6``."""
+    value = _number(word, int)
+    if not isinstance(value, int):
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number")
+    return value
+
+
 def _spelt(value: str, wanted: Any) -> str:
     number = _number(value, wanted)
     if not isinstance(number, float):

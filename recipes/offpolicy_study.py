@@ -21,7 +21,6 @@ import logging
 import math
 import multiprocessing
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,9 +31,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from offtrace.agents.config import ConfigError
 from offtrace.modules.naming import nearest
-from offtrace.recipes.cli import fail
 from offtrace.recipes.flags import SentenceParser, check_flags
-from offtrace.recipes.study_report import Cell, Result, append_row, draw, read_rows, write_table
+from offtrace.recipes.studies import append_row, read_rows, run_study, usable_folder
+from offtrace.recipes.study_report import Cell, Result, draw, write_table
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -269,26 +268,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs what is not in the folder yet, then writes table and figure.
-
-    Returns:
-        the exit code: 0; 2 for a wrong command line or folder; 1 for a training that failed; 130 when interrupted.
-    """
-    try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            return study(args)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    except ConfigError as error:
-        return fail(str(error))
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what has finished is kept", file=sys.stderr)
-        return 130
+    """Runs what is not in the folder yet, then writes table and figure; returns what :func:`run_study` does."""
+    return run_study(argv, parse, study)
 
 
 def study(args: argparse.Namespace, tasks: dict[str, Task] | None = None) -> int:
@@ -302,14 +283,8 @@ def study(args: argparse.Namespace, tasks: dict[str, Task] | None = None) -> int
     if args.lr is not None:
         tasks = {name: replace(task, lr=args.lr) for name, task in tasks.items()}
     path = args.folder / "study.csv"
-    try:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        probe = args.folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--folder is {args.folder}, which cannot be written: {error.strerror}") from error
-    rows = read_rows(path)
+    usable_folder(args.folder)
+    rows = read_rows(path, Cell, Result)
     # seeds first, so that a study that is stopped has whole seeds
     wanted = dict.fromkeys(
         Cell(task, replay, arm, lag, seed, args.updates or tasks[task].updates, tasks[task].digest(ARMS[arm]))

@@ -1,17 +1,16 @@
-"""What a study of many short trainings writes: its rows, a table with intervals, a figure."""
+"""What the study of stale actors writes: a table with intervals, a figure."""
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 
-from offtrace.agents.config import ConfigError
+from offtrace.recipes.studies import line, number
 
 
 @dataclass(frozen=True, order=True)
@@ -49,39 +48,6 @@ class Result:
 
 
 Rows = dict[Cell, Result]
-_COLUMNS = [field.name for kind in (Cell, Result) for field in fields(kind)]
-
-
-def read_rows(path: Path) -> Rows:
-    """The finished cells; none where there is no file.
-
-    Raises:
-        ConfigError: if the file is not one of this study.
-    """
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != _COLUMNS:
-            raise ConfigError(f"{path} has columns {reader.fieldnames}; those of this study are {_COLUMNS}")
-        try:
-            return {_build(Cell, row): _build(Result, row) for row in reader}
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{path}, line {reader.line_num}, is damaged: {error}") from error
-
-
-def append_row(path: Path, cell: Cell, result: Result) -> None:
-    """Adds a finished cell to the file, which begins with the names of the columns."""
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(cell) | asdict(result))
-
-
-def _build(kind: Any, row: dict[str, str]) -> Any:
-    return kind(**{name: wanted(row[name]) for name, wanted in get_type_hints(kind).items()})
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -115,31 +81,22 @@ def write_table(path: Path, rows: Rows, *, arms: Iterable[str]) -> None:
             (f"{title}: return by lag, {kind}", table, _with_interval),
             (f"{title}: steps a trace carries, by lag", traces[task, replay], _mean),
         ):
-            lines += [heading, "", _row(["arm", *map(str, lags)]), _row(["---"] * (len(lags) + 1))]
+            lines += [heading, "", line(["arm", *map(str, lags)]), line(["---"] * (len(lags) + 1))]
             shown = [name for name in arms if name in source]
-            lines += [_row([name, *(show(source[name].get(lag, [])) for lag in lags)]) for name in shown]
+            lines += [line([name, *(show(source[name].get(lag, [])) for lag in lags)]) for name in shown]
             lines.append("")
     path.write_text("\n".join(lines))
 
 
-def _row(entries: Iterable[str]) -> str:
-    return f"| {' | '.join(entries)} |"
-
-
 def _mean(values: list[float]) -> str:
-    return _number(float(np.mean(values))) if values else ""
+    return number(float(np.mean(values))) if values else ""
 
 
 def _with_interval(values: list[float]) -> str:
     if not values:
         return ""
     low, high = interval(values)
-    return f"{_mean(values)} [{_number(low)}, {_number(high)}]" if len(values) > 1 else _mean(values)
-
-
-def _number(x: float) -> str:
-    """Three digits; what rounds to zero has no sign."""
-    return f"{round(x, 6) + 0.0:.3g}"
+    return f"{_mean(values)} [{number(low)}, {number(high)}]" if len(values) > 1 else _mean(values)
 
 
 def draw(path: Path, rows: Rows, *, arms: Sequence[str]) -> None:
@@ -152,8 +109,8 @@ def draw(path: Path, rows: Rows, *, arms: Sequence[str]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(columns), squeeze=False, sharex=True)
     labels: dict[str, Any] = {}
-    for line, (value, name) in enumerate((("score", "return"), ("trace_length", "steps a trace carries"))):
-        for axis, key in zip(axes[line], columns, strict=True):
+    for level, (value, name) in enumerate((("score", "return"), ("trace_length", "steps a trace carries"))):
+        for axis, key in zip(axes[level], columns, strict=True):
             for index, arm in enumerate(arms):
                 by_lag = grouped(rows, value)[key].get(arm, {})
                 if not by_lag:
@@ -168,10 +125,10 @@ def draw(path: Path, rows: Rows, *, arms: Sequence[str]) -> None:
             axis.set_xticks(sorted({cell.lag for cell in rows}), [str(x) for x in sorted({c.lag for c in rows})])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-            if line == 0:
+            if level == 0:
                 axis.set_title(f"{key[0]}, {key[1]:.0%} replay")
             else:
                 axis.set_xlabel("lag of the actors (updates)")
-        axes[line][0].set_ylabel(name)
+        axes[level][0].set_ylabel(name)
     figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=len(labels))
     figure.savefig(path, dpi=110)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from offtrace.recipes import cli, offpolicy_study
+from offtrace.recipes import cli, compare, doctor, offpolicy_study
 from tests.recipes.recipes import TRAINING, parse
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -22,11 +22,15 @@ def test_every_command_is_right() -> None:
     """As far as that can be told without a run or a GPU."""
     assert len(PROGRAMS) == 2
     assert {"impala_atari", "sac_control", "evaluate"} <= {name for name, _ in COMMANDS}
-    assert {name for name, _ in COMMANDS} <= {*TRAINING, "offpolicy_study", "evaluate"}
+    assert {name for name, _ in COMMANDS} <= {*TRAINING, "offpolicy_study", "compare", "evaluate", "doctor"}
     for name, rest in COMMANDS:
         argv = shlex.split(rest, comments=True)
         if name == "offpolicy_study":
             offpolicy_study.parse(argv)
+        elif name == "compare":
+            compare.parse([word.replace("mytask:make", "tests.conformance.tasks:Vector") for word in argv])
+        elif name == "doctor":
+            doctor.parse(argv)
         elif name in TRAINING and "--resume" not in argv:
             config = parse(name, *argv)
             config.validate()

@@ -131,7 +131,7 @@ def _spread(config: Any, given: Collection[str], machine: Machine, cores: int) -
     if "collector.emulator_threads" not in given:
         pair = workers if "collector.num_workers" in given else 2  # one acts while the games of the other are stepped
         threads = max(1, room // pair) if copies_on_gpu and config.env.is_atari else 1
-    most, ahead = max(config.env.num_envs, UNROLLS // train.devices), _ahead(config, gpu=gpu)
+    most, ahead = max(config.env.num_envs, UNROLLS // train.learners), _ahead(config, gpu=gpu)
     if "collector.num_workers" not in given:
         limit = min(ACTORS, ahead * most // GAMES)
         workers = max(1, min(room // threads, limit))

@@ -40,8 +40,37 @@ def available_cores(root: Path = Path("/")) -> int:
     return max(1, min([cores, *map(int, _quotas(root))]))
 
 
+def memory_limit(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may have: those of the machine, or fewer by its control groups.
+
+    Args:
+        root: of the file system.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    try:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError) as error:
+        raise OSError("the system does not tell how much memory it has") from error
+    for folder, second in _groups(root, "memory"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int((folder / ("memory.max" if second else "memory.limit_in_bytes")).read_text()))
+    return min(limits)
+
+
 def _quotas(root: Path) -> Iterator[float]:
-    """Limits of the control groups that this process is in, in cores; of both versions, those around them too."""
+    """Limits of the control groups that this process is in, in cores."""
+    for folder, second in _groups(root, "cpu"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
+            yield _quota(folder, second=second)
+
+
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """Folders of the control groups that this process is in, and of those around them; whether of the second version.
+
+    Some of them are not there.
+    """
     mounted = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -49,15 +78,14 @@ def _quotas(root: Path) -> Iterator[float]:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        for mount in (mounted / controllers, mounted / ("cpu" if controllers else "unified")):
+        for mount in (mounted / controllers, mounted / (controller if controllers else "unified")):
             place = mount / path.lstrip("/")  # in a container often not there, but what is around it is
             for folder in (place, *place.parents):
                 if not folder.is_relative_to(mount):
                     break
-                with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
-                    yield _quota(folder, second=not controllers)
+                yield folder, not controllers
 
 
 def _quota(folder: Path, *, second: bool) -> float:

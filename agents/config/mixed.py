@@ -152,7 +152,7 @@ class MixedConfig(RolloutConfig):
         if unroll < 2:
             raise ConfigError(f"collector.unroll is {unroll}; a replay holds sequences as long: it must be at least 2")
         check_sizes(self)
-        steps = self.train.total_frames // (self.env.frame_skip * self.train.devices)
+        steps = self.train.total_frames // (self.env.frame_skip * self.train.learners)
         if steps <= self.replay.min_size:
             raise ConfigError(
                 f"replay.min_size is {self.replay.min_size}; train.total_frames, {self.train.total_frames}, are "

@@ -169,7 +169,7 @@ def check_budget(config: OffPolicyConfig, frame_skip: int) -> None:
     """
     replay, unroll, frames = config.replay, config.collector.unroll, config.train.total_frames
     rollout = config.env.num_envs * unroll
-    frames_per_rollout = rollout * frame_skip * config.train.devices
+    frames_per_rollout = rollout * frame_skip * config.train.learners
     if frames_per_rollout > frames:
         raise ConfigError(
             f"collector.unroll is {unroll}, and a rollout of all environments and learners {frames_per_rollout} "

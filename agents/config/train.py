@@ -19,7 +19,9 @@ class TrainConfig(Group):
     seed: int = 0
     """Of network, environments and order of the data."""
     devices: int = 1
-    """Learner processes."""
+    """Learner processes of each machine."""
+    num_nodes: int = 1
+    """Machines with learners; those of more than one are started by torchrun."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the learners run."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
@@ -43,16 +45,22 @@ class TrainConfig(Group):
     capture: Literal["none", "update", "try"] = "none"
     """Run whole updates as CUDA graphs (try: eagerly where that is impossible). For one learner on a GPU."""
 
+    @property
+    def learners(self) -> int:
+        """On all machines."""
+        return self.devices * self.num_nodes
+
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         checks = Checks(self, at)
-        checks.at_least(1, "total_frames", "devices", "eval_every", "eval_episodes", "checkpoint_every")
+        checks.at_least(1, "total_frames", "devices", "num_nodes", "eval_every", "eval_episodes", "checkpoint_every")
         checks.at_least(0, "log_every")
-        if self.capture != "none" and self.devices > 1:
-            raise ConfigError(
-                f"{at}.capture is {self.capture}, which is for one learner, and {at}.devices is {self.devices}: "
-                "capture must be none, or devices 1"
-            )
+        for name in ("devices", "num_nodes"):
+            if self.capture != "none" and (number := getattr(self, name)) > 1:
+                raise ConfigError(
+                    f"{at}.capture is {self.capture}, which is for one learner, and {at}.{name} is {number}: capture "
+                    f"must be none, or {name} 1"
+                )
         if self.capture != "none" and self.accelerator == "cpu":
             raise ConfigError(
                 f"{at}.capture is {self.capture}, which needs a GPU; with {at}.accelerator cpu it must be none"

@@ -356,13 +356,20 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
 
 def _ray(config: Config) -> RayOptions | None:
     collector = config.collector
-    return RayOptions(collector.address, collector.placement == "near") if collector.backend == "ray" else None
+    if collector.backend != "ray":
+        return None
+    return RayOptions(collector.address, collector.placement == "near", config.train.learners)
 
 
 def _device(config: Config, rank: int) -> str:
     """Where the actors of ``rank`` have their policy: each learner's on its own GPU, where each has one."""
     device, train = config.collector.device, config.train
-    return f"cuda:{rank}" if device == "cuda" and train.devices > 1 and train.accelerator != "cpu" else device
+    # the ranks of a machine are consecutive
+    return (
+        f"cuda:{rank % train.devices}"
+        if device == "cuda" and train.devices > 1 and train.accelerator != "cpu"
+        else device
+    )
 
 
 def _server(config: Config, rank: int, frames: int) -> ServerOptions | None:

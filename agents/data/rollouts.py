@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from offtrace.agents.data.acting import ActingData, Learner, books_of, check_sizes, make_room
-from offtrace.modules.keys import FINALS, NEXT, POLICY_VERSION
+from offtrace.modules.keys import FINALS, NEXT, POLICY_VERSION, WORKER
 
 if TYPE_CHECKING:
     from offtrace.modules.collectors import Collector
@@ -133,6 +133,18 @@ class RolloutData(ActingData):
     def metrics(self) -> dict[str, float]:
         """For the log: what ``on_rollout`` returned of the newest rollout."""
         return {f"rollout/{name}": float(value) for name, value in self._diagnostics.items()}
+
+    def environments(self, rollout: TensorDictBase, of_actor: int) -> Tensor:
+        """Which environment each row is of, int64 ``[N]``, counted through all actors; for ``on_rollout``.
+
+        Args:
+            rollout: the one that ``on_rollout`` sees.
+            of_actor: environments of an actor.
+        """
+        order = None if self.collector is None else self.collector.order
+        rows = torch.arange(len(rollout)) if order is None else order(len(rollout))
+        worker = rollout[WORKER][:, 0]
+        return worker * of_actor + (rows % of_actor).to(worker.device)
 
     def stream(self, collector: Collector, learner: Learner) -> RolloutStream:
         """As :meth:`ActingData.stream`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 import warnings
@@ -15,6 +14,7 @@ import torch
 from tensordict.nn import ProbabilisticTensorDictSequential
 
 from offtrace.agents.runs.missing import no_checkpoint
+from offtrace.agents.runs.ranks import rank
 from offtrace.modules.naming import imported
 from offtrace.modules.networks import build_policy
 
@@ -81,7 +81,7 @@ def usable(path: Path) -> Path:
             frames = int(read_checkpoint(before)[CHECKPOINT_KEY]["frames"])
         except CheckpointError as second:
             raise CheckpointError(f"{error}; and the one before it cannot be used either: {second}") from second
-        if not int(os.environ.get("LOCAL_RANK", 0)):
+        if not rank():
             warnings.warn(
                 f"{error}; the run goes on from {before.name}, and what it had learnt after {frames:,} frames is lost",
                 RuntimeWarning,

@@ -78,7 +78,9 @@ def _occupied(folder: Path) -> str:
 
 def write_config(config: Config, folder: Path, *, resumed: bool = False) -> None:
     """Writes ``config.yaml`` and ``versions.json``; a resumed run keeps the first versions and adds the new ones."""
-    (folder / "config.yaml").write_text(config_text(config))
+    temporary = folder / f".config.yaml.{os.getpid()}"
+    temporary.write_text(config_text(config))
+    temporary.replace(folder / "config.yaml")  # other learners may be reading it
     found = versions()
     if resumed:
         found = _with_resumption(folder / "versions.json", found)
@@ -99,10 +101,15 @@ def _with_resumption(path: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def discard(folder: Path) -> bool:
-    """Removes the folder of a run that was refused before it began, so that its name is free; ``False`` if it began."""
+    """Removes the folder of a run that was refused before it began, so that its name is free; ``False`` if it began.
+
+    Another learner may have removed it.
+    """
+    if not folder.exists():
+        return True
     if not {path.name for path in folder.iterdir()} <= {"config.yaml", "versions.json"}:
         return False
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     return True
 
 

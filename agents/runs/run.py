@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
@@ -17,8 +16,9 @@ import torch
 from offtrace.agents.config import Config, ConfigError
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint, usable
 from offtrace.agents.runs.evaluation import EvaluationResult, evaluate
-from offtrace.agents.runs.folders import discard, write_config
+from offtrace.agents.runs.folders import RunError, discard, write_config
 from offtrace.agents.runs.media import Recorder, plot_curve
+from offtrace.agents.runs.ranks import rank
 from offtrace.agents.runs.training import REPLAY, Summary, evaluation_env, train
 from offtrace.modules.envs import EnvironmentFailure, env_info
 from offtrace.modules.replay import DamagedReplay
@@ -34,7 +34,7 @@ class RunFailed(RuntimeError):
 
 
 def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
-    """Trains in ``folder``, then draws the curve and records an episode. Only the first of several learners draws.
+    """Trains in ``folder``, then draws the curve and records an episode. Only the first of all learners draws.
 
     Args:
         config: validated.
@@ -53,7 +53,7 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
         resume = None if resume is None else usable(resume)
         prepare(config, folder, resume)
         summary = train(config, folder, resume)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, RunError) as error:
         if resume is None:
             discard(folder)
         raise RunRefused(one_line(error)) from error
@@ -67,7 +67,7 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
         if isinstance(error, (ValueError, EnvironmentFailure)) and resume is None and discard(folder):
             raise RunRefused(one_line(error)) from error
         raise RunFailed(_kept(error, folder)) from error
-    if int(os.environ.get("LOCAL_RANK", 0)):
+    if rank():
         return summary
     if summary.signal and resume is None and not _last(folder).exists():
         shutil.rmtree(folder)
@@ -111,7 +111,7 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
             f"{folder} has trained {frames:,} of {config.train.total_frames:,} frames; "
             "give more by --train.total_frames to go on"
         )
-    if not int(os.environ.get("LOCAL_RANK", 0)):
+    if not rank():
         print(f"going on from {frames:,} frames", file=sys.stderr)
         check_saved(checkpoint, folder / REPLAY)
         for files in folder.glob(f"{REPLAY}.live*"):  # of a process that was killed
@@ -146,8 +146,8 @@ def check_saved(checkpoint: dict[str, Any], folder: Path) -> None:
     # Lightning keeps a data module's state by the name of its class, which may be one of the user's
     names = {x["replay"] for x in checkpoint.values() if isinstance(x, dict) and isinstance(x.get("replay"), str)}
     for saved in sorted(names):
-        for rank in sorted(folder.iterdir()):
-            read_folder(rank / saved)
+        for own in sorted(folder.iterdir()):
+            read_folder(own / saved)
 
 
 def record_episode(config: Config, checkpoint: Path, out: Path) -> None:

@@ -21,9 +21,10 @@ from torchrl.modules.utils import get_env_transforms_from_module
 
 from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, Meters, WeightSync
 from offtrace.agents.config import Config, available_cores
-from offtrace.agents.runs.checkpoint import read_checkpoint
+from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, read_checkpoint
 from offtrace.agents.runs.evaluation import EvaluationResult
-from offtrace.agents.runs.folders import keep_metrics
+from offtrace.agents.runs.folders import config_text, keep_metrics
+from offtrace.agents.runs.ranks import check_launch, meet, rank
 from offtrace.modules.envs import make_env
 
 REPLAY = "replay"
@@ -88,14 +89,17 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
         resume: a checkpoint to continue from.
 
     Raises:
-        ValueError: for what the configuration asks for and this machine lacks.
+        ValueError: for what the configuration asks for and this machine lacks; another learner has not come, or with
+            another configuration.
         CheckpointError: if ``resume`` cannot be read.
         RuntimeError: if an environment or a worker failed, or training diverged; the last checkpoint is kept.
     """
     start = time.perf_counter()
+    check_launch(config.train)
+    begun = 0
     if resume is not None:
-        read_checkpoint(resume)
-        if not int(os.environ.get("LOCAL_RANK", 0)):
+        begun = int(read_checkpoint(resume)[CHECKPOINT_KEY]["frames"])
+        if not rank():
             keep_metrics(run_dir)
     config.check_devices(torch.cuda.device_count())
     _quiet()
@@ -112,6 +116,7 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.checkpoint_every, resume)
     callbacks = [sync, meters, evaluation, checkpoints, stop]
     trainer = make_trainer(config, run_dir, callbacks)
+    meet(f"{config_text(config)}at {begun} frames")
     with stop:
         try:
             trainer.fit(agent, data, ckpt_path=str(resume) if resume else None, weights_only=True if resume else None)
@@ -160,7 +165,7 @@ def learner_threads(config: Config) -> int:
     # an actor's emulator and its policy take turns
     busy = collector.num_workers * max(collector.threads, collector.emulator_threads)
     busy += collector.threads if collector.acting == "server" else 0
-    if collector.address:  # those of a cluster run where there is room
+    if collector.address and collector.placement == "spread":  # they run where there is room
         busy = 0
     free = max(1, available_cores() // max(1, config.train.devices) - busy)
     limit = os.environ.get("OMP_NUM_THREADS", "")
@@ -186,12 +191,13 @@ def make_trainer(config: Config, run_dir: Path, callbacks: list[pl.Callback]) ->
     loggers = [CSVLogger(run_dir, name=None, version="", flush_logs_every_n_steps=1)]
     tensorboard = TensorBoardLogger(run_dir, name=None, version="")
     strategy: Any = "auto"
-    if config.train.devices > 1:
+    if config.train.learners > 1:
         # target networks and meters are buffers; gradients are all that crosses ranks
         strategy = pl.strategies.DDPStrategy(broadcast_buffers=False)
     return pl.Trainer(
         accelerator=config.train.accelerator,
         devices=config.train.devices,
+        num_nodes=config.train.num_nodes,
         strategy=strategy,
         precision=precision(config),
         max_epochs=1,

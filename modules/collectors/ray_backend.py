@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import socket
 import threading
 import time
 import warnings
@@ -40,6 +41,8 @@ from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 
 _POLL = 0.1  # seconds between two looks at the actors' health while a rollout is awaited
+_HEAD_EVERY, _HEAD_TRIES = 2.0, 8  # seconds between two looks at the head, and how many in a row may fail
+_LAST_WORDS = 2.0  # seconds for a finished rollout of an actor that has died
 _SHUTDOWN_TIMEOUT = 4.0
 _WATCH, _LIFE = "watch", "life"  # threads of an actor beside the one that acts
 
@@ -51,10 +54,14 @@ class RayOptions(NamedTuple):
         address: ``host:port`` of the head of a cluster that runs, or ``auto``: the one that this machine is a node of.
             Empty: a cluster of this machine alone, for this process, on 127.0.0.1.
         near: where there is room, on the learner's own node; else spread over the nodes.
+        learners: ranks of ``torch.distributed`` whose actors share the cluster at ``address``. Each of them must make
+            its collector, alike, at the same time: none takes CPUs before all have found room. Without an address each
+            has a cluster of its own.
     """
 
     address: str = ""
     near: bool = False
+    learners: int = 1
 
 
 class Up(NamedTuple):
@@ -184,7 +191,8 @@ class RaySeat(Seat):
         Raises:
             EnvironmentFailure: it failed, or is dead.
         """
-        if self._answer is None or not self._answer.done():
+        # what it had finished may be on its way still
+        if self._answer is None or not concurrent.futures.wait([self._answer], _LAST_WORDS).done:
             self._result(self._life)
         answer = self._result(self._answer)
         self._answer = None
@@ -220,15 +228,16 @@ class RaySeat(Seat):
         self._ask("leave")
         return self._actor.close.remote().future()
 
-    def end(self) -> None:
-        """End it without asking, and let go of it."""
+    def end(self, *, kill: bool) -> None:
+        """Let go of it, and end it without asking, unless it has gone with the connection."""
         if not self.running:
             return
         import ray
 
         self.running = False
-        with contextlib.suppress(Exception):  # it may be gone, and Ray with it
-            ray.kill(self._actor, no_restart=True)
+        if kill:
+            with contextlib.suppress(Exception):  # it may be gone, and Ray with it
+                ray.kill(self._actor, no_restart=True)
         self._actor = self._answer = self._reference = self._life = self._beating = None
 
     @property
@@ -258,6 +267,50 @@ class RaySeat(Seat):
             raise EnvironmentFailure(
                 f"{self._named} ended by itself ({type(error).__name__})\n\nRay says:\n{error}"
             ) from None
+
+
+class Connection:
+    """That of this process to its Ray cluster.
+
+    Ray makes a new one by itself, with settings of its own, where it is asked for anything without one; and a minute
+    after the head has gone it ends the process, so that nothing could be saved.
+    """
+
+    def __init__(self) -> None:
+        import ray
+
+        self._ray = ray
+        self._head = ray.get_runtime_context().gcs_address
+        self._due = 0.0
+        self._failed = 0
+
+    @property
+    def there(self) -> bool:
+        """Whether Ray may be asked for anything."""
+        return bool(self._ray.is_initialized())
+
+    def check(self) -> None:
+        """Called often: look whether it is there, and now and then whether the cluster's head is.
+
+        Raises:
+            EnvironmentFailure: it has gone.
+        """
+        if not self.there:
+            raise EnvironmentFailure("the connection to the Ray cluster was ended, and the collector was not before it")
+        if time.monotonic() < self._due:
+            return
+        host, _, port = self._head.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _HEAD_EVERY / 2).close()
+            self._failed = 0
+        except OSError as error:
+            self._failed += 1
+            if self._failed == _HEAD_TRIES:
+                raise EnvironmentFailure(
+                    f"the head of the Ray cluster, {self._head}, has gone ({error}); start the cluster again, and go "
+                    "on from the checkpoint"
+                ) from error
+        self._due = time.monotonic() + _HEAD_EVERY
 
 
 class RayBackend:
@@ -294,7 +347,7 @@ class RayBackend:
         restarts: Restarts,
         options: RayOptions,
     ) -> None:
-        data = pickled(spec)
+        data = pickled(spec._replace(environ={}))  # the cluster may be shared with others
         self._shared = shared
         self._step_timeout = step_timeout
         self._restarts = restarts
@@ -305,7 +358,8 @@ class RayBackend:
         self._cluster = contextlib.ExitStack()
         self._cluster.enter_context(ray_connection(options.address, num_workers * spec.threads))
         try:
-            check_room(num_workers, spec.threads)
+            self._connection = Connection()
+            check_room(num_workers, spec.threads, options.learners if options.address else 1)
             self._class = _actor_class(spec.threads, options)
             self._spec = _put(data)
             _quiet_about_read_only()
@@ -368,7 +422,8 @@ class RayBackend:
     def shutdown(self) -> None:
         """Ask, then kill, within about 5 seconds."""
         try:
-            leaving = [seat.leave() for seat in self._seats if seat.running and seat.up]
+            asked = self._seats if self._connection.there else []
+            leaving = [seat.leave() for seat in asked if seat.running and seat.up]
             concurrent.futures.wait(leaving, _SHUTDOWN_TIMEOUT)
         finally:  # a second Ctrl-C too must leave nobody
             self._end()
@@ -384,9 +439,11 @@ class RayBackend:
         """Start what is due and take in what the actors deliver, until ``condition`` holds.
 
         Raises:
-            EnvironmentFailure: one failed, died or hangs, and is not replaced.
+            EnvironmentFailure: one failed, died or hangs, and is not replaced; or the cluster has gone.
         """
+        self._connection.check()
         while not condition():
+            self._connection.check()
             before = time.monotonic()
             self._start_due()
             awaited = [future for seat in self._seats for future in seat.awaited]
@@ -417,20 +474,21 @@ class RayBackend:
         Raises:
             EnvironmentFailure: it is not.
         """
+        had = seat.rollout is not None
         try:
             action()
         except EnvironmentFailure as error:
             delay = self._restarts.after(seat.what, error)
-            seat.end()
+            seat.end(kill=True)
             seat.due = time.monotonic() + delay
         else:
-            if seat.rollout is not None:
+            if seat.rollout is not None and not had:
                 self._restarts.delivered(seat.what)
 
     def _end(self) -> None:
         """End the actors without asking, and let go of everything."""
         for seat in self._seats:
-            seat.end()
+            seat.end(kill=self._connection.there)
             seat.rollout = None
         self._class = self._spec = None
         self._put = (-1, None)
@@ -444,7 +502,9 @@ def _actor_class(threads: int, options: RayOptions) -> Any:
 
     where: Any = "SPREAD"
     if options.near:
-        where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        where = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=True, _spill_on_unavailable=True
+        )
     # Ray's own restarts would repeat the seed
     actor = ray.remote(concurrency_groups={_WATCH: 1, _LIFE: 1}, max_restarts=0, max_task_retries=0)(RayActor)
     return actor.options(num_cpus=threads, scheduling_strategy=where)

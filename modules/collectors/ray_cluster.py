@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ _WATCH = 'trap \'\' HUP INT TERM; cat; rm -rf "$0"; sleep 1; rm -rf "$0"; kill -
 
 _links = contextlib.ExitStack()  # what the last of those who use it undoes
 _users = 0
+_joined = ""  # the address that was asked for, which Ray writes in another way
 _token = secrets.token_hex(32)  # of clusters of our own; Ray asks for it once a process
 
 
@@ -80,7 +82,7 @@ def ray_connection(address: str = "", cpus: int = 1) -> Iterator[None]:
         except BaseException:
             _links.close()
             raise
-    elif address not in ("", "auto", found := ray.get_runtime_context().gcs_address):
+    elif address not in ("", "auto", _joined, found := ray.get_runtime_context().gcs_address):
         raise ValueError(f"address is {address}, and this process is connected to the Ray cluster at {found} already")
     _users += 1
     try:
@@ -97,29 +99,35 @@ def _start(cpus: int) -> None:
     Raises:
         ValueError: it does not start.
     """
+    import ray
     from ray._private import ray_constants, utils
 
-    # not in /tmp/ray, which is everybody's; the sockets in it have long names already
+    # not in /tmp/ray, which is everybody's, as Ray makes its folder in this one too; the sockets in it have long names
     folder = tempfile.mkdtemp(prefix="ray-")
+    os.mkdir(rays := os.path.join(folder, "r"))
     _links.callback(shutil.rmtree, folder, ignore_errors=True)
     watch = subprocess.Popen(
         ["sh", "-c", _WATCH, folder], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0
     )
     _links.callback(_end_group, watch)
-    die_with_learner = utils.set_kill_on_parent_death_linux
-
-    def begin() -> None:  # in a process of Ray's, before it is one
-        os.setpgid(0, watch.pid)
-        die_with_learner()
-
     # what Ray has for systems whose firewalls ask about every listener: it listens on 127.0.0.1. Its processes read it
     # from the environment, and this one did so when Ray was imported, as TorchRL does
-    own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_TOKEN": _token, "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": None,  # then Ray has it that all who connect need the token, in this process too
+        "RAY_AUTH_TOKEN": _token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # no lower priority than the learner's, which waits for them
+        "PYTHONPATH": os.pathsep.join(place or os.getcwd() for place in sys.path),
+    }
     with (
-        environment(**own, RAY_worker_niceness="0"),  # no lower priority than the learner's, which waits for them
+        environment(**own),
         mock.patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False),
-        mock.patch.object(utils, "set_kill_on_parent_death_linux", begin),
+        # called in a process of Ray's before it is one. Ray would have it die with the thread that starts it
+        mock.patch.object(utils, "set_kill_on_parent_death_linux", partial(os.setpgid, 0, watch.pid)),
     ):
+        raylet: Any = ray._raylet
+        raylet.AuthenticationTokenLoader.instance().reset_cache()  # the token of a cluster before this one
         for tries_left in reversed(range(_TRIES)):
             try:
                 _init(
@@ -127,12 +135,14 @@ def _start(cpus: int) -> None:
                     address="local",
                     num_cpus=cpus,
                     include_dashboard=False,
-                    _temp_dir=folder,
+                    _temp_dir=rays,
                 )
-                return
+                break
             except ValueError:
                 if not tries_left:
                     raise
+    if not (found := ray.get_runtime_context().gcs_address).startswith("127.0.0.1:"):
+        raise ValueError(f"Ray {ray.__version__} does not keep a cluster to this machine: it listens at {found}")
 
 
 def _end_group(leader: subprocess.Popen[bytes]) -> None:
@@ -160,26 +170,29 @@ def _join(address: str) -> None:
             raise ValueError(
                 f"address is {address}, where nobody listens ({error}); it must be that of a Ray cluster's head"
             ) from error
+    global _joined
     _init(f"address is {address}, and the Ray cluster there cannot be used", address=address)
+    _joined = address
 
 
 def _init(failed: str, **options: Any) -> None:
     import ray
 
-    before, mode = signal.getsignal(signal.SIGTERM), os.environ.get("RAY_AUTH_MODE")
+    before = signal.getsignal(signal.SIGTERM)
     logger = logging.getLogger("ray")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         # Ray's processes are of this one's group, and what ends the group is the learner's to decide
-        with signals_blocked():
+        with signals_blocked(), environment(RAY_AUTH_MODE=os.environ.get("RAY_AUTH_MODE")):  # which Ray sets
             ray.init(log_to_driver=False, configure_logging=False, **options)
     except Exception as error:
-        raise ValueError(f"{failed}: {' '.join(str(error).split())[:_LONGEST]}") from error
+        words = " ".join(str(error).split())[:_LONGEST]
+        if words.startswith("Failed to connect"):  # Ray prints that a token was refused, and raises this
+            words += "; one that wants a token has it from RAY_AUTH_TOKEN, and RAY_AUTH_MODE is token then"
+        raise ValueError(f"{failed}: {words}") from error
     finally:
         logger.setLevel(level)
-        if mode is None:  # which Ray sets
-            os.environ.pop("RAY_AUTH_MODE", None)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
     _links.callback(_shut_down)
@@ -201,8 +214,22 @@ def _kill(processes: Callable[..., None], **_: Any) -> None:
     processes(check_alive=False)
 
 
-def check_room(number: int, cpus: int) -> None:
+def cluster_size() -> tuple[int, float, float]:
+    """Nodes, CPUs and GPUs of the cluster that this process is connected to, as Ray counts them."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return len(nodes), sum(node.get("CPU", 0.0) for node in nodes), sum(node.get("GPU", 0.0) for node in nodes)
+
+
+def check_room(number: int, cpus: int, learners: int = 1) -> None:
     """Look whether the cluster has CPUs for ``number`` actors of ``cpus`` each, which would wait for them for ever.
+
+    Args:
+        number: of actors of each learner.
+        cpus: of each actor.
+        learners: ranks of ``torch.distributed``, all of which must call this; it comes back when all have found room,
+            so that none counts as in use what another one of them has just taken.
 
     Raises:
         ValueError: it has not, or others use them.
@@ -210,17 +237,22 @@ def check_room(number: int, cpus: int) -> None:
     import ray
 
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    each, number = f" of each of {learners} learners" if learners > 1 else "", number * learners
     wanted = f"{number} actors of {cpus} CPU each"
     if sum(int(there // cpus) for there in nodes) < number:
         raise ValueError(
-            f"{wanted} (num_workers, threads_per_worker) are more than the {len(nodes)} nodes of the Ray cluster have "
-            f"room for, with {sum(nodes):g} CPUs together: ask for fewer, or add nodes"
+            f"{wanted} (num_workers, threads_per_worker{each}) are more than the {len(nodes)} nodes of the Ray cluster "
+            f"have room for, with {sum(nodes):g} CPUs together: ask for fewer, or add nodes"
         )
     limit = time.monotonic() + _ROOM_TIMEOUT
     while (free := ray.available_resources().get("CPU", 0.0)) < number * cpus:
         if time.monotonic() > limit:
             raise ValueError(
-                f"{wanted} find no room: of the {sum(nodes):g} CPUs of the Ray cluster {free:g} are free, the others "
-                "are in use; ask for fewer actors, or wait"
+                f"{wanted}{each} find no room: of the {sum(nodes):g} CPUs of the Ray cluster {free:g} are free, the "
+                "others are in use; ask for fewer actors, or wait"
             )
         time.sleep(_POLL)
+    if learners > 1:
+        import torch.distributed
+
+        torch.distributed.barrier()

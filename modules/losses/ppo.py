@@ -12,12 +12,13 @@ from torchrl.modules import set_recurrent_mode
 
 from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.estimators.state_values import StateValueEstimator
-from offtrace.modules.keys import NEXT
+from offtrace.modules.keys import IS_INIT, NEXT
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, check_positive, entry
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout, state_values
+from offtrace.modules.networks.normalise import RewardNormalizer
 from offtrace.modules.returns import effective_sample_size
 from offtrace.modules.returns.checks import ratio
 
@@ -58,6 +59,9 @@ class PPOLoss(Loss):
         value_clip: how far the value may be from what it was; None does not clip.
         anneal_clip: both clips shrink linearly to 0 as :meth:`set_progress` goes from 0 to 1.
         reward_clip: clip rewards to [-reward_clip, reward_clip]; None leaves them.
+        normalize_reward: rewards are divided by the running standard deviation of the discounted return, see
+            :class:`offtrace.modules.networks.RewardNormalizer`; :meth:`prepare` takes a rollout into it. ``value_clip``
+            is then in its units. Not with ``reward_clip``.
 
     Reads (names change by :meth:`set_keys`) what :class:`ImpalaLoss` reads, and what :meth:`prepare` writes:
     ``"advantage"``, ``"value_target"``, and with ``value_clip`` ``"state_value"``, [B, T, 1]. Where the advantage is
@@ -92,9 +96,12 @@ class PPOLoss(Loss):
         value_clip: float | None = None,
         anneal_clip: bool = False,
         reward_clip: float | None = None,
+        normalize_reward: bool = False,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         check_positive(reward_clip=reward_clip, value_clip=value_clip)
+        if normalize_reward and reward_clip is not None:
+            raise ValueError(f"normalize_reward is True and reward_clip {reward_clip}; only one of them can be given")
         if not 0 < clip_epsilon < 1:
             raise ValueError(f"clip_epsilon must be in (0, 1), got {clip_epsilon}")
         super().__init__()
@@ -108,6 +115,7 @@ class PPOLoss(Loss):
         self.clip_epsilon, self.value_clip, self.anneal_clip = clip_epsilon, value_clip, anneal_clip
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.normalize_advantage, self.reward_clip = normalize_advantage, reward_clip
+        self.reward_normalizer = RewardNormalizer(gamma) if normalize_reward else None
         # a tensor, so that compiled and captured updates follow it; its precision is its own
         self.register_buffer("clip_scale", torch.ones((), dtype=torch.float64), persistent=False)
         diagnostics = ["entropy", "kl", "ratio_mean", "ess", "explained_variance", "advantage_std", "policy_clipped"]
@@ -126,20 +134,33 @@ class PPOLoss(Loss):
             self.clip_scale.fill_(1 - fraction)
 
     @torch.no_grad()
-    def prepare(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
+    def prepare(self, tensordict: TensorDictBase, environments: tuple[Tensor, int] | None = None) -> dict[str, Tensor]:
         """Write into a whole rollout [B, T] what must not change between the passes over it.
 
         ``"advantage"``, ``"value_target"`` and ``"state_value"``, the value as it is now, [B, T, 1] each.
 
+        Args:
+            tensordict: the rollout, which goes on where the last one ended, if rewards are normalised.
+            environments: as of :meth:`RewardNormalizer.update`, by which that is told.
+
         Returns:
-            The estimator's diagnostics of the rollout, scalars by their names.
+            The estimator's diagnostics of the rollout, scalars by their names; with ``normalize_reward`` also
+            ``return_std``, by which its rewards were divided.
 
         Raises:
             KeyError, TypeError, ValueError: as :meth:`forward`.
         """
         with set_recurrent_mode(True):  # as in forward: a recurrent policy unrolls
             policy = evaluate_rollout(self, tensordict, reward_clip=self.reward_clip)
+        if self.reward_normalizer is not None:
+            outcome, first = policy.outcome, tensordict.get(IS_INIT, None)
+            self.reward_normalizer.update(
+                outcome.reward, outcome.done, first=None if first is None else first[:, 0].view(-1),
+                valid=outcome.valid, environments=environments,
+            )  # fmt: skip
         estimate, diagnostics = self._estimate(policy, *state_values(self, policy))
+        if self.reward_normalizer is not None:
+            diagnostics = {**diagnostics, "return_std": self.reward_normalizer.variance.sqrt()}
         names = self.tensor_keys
         for key, x in zip((names.advantage, names.value_target, names.value), estimate, strict=True):
             tensordict.set(key, x.unsqueeze(-1))
@@ -210,7 +231,10 @@ class PPOLoss(Loss):
         self, policy: EvaluatedPolicy, value: Tensor, next_value: Tensor
     ) -> tuple[RolloutEstimate, dict[str, Tensor]]:
         """That of a rollout by the weights as they are, and the estimator's diagnostics."""
-        estimate = self.estimator.estimate(policy.outcome, value=value, next_value=next_value, log_rho=policy.log_rho)
+        outcome = policy.outcome
+        if self.reward_normalizer is not None:
+            outcome = outcome._replace(reward=self.reward_normalizer(outcome.reward))
+        estimate = self.estimator.estimate(outcome, value=value, next_value=next_value, log_rho=policy.log_rho)
         # the surrogate has the ratio itself: an estimator's weight would count it twice; where it is 0, so is the ratio
         weighted = estimate.weight != 0
         advantage = torch.where(weighted, estimate.advantage / estimate.weight, estimate.advantage)

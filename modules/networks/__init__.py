@@ -24,7 +24,12 @@ from offtrace.modules.networks.heads import (
     TanhNormalHead,
 )
 from offtrace.modules.networks.named import NETWORKS
-from offtrace.modules.networks.normalise import DictNormalizer, ObservationNormalizer, share_normalizer
+from offtrace.modules.networks.normalise import (
+    DictNormalizer,
+    ObservationNormalizer,
+    RewardNormalizer,
+    share_normalizer,
+)
 from offtrace.modules.networks.observations import ObservationNetwork
 from offtrace.modules.networks.policy import Policy
 from offtrace.modules.networks.policy_network import PolicyNetwork
@@ -66,6 +71,7 @@ __all__ = [
     "PolicyNetwork",
     "PopArtHead",
     "ResNetConv",
+    "RewardNormalizer",
     "SeparateCores",
     "ShallowConv",
     "StateValue",

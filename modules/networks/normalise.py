@@ -1,4 +1,4 @@
-"""Running normalisation of observations."""
+"""Running normalisation of observations, and of rewards by their returns."""
 
 from __future__ import annotations
 
@@ -107,6 +107,93 @@ class DictNormalizer(nn.Module):
     def forward(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every entry, the vectors normalised."""
         return dict(x) | {name: part(x[name]) for name, part in zip(self.names, self.parts, strict=True)}
+
+
+class RewardNormalizer(nn.Module):
+    """``clip(reward / sqrt(variance + epsilon))``, by the running variance of the discounted return.
+
+    That return is R_t = r_t + gamma R_{t-1}, begun anew at every episode; its variance is over all steps so far. The
+    mean is not subtracted: the sign of a reward stays. This is the reward scaling of PPO in OpenAI baselines
+    (``VecNormalize``) and CleanRL, which Engstrom et al. 2020, arXiv 2005.12729, describe. There each step is divided
+    by the statistics of its time; here a whole rollout is taken in first, and one number divides all its rewards.
+
+    Count, mean and sum of squares are float64 buffers, as of :class:`ObservationNormalizer`, saved with whatever holds
+    the module. The returns of the episodes under way are not saved, since no episode outlives its process.
+
+    Args:
+        gamma: discount per step.
+        clip: largest absolute reward out; None: no limit.
+        epsilon: added to the variance.
+    """
+
+    running: Tensor
+
+    def __init__(self, gamma: float, *, clip: float | None = 10.0, epsilon: float = 1e-8) -> None:
+        super().__init__()
+        if clip is not None and clip <= 0:
+            raise ValueError(f"clip must be positive or None, got {clip}")
+        self.gamma, self.clip, self.epsilon = gamma, clip, epsilon
+        self.returns = ObservationNormalizer((), clip=None)
+        self.register_buffer("running", torch.zeros(0, dtype=torch.float64), persistent=False)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of the discounted return, a float64 scalar; 1 before the first step."""
+        return self.returns.variance
+
+    @torch.no_grad()
+    def update(
+        self,
+        reward: Tensor,
+        done: Tensor,
+        *,
+        first: Tensor | None = None,
+        valid: Tensor | None = None,
+        environments: tuple[Tensor, int] | None = None,
+    ) -> None:
+        """Take in a rollout, whose rows go on where the last ones of the same environments ended.
+
+        The statistics are of all ranks of ``torch.distributed``, every one of which must call it as often as the
+        others with as many steps.
+
+        Args:
+            reward: ``[B, T]``, any floating dtype.
+            done: bool ``[B, T]``; the return begins anew behind it.
+            first: bool ``[B]``, True where a row begins an episode whatever the last one's end was: environments may be
+                replaced.
+            valid: bool ``[B, T]``; False steps are left out, NaN included.
+            environments: int64 ``[B]``, which environment a row is of, and their number; None: row i is of the i-th.
+        """
+        rows, number = (slice(None), len(reward)) if environments is None else environments
+        if len(self.running) != number:
+            self.running = self.returns.mean.new_zeros(number)
+        returns, running = [], self.running[rows]
+        if first is not None:
+            running = running.masked_fill(first, 0)
+        steps = reward.to(running.dtype)
+        if valid is not None:
+            steps = steps.masked_fill(~valid, 0)
+        for time in range(reward.shape[1]):
+            running = steps[:, time] + self.gamma * running
+            returns.append(running)
+            running = running.masked_fill(done[:, time], 0)
+        self.running[rows] = running
+        found = of_all_ranks(torch.stack(returns, 1))
+        self.returns.update(found, None if valid is None else of_all_ranks(valid))
+
+    def forward(self, reward: Tensor) -> Tensor:
+        """``[*B]``, divided, in the dtype of the input."""
+        x = reward / (self.variance + self.epsilon).sqrt().to(reward.dtype)
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+
+def of_all_ranks(tensor: Tensor) -> Tensor:
+    """``tensor`` of every rank of ``torch.distributed``, one behind the other; the same on all of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    everybody = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everybody, tensor.contiguous())
+    return torch.cat(everybody)
 
 
 def share_normalizer(source: nn.Module, *others: nn.Module) -> None:

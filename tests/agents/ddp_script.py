@@ -1,11 +1,15 @@
 """Run by test_ddp.py: Lightning's fit on two gloo ranks. Writes what each rank saw into a folder.
 
 python ddp_script.py train FOLDER        each with its own CartPole environments
+python ddp_script.py rewards FOLDER        likewise PPO, which normalises rewards, in Pendulum
 python ddp_script.py gradients FOLDER        one update on fixed batches with unequal masks, by SGD, with each loss
+python ddp_script.py ray FOLDER        by SGD, each with its own actors on one Ray cluster
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -18,12 +22,14 @@ from tensordict import TensorDict, TensorDictBase
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import WeightSync
-from offtrace.agents.impala import control_config, make_impala
+from offtrace.agents.impala import ImpalaConfig, control_config, make_impala
+from offtrace.agents.ppo import pendulum_config
 from offtrace.agents.trpo import trust_region_update
+from offtrace.modules.keys import FINALS
 from offtrace.modules.losses import ACERLoss, ImpalaLoss, TRPOLoss
 from offtrace.modules.networks import build_policy, build_value
 
-ENVS, STEPS = 3, 5
+ENVS, STEPS, UPDATES = 3, 5, 6
 LOSSES = ("sum", "mean", "acer", "trpo")
 
 
@@ -45,17 +51,19 @@ class Spy(pl.Callback):
         self.first: list[torch.Tensor] = []
 
     def on_train_batch_start(self, trainer: Any, agent: Any, batch: TensorDictBase, batch_idx: int) -> None:
-        self.first.append(batch["observation"][0, 0].clone())
+        self.first.append(batch["observation"].flatten(0, -2)[0].clone())
 
 
-def train(folder: Path) -> None:
-    config = control_config()
+def train(folder: Path, kind: str) -> None:
+    config: Any = control_config() if kind == "train" else pendulum_config()
+    if kind == "rewards":
+        config.loss.normalize_reward = True
     config.collector.num_workers = 0
     config.env.num_envs, config.collector.unroll, config.train.minibatches = 4, 8, 2
     config.train.epochs = 1
     config.train.total_frames = 4 * 8 * 2 * 6
     pl.seed_everything(config.train.seed, verbose=False)
-    agent, data = make_impala(config)
+    agent, data = config.build()
     spy = Spy()
     trainer = fit(agent, data, 2, [WeightSync(2), spy])
     torch.save(
@@ -106,31 +114,32 @@ def batches() -> list[TensorDict]:
     return out
 
 
-class Once:
-    """A stream of one batch."""
+class Stream:
+    """Of these batches."""
 
-    def __init__(self, batch: TensorDictBase) -> None:
-        self.batch = batch
+    def __init__(self, *batches: TensorDictBase) -> None:
+        self.batches = batches
 
     def __len__(self) -> int:
-        return 1
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        yield self.batch
+        return iter(self.batches)
 
 
 class FixedData(pl.LightningDataModule):
-    """One batch: the rank's own, or the joined one."""
+    """Batches of all ranks, in turn; those of this rank, or joined for one."""
 
     frames = 0
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, of_ranks: list[list[TensorDict]]) -> None:
         super().__init__()
-        self.ranks = ranks
+        self.ranks, self.of_ranks = ranks, of_ranks
 
-    def train_dataloader(self) -> Once:
-        own = batches()
-        return Once(own[self.trainer.global_rank] if self.ranks > 1 else torch.cat(own))
+    def train_dataloader(self) -> Stream:
+        if self.ranks > 1:
+            return Stream(*self.of_ranks[self.trainer.global_rank])
+        return Stream(*(torch.cat(together) for together in zip(*self.of_ranks, strict=True)))
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         return batch
@@ -162,7 +171,7 @@ def gradients(folder: Path, ranks: int) -> None:
         before = {key: value.detach().clone() for key, value in parameters}
         update = trust_region_update(loss, critic_steps=2) if name == "trpo" else None
         agent = Agent(loss, loss.policy, optimizer=partial(sgd), total_frames=1, schedule="constant", update=update)
-        trainer = fit(agent, FixedData(ranks), ranks)
+        trainer = fit(agent, FixedData(ranks, [[batch] for batch in batches()]), ranks)
         moved = {key: before[key] - value.detach() for key, value in parameters}
         if name == "trpo":  # what it says of the step is of all ranks
             told = agent.pop_metrics()
@@ -170,10 +179,59 @@ def gradients(folder: Path, ranks: int) -> None:
         torch.save(moved, folder / f"{name}{trainer.global_rank}.pt")
 
 
+class Recorder(pl.Callback):
+    """Keeps every batch, as it came."""
+
+    def __init__(self) -> None:
+        self.batches: list[TensorDict] = []
+
+    def on_train_batch_start(self, trainer: Any, agent: Any, batch: TensorDict, batch_idx: int) -> None:
+        self.batches.append(batch.exclude(FINALS).clone())  # which is made anew for the joined one
+
+
+def ray_config(address: str) -> ImpalaConfig:
+    """Of two learners, each with one actor."""
+    config = control_config()
+    config.collector.backend, config.collector.address, config.collector.placement = "ray", address, "near"
+    config.collector.num_workers, config.env.num_envs, config.collector.unroll = 1, 4, 8
+    config.train.minibatches = config.train.epochs = 1
+    config.train.devices = 2
+    config.train.total_frames = 4 * 8 * 2 * UPDATES
+    return config
+
+
+def sgd_agent(config: ImpalaConfig) -> tuple[Agent, Any]:
+    """Its updates are linear in the gradients, so that rounding stays what it is."""
+    pl.seed_everything(config.train.seed, verbose=False)
+    agent, data = make_impala(config)
+    optimizer = partial(torch.optim.SGD, lr=0.05)
+    return Agent(agent.loss, agent.policy, optimizer=optimizer, total_frames=1, schedule="constant"), data
+
+
+def on_ray(folder: Path) -> None:
+    """On a cluster of two nodes, each with room for one actor."""
+    from ray.cluster_utils import Cluster
+
+    with contextlib.ExitStack() as ending:
+        if "LOCAL_RANK" not in os.environ:  # else this is the second learner
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+            ending.callback(cluster.shutdown)
+            cluster.add_node(num_cpus=1)
+            os.environ["CLUSTER"] = cluster.address
+        agent, data = sgd_agent(ray_config(os.environ["CLUSTER"]))
+        recorder = Recorder()
+        trainer = fit(agent, data, 2, [WeightSync(1), recorder])
+        kept = {"weights": dict(agent.state_dict()), "batches": recorder.batches}
+        torch.save(kept, folder / f"rank{trainer.global_rank}.pt")
+        trainer.strategy.barrier()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out = Path(sys.argv[2])
-    if sys.argv[1] == "train":
-        train(out)
-    else:
+    if sys.argv[1] == "ray":
+        on_ray(out)
+    elif sys.argv[1] == "gradients":
         gradients(out, ranks=2)
+    else:
+        train(out, sys.argv[1])

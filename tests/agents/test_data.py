@@ -288,6 +288,6 @@ def test_actors_get_their_emulators_threads_and_their_learners_gpu(
     config.train.devices, config.train.accelerator = devices, accelerator
     made: dict[str, Any] = {}
     monkeypatch.setattr(acting, "make_collector", lambda env_fn, policy, **options: made.update(options, env_fn=env_fn))
-    acting.rollout_collector(config, 4, torch.nn.Identity(), rank=1, frames=0)
+    acting.rollout_collector(config, 4, torch.nn.Identity(), rank=3, frames=0)  # of the second node
     assert made["device"] == wanted
     assert made["env_fn"].keywords["num_threads"] == 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from offtrace.agents.config import machine
-from offtrace.agents.config.machine import Machine, available_cores, this_machine
+from offtrace.agents.config.machine import Machine, available_cores, memory_limit, this_machine
 
 GPUS = "0, GPU-aaaa\n1, GPU-bbbb\n"
 
@@ -65,6 +65,24 @@ def write(root: Path, **files: str) -> None:
 def test_cores_are_what_the_control_groups_allow(files: dict[str, str], cores: int, tmp_path: Path) -> None:
     write(tmp_path, **files)
     assert available_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({}, 64_000),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/memory.max": "500\n"}, 500),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "max\n"}, 64_000),
+        ({"proc/self/cgroup": "2:cpu:/\n1:memory:/a\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "600\n"}, 600),
+        ({"proc/self/cgroup": "1:memory:/\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2**63}\n"}, 64_000),
+    ],
+)
+def test_memory_is_what_the_control_groups_allow(
+    files: dict[str, str], limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 64}.get)
+    write(tmp_path, **files)
+    assert memory_limit(tmp_path) == limit
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from offtrace.agents.agent import Agent, TrainingDivergedError
 from offtrace.agents.callbacks import WeightSync
 from offtrace.agents.data.acting import ActingData, Learner
+from offtrace.agents.data.store import StoringData
 from offtrace.modules import host
 from tests.no_reads import HostRead, NoReads
 from tests.recipes.recipes import parse
@@ -41,9 +43,11 @@ FAMILIES = {
     "mpo": ("mpo_control", [PENDULUM, *REPLAYED, CRITIC]),
     "mpo, discrete": ("mpo_control", [CARTPOLE, *REPLAYED, CRITIC]),
     "dqn": ("dqn", REPLAYED),
+    "dqn, prioritized": ("dqn", [*REPLAYED, "--replay.sampler=prioritized"]),
     "acer": ("acer_control", MIXED),
     "acer, continuous": ("acer_control", [PENDULUM, *MIXED, CRITIC]),
     "reactor": ("reactor_control", [*REPLAYED, "--replay.length=4", "--replay.sampler=uniform"]),
+    "reactor, lazy": ("reactor_control", [*REPLAYED, "--replay.length=4", "--replay.sampler=lazy"]),
 }  # fmt: skip
 
 
@@ -86,7 +90,15 @@ def reads(monkeypatch: pytest.MonkeyPatch, device: None) -> set[tuple[str, str]]
         with NoReads(*counts, found=found):
             return update(agent, batch)
 
+    settle: Any = Agent.settle
+
+    def on_host(agent: Agent) -> None:
+        """With copies alone: ``test_priorities_come_one_update_later``."""
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            settle(agent)
+
     monkeypatch.setattr(Agent, "_update", watched)
+    monkeypatch.setattr(Agent, "settle", on_host)
     return found
 
 
@@ -111,6 +123,59 @@ def test_an_update_reads_nothing(family: str, reads: set[tuple[str, str]], monke
     near = {"rtol": 1e-5, "atol": 1e-5} if family in ("laser", "acer") else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(read.state_dict(), unread.state_dict(), **near)
     torch.testing.assert_close(read.pop_metrics(), unread.pop_metrics(), **near, equal_nan=True)
+
+
+@pytest.mark.usefixtures("device")
+def test_priorities_come_one_update_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As copies; those of the last update before the replay is saved; those of an undone update never."""
+    written: list[tuple[torch.Tensor, torch.Tensor]] = []
+    arrived: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    update: Any = Agent._update
+    feedback: Any = StoringData.feedback
+
+    def watched(agent: Agent, batch: Any) -> None:
+        if agent.updates == 9:
+            batch["next", "reward"][:] = torch.nan
+        update(agent, batch)
+        written.append((batch["index"].clone(), batch["td_error"].clone()))
+        batch["index"].zero_()  # as the next replay of a graph does
+        batch["td_error"].zero_()
+
+    def noted(data: StoringData, batch: Any) -> None:
+        arrived.append((len(written), batch["index"], batch["td_error"]))
+        feedback(data, batch)
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, agent: Any, *_: Any) -> None:
+            if len(written) == 6:
+                agent.settle()
+
+    monkeypatch.setattr(Agent, "_update", watched)
+    monkeypatch.setattr(StoringData, "feedback", noted)
+    recipe, argv = FAMILIES["dqn, prioritized"]
+    with pytest.raises(TrainingDivergedError, match="at update 9"):
+        train(recipe, [*argv, "--train.updates_per_step=1"], Save())
+    assert [when for when, _, _ in arrived] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    for (index, priority), (_, told, value) in zip(written, arrived, strict=False):
+        assert torch.equal(index, told)
+        assert torch.equal(priority, value)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_copies_are_what_was_there_when_they_were_asked_for() -> None:
+    """Behind much work, and before the memory is written again."""
+    x = torch.randn(2000, 2000, device="cuda")
+    for _ in range(50):
+        x = x @ x / 2000**0.5
+    expected = x.clone()
+    with NoReads():
+        copies = host.Copies(x[0], x[1:2])
+        x.zero_()
+    first, second = copies.read()
+    assert first.is_pinned()
+    assert torch.equal(first, expected[0].cpu())
+    assert torch.equal(second, expected[1:2].cpu())
 
 
 def everything(agent: Agent) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from offtrace.agents import trpo
+from offtrace.agents import ppo, trpo
 from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.config import RolloutConfig
 from offtrace.agents.impala import ImpalaConfig, control_config
@@ -34,6 +34,15 @@ def trpo_config(rollouts: int) -> trpo.TRPOConfig:
     config = trpo.control_config()
     config.env.num_envs, config.collector.unroll = ENVS, UNROLL
     config.optim.critic_steps, config.optim.schedule = 3, "linear"
+    config.train.total_frames = rollouts * ROLLOUT
+    return config
+
+
+def ppo_config(rollouts: int) -> ppo.PPOConfig:
+    config = ppo.pendulum_config()
+    config.loss.normalize_reward = True
+    config.env.num_envs, config.collector.unroll = ENVS, UNROLL
+    config.train.minibatches, config.train.epochs = MINIBATCHES, EPOCHS
     config.train.total_frames = rollouts * ROLLOUT
     return config
 
@@ -74,14 +83,15 @@ def run(
     return agent, data, trainer
 
 
-@pytest.mark.parametrize("kind", ["feed-forward", "recurrent", "trpo"])
+@pytest.mark.parametrize("kind", ["feed-forward", "recurrent", "trpo", "ppo"])
 def test_k_and_k_updates_are_2k(tmp_path: Path, kind: str) -> None:
     """Both arms get new environments after k rollouts, because an emulator's state is not in a checkpoint.
 
     Bit for bit the same weights, moments, frames, updates and learning rate.
     """
     k = 3
-    config = trpo_config(6) if kind == "trpo" else config_for(6, 8 if kind == "recurrent" else 0)
+    config: RolloutConfig = config_for(6, 8 if kind == "recurrent" else 0)
+    config = {"trpo": trpo_config, "ppo": ppo_config}[kind](6) if kind in ("trpo", "ppo") else config
     half, half_data, _ = run(config, tmp_path / "a", stop=k)
     assert half_data.frames == k * ROLLOUT
     resumed, resumed_data, resumed_trainer = run(
@@ -94,6 +104,8 @@ def test_k_and_k_updates_are_2k(tmp_path: Path, kind: str) -> None:
     assert any(not torch.equal(half.state_dict()[name], value) for name, value in whole.state_dict().items())
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    if kind == "ppo":  # the statistics of rewards are among them
+        assert whole.state_dict()["loss.reward_normalizer.returns.count"] == 2 * k * ROLLOUT
     ours, theirs = trainer.optimizers[0].state_dict(), resumed_trainer.optimizers[0].state_dict()
     assert ours["param_groups"] == theirs["param_groups"]
     for index, moments in ours["state"].items():

@@ -9,14 +9,21 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from offtrace.modules.collectors import RayOptions, ServerOptions, make_collector
+from offtrace.modules.collectors import RayOptions, ServerOptions, make_collector, ray_backend
+from offtrace.modules.collectors.ray_backend import RayBackend, RaySeat, Sent
+from offtrace.modules.collectors.restarts import Restarts
+from offtrace.modules.collectors.weights import SharedWeights
+from offtrace.modules.envs import EnvironmentFailure
 from tests.modules.test_collectors import ENVS, STEPS, StampEnv, WeightPolicy
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
@@ -84,40 +91,62 @@ def test_a_cluster_of_another_version_is_one_sentence(monkeypatch: pytest.Monkey
 
 
 _SCRIPT = """
-import os, signal, sys, tempfile
-import psutil
+import os, signal, socket, subprocess, sys, tempfile
+import psutil, ray
+from ray import _raylet
 from offtrace.modules.collectors import RayOptions, make_collector
-from tests.modules.test_collectors import ENVS, STEPS, StampEnv, WeightPolicy
+from tests.modules.test_collectors import ENVS, STEPS, WeightPolicy
+
+sys.path.insert(0, sys.argv[1])
+from mine import Mine
+
+def make(workers, options=None):
+    return make_collector(
+        Mine, WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=workers, backend="ray", ray=options
+    )
+
+def told(action):
+    try:
+        action()
+    except (ValueError, RuntimeError) as error:
+        print(error)
 
 if __name__ == "__main__":
+    os.environ.update(RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="of an earlier cluster", SECRET="hunter2")
+    assert _raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
     before = {*os.environ, "RAY_CLIENT_MODE"}  # which Ray sets for itself
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    make = lambda workers, ray: make_collector(
-        StampEnv, WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=workers, backend="ray", ray=ray
-    )
-    with make(1, RayOptions(near=True)) as collector:
-        next(collector)
-        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        names = {p: " ".join(p.cmdline()) for p in processes[1:]}
-        sockets = [c for p in processes for c in p.net_connections() if c.status == "LISTEN"]
-        print("listening", *sorted({c.laddr.ip for c in sockets}))
-        print("handlers", handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
-        print("variables", *(name for name in os.environ if name.startswith("RAY_") and name not in before))
-        for workers, ray in ((2, None), (1, RayOptions("127.0.0.1:1"))):
-            try:
-                make(workers, ray)
-            except ValueError as error:
-                print(error)
-    print("left", [name for p, name in names.items() if p.is_running()], os.listdir(tempfile.gettempdir()))
+    collector = make(1, RayOptions(near=True))
+    next(collector)
+    head = ray.get_runtime_context().gcs_address
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    names = {p: " ".join(p.cmdline()) for p in processes[1:]}
+    sockets = [c for p in processes for c in p.net_connections() if c.status == "LISTEN"]
+    print("listening", *sorted({c.laddr.ip for c in sockets}))
+    print("handlers", handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+    print("variables", *(name for name in os.environ if name.startswith("RAY_") and name not in before))
+    print("secrets", b"hunter2" in ray.get(collector.backend._spec))
+    temporary = tempfile.gettempdir()
+    print("modes", *(oct(os.stat(f"{temporary}/{x}").st_mode & 0o777) for x in os.listdir(temporary) if "ray-" in x))
+    script = f"from ray._raylet import GcsClient; GcsClient(address='{head}').internal_kv_keys(b'', namespace=None)"
+    stranger = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    print("stranger", stranger.stderr.strip().splitlines()[-1][:120])
+    for arguments in ((2,), (1, RayOptions("auto", learners=2)), (1, RayOptions("127.0.0.1:1"))):
+        told(lambda: make(*arguments))
+    ray.shutdown()
+    told(lambda: next(collector))
+    collector.shutdown()
+    print("again", ray.is_initialized())
+    print("left", [name for p, name in names.items() if p.is_running()], os.listdir(temporary))
 """
 
 
-def learner(folder: Path, script: str, **kwargs: Any) -> subprocess.Popen[str]:
+def learner(folder: Path, script: str, *argv: str, **kwargs: Any) -> subprocess.Popen[str]:
     """A process that runs ``script``."""
     (folder / "learner.py").write_text(script)
     root = Path(__file__).resolve().parents[2]
     return subprocess.Popen(
-        [sys.executable, str(folder / "learner.py")],
+        [sys.executable, str(folder / "learner.py"), *argv],
         cwd=root,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
         stdout=subprocess.PIPE,
@@ -146,15 +175,65 @@ def test_a_learner_that_is_killed_leaves_no_process_and_no_folder(tmp_path: Path
 @pytest.mark.slow
 def test_a_cluster_of_our_own_is_private_and_leaves_nothing(tmp_path: Path, sockets: None) -> None:
     folder = os.environ["TMPDIR"]
-    with learner(tmp_path, _SCRIPT, stderr=subprocess.PIPE) as process:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.py").write_text(
+        "from tests.modules.test_collectors import StampEnv\n\n\nclass Mine(StampEnv):\n    pass\n"
+    )
+    with learner(tmp_path, _SCRIPT, str(own), stderr=subprocess.PIPE) as process:
         out, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     found = dict(line.partition(" ")[::2] for line in out.splitlines())
     assert set(found["listening"].split()) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     assert found["handlers"] == "True"
     assert found["variables"] == ""
+    assert found["secrets"] == "False"
+    assert found["modes"] == "0o700"
+    assert "Auth" in found["stranger"]
     assert "2 actors of 1 CPU each (num_workers, threads_per_worker) are more than the 1 nodes of" in out
+    assert "2 actors of 1 CPU each (num_workers, threads_per_worker of each of 2 learners) are more" in out
     assert "address is 127.0.0.1:1, and this process is connected to the Ray cluster at 127.0.0.1:" in out
+    assert "the connection to the Ray cluster was ended, and the collector was not before it" in out
+    assert found["again"] == "False"
     assert found["left"].startswith("[] ")
     assert not list(Path(folder).glob("ray*"))
     assert not [p for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or [])]
+
+
+@needs_ray
+def test_a_head_that_has_gone_is_told_before_ray_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray_backend, "_HEAD_EVERY", 0.01)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+        connection = ray_backend.Connection()
+        for _ in range(2 * ray_backend._HEAD_TRIES):
+            connection.check()
+            time.sleep(0.02)
+    for _ in range(ray_backend._HEAD_TRIES - 1):
+        connection.check()
+        time.sleep(0.02)
+    with pytest.raises(EnvironmentFailure, match=f"the head of the Ray cluster, {address}, has gone"):
+        connection.check()
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore:.*a new one takes its place")
+def test_a_rollout_that_waits_is_delivered_once() -> None:
+    """And does not make the faults of those that come after its actor each the first."""
+    backend = object.__new__(RayBackend)
+    backend._restarts = Restarts(1000)
+    seat = RaySeat(0, SharedWeights(WeightPolicy(), 1))
+    backend._restarts.delivered(seat.what)
+    seat.rollout = Sent({}, torch.Size([1, 1]))
+
+    def fail() -> None:
+        raise EnvironmentFailure("it fails")
+
+    with pytest.raises(EnvironmentFailure, match="5 new ones in a row delivered nothing"):  # noqa: PT012
+        for _ in range(100):
+            backend._watched(seat, fail)
+            backend._watched(seat, lambda: None)  # the next one comes up

@@ -104,7 +104,7 @@ def test_a_new_run_says_how_it_fits_the_machine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[Any] = []
-    monkeypatch.setattr(cli, "_run", lambda config, folder, resume: ran.append(config) or 0)
+    monkeypatch.setattr(cli, "run_in", lambda folder, config, resume: ran.append(config) or 0)
     for rank, cores, told in (("0", 2, 1), ("1", 16, 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setattr(cli, "this_machine", lambda cores=cores: Machine(cores))

@@ -422,12 +422,12 @@ def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").touch()
-    assert cli._run(SACConfig(), folder, None) == 128 + 15
+    assert cli.run_in(folder, SACConfig(), None) == 128 + 15
     assert not folder.exists()
     assert "stopped by SIGTERM before the first update; nothing is kept" in capsys.readouterr().out
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/last.ckpt").touch()
-    assert cli._run(SACConfig(), folder, None) == 128 + 15
+    assert cli.run_in(folder, SACConfig(), None) == 128 + 15
     out = capsys.readouterr().out
     assert out.startswith("stopped by SIGTERM; no evaluation yet after 0 frames")
     assert out.endswith(f"; go on with --resume {folder}\n")

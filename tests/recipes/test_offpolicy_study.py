@@ -21,7 +21,8 @@ import torch
 from offtrace import modules
 from offtrace.modules.networks import build_policy
 from offtrace.recipes import offpolicy_study as study
-from offtrace.recipes.study_report import Cell, _number, interval, read_rows
+from offtrace.recipes.studies import number, read_rows
+from offtrace.recipes.study_report import Cell, Result, interval
 from offtrace.recipes.study_tasks import CartPole, Catch, play, rollout
 
 TINY = {name: replace(task, num_envs=4, unroll=6, hidden=8) for name, task in study.TASKS.items()}
@@ -160,7 +161,7 @@ def test_files_agree_and_what_has_finished_is_not_run_again(
         assert f"{float(row['score']):.3g}" in text
         assert f"{float(row['trace_length']):.3g}" in text
     # on-policy the two are one, and stale data shortens the trace of the one that corrects
-    rows = {(cell.arm, cell.lag): result for cell, result in read_rows(tmp_path / "study.csv").items()}
+    rows = {(cell.arm, cell.lag): result for cell, result in read_rows(tmp_path / "study.csv", Cell, Result).items()}
     assert rows["vtrace", 0].score == rows["none", 0].score
     assert rows["vtrace", 0].ess == pytest.approx(1)
     assert rows["vtrace", 2].trace_length < rows["none", 2].trace_length
@@ -179,7 +180,7 @@ def test_files_agree_and_what_has_finished_is_not_run_again(
     for estimator, lag in (("vtrace", 2), ("none", 0)):
         both = [
             result.score
-            for cell, result in read_rows(tmp_path / "study.csv").items()
+            for cell, result in read_rows(tmp_path / "study.csv", Cell, Result).items()
             if (cell.arm, cell.lag, cell.settings) == (estimator, lag, TINY["CartPole"].digest(study.ARMS[estimator]))
         ]
         low, high = interval(both)
@@ -194,7 +195,7 @@ def test_another_arm_of_the_same_name_is_another_training() -> None:
 
 
 def test_the_published_trainings_have_the_settings_of_today() -> None:
-    rows = read_rows(Path(__file__).parents[2] / "docs" / "offpolicy_study.csv")
+    rows = read_rows(Path(__file__).parents[2] / "docs" / "offpolicy_study.csv", Cell, Result)
     assert len(rows) == 500
     assert all(cell.settings == study.TASKS[cell.task].digest(study.ARMS[cell.arm]) for cell in rows)
 
@@ -240,12 +241,12 @@ def test_an_interrupted_study_ends_its_processes_and_keeps_what_has_finished(tmp
     assert process.returncode == 130
     assert error.startswith("interrupted; what has finished is kept")
     assert not psutil.wait_procs(family, timeout=60)[1]
-    assert [cell.updates for cell in read_rows(tmp_path / "study.csv")] == [10]
+    assert [cell.updates for cell in read_rows(tmp_path / "study.csv", Cell, Result)] == [10]
 
 
 def test_intervals() -> None:
     assert interval([3.0]) == interval([3.0, 3.0]) == (3.0, 3.0)
-    assert _number(-1e-9) == _number(0.0) == "0"
+    assert number(-1e-9) == number(0.0) == "0"
     low, high = interval([1.0, 2.0, 6.0])
     assert 1 <= low < 3 < high <= 6
     values = np.random.default_rng(0).normal(5, 2, 200).tolist()

@@ -1,0 +1,72 @@
+"""Learners that torchrun starts: who is who, how many must be there, and what they tell each other."""
+
+from __future__ import annotations
+
+import pytest
+from torch.distributed import HashStore
+
+from offtrace.agents.config import ConfigError
+from offtrace.agents.config.off_policy import check_budget
+from offtrace.agents.config.train import TrainConfig
+from offtrace.agents.runs import ranks
+from offtrace.agents.runs.folders import RunError
+from offtrace.agents.sac import SACConfig
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> HashStore:
+    """Of two learners on two nodes, of which this process is the second."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    for name, value in {**torchrun, "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    found = HashStore()
+    monkeypatch.setattr(ranks, "_store", lambda: found)
+    return found
+
+
+def test_without_torchrun_several_nodes_are_refused_with_the_command_that_starts_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    ranks.check_launch(TrainConfig(devices=2))
+    with pytest.raises(ConfigError) as told:
+        ranks.check_launch(TrainConfig(devices=2, num_nodes=3))
+    assert "train.num_nodes is 3, and this learner would wait" in str(told.value)
+    assert "torchrun --nnodes 3 --node_rank N --nproc_per_node 2 --master_addr HOST" in str(told.value)
+
+
+def test_budgets_count_the_learners_of_all_nodes() -> None:
+    config = SACConfig()
+    check_budget(config, frame_skip=1)
+    config.train.num_nodes = config.train.total_frames
+    with pytest.raises(ConfigError, match="a rollout of all environments and learners"):
+        check_budget(config, frame_skip=1)
+
+
+@pytest.mark.usefixtures("store")
+def test_learners_that_torchrun_did_not_start_are_refused() -> None:
+    ranks.check_launch(TrainConfig(num_nodes=2))
+    for train, right in ((TrainConfig(), "--nnodes 1"), (TrainConfig(devices=2), "--nproc_per_node 2")):
+        with pytest.raises(ConfigError) as told:
+            ranks.check_launch(train)
+        assert "started 2 learners, 1 on this node: it must be --train.devices 1 --train.num_nodes 2" in str(told.value)
+        assert right in str(told.value)
+
+
+def test_the_first_of_all_nodes_is_the_first(store: HashStore) -> None:
+    assert ranks.rank() == 1
+    store.set("offtrace/first", "runs/one")
+    assert ranks.from_first(lambda: pytest.fail("the first one alone makes it")) == "runs/one"
+
+
+def test_learners_meet_with_one_configuration(store: HashStore) -> None:
+    store.set("offtrace/here0", "train:\n  seed: 3\n")
+    with pytest.raises(RunError, match=r"^learner 0 has 'seed: 3' where this one has 'seed: 4': give all"):
+        ranks.meet("train:\n  seed: 4\n")
+    ranks.meet("train:\n  seed: 3\n")
+
+
+def test_what_one_learner_refuses_another_tells(store: HashStore) -> None:
+    ranks.tell_refusal("no such task")
+    with pytest.raises(RunError, match=r"^learner 1 on .+ says: no such task$"):
+        ranks.meet("")
