@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from offtrace.agents.config import ConfigError
 from offtrace.modules.collectors import RayOptions, ServerOptions, actor_seed, make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.keys import (
@@ -331,27 +332,34 @@ def rollout_collector(config: Config, frame_stack: int, policy: nn.Module, rank:
     """The collector of ``rank`` for a run of ``config`` that begins or goes on at ``frames``.
 
     ``frame_stack``: frames in an observation of the task.
+
+    Raises:
+        ConfigError: there is no such cluster, or no room in it, or no such device.
+        EnvironmentFailure: an actor did not come up.
     """
     threads = config.collector.emulator_threads
     env_fn = partial(make_env, config.task, config.env.num_envs, num_threads=threads, **config.env_options())
-    return make_collector(
-        env_fn,
-        policy,
-        frames_per_batch=config.env.num_envs * config.collector.unroll,
-        num_workers=config.collector.num_workers,
-        seed=config.train.seed,
-        start=frames,
-        rank=rank,
-        step_timeout=config.collector.step_timeout,
-        max_restarts=config.collector.max_restarts,
-        threads_per_worker=config.collector.threads,
-        device=_device(config, rank),
-        frame_stack=frame_stack,
-        rollouts_per_batch=config.rollouts_per_batch,
-        server=_server(config, rank, frames),
-        backend=config.collector.backend,
-        ray=_ray(config),
-    )
+    try:
+        return make_collector(
+            env_fn,
+            policy,
+            frames_per_batch=config.env.num_envs * config.collector.unroll,
+            num_workers=config.collector.num_workers,
+            seed=config.train.seed,
+            start=frames,
+            rank=rank,
+            step_timeout=config.collector.step_timeout,
+            max_restarts=config.collector.max_restarts,
+            threads_per_worker=config.collector.threads,
+            device=_device(config, rank),
+            frame_stack=frame_stack,
+            rollouts_per_batch=config.rollouts_per_batch,
+            server=_server(config, rank, frames),
+            backend=config.collector.backend,
+            ray=_ray(config),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _ray(config: Config) -> RayOptions | None:

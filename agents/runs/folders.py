@@ -100,14 +100,17 @@ def _with_resumption(path: Path, found: dict[str, Any]) -> dict[str, Any]:
         return {"resumed": [found]}
 
 
-def discard(folder: Path) -> bool:
+def discard(folder: Path, *, loggers: bool = False) -> bool:
     """Removes the folder of a run that was refused before it began, so that its name is free; ``False`` if it began.
 
-    Another learner may have removed it.
+    Another learner may have removed it. ``loggers``: what they write before the first update counts for nothing.
     """
     if not folder.exists():
         return True
-    if not {path.name for path in folder.iterdir()} <= {"config.yaml", "versions.json"}:
+    names = {path.name for path in folder.iterdir()} - {"config.yaml", "versions.json"}
+    if loggers:
+        names = {name for name in names if name != "hparams.yaml" and not name.startswith("events.out.tfevents.")}
+    if names:
         return False
     shutil.rmtree(folder, ignore_errors=True)
     return True

@@ -55,7 +55,7 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
         summary = train(config, folder, resume)
     except (ConfigError, CheckpointError, RunError) as error:
         if resume is None:
-            discard(folder)
+            discard(folder, loggers=True)
         raise RunRefused(one_line(error)) from error
     except DamagedReplay as error:
         ways = f"remove {folder / REPLAY} to go on with an empty one"

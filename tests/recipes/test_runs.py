@@ -246,6 +246,17 @@ def test_an_environment_that_fails_stops_the_run(tmp_path: Path, how: str, words
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
+def test_a_cluster_that_is_not_there_is_refused_and_the_name_is_free(tmp_path: Path) -> None:
+    argv = ["--train.name=a", "--collector.backend=ray", "--collector.address=127.0.0.1:1"]
+    done = recipe("impala_control", tmp_path, *argv)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: address is 127.0.0.1:1, where nobody listens (")
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
 @pytest.mark.parametrize("name", ["impala_control", "dqn"])
 def test_a_run_on_ray_ends_and_leaves_nothing(tmp_path: Path, sockets: None, name: str) -> None:
     """Of rollouts, and of a replay that Ray actors fill."""
