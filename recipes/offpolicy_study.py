@@ -194,8 +194,8 @@ def run_cells(
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(cells)), mp_context=context, initializer=_single_thread) as pool:
-        waiting = {pool.submit(train, cell, tasks[cell.task]): cell for cell in cells}
-        try:
+        try:  # an interrupt may come while the processes are started, too
+            waiting = {pool.submit(train, cell, tasks[cell.task]): cell for cell in cells}
             for future in as_completed(waiting):
                 done(waiting[future], future.result())
         except BaseException as error:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,28 @@ def test_an_interrupted_study_ends_its_processes_and_keeps_what_has_finished(tmp
     assert error.startswith("interrupted; what has finished is kept")
     assert not psutil.wait_procs(family, timeout=60)[1]
     assert [cell.updates for cell in read_rows(tmp_path / "study.csv", Cell, Result)] == [10]
+
+
+def test_an_interrupt_while_the_processes_start_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    ended: list[Any] = []
+    submit, terminate = study.ProcessPoolExecutor.submit, BaseProcess.terminate
+
+    def noted(process: BaseProcess) -> None:
+        ended.append(process)
+        terminate(process)
+
+    def interrupted(pool: Any, *arguments: Any) -> None:
+        submit(pool, *arguments)
+        started.extend(pool._processes.values())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study.ProcessPoolExecutor, "submit", interrupted)
+    monkeypatch.setattr(BaseProcess, "terminate", noted)
+    cells = [Cell("CartPole", 0.0, "vtrace", 0, 0, 10, "")]
+    with pytest.raises(KeyboardInterrupt):
+        study.run_cells(cells, processes=1, done=lambda cell, result: None, tasks=TINY)
+    assert ended == started != []
 
 
 def test_intervals() -> None:
