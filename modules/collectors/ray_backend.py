@@ -41,6 +41,7 @@ from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 
 _POLL = 0.1  # seconds between two looks at the actors' health while a rollout is awaited
+_BEAT = 0.5  # seconds between two requests for a sign of life
 _HEAD_EVERY, _HEAD_TRIES = 2.0, 8  # seconds between two looks at the head, and how many in a row may fail
 _LAST_WORDS = 2.0  # seconds for a finished rollout of an actor that has died
 _SHUTDOWN_TIMEOUT = 4.0
@@ -167,6 +168,7 @@ class RaySeat(Seat):
         self._answer: Any = None
         self._life: Any = None
         self._beating: Any = None
+        self._ask_at = 0.0
 
     def start(self, actor_class: Any, spec: Any) -> None:
         """Make an actor of the class; a new one makes the rollout that the last one owed."""
@@ -219,8 +221,8 @@ class RaySeat(Seat):
         if self._beating is not None and self._beating.done():
             self._note(self._result(self._beating))
             self._beating = None
-        if self._beating is None:
-            self._beating = self._ask("beat")
+        if self._beating is None and time.monotonic() >= self._ask_at:
+            self._beating, self._ask_at = self._ask("beat"), time.monotonic() + _BEAT
         self.check_moving(seconds, limit)
 
     def leave(self) -> Any:
@@ -402,22 +404,24 @@ class RayBackend:
         Raises:
             EnvironmentFailure: an actor raised, died or hung, and is not replaced. All are ended then.
         """
+        self._connection.check()
         if not self._acting:
             self._acting = True
             for seat in self._seats:
                 seat.go_on(self._weights)
-        seat = self._seats[self._turn]
+        seat, worker = self._seats[self._turn], self._turn
+        self._weights()  # into the store before the actor waits for them
         try:
             self._wait_until(lambda: seat.rollout is not None)
         except EnvironmentFailure:
             self._end()  # one that hangs would use up all the time it is given to leave
             raise
         assert seat.rollout is not None
-        entries = copied({key: _tensor(array) for key, array in seat.rollout.entries.items()})
-        shape, worker = seat.rollout.shape, self._turn
-        seat.go_on(self._weights)
+        sent = seat.rollout
+        seat.go_on(self._weights)  # what lies in the store is not written again: the actor need not wait for the copy
+        entries = copied({key: _tensor(array) for key, array in sent.entries.items()})
         self._turn = (self._turn + 1) % len(self._seats)
-        return entries, shape, worker
+        return entries, sent.shape, worker
 
     def shutdown(self) -> None:
         """Ask, then kill, within about 5 seconds."""
@@ -441,7 +445,6 @@ class RayBackend:
         Raises:
             EnvironmentFailure: one failed, died or hangs, and is not replaced; or the cluster has gone.
         """
-        self._connection.check()
         while not condition():
             self._connection.check()
             before = time.monotonic()
