@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import gc
 import io
+import json
 import os
 import signal
 import socket
@@ -75,7 +76,7 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
         config, resume, fitted = parse(argv, presets=presets, description=description)
         check(config)
         if resume is None:
-            folder = new = _folder(config)
+            folder = new = _folder(config, argv)
             config = read_config(folder, type(config))  # what the first learner chose holds for all
         else:
             folder = resume.parent.parent
@@ -96,7 +97,7 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
         if new is not None:  # before training took the signals over: nothing to save yet
             discard(new)
         print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr)
-        return 128 + number
+        return _stopped_by(number)
     finally:
         warnings.formatwarning = _format_warning
         signals.restore()
@@ -137,7 +138,12 @@ def run_in(folder: Path, config: Config, resume: Path | None) -> int:
         return 1
     if not rank():  # of several learners the first sums up
         print("\n".join(lines(config, summary, folder)))
-    return 128 + summary.signal if summary.signal else 0
+    return _stopped_by(summary.signal) if summary.signal else 0
+
+
+def _stopped_by(number: int) -> int:
+    """The exit code. Where one that it started has another than 0, Lightning kills the first learner, which saves."""
+    return 0 if rank() and not by_torchrun() else 128 + number
 
 
 def _one_warning(
@@ -187,11 +193,17 @@ class _Signals:
         raise _Terminated if self.came == signal.SIGTERM else KeyboardInterrupt
 
 
-def _folder(config: Config) -> Path:
+def _folder(config: Config, argv: list[str]) -> Path:
     # Lightning starts the other ranks with this command line again: they join the folder of the first
     if "LOCAL_RANK" in os.environ and _FOLDER in os.environ and not by_torchrun():
         return Path(os.environ[_FOLDER])
-    folder = Path(from_first(lambda: str(new_run(config))))
+    name, words = json.loads(from_first(lambda: json.dumps([str(new_run(config)), argv])))
+    if words != argv:
+        raise RunError(
+            f"the first learner was started with {' '.join(words)!r}, and this one with {' '.join(argv)!r}: give all "
+            "learners the same command line"
+        )
+    folder = Path(name)
     limit = time.monotonic() + _SEEN
     while not (folder / "config.yaml").is_file():
         if time.monotonic() > limit:

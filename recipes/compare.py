@@ -261,7 +261,7 @@ def _run(
             while waiting and len(running) < args.jobs:
                 cell = waiting.pop()
                 folder, log = args.folder / "runs" / cell.name, _log(args.folder, cell)
-                if finished(folder) is not None:  # the comparison was killed between its end and its row
+                if finished(folder, cell.frames) is not None:  # the comparison was killed between its end and its row
                     yield cell, _result(cell, folder, version, 0, "")
                     continue
                 print(f"{cell.task} {cell.agent} seed {cell.seed} begins: {log}", flush=True)
@@ -302,13 +302,14 @@ def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _result(cell: Cell, folder: Path, version: str, code: int, output: str) -> Result:
     """What a process that ended with ``code`` has left in ``folder``, and said."""
-    summary: dict[str, Any] | None = None if code else finished(folder)
-    if summary is None or not summary["scores"]:
+    summary: dict[str, Any] | None = None if code else finished(folder, cell.frames)
+    if summary is None:
         told = [line.removeprefix("error: ") for line in output.splitlines() if line.startswith("error: ")]
-        if code < 0:
-            told.append(f"its process was ended by {signal.Signals(-code).name}")
-        elif code > 128:
-            told.append(f"it was stopped by {signal.Signals(code - 128).name}")
+        names = {number.value: number.name for number in signal.Signals}
+        if -code in names:
+            told.append(f"its process was ended by {names[-code]}")
+        elif code - 128 in names:
+            told.append(f"it was stopped by {names[code - 128]}")
         elif not code:
             told.append("it has no score: the simulator failed in every episode")
         return Result(math.nan, 0, 0.0, 0.0, version, told[-1] if told else f"its process ended with code {code}")
@@ -324,7 +325,9 @@ def report(args: argparse.Namespace, rows: dict[Cell, Result]) -> None:
     tasks = {task: Scores(task, args.best[task]) for task in args.tasks}
     speeds: dict[tuple[str, str], list[float]] = {}
     for cell, result in rows.items():
-        if not result.failed:
+        if result.failed:
+            tasks[cell.task].failed[cell.agent] = tasks[cell.task].failed.get(cell.agent, 0) + 1
+        else:
             tasks[cell.task].by_agent.setdefault(cell.agent, []).append(result.score)
             speeds.setdefault((cell.task, cell.agent), []).append(result.steps_per_second)
     for (task, agent), values in speeds.items():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offtrace.agents.config import count
 from offtrace.agents.runs.atari_scores import RANDOM_HUMAN
 from offtrace.modules.envs.names import atari_name, task_kind
 from offtrace.recipes.compare_run import RANDOM
@@ -65,12 +66,14 @@ class Scores:
         best: the best known score.
         by_agent: the score of every seed, by agent.
         speed: mean steps/s of every agent.
+        failed: how many trainings of an agent have no score.
     """
 
     task: str
     best: float | None
     by_agent: dict[str, list[float]] = field(default_factory=dict)
     speed: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
 
     @property
     def random(self) -> float | None:
@@ -108,7 +111,9 @@ def table(tasks: Sequence[Scores], agents: Sequence[str]) -> str:
         spread = "one seed, which proves nothing"
         if max(map(len, strata)) > 1:
             spread = ", ".join(map(number, stratified_interval(strata)))
-        lines.append(line([agent, number(mean), spread, f"{len(strata)} of {len(tasks)}"]))
+        lost = sum(task.failed.get(agent, 0) for task in tasks)
+        told = f"{len(strata)} of {len(tasks)}" + (f"; without {count(lost, 'failed training')}" if lost else "")
+        lines.append(line([agent, number(mean), spread, told]))
     return "\n".join([*lines, ""])
 
 
@@ -127,7 +132,9 @@ def _of_task(scores: Scores) -> Iterator[str]:
                 number(float(np.mean(values))),
                 f"{number(low)} to {number(high)}" if len(values) > 1 else "",
                 "" if normalised is None else number(float(normalised.mean())),
-                str(len(values)),
+                str(len(values))
+                if not (lost := scores.failed.get(agent))
+                else f"{len(values)} of {len(values) + lost}",
                 f"{scores.speed[agent]:,.0f}" if agent != RANDOM else "",
             ]
         )

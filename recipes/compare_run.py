@@ -97,13 +97,16 @@ def make_cell(agent: str, preset: str, task: str, frames: int, episodes: int, se
     return Cell(task, agent, preset, seed, frames if preset else 0, episodes, settings)
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run that came to its end; None where it has not."""
+def finished(folder: Path, frames: int) -> dict[str, Any] | None:
+    """The summary of a run that came to its end, of so many ``frames``, with a score; None where it has not."""
     try:
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
         return None
-    return None if summary["signal"] else summary
+    scored = bool(summary["scores"])
+    if summary["signal"]:  # behind the last score nothing is missing
+        scored = scored and summary["scores"][-1][0] >= frames
+    return summary if scored else None
 
 
 def train(cell: Cell, folder: Path) -> int:

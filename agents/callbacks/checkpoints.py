@@ -75,7 +75,10 @@ class Checkpoints(pl.Callback):
         """Writes one file, through a temporary one beside it; with ``last.ckpt``, what the data module has to save."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in agent.parameters()):
             return
-        agent.settle()
+        try:
+            agent.settle()
+        except (DamagedReplay, ValueError) as error:  # the replay is not saved then, but what was learnt is
+            warnings.warn(f"the last priorities did not get into the replay: {error}", RuntimeWarning, stacklevel=2)
         saved = name == "last.ckpt" and agent.data.saves and self._save_data(trainer, agent.data)
         if trainer.is_global_zero:
             self._write(trainer, name, agent.frames)

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from offtrace.agents.agent import Agent
 
@@ -52,9 +53,11 @@ class GracefulStop(pl.Callback):
         self._training = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stops the loop when a signal came, on all ranks or on none."""
+        """Stops the loop when a signal came, on all ranks or on none; then it came to all of them."""
         if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
             trainer.should_stop = True
+            came = trainer.strategy.all_gather(torch.tensor(self.signal, device=trainer.strategy.root_device))
+            self.signal = self.signal or int(came.max())
 
     def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
         """Gives the signals back."""

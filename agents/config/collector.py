@@ -76,7 +76,9 @@ class CollectorConfig(Group):
 
     def _check_ray(self, at: str) -> None:
         if not self.num_workers:
-            raise ConfigError(f"{at}.backend is ray, and {at}.num_workers is 0: it must be above 0")
+            raise ConfigError(
+                f"{at}.backend is ray, and {at}.num_workers is 0, which acts in the learner: it must be above 0"
+            )
         if self.acting == "server":
             raise ConfigError(
                 f"{at}.acting is server, and {at}.backend is ray, whose actors have a copy of the policy each: it must "

@@ -17,6 +17,10 @@ GAMES = 4
 UNROLLS = 32
 """Most unrolls in a batch, over all learners, where the preset has not more itself: twice those of the default one, so
 a run makes half as many updates. Larger batches would make too few of its frames."""
+_CHOSEN = (
+    "env.num_envs", "train.unrolls", "collector.num_workers", "collector.emulator_threads", "collector.acting",
+    "collector.device",
+)  # fmt: skip
 IMAGES = ("shallow", "resnet")
 """Encoders of images."""
 
@@ -55,7 +59,7 @@ def fit(config: Config, given: Collection[str], machine: Machine) -> str:
         if flag not in given:
             group, name = flag.split(".")
             setattr(getattr(config, group), name, value)
-    why = found.why + (", but for what is given" if found.values.keys() & {*given} else "")
+    why = found.why + (", but for what is given" if {*_CHOSEN, *found.values} & {*given} else "")
     gpus = count(machine.gpus, "GPU") if machine.gpus else "no GPU"
     return f"{count(machine.cores, 'core')}, {gpus}: {why} ({_acting(config)})"
 

@@ -222,7 +222,7 @@ class RaySeat(Seat):
             self._note(self._result(self._beating))
             self._beating = None
         if self._beating is None and time.monotonic() >= self._ask_at:
-            self._beating, self._ask_at = self._ask("beat"), time.monotonic() + _BEAT
+            self._beating, self._ask_at = self._ask("beat"), time.monotonic() + min(_BEAT, limit / 4)
         self.check_moving(seconds, limit)
 
     def leave(self) -> Any:
@@ -355,6 +355,7 @@ class RayBackend:
         self._restarts = restarts
         self._turn = 0
         self._acting = False
+        self._taken: Sent | None = None  # a rollout that is not copied yet
         self._put: tuple[int, Any] = (-1, None)  # the weights in the store, and their version
         self._seats = [RaySeat(worker, shared) for worker in range(num_workers)]
         self._cluster = contextlib.ExitStack()
@@ -404,24 +405,31 @@ class RayBackend:
         Raises:
             EnvironmentFailure: an actor raised, died or hung, and is not replaced. All are ended then.
         """
+        if self._taken is None:
+            try:
+                self._taken = self._next()
+            except EnvironmentFailure:
+                self._end()  # one that hangs would use up all the time it is given to leave
+                raise
+        entries = copied({key: _tensor(array) for key, array in self._taken.entries.items()})
+        shape, worker, self._taken = self._taken.shape, self._turn, None
+        self._turn = (self._turn + 1) % len(self._seats)
+        return entries, shape, worker
+
+    def _next(self) -> Sent:
+        """The rollout of the actor whose turn it is, which makes its next one meanwhile."""
         self._connection.check()
         if not self._acting:
             self._acting = True
             for seat in self._seats:
                 seat.go_on(self._weights)
-        seat, worker = self._seats[self._turn], self._turn
+        seat = self._seats[self._turn]
         self._weights()  # into the store before the actor waits for them
-        try:
-            self._wait_until(lambda: seat.rollout is not None)
-        except EnvironmentFailure:
-            self._end()  # one that hangs would use up all the time it is given to leave
-            raise
+        self._wait_until(lambda: seat.rollout is not None)
         assert seat.rollout is not None
-        sent = seat.rollout
+        rollout = seat.rollout
         seat.go_on(self._weights)  # what lies in the store is not written again: the actor need not wait for the copy
-        entries = copied({key: _tensor(array) for key, array in sent.entries.items()})
-        self._turn = (self._turn + 1) % len(self._seats)
-        return entries, sent.shape, worker
+        return rollout
 
     def shutdown(self) -> None:
         """Ask, then kill, within about 5 seconds."""
@@ -493,7 +501,7 @@ class RayBackend:
         for seat in self._seats:
             seat.end(kill=self._connection.there)
             seat.rollout = None
-        self._class = self._spec = None
+        self._class = self._spec = self._taken = None
         self._put = (-1, None)
         self._cluster.close()
 

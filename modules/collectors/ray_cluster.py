@@ -27,6 +27,7 @@ _ROOM_TIMEOUT = 10.0  # seconds in which actors that were ended give their CPUs 
 _END_TIMEOUT = 2.0  # where nobody takes in the dead, those of others stay
 _POLL = 0.1
 _TRIES = 3  # Ray waits for its own processes for so long as they need where nothing else runs
+_FEW, _TIMES = 8, 4  # actors that a cluster of our own may have on any machine, and for each core
 _LONGEST = 500  # characters of Ray's own words in a sentence
 # waits until the learner is gone, then ends what is left of its own cluster, itself included, and removes the folder:
 # some of Ray's processes look for a minute for those that went with the learner
@@ -102,6 +103,13 @@ def _start(cpus: int) -> None:
     import ray
     from ray._private import ray_constants, utils
 
+    most = max(_FEW, _TIMES * (cores := _cores()))
+    if cpus > most:
+        raise ValueError(
+            f"{cpus} CPUs (num_workers times threads_per_worker) are asked for in a Ray cluster of this machine, which "
+            f"has {cores} cores; it must be at most {most}, or address that of a cluster that has them"
+        )
+
     # not in /tmp/ray, which is everybody's, as Ray makes its folder in this one too; the sockets in it have long names
     folder = tempfile.mkdtemp(prefix="ray-")
     os.mkdir(rays := os.path.join(folder, "r"))
@@ -145,6 +153,11 @@ def _start(cpus: int) -> None:
         raise ValueError(f"Ray {ray.__version__} does not keep a cluster to this machine: it listens at {found}")
 
 
+def _cores() -> int:
+    """That this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _end_group(leader: subprocess.Popen[bytes]) -> None:
     """Kill a process and its group, and see them gone."""
     with leader:  # its number, which is the group's, is nobody else's before it is waited for
@@ -171,7 +184,8 @@ def _join(address: str) -> None:
                 f"address is {address}, where nobody listens ({error}); it must be that of a Ray cluster's head"
             ) from error
     global _joined
-    _init(f"address is {address}, and the Ray cluster there cannot be used", address=address)
+    there = "this machine is no node of one, or it" if address == "auto" else "the Ray cluster there"
+    _init(f"address is {address}, and {there} cannot be used", address=address)
     _joined = address
 
 

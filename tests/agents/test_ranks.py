@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 from torch.distributed import HashStore
 
+from offtrace.agents.callbacks import GracefulStop
 from offtrace.agents.config import ConfigError
 from offtrace.agents.config.off_policy import check_budget
 from offtrace.agents.config.train import TrainConfig
 from offtrace.agents.runs import ranks
 from offtrace.agents.runs.folders import RunError
 from offtrace.agents.sac import SACConfig
+from offtrace.recipes import cli
 
 
 @pytest.fixture
@@ -70,3 +77,31 @@ def test_what_one_learner_refuses_another_tells(store: HashStore) -> None:
     ranks.tell_refusal("no such task")
     with pytest.raises(RunError, match=r"^learner 1 on .+ says: no such task$"):
         ranks.meet("")
+
+
+def test_another_command_line_than_that_of_the_first_is_refused(store: HashStore) -> None:
+    store.set("offtrace/first", json.dumps(["runs/a", ["--loss.gamma", "0.99"]]))
+    with pytest.raises(RunError, match=r"started with '--loss.gamma 0.99', and this one with '--loss.gamma 0.9': give"):
+        cli._folder(SACConfig(), ["--loss.gamma", "0.9"])
+
+
+def test_a_signal_that_another_learner_got_is_the_signal_of_all() -> None:
+    stop = GracefulStop()
+    strategy = SimpleNamespace(
+        reduce_boolean_decision=lambda decision, all: True, root_device=torch.device("cpu"),
+        all_gather=lambda number: torch.stack([number, torch.tensor(15)]),
+    )  # fmt: skip
+    trainer: Any = SimpleNamespace(strategy=strategy, should_stop=False)
+    stop.on_train_batch_end(trainer, *[None] * 4)  # type: ignore[arg-type]
+    assert trainer.should_stop
+    assert stop.signal == 15
+
+
+def test_a_learner_that_lightning_started_stops_with_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning kills the first one, which saves, where it does not."""
+    assert cli._stopped_by(15) == 143
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli._stopped_by(15) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "1")
+    assert cli._stopped_by(15) == 143

@@ -397,6 +397,23 @@ def test_a_checkpoint_names_a_replay_that_every_rank_has(room: bool, elsewhere: 
     assert data.saved == ("now" if room and elsewhere else "before")
 
 
+def test_priorities_that_come_to_nothing_do_not_keep_the_checkpoint_from_being_written(tmp_path: Path) -> None:
+    def settle() -> None:
+        raise DamagedReplay("an insertion was broken off")
+
+    written: list[str] = []
+
+    class Written(Checkpoints):
+        def _write(self, trainer: Any, name: str, frames: int) -> None:
+            written.append(name)
+
+    agent: Any = SimpleNamespace(parameters=list, settle=settle, data=SimpleNamespace(saves=False), frames=1)
+    trainer: Any = SimpleNamespace(is_global_zero=True)
+    with pytest.warns(RuntimeWarning, match="the last priorities did not get into the replay: an insertion"):
+        Written(tmp_path, 1).save(trainer, agent, "last.ckpt")
+    assert written == ["last.ckpt"]
+
+
 def test_a_run_whose_replay_was_removed_fills_it_again(tmp_path: Path) -> None:
     config = configs()["sac"]
     fit(config, tmp_path / "a", stop=4)

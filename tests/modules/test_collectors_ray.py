@@ -15,11 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from offtrace.modules.collectors import RayOptions, ServerOptions, make_collector, ray_backend
+from offtrace.modules.collectors import RayOptions, ServerOptions, make_collector, ray_backend, ray_cluster
 from offtrace.modules.collectors.ray_backend import RayBackend, RaySeat, Sent
 from offtrace.modules.collectors.restarts import Restarts
 from offtrace.modules.collectors.weights import SharedWeights
@@ -63,6 +64,14 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_what_ray_actors_cannot_be_is_refused(arguments: dict[str, Any], words: str) -> None:
     assert words in refused(**arguments)
+
+
+@needs_ray
+def test_more_actors_than_a_machine_can_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "_cores", lambda: 2)
+    told = refused(num_workers=9)
+    assert told.startswith("9 CPUs (num_workers times threads_per_worker) are asked for in a Ray cluster of this")
+    assert "which has 2 cores; it must be at most 8, or address" in told
 
 
 @needs_ray
@@ -218,6 +227,24 @@ def test_a_head_that_has_gone_is_told_before_ray_ends_the_process(monkeypatch: p
         time.sleep(0.02)
     with pytest.raises(EnvironmentFailure, match=f"the head of the Ray cluster, {address}, has gone"):
         connection.check()
+
+
+@needs_ray
+def test_a_rollout_whose_copy_was_interrupted_comes_again() -> None:
+    """Its actor has been asked for the next one by then."""
+    backend = object.__new__(RayBackend)
+    backend._seats, backend._turn = [RaySeat(0, SharedWeights(WeightPolicy(), 1))], 0
+    backend._taken = Sent({("a",): np.arange(2.0)}, torch.Size([1, 2]))
+
+    def interrupted(entries: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        backend.take(interrupted)
+    entries, shape, worker = backend.take(dict)
+    assert entries["a",].tolist() == [0.0, 1.0]
+    assert (shape, worker) == ((1, 2), 0)
+    assert backend._taken is None
 
 
 @needs_ray

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import math
 import os
 import sys
@@ -117,6 +118,36 @@ def test_scores_are_normalised_by_random_actions_and_the_best_known() -> None:
     assert "| ppo | 380 | 320 to 440 | 0.75 | 2 | 1,000 |" in text
     assert "| ppo | 0.75 | 0.5, 1 | 2 of 3 |" in text
     assert "| a2c | 0 | one seed, which proves nothing | 1 of 3 |" in text
+    two.failed = {"ppo": 3}
+    text = table([one, two], ["a2c", "ppo", "random"])
+    assert "| ppo | -162 | -219 to -106 | 0.75 | 2 of 5 | 1,000 |" in text
+    assert "| ppo | 0.75 | 0.5, 1 | 2 of 2; without 3 failed trainings |" in text
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (255, "its process ended with code 255"),
+        (-9, "its process was ended by SIGKILL"),
+        (143, "it was stopped by SIGTERM"),
+        (-100, "its process ended with code -100"),
+        (0, "it has no score: the simulator failed in every episode"),
+    ],
+)
+def test_a_process_that_ends_in_any_way_is_told(code: int, told: str, tmp_path: Path) -> None:
+    cell = make_cell("random", "", "CartPole-v1", 0, 1, 0)
+    assert compare._result(cell, tmp_path, "", code, "").failed == told
+
+
+@pytest.mark.parametrize(
+    ("scores", "number", "ended"),
+    [([[1000, 2.0]], 0, True), ([[1000, 2.0]], 15, True), ([[900, 2.0]], 15, False), ([], 0, False), ([], 15, False)],
+)
+def test_a_training_has_finished_where_it_has_its_last_score(
+    scores: list[Any], number: int, ended: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"signal": number, "scores": scores}))
+    assert (compare_run.finished(tmp_path, 1000) is not None) == ended
 
 
 def test_best_known_scores() -> None:
@@ -332,7 +363,7 @@ def test_random_actions_are_legal_and_scored_as_an_agents(tmp_path: Path) -> Non
     for task in ("Masked", "Continuous", "MultiDiscrete"):
         cell = make_cell("random", "", f"tests.conformance.tasks:{task}", 1000, 6, 0)
         assert compare_run.play_at_random(cell, tmp_path / task) == 0
-        summary = compare_run.finished(tmp_path / task)
+        summary = compare_run.finished(tmp_path / task, 0)
         assert summary is not None
         ((frames, score),) = summary["scores"]
         assert frames == 0
