@@ -197,7 +197,7 @@ def _init(failed: str, **options: Any) -> None:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        # Ray's processes are of this one's group, and what ends the group is the learner's to decide
+        # those that come while it starts are for later: what they raise would leave half a cluster
         with signals_blocked(), environment(RAY_AUTH_MODE=os.environ.get("RAY_AUTH_MODE")):  # which Ray sets
             ray.init(log_to_driver=False, configure_logging=False, **options)
     except Exception as error:
