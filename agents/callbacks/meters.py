@@ -52,23 +52,22 @@ class Meters(pl.Callback):
         self._lag_count = 0
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
-        """Starts the clock; says what comes before the first update."""
+        """Starts the clock; says what the run does first."""
         self._evaluation = _find(trainer, Evaluation)
         self._sync = _find(trainer, WeightSync)
         self._start = self._last = self._mark(agent)
         if not trainer.is_global_zero:
             return
-        waiting = agent.data.steps_to_first_update
-        filling = f"collecting {waiting:,} steps before the first update" if waiting else ""
+        opening = agent.data.opening
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(),
                 console=self.console, refresh_per_second=1, transient=True,
             )  # fmt: skip
-            self._task = self._bar.add_task(filling or "starting", total=self.total_frames, completed=agent.frames)
+            self._task = self._bar.add_task(opening or "starting", total=self.total_frames, completed=agent.frames)
             self._bar.start()
-        elif filling:
-            self.console.print(filling, soft_wrap=True)
+        elif opening:
+            self.console.print(opening, soft_wrap=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Notes the lag; logs when it is time."""

@@ -170,9 +170,9 @@ class ActingData(LightningDataModule):
         return {}
 
     @property
-    def steps_to_first_update(self) -> int:
-        """Agent steps of this learner's actors that are collected, but not learnt from, before the first update."""
-        return 0
+    def opening(self) -> str:
+        """What the run does first where that is not what it does later, for the screen; empty: it is."""
+        return ""
 
     def train_dataloader(self) -> Iterable[Any]:
         """Start the collector and give the stream of batches.
@@ -304,9 +304,9 @@ class PlainData:
         return {}
 
     @property
-    def steps_to_first_update(self) -> int:
+    def opening(self) -> str:
         """Not known."""
-        return 0
+        return ""
 
     def updates(self, batch: Any) -> Iterable[TensorDictBase]:
         """A TensorDict is one update, any other iterable one for each of what it holds."""

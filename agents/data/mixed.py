@@ -107,6 +107,17 @@ class MixedData(StoringData):
         return {**super().metrics, "replay/replayed_frames": float(self.replayed_frames)}
 
     @property
+    def opening(self) -> str:
+        """As :attr:`ActingData.opening`: nothing is replayed yet, and frames come faster than later."""
+        missing = max(1, self.min_size) - self.inserted
+        if missing <= 1:
+            return ""
+        later = f"{self.share:.0%} of a batch is"
+        if self.ratio is not None:
+            later = f"{self.ratio:g} batches for each fresh one are"
+        return f"learning from {missing:,} fresh steps alone; then {later} replayed, and frames come more slowly"
+
+    @property
     def replays(self) -> bool:
         """Whether the replay holds enough to be sampled."""
         return self.inserted >= max(1, self.min_size)

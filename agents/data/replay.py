@@ -83,9 +83,10 @@ class ReplayData(StoringData):
         return {**super().metrics, "replay/samples_per_insert": ratio}
 
     @property
-    def steps_to_first_update(self) -> int:
-        """As :attr:`ActingData.steps_to_first_update`: what is missing in the replay."""
-        return max(0, self.limiter.min_size - self.limiter.inserted)
+    def opening(self) -> str:
+        """As :attr:`ActingData.opening`: the replay is filled."""
+        missing = self.limiter.min_size - self.limiter.inserted
+        return f"collecting {missing:,} steps before the first update" if missing > 0 else ""
 
     def updates(self, batch: Any) -> Iterable[TensorDictBase]:
         """Those of a :class:`Batches`."""

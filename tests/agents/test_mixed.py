@@ -189,6 +189,18 @@ def test_a_share_is_a_whole_number_of_rows(share: float, rows: int) -> None:
     assert mixed(share=share).replayed_rows(4) == rows
 
 
+@pytest.mark.parametrize(
+    ("form", "later"), [({"ratio": 4.0}, "4 batches for each fresh one are"), ({"share": 0.5}, "50% of a batch is")]
+)
+def test_it_says_when_the_replay_joins(form: dict[str, float], later: str) -> None:
+    """Frames then come several times as slowly, which looked like a fault."""
+    data = mixed(min_size=2 * ROLLOUT, **form)
+    opening = f"learning from {2 * ROLLOUT} fresh steps alone; then {later} replayed, and frames come more slowly"
+    assert data.opening == opening
+    everything(data)
+    assert data.opening == ""
+
+
 def replayed_behind(data: MixedData) -> list[int]:
     """How many replayed batches follow each fresh one."""
     counts: list[int] = []

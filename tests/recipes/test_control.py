@@ -363,6 +363,7 @@ def test_replayed_recipes_from_end_to_end(
     assert f"score {column('eval/return')[-1]:.1f}" in out
     continuous = preset != "discrete"
     assert ("action change" in out) == bool(column("eval/action_change")) == continuous
+    assert "steps before the first update" in err
     assert "updates/s" in err
     for name in ("config.yaml", "versions.json", "metrics.csv", "curve.png", "episode.gif"):
         assert (RUN / name).stat().st_size > 0, name
