@@ -57,12 +57,13 @@ USES: dict[str, set[str]] = {
     "naming": set(),
     "fork_server": set(),
     "host": set(),
+    "machine": set(),
     "returns": {"host"},
     "estimators": {"returns", "keys", "naming"},
     "networks": {"keys", "naming", "host"},
     "losses": {"estimators", "returns", "networks", "keys", "host"},
     "envs": {"keys", "naming"},
-    "collectors": {"envs", "keys", "fork_server"},
+    "collectors": {"envs", "keys", "fork_server", "machine"},
     "replay": {"keys"},
 }
 """What each part of the modules may know besides itself: neither collector nor replay knows the other, or a loss."""

@@ -5,7 +5,6 @@ from offtrace.agents.config.collector import CollectorConfig
 from offtrace.agents.config.env import EnvConfig
 from offtrace.agents.config.estimator import check_actions, check_estimator, check_truncates, samples_of
 from offtrace.agents.config.fit import fit
-from offtrace.agents.config.machine import Machine, available_cores, may_have_gpu, this_machine
 from offtrace.agents.config.mixed import MixedConfig, MixedReplayConfig, RatioReplayConfig, ShareReplayConfig
 from offtrace.agents.config.network import FeedForwardConfig, NetworkConfig, SeparateNetworksConfig
 from offtrace.agents.config.off_policy import OffPolicyConfig
@@ -13,6 +12,7 @@ from offtrace.agents.config.optim import AdamConfig, OptimConfig, SeparateOptimC
 from offtrace.agents.config.replay import RecurrentReplayConfig, ReplayConfig
 from offtrace.agents.config.rollouts import RolloutConfig
 from offtrace.agents.config.train import ReplayTrainConfig, RolloutTrainConfig, TrainConfig, WholeRolloutTrainConfig
+from offtrace.modules.machine import Machine, available_cores, may_have_gpu, this_machine
 
 __all__ = [
     "AdamConfig",

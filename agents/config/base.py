@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from offtrace.agents.config.machine import available_cores
 from offtrace.modules.envs.names import known_actions
+from offtrace.modules.machine import available_cores
 
 if TYPE_CHECKING:
     from offtrace.agents.agent import Agent

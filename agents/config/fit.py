@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from offtrace.agents.config.base import Config, ConfigError, count
-from offtrace.agents.config.machine import Machine
+from offtrace.modules.machine import Machine
 
 FEW = 4
 """Cores of a learner from which on there are other ways to share them than the preset's."""

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from offtrace.agents.config import available_cores, count, fit, may_have_gpu, this_machine
-from offtrace.agents.config.machine import memory_limit
 from offtrace.agents.impala import atari_config, control_config
 from offtrace.agents.runs.folders import commit_of
 from offtrace.agents.runs.isolated import Check, Missing
 from offtrace.modules.envs.names import atari_name
 from offtrace.modules.envs.suite import has_dm_control
+from offtrace.modules.machine import memory_limit
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "actor processes": {"num_workers": 1},

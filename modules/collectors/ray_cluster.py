@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 from offtrace.modules.fork_server import environment, signals_blocked
+from offtrace.modules.machine import available_cores
 
 _CONNECT_TIMEOUT = 5.0
 _ROOM_TIMEOUT = 10.0  # seconds in which actors that were ended give their CPUs back
@@ -103,7 +104,7 @@ def _start(cpus: int) -> None:
     import ray
     from ray._private import ray_constants, utils
 
-    most = max(_FEW, _TIMES * (cores := _cores()))
+    most = max(_FEW, _TIMES * (cores := available_cores()))
     if cpus > most:
         raise ValueError(
             f"{cpus} CPUs (num_workers times threads_per_worker) are asked for in a Ray cluster of this machine, which "
@@ -151,11 +152,6 @@ def _start(cpus: int) -> None:
                     raise
     if not (found := ray.get_runtime_context().gcs_address).startswith("127.0.0.1:"):
         raise ValueError(f"Ray {ray.__version__} does not keep a cluster to this machine: it listens at {found}")
-
-
-def _cores() -> int:
-    """That this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_group(leader: subprocess.Popen[bytes]) -> None:
@@ -230,10 +226,15 @@ def _kill(processes: Callable[..., None], **_: Any) -> None:
 
 def cluster_size() -> tuple[int, float, float]:
     """Nodes, CPUs and GPUs of the cluster that this process is connected to, as Ray counts them."""
+    nodes = _nodes()
+    return len(nodes), sum(node.get("CPU", 0.0) for node in nodes), sum(node.get("GPU", 0.0) for node in nodes)
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node of the cluster has, by Ray's names."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return len(nodes), sum(node.get("CPU", 0.0) for node in nodes), sum(node.get("GPU", 0.0) for node in nodes)
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def check_room(number: int, cpus: int, learners: int = 1) -> None:
@@ -250,7 +251,7 @@ def check_room(number: int, cpus: int, learners: int = 1) -> None:
     """
     import ray
 
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    nodes = [node.get("CPU", 0.0) for node in _nodes()]
     each, number = f" of each of {learners} learners" if learners > 1 else "", number * learners
     wanted = f"{number} actors of {cpus} CPU each"
     if sum(int(there // cpus) for there in nodes) < number:

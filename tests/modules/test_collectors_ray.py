@@ -68,7 +68,7 @@ def test_what_ray_actors_cannot_be_is_refused(arguments: dict[str, Any], words: 
 
 @needs_ray
 def test_more_actors_than_a_machine_can_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "_cores", lambda: 2)
+    monkeypatch.setattr(ray_cluster, "available_cores", lambda: 2)
     told = refused(num_workers=9)
     assert told.startswith("9 CPUs (num_workers times threads_per_worker) are asked for in a Ray cluster of this")
     assert "which has 2 cores; it must be at most 8, or address" in told

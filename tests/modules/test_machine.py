@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from offtrace.agents.config import machine
-from offtrace.agents.config.machine import Machine, available_cores, memory_limit, this_machine
+from offtrace.modules import machine
+from offtrace.modules.machine import Machine, available_cores, memory_limit, this_machine
 
 GPUS = "0, GPU-aaaa\n1, GPU-bbbb\n"
 
