@@ -104,9 +104,12 @@ def policy_spec(config: Config, info: EnvInfo, **more: Any) -> dict[str, Any]:
         **more,
     }
     if isinstance(config.network, SeparateNetworksConfig):
-        if info.num_actions is not None and config.network.smoothing:
-            raise ConfigError(f"network.smoothing is {config.network.smoothing}; {config.task} has discrete actions")
-        arguments["smoothing"] = config.network.smoothing
+        for name in ("smoothing", "noise_correlation"):
+            value = getattr(config.network, name)
+            if value and info.num_actions is not None:
+                raise ConfigError(f"network.{name} is {value}; {config.task} has discrete actions: it must be 0")
+            if value is not None:
+                arguments[name] = value
     return {"builder": "build_policy", "arguments": arguments}
 
 

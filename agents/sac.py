@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from offtrace.modules.envs import EnvInfo
 
 
+NOISE_CORRELATION = 0.8
+"""Of the exploration noise. Where rewards are rare, independent noise moves too little to meet one: docs/results.md."""
+
+
 @dataclass
 class LossConfig(Group):
     """Soft actor-critic; the paper's values."""
@@ -104,7 +108,10 @@ class SACConfig(OffPolicyConfig):
         """A tanh-Gaussian, or a categorical policy for discrete actions."""
         from offtrace.agents.assemble import policy_spec
 
-        return policy_spec(self, info, head="tanh" if info.num_actions is None else "categorical", critic=None)
+        if info.num_actions is not None:
+            return policy_spec(self, info, head="categorical", critic=None)
+        noise = 0.0 if self.network.smoothing else NOISE_CORRELATION
+        return policy_spec(self, info, head="tanh", critic=None, noise_correlation=noise)
 
     def build(self) -> tuple[Agent, ReplayData]:
         """As :meth:`Config.build`."""

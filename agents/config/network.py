@@ -101,6 +101,9 @@ class SeparateNetworksConfig(FeedForwardConfig):
     """Critics, of which the smallest value counts."""
     smoothing: float = 0.0
     """Low pass over executed actions, 0 for none: a = smoothing * last action + (1 - smoothing) * sample."""
+    noise_correlation: float | None = None
+    """Correlation of the exploration noise with that of the step before; 0: independent. null: 0.8 in SAC with
+    continuous actions, and else 0."""
 
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
@@ -109,3 +112,11 @@ class SeparateNetworksConfig(FeedForwardConfig):
         checks.sizes("critic_hidden")
         checks.at_least(1, "critics")
         checks.require("smoothing", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        checks.require(
+            "noise_correlation", lambda value: value is None or 0 <= value < 1, "at least 0, below 1, or null"
+        )
+        if self.smoothing and self.noise_correlation:
+            raise ConfigError(
+                f"{at}.smoothing is {self.smoothing} and {at}.noise_correlation {self.noise_correlation}; both make "
+                "actions last: one of them must be 0"
+            )

@@ -24,6 +24,7 @@ from offtrace.modules.networks.heads import (
     TanhNormalHead,
 )
 from offtrace.modules.networks.named import NETWORKS
+from offtrace.modules.networks.noise import CorrelatedNoise
 from offtrace.modules.networks.normalise import (
     DictNormalizer,
     ObservationNormalizer,
@@ -51,6 +52,7 @@ __all__ = [
     "CholeskyHead",
     "Concatenate",
     "ConvMLP",
+    "CorrelatedNoise",
     "Critic",
     "DiagonalNormal",
     "DictNormalizer",

@@ -86,6 +86,7 @@ def build_policy(
     normalize: bool = False,
     normalize_clip: float | None = 10.0,
     smoothing: float = 0.0,
+    noise_correlation: float = 0.0,
 ) -> Policy:
     """Build the policy that these plain values describe, with fresh weights.
 
@@ -112,6 +113,7 @@ def build_policy(
             :class:`CategoricalValueHead`; 0 atoms: values alone, and
             ``v_max`` is not read).
         smoothing: low pass over executed actions, see :class:`Policy`; continuous actions only.
+        noise_correlation: of the exploration noise from step to step, see :class:`Policy`; continuous actions only.
 
     Raises:
         ValueError: on a value that does not fit, by its name.
@@ -143,7 +145,7 @@ def build_policy(
         observation_names=observation_names(observation_shape),
         detach_policy=detach_policy,
     )
-    return Policy(net, smoothing=smoothing)
+    return Policy(net, smoothing=smoothing, noise_correlation=noise_correlation)
 
 
 def build_critic(

@@ -100,12 +100,17 @@ class DiagonalNormal(D.Independent):
     """Independent normal for each dimension of an action: ``loc`` and ``scale`` [*B, A]; log-probabilities [*B]."""
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        self.loc, self.scale = loc, scale
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
+
+    def at_noise(self, noise: Tensor) -> Tensor:
+        """The sample that standard ``noise`` [*B, A] gives."""
+        return torch.addcmul(self.loc, self.scale, noise)
 
     @property
     def deterministic_sample(self) -> Tensor:
         """The mean."""
-        return self.base_dist.loc
+        return self.loc
 
 
 @D.register_kl(Categorical, Categorical)
@@ -133,8 +138,11 @@ class FullNormal(D.Distribution):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """``[*sample_shape, *B, A]``, differentiable in the parameters."""
-        noise = torch.randn(*sample_shape, *self.loc.shape, 1, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + (self.scale_tril @ noise).squeeze(-1)
+        return self.at_noise(torch.randn(*sample_shape, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device))
+
+    def at_noise(self, noise: Tensor) -> Tensor:
+        """The sample that standard ``noise`` [..., *B, A] gives."""
+        return self.loc + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -226,6 +234,10 @@ class TanhNormal(D.Distribution):
         """u, ``[*sample_shape, *B, A]``."""
         return self._pre_tanh(sample_shape)[1]
 
+    def at_noise(self, noise: Tensor) -> Tensor:
+        """The sample before the tanh that standard ``noise`` [*B, A] gives."""
+        return torch.addcmul(self.loc, self.scale, noise)
+
     def rsample_with_log_prob(self, sample_shape: Sequence[int] = ()) -> Sample:
         """A sample differentiable in the parameters, and its log-probability without the detour through the action."""
         noise, u = self._pre_tanh(sample_shape)
@@ -261,7 +273,7 @@ class TanhNormal(D.Distribution):
             noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         else:
             noise = torch.randn_like(self.loc)
-        return noise, torch.addcmul(self.loc, self.scale, noise)
+        return noise, self.at_noise(noise)
 
 
 def safe_atanh(action: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The acting policy: a network, sampling, and optional smoothing of what is executed."""
+"""The acting policy: a network, sampling, and optionally noise that lasts or smoothing of what is executed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor
 from torch import distributions as D
 
-from offtrace.modules.keys import ACTION, LOG_PROB, NEXT, PRE_TANH, SMOOTHED_ACTION
+from offtrace.modules.keys import ACTION, ACTION_NOISE, LOG_PROB, NEXT, PRE_TANH, SMOOTHED_ACTION
 from offtrace.modules.networks.distributions import TanhNormal, safe_atanh
+from offtrace.modules.networks.noise import CorrelatedNoise
 from offtrace.modules.networks.observations import States
 from offtrace.modules.networks.policy_network import PolicyNetwork
 from offtrace.modules.networks.smoothing import ActionSmoother
@@ -36,21 +37,26 @@ class Policy(ProbabilisticTensorDictSequential):
     takes no more. Plain importance sampling would miss the actions that the low pass cannot reach.
     Acting then also reads ``"is_init"`` and ``"smoothed_action"``; ``in_keys`` lists what the distribution depends on.
 
+    With correlated noise a sample is that of the same distribution, and follows on the one before:
+    ``"action_log_prob"`` is its exact log-density given the noise before, mu(a|x, noise before), and acting also reads
+    ``"is_init"`` and ``"action_noise"``. The loss learns the policy as it is without.
+
     Args:
         network: observation to parameters and values.
         smoothing: beta of :class:`ActionSmoother`; 0: none. Continuous actions only.
+        noise_correlation: rho of :class:`CorrelatedNoise`; 0: independent noise. Continuous actions only.
 
     Attributes:
         num_actions: number of discrete actions, or None.
         action_dim: numbers in a continuous action, or None.
 
     Raises:
-        ValueError: on smoothing of discrete actions or outside [0, 1).
+        ValueError: on smoothing or correlated noise of discrete actions, outside [0, 1), or both of them.
     """
 
     out_keys: list[Any]
 
-    def __init__(self, network: PolicyNetwork, *, smoothing: float = 0.0) -> None:
+    def __init__(self, network: PolicyNetwork, *, smoothing: float = 0.0, noise_correlation: float = 0.0) -> None:
         head = network.head
         sampler = ProbabilisticTensorDictModule(
             in_keys=list(head.out_keys),
@@ -65,10 +71,22 @@ class Policy(ProbabilisticTensorDictSequential):
         self._squashed = issubclass(head.distribution, TanhNormal)
         if self._squashed:
             self.out_keys = [*self.out_keys, PRE_TANH]
+        for name, value in (("smoothing", smoothing), ("noise_correlation", noise_correlation)):
+            if value and self.action_dim is None:
+                raise ValueError(f"{name}={value} needs continuous actions; discrete ones have no mean")
+        if smoothing and noise_correlation:
+            raise ValueError(
+                f"smoothing={smoothing} and noise_correlation={noise_correlation} both make actions last: one of them "
+                "must be 0"
+            )
+        self.noise: CorrelatedNoise | None = None
+        if noise_correlation:
+            assert self.action_dim is not None
+            self.noise = CorrelatedNoise(self.action_dim, noise_correlation)
+            self.out_keys = [*self.out_keys, (NEXT, ACTION_NOISE)]
         self.smoother: ActionSmoother | None = None
         if smoothing:
-            if self.action_dim is None:
-                raise ValueError(f"smoothing={smoothing} needs continuous actions; discrete ones have no mean")
+            assert self.action_dim is not None
             self.smoother = ActionSmoother(self.action_dim, smoothing)
             self.out_keys = [*self.out_keys, (NEXT, SMOOTHED_ACTION)]
 
@@ -85,7 +103,7 @@ class Policy(ProbabilisticTensorDictSequential):
         params, values, state = network.compute(tensordict)
         network.write(tensordict, params, values, state)
         dist = network.head.distribution(*params)
-        action, log_prob, pre_tanh = self._act(dist)
+        action, log_prob, pre_tanh = self._act(dist, tensordict)
         if self.smoother is not None:
             action, log_prob, same = self.smoother(tensordict, action, log_prob)
             if pre_tanh is not None:
@@ -114,7 +132,7 @@ class Policy(ProbabilisticTensorDictSequential):
         """The distribution over actions at ``states`` whose entries are [M, ...]; as :meth:`parameters_at`."""
         return self.network.distribution_at(states)
 
-    def _act(self, dist: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _act(self, dist: Any, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor | None]:
         """Action, its log-probability, and the sample before the tanh where there is one."""
         mode = interaction_type()
         if mode is None or mode is InteractionType.RANDOM:
@@ -123,8 +141,16 @@ class Policy(ProbabilisticTensorDictSequential):
             random = False
         else:
             raise NotImplementedError(f"exploration type {mode} is not supported; use RANDOM or DETERMINISTIC")
+        if self.noise is not None:
+            noise, surplus = self.noise(tensordict, dist.loc, random=random)
+            sample, log_prob, pre_tanh = self._given(dist, dist.at_noise(noise).detach())
+            return sample, log_prob + surplus, pre_tanh
         if self._squashed:
-            pre_tanh = dist.sample_pre_tanh() if random else dist.loc
-            return pre_tanh.tanh(), dist.log_prob_pre_tanh(pre_tanh), pre_tanh
-        action = dist.sample() if random else dist.deterministic_sample
-        return action, dist.log_prob(action), None
+            return self._given(dist, dist.sample_pre_tanh() if random else dist.loc)
+        return self._given(dist, dist.sample() if random else dist.deterministic_sample)
+
+    def _given(self, dist: Any, sample: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Action, its log-probability, and the sample before the tanh where there is one, of what was drawn."""
+        if self._squashed:
+            return sample.tanh(), dist.log_prob_pre_tanh(sample), sample
+        return sample, dist.log_prob(sample), None

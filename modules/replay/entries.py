@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offtrace.modules.keys import (
     ACTION,
+    ACTION_NOISE,
     ACTION_VALUE,
     DONE,
     EPISODE_END,
@@ -22,6 +23,7 @@ from offtrace.modules.keys import (
     OBSERVATION,
     POLICY_VERSION,
     REWARD,
+    SMOOTHED_ACTION,
     TERMINATED,
     TRUNCATED,
     VALID,
@@ -33,10 +35,11 @@ from offtrace.modules.keys import (
 
 Key = tuple[str, ...]
 
-# Bookkeeping of episodes and collectors, flags, of which one byte a step is kept, and what a critic said while acting.
+# Bookkeeping of episodes and collectors, flags, of which one byte a step is kept, what a critic said while acting, and
+# states that only acting reads.
 _LEFT_OUT = {
     DONE, TERMINATED, TRUNCATED, IS_INIT, VALID, EPISODE_REWARD, EPISODE_LENGTH, EPISODE_END, WORKER, "collector",
-    "_reset", ACTION_VALUE, VALUE, VALUE_LOGITS,
+    "_reset", ACTION_VALUE, VALUE, VALUE_LOGITS, ACTION_NOISE, SMOOTHED_ACTION,
 }  # fmt: skip
 
 

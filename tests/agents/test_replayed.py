@@ -143,8 +143,7 @@ def test_every_variant_learns_something_and_its_policy_loads(name: str, tmp_path
     assert data.limiter.inserted == data.frames == steps
     assert data.limiter.sampled == 4 * (steps - 16)
     assert agent.updates == data.limiter.sampled // 8
-    smoothed = 4 if config.network.smoothing else 0  # the last executed action
-    assert data.replay.bytes_per_slot == bytes_per_step(config, read_task(config)) + smoothed
+    assert data.replay.bytes_per_slot == bytes_per_step(config, read_task(config))
     if name in PRIORITIZED:
         assert data.replay.sampler.beta > 0.9, "it grows to 1"
         assert len(set(data.replay.sampler._tree.leaves.tolist())) > 10, "the errors came back"
@@ -521,6 +520,10 @@ def test_a_compiled_loss_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"loss.estimator": "retrase"}, "loss.estimator: there is no estimator 'retrase' .*; did you mean retrace"),
         ({"optim.tau": 0.0}, "optim.tau is 0.0; it must be above 0 and at most 1"),
         ({"network.smoothing": 1.0}, "network.smoothing is 1.0; it must be at least 0 and below 1"),
+        (
+            {"network.noise_correlation": -0.1},
+            "network.noise_correlation is -0.1; it must be at least 0, below 1, or null",
+        ),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(change: dict[str, Any], words: str) -> None:

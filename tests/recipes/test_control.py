@@ -94,6 +94,12 @@ def weights() -> dict[str, Any]:
         (sac, ["--collector.unroll=100"], "learners 100 frames; it must not be more than train.total_frames, 64"),
         (sac, ["--replay.samples_per_insert=1e9"], "125,000,000 updates for each collected step; with a replay.batch"),
         (sac, ["--env.task=CartPole-v1", "--network.smoothing=0.5"], "smoothing is 0.5; CartPole-v1 has discrete"),
+        (mpo, ["--env.task=CartPole-v1", "--network.noise_correlation=0.5"], "noise_correlation is 0.5; CartPole-v1"),
+        (
+            sac,
+            ["--network.smoothing=0.5", "--network.noise_correlation=0.5"],
+            "network.smoothing is 0.5 and network.noise_correlation 0.5; both make actions last: one of them must be 0",
+        ),
         (mpo, ["--preset=dmpo", "--env.task=CartPole-v1"], "those of CartPole-v1 are discrete"),
         (mpo, ["--preset=full", "--env.task=CartPole-v1"], "loss.covariance is full; DiscreteMPOLoss has no such"),
         (mpo, ["--env.task=CartPole-v1", "--network.init_scale=1"], "network.init_scale is 1.0; the actions of Cart"),
