@@ -93,7 +93,7 @@ class SACConfig(OffPolicyConfig):
     env: EnvConfig = field(default_factory=lambda: EnvConfig(task="cartpole-swingup", num_envs=1))
     network: SeparateNetworksConfig = field(default_factory=SeparateNetworksConfig)
     collector: CollectorConfig = field(default_factory=lambda: CollectorConfig(num_workers=0, unroll=8))
-    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    replay: ReplayConfig = field(default_factory=lambda: ReplayConfig(min_size=5_000))
     loss: LossConfig = field(default_factory=LossConfig)
     optim: SACOptimConfig = field(default_factory=SACOptimConfig)
     train: ReplayTrainConfig = field(default_factory=ReplayTrainConfig)
@@ -178,7 +178,7 @@ def discrete_config() -> SACConfig:
     """CartPole with discrete actions."""
     config = control_config()
     config.env.task, config.env.num_envs = "CartPole-v1", 4
-    config.replay.samples_per_insert = 128.0
+    config.replay.samples_per_insert, config.replay.min_size = 128.0, 1_000
     config.optim.lr_actor = config.optim.lr_critic = 1e-3
     config.optim.tau = 0.02
     config.loss.target_entropy = 0.2  # 0.98 log 2, the usual, is next to a coin
