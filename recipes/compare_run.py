@@ -112,16 +112,16 @@ def finished(folder: Path, frames: int) -> dict[str, Any] | None:
 def train(cell: Cell, folder: Path) -> int:
     """Trains ``cell`` in ``folder``, or goes on where that was stopped; the exit code of a recipe.
 
-    What cannot be gone on with is begun again: a run that failed, and one whose checkpoint is damaged or at its end.
+    A run that failed is begun again. One that is refused, for a full disk or damaged checkpoints, is left as it is.
     """
     config = configuration(cell.preset, cell.task, cell.frames, cell.episodes, cell.seed)
     checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
     if any(path.exists() for path in checkpoints) and not (folder / "error.txt").exists():
         _keep_seconds(folder)
         code = run_in(folder, config, checkpoints[0])
-        if code != 2:
-            return code
-        print("the run is begun again", file=sys.stderr)
+        if code == 2:
+            print(f"to begin the training again, remove {folder}", file=sys.stderr)
+        return code
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_config(config, folder)

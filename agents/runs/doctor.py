@@ -151,6 +151,7 @@ def room(folder: Path, least: float, repair: str) -> str:
             file.write(b"x")
             file.flush()
     except OSError as error:
+        repair = repair if place.is_dir() else "it must be a folder"
         raise ValueError(f"{place} cannot be written ({error.strerror}); {repair}") from error
     usage = shutil.disk_usage(place)
     found = f"{folder.absolute()}, {usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"

@@ -306,6 +306,26 @@ def test_a_row_that_was_not_written_is_read_of_the_run() -> None:
     assert Path("out/compare.csv").read_text() == "".join(lines)
 
 
+def test_a_training_that_is_refused_keeps_what_it_had(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that is full for an hour must not cost the day before; one that failed begins anew."""
+    resumed: list[Path | None] = []
+    monkeypatch.setattr(compare_run, "run_in", lambda folder, config, resume: resumed.append(resume) or 2)
+    cell, folder = make_cell("ppo", "ppo", "CartPole-v1", 3000, 20, 0), Path("out")
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    assert compare_run.train(cell, folder) == 2
+    assert checkpoint.exists()
+    assert resumed == [checkpoint]
+    assert capsys.readouterr().err == "to begin the training again, remove out\n"
+    (folder / "error.txt").touch()
+    compare_run.train(cell, folder)
+    assert resumed == [checkpoint, None]
+    assert not checkpoint.exists()
+
+
 @pytest.mark.usefixtures("fake")
 def test_one_comparison_at_a_time_in_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()

@@ -159,7 +159,7 @@ def test_a_folder_that_runs_cannot_use_is_found(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ValueError, match="GB free, which is little; make room"):
         checks.room(below, 1e30, "make room")
     (tmp_path / "not").write_text("a file")
-    with pytest.raises(ValueError, match=r"not cannot be written \(Not a directory\); elsewhere"):
+    with pytest.raises(ValueError, match=r"not cannot be written \(Not a directory\); it must be a folder"):
         checks.room(below, 1, "elsewhere")
     monkeypatch.setenv("TMPDIR", str(below))
     with pytest.raises(ValueError, match=f"TMPDIR is {below}, which cannot be written"):
