@@ -160,6 +160,19 @@ def pendulum_config() -> PPOConfig:
     return config
 
 
+def mujoco_config() -> PPOConfig:
+    """HalfCheetah: observations and rewards of any size; CleanRL's settings, but for one network for both."""
+    config = PPOConfig(env=EnvConfig(task="HalfCheetah-v5", num_envs=8), collector=CollectorConfig(0, unroll=256))
+    config.network.normalize = True
+    config.loss = LossConfig(value_clip=0.2, entropy_coef=0.0, normalize_reward=True)
+    config.optim.lr = 3e-4
+    config.train = TrainConfig(
+        total_frames=1_000_000, minibatches=32, epochs=10, eval_every=100_000, checkpoint_every=100_000,
+        precision="32-true",
+    )  # fmt: skip
+    return config
+
+
 def atari_config() -> PPOConfig:
     """Pong at the published settings: 8 games, 128 steps, 4 passes of 4 minibatches, 40 million frames."""
     config = PPOConfig()
