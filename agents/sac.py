@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from offtrace.modules.envs import EnvInfo
 
 
-NOISE_CORRELATION = 0.8
-"""Of the exploration noise. Where rewards are rare, independent noise moves too little to meet one: docs/results.md."""
-
-
 @dataclass
 class LossConfig(Group):
     """Soft actor-critic; the paper's values."""
@@ -110,7 +106,7 @@ class SACConfig(OffPolicyConfig):
 
         if info.num_actions is not None:
             return policy_spec(self, info, head="categorical", critic=None)
-        noise = 0.0 if self.network.smoothing else NOISE_CORRELATION
+        noise = 0.0 if self.network.smoothing else 0.8  # with independent noise tasks of rare rewards are lost
         return policy_spec(self, info, head="tanh", critic=None, noise_correlation=noise)
 
     def build(self) -> tuple[Agent, ReplayData]:
@@ -200,6 +196,5 @@ def v1_config() -> SACConfig:
     config = SACConfig()
     config.loss.version = 1
     config.optim.lr_critic = 1e-3  # as control_config
-    # a temperature of 0.05; the paper's 5 to 20 are for Gym, where a step is worth several times as much as here
-    config.loss.reward_scale = 20.0
+    config.loss.reward_scale = 20.0  # temperature 0.05; the paper's 5 to 20 are for Gym, whose steps are worth more
     return config
