@@ -161,7 +161,8 @@ def pendulum_config() -> PPOConfig:
 
 
 def mujoco_config() -> PPOConfig:
-    """HalfCheetah: observations and rewards of any size; CleanRL's settings, but for one network for both."""
+    """HalfCheetah, whose observations and rewards have any size; CleanRL's settings, but 8 times 256 steps in place of
+    2,048 of one environment, and one network for policy and value."""
     config = PPOConfig(env=EnvConfig(task="HalfCheetah-v5", num_envs=8), collector=CollectorConfig(0, unroll=256))
     config.network.normalize = True
     config.loss = LossConfig(value_clip=0.2, entropy_coef=0.0, normalize_reward=True)

@@ -101,13 +101,13 @@ class SACConfig(OffPolicyConfig):
         return super().floats_per_step(info) + (info.action_dim or 0)
 
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
-        """A tanh-Gaussian, or a categorical policy for discrete actions."""
+        """A tanh-Gaussian, or a categorical policy for discrete actions. Noise lasts where no ratio is read."""
         from offtrace.agents.assemble import policy_spec
 
         if info.num_actions is not None:
             return policy_spec(self, info, head="categorical", critic=None)
-        noise = 0.0 if self.network.smoothing else 0.8  # with independent noise tasks of rare rewards are lost
-        return policy_spec(self, info, head="tanh", critic=None, noise_correlation=noise)
+        lasts = not self.network.smoothing and parse_spec(self.loss.estimator)[0] in ("one_step", "n_step")
+        return policy_spec(self, info, head="tanh", critic=None, noise_correlation=0.8 if lasts else 0.0)
 
     def build(self) -> tuple[Agent, ReplayData]:
         """As :meth:`Config.build`."""

@@ -312,7 +312,10 @@ def _result(cell: Cell, folder: Path, version: str, code: int, output: str) -> R
             told.append(f"it was stopped by {names[code - 128]}")
         elif not code:
             told.append("it has no score: the simulator failed in every episode")
-        return Result(math.nan, 0, 0.0, 0.0, version, told[-1] if told else f"its process ended with code {code}")
+        failed = told[-1] if told else f"its process ended with code {code}"
+        if code == 2 and (folder / "checkpoints").exists():  # what it has learnt is not for a program to remove
+            failed += f"; to begin it again, remove {folder}"
+        return Result(math.nan, 0, 0.0, 0.0, version, failed)
     shutil.rmtree(folder / "replay", ignore_errors=True)  # gigabytes, for a run that does not go on
     return Result(
         score=summary["scores"][-1][1], trained=summary["frames"], steps_per_second=summary["frames_per_second"],

@@ -112,20 +112,29 @@ def finished(folder: Path, frames: int) -> dict[str, Any] | None:
 def train(cell: Cell, folder: Path) -> int:
     """Trains ``cell`` in ``folder``, or goes on where that was stopped; the exit code of a recipe.
 
-    A run that failed is begun again. One that is refused, for a full disk or damaged checkpoints, is left as it is.
+    A run that failed is begun again, and one at its end that has no score. Any other that is refused, such as for a
+    full disk or damaged checkpoints, is left as it is.
     """
     config = configuration(cell.preset, cell.task, cell.frames, cell.episodes, cell.seed)
     checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
     if any(path.exists() for path in checkpoints) and not (folder / "error.txt").exists():
         _keep_seconds(folder)
         code = run_in(folder, config, checkpoints[0])
-        if code == 2:
-            print(f"to begin the training again, remove {folder}", file=sys.stderr)
-        return code
+        if code != 2 or not _at_end(checkpoints[0], cell.frames):
+            return code
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_config(config, folder)
     return run_in(folder, config, None)
+
+
+def _at_end(checkpoint: Path, frames: int) -> bool:
+    from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, read_checkpoint
+
+    try:
+        return bool(read_checkpoint(checkpoint)[CHECKPOINT_KEY]["frames"] >= frames)
+    except CheckpointError:
+        return False
 
 
 def _keep_seconds(folder: Path) -> None:

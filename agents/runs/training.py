@@ -222,7 +222,7 @@ def evaluation_env(
 
 
 def with_policy_transforms(env: EnvBase, policy: nn.Module) -> EnvBase:
-    """``env``, carrying the recurrent state where ``policy`` has one."""
+    """``env``, carrying the state that ``policy`` acts with, where it has one: recurrent, of smoothing or of noise."""
     transform = get_env_transforms_from_module(policy)
     return env if transform is None else env.append_transform(transform)
 

@@ -218,7 +218,8 @@ def run_actor(
     try:
         made = _begin(spec)
         seed_everything(made.seed_of(worker, restart))
-        remote = None if server is None else RemotePolicy(server, list(cast("Any", made.policy).in_keys))
+        policy = cast("Any", made.policy)
+        remote = None if server is None else RemotePolicy(server, getattr(policy, "acting_keys", list(policy.in_keys)))
         collector = made.make(shared, worker, restart, remote)
         rollouts, outbox = iter(collector), _Outbox(pipe, made.frame_stack)
         _send(pipe, Up())

@@ -63,7 +63,7 @@ class RemotePolicy:
 
     Args:
         pipe: to the server.
-        in_keys: of the policy. One that is missing is left out.
+        in_keys: what the policy reads to act. One that is missing is left out.
     """
 
     def __init__(self, pipe: Connection, in_keys: list[Any]) -> None:

@@ -11,7 +11,7 @@ from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor
 from torch import distributions as D
 
-from offtrace.modules.keys import ACTION, ACTION_NOISE, LOG_PROB, NEXT, PRE_TANH, SMOOTHED_ACTION
+from offtrace.modules.keys import ACTION, ACTION_NOISE, IS_INIT, LOG_PROB, NEXT, PRE_TANH, SMOOTHED_ACTION
 from offtrace.modules.networks.distributions import TanhNormal, safe_atanh
 from offtrace.modules.networks.noise import CorrelatedNoise
 from offtrace.modules.networks.observations import States
@@ -37,9 +37,9 @@ class Policy(ProbabilisticTensorDictSequential):
     takes no more. Plain importance sampling would miss the actions that the low pass cannot reach.
     Acting then also reads ``"is_init"`` and ``"smoothed_action"``; ``in_keys`` lists what the distribution depends on.
 
-    With correlated noise a sample is that of the same distribution, and follows on the one before:
-    ``"action_log_prob"`` is its exact log-density given the noise before, mu(a|x, noise before), and acting also reads
-    ``"is_init"`` and ``"action_noise"``. The loss learns the policy as it is without.
+    With correlated noise a sample follows on the one before: ``"action_log_prob"`` is its exact log-density given the
+    noise before, mu(a|x, noise before), and acting also reads ``"is_init"`` and ``"action_noise"``. The loss learns the
+    policy as it is without. What it costs ratios is told in :class:`CorrelatedNoise`: it is for losses that read none.
 
     Args:
         network: observation to parameters and values.
@@ -49,9 +49,11 @@ class Policy(ProbabilisticTensorDictSequential):
     Attributes:
         num_actions: number of discrete actions, or None.
         action_dim: numbers in a continuous action, or None.
+        acting_keys: what a call reads: ``in_keys``, and the state of smoothing or noise.
 
     Raises:
-        ValueError: on smoothing or correlated noise of discrete actions, outside [0, 1), or both of them.
+        ValueError: on smoothing or correlated noise of discrete actions, outside [0, 1), or both of them; on correlated
+            noise of a distribution without ``at_noise``.
     """
 
     out_keys: list[Any]
@@ -79,16 +81,27 @@ class Policy(ProbabilisticTensorDictSequential):
                 f"smoothing={smoothing} and noise_correlation={noise_correlation} both make actions last: one of them "
                 "must be 0"
             )
+        self.acting_keys: list[Any] = list(self.in_keys)
         self.noise: CorrelatedNoise | None = None
         if noise_correlation:
             assert self.action_dim is not None
+            if not hasattr(head.distribution, "at_noise"):
+                raise ValueError(
+                    f"noise_correlation={noise_correlation} needs a distribution with at_noise, the sample that a "
+                    f"standard noise gives; {head.distribution.__name__} has none"
+                )
+            self._also_read(ACTION_NOISE)
             self.noise = CorrelatedNoise(self.action_dim, noise_correlation)
             self.out_keys = [*self.out_keys, (NEXT, ACTION_NOISE)]
         self.smoother: ActionSmoother | None = None
         if smoothing:
             assert self.action_dim is not None
+            self._also_read(SMOOTHED_ACTION)
             self.smoother = ActionSmoother(self.action_dim, smoothing)
             self.out_keys = [*self.out_keys, (NEXT, SMOOTHED_ACTION)]
+
+    def _also_read(self, key: str) -> None:
+        self.acting_keys += [name for name in (IS_INIT, key) if name not in self.acting_keys]
 
     @property
     def network(self) -> PolicyNetwork:

@@ -43,24 +43,14 @@ class ActionSmoother(nn.Module):
             KeyError: when the state is missing in mid-episode.
         """
         first = tensordict.get(IS_INIT)
-        before = carried(tensordict, SMOOTHED_ACTION, first, action)
+        before = tensordict.get(SMOOTHED_ACTION, None)
+        if before is None:
+            if not bool(first.all()):
+                raise KeyError(
+                    f"{SMOOTHED_ACTION!r} is missing in mid-episode: the environment does not carry the last action; "
+                    "append torchrl.modules.utils.get_env_transforms_from_module(policy) to the environment"
+                )
+            before = torch.zeros_like(action)
         executed = torch.where(first, action, self.beta * before + (1 - self.beta) * action)
         tensordict.set((NEXT, SMOOTHED_ACTION), executed)
         return executed, torch.where(first.squeeze(-1), log_prob, log_prob - self.log_volume), first
-
-
-def carried(tensordict: TensorDictBase, key: str, first: Tensor, like: Tensor) -> Tensor:
-    """What the environment carries from one step to the next as ``key``, [*B, A]; zeros where an episode begins.
-
-    Raises:
-        KeyError: it is missing in mid-episode.
-    """
-    before = tensordict.get(key, None)
-    if before is not None:
-        return before
-    if not bool(first.all()):
-        raise KeyError(
-            f"{key!r} is missing in mid-episode: the environment does not carry it; append "
-            "torchrl.modules.utils.get_env_transforms_from_module(policy) to the environment"
-        )
-    return torch.zeros_like(like)

@@ -630,3 +630,28 @@ def test_a_sampler_of_the_users_gets_its_priorities_back() -> None:
     batch["td_error"] = torch.ones(4)
     data.feedback(batch)
     assert sampler.given == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "noise"),
+    [
+        ({}, 0.8),
+        ({"loss.estimator": "n_step(n=3)"}, 0.8),
+        ({"loss.estimator": "retrace(lmbda=0.95)"}, 0.0),
+        ({"network.smoothing": 0.5}, 0.0),
+        ({"network.noise_correlation": 0.0}, 0.0),
+        ({"network.noise_correlation": 0.5, "loss.estimator": "retrace"}, 0.5),
+    ],
+)
+def test_sac_explores_with_noise_that_lasts_where_no_ratio_is_read(change: dict[str, Any], noise: float) -> None:
+    config = small(SACConfig())
+    for name, value in change.items():
+        group, field = name.split(".")
+        setattr(getattr(config, group), field, value)
+    policy = config.build()[0].loss.actor
+    assert (policy.noise.correlation if policy.noise else 0.0) == noise
+
+
+@pytest.mark.parametrize("config", [MPOConfig(), discrete_sac_config()], ids=["mpo", "discrete sac"])
+def test_others_explore_with_independent_noise(config: Any) -> None:
+    assert not config.policy_spec(read_task(config))["arguments"].get("noise_correlation")

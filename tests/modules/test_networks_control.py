@@ -332,5 +332,5 @@ def test_smoothing_carries_its_state_through_an_environment() -> None:
     actions = env.rollout(9, policy, break_when_any_done=False)["action"]
     samples = 2 * actions[:, 1:] - actions[:, :-1]  # where the low pass ran, this is the sample: inside (-1, 1)
     assert samples[:, [0, 1, 3, 4, 6, 7]].abs().max() < 1
-    with pytest.raises(KeyError, match="does not carry it"):
+    with pytest.raises(KeyError, match="does not carry the last action"):
         policy(states(2))

@@ -13,8 +13,9 @@ from torch.distributions import MultivariateNormal, Normal
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from offtrace.modules import make_collector
+from offtrace.modules.collectors import ServerOptions
 from offtrace.modules.envs import GymEnv
-from offtrace.modules.networks import CorrelatedNoise, Policy, build_policy
+from offtrace.modules.networks import CorrelatedNoise, Policy, TanhNormalHead, build_policy
 from tests.modules.test_smoothing import Recording
 
 RHO, ACTIONS = 0.8, 2
@@ -78,12 +79,19 @@ def test_every_noise_is_standard_normal_and_follows_on_the_one_before() -> None:
     assert (x[29] * x[30]).mean().abs() < 0.1, "an episode begins anew"
 
 
-def test_what_is_stored_is_what_was_executed() -> None:
+def recording(seed: int) -> GymEnv:
+    return GymEnv(Recording, 1, seed=seed, rescale_actions=True)
+
+
+@pytest.mark.parametrize(
+    "way", [{"num_workers": 0}, {"num_workers": 1}, {"num_workers": 1, "server": ServerOptions()}],
+    ids=["in process", "an actor process", "a server"],
+)  # fmt: skip
+def test_what_is_stored_is_what_was_executed(way: dict[str, Any]) -> None:
     """Through a collector: states are carried by the environment, and begin anew with an episode."""
     torch.manual_seed(0)
     policy = actor("tanh")
-    env_fn = lambda seed: GymEnv(Recording, 1, seed=seed, rescale_actions=True)  # noqa: E731
-    with make_collector(env_fn, policy, frames_per_batch=12, num_workers=0) as collector:
+    with make_collector(recording, policy, frames_per_batch=12, **way) as collector:
         rollout = next(collector)[0].double()
     noise, first = noise_of(rollout), rollout["is_init"].bool()
     assert first.nonzero()[:, 0].tolist() == [0, 5, 10]
@@ -107,10 +115,28 @@ def test_what_acts_deterministically_has_no_noise(head: str) -> None:
     assert not out["next", "action_noise"].any()
 
 
-def test_a_state_that_is_missing_is_named() -> None:
-    td = TensorDict({"observation": torch.randn(2, 3), "is_init": torch.tensor([[True], [False]])}, [2])
-    with pytest.raises(KeyError, match="'action_noise' is missing in mid-episode"):
-        actor("tanh")(td)
+@pytest.mark.parametrize("head", HEADS)
+def test_where_no_state_is_carried_the_noise_is_independent(head: str) -> None:
+    """As of one observation, or in an environment of one's own."""
+    torch.manual_seed(0)
+    out = actor(head).double()(TensorDict({"observation": torch.randn(4, 3).double()}, [4]))
+    wanted = density(out, torch.zeros(4, ACTIONS).double(), torch.ones(4, 1, dtype=torch.bool))
+    torch.testing.assert_close(out["action_log_prob"], wanted, rtol=0, atol=1e-12)
+
+
+class Beta(torch.distributions.Independent):
+    """A distribution of the user's own."""
+
+
+class BetaHead(TanhNormalHead):
+    distribution: Any = Beta
+
+
+def test_a_distribution_that_takes_no_noise_is_refused_at_once() -> None:
+    network = actor("tanh").network
+    network.head = BetaHead(8, ACTIONS)
+    with pytest.raises(ValueError, match=r"noise_correlation=0.8 needs a distribution with at_noise, .* Beta has none"):
+        Policy(network, noise_correlation=RHO)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from offtrace.agents.config import ConfigError
 from offtrace.agents.registry import AGENTS
+from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY
 from offtrace.recipes import compare, compare_run
 from offtrace.recipes.compare_report import Scores, best_known, interquartile_mean, overall, stratified_interval, table
 from offtrace.recipes.compare_run import PRESETS, Cell, configuration, make_cell
@@ -306,23 +308,30 @@ def test_a_row_that_was_not_written_is_read_of_the_run() -> None:
     assert Path("out/compare.csv").read_text() == "".join(lines)
 
 
-def test_a_training_that_is_refused_keeps_what_it_had(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A disk that is full for an hour must not cost the day before; one that failed begins anew."""
+def test_a_training_that_is_refused_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as for a disk that is full when it would go on. One that failed begins anew, and one at its end."""
     resumed: list[Path | None] = []
     monkeypatch.setattr(compare_run, "run_in", lambda folder, config, resume: resumed.append(resume) or 2)
     cell, folder = make_cell("ppo", "ppo", "CartPole-v1", 3000, 20, 0), Path("out")
     checkpoint = folder / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
-    assert compare_run.train(cell, folder) == 2
-    assert checkpoint.exists()
-    assert resumed == [checkpoint]
-    assert capsys.readouterr().err == "to begin the training again, remove out\n"
-    (folder / "error.txt").touch()
+    for content in (b"damaged", {CHECKPOINT_KEY: {"frames": 2000}, "state_dict": {}}):
+        torch.save(content, checkpoint) if isinstance(content, dict) else checkpoint.write_bytes(content)
+        assert compare_run.train(cell, folder) == 2
+        assert checkpoint.exists()
+        assert resumed == [checkpoint]
+        resumed.clear()
+    found = compare._result(cell, folder, "1", 2, "error: no room\n")
+    assert found.failed == "no room; to begin it again, remove out"
+    torch.save({CHECKPOINT_KEY: {"frames": 3000}, "state_dict": {}}, checkpoint)
     compare_run.train(cell, folder)
     assert resumed == [checkpoint, None]
+    assert not checkpoint.exists()
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    (folder / "error.txt").touch()
+    compare_run.train(cell, folder)
+    assert resumed == [checkpoint, None, None]
     assert not checkpoint.exists()
 
 
