@@ -112,9 +112,10 @@ class MixedData(StoringData):
         missing = max(1, self.min_size) - self.inserted
         if missing <= 1:
             return ""
-        later = f"{self.share:.0%} of a batch is"
-        if self.ratio is not None:
+        if self.share is None:
             later = f"{self.ratio:g} batches for each fresh one are"
+        else:
+            later = f"{self.share:.0%} of a batch is"
         return f"learning from {missing:,} fresh steps alone; then {later} replayed, and frames come more slowly"
 
     @property
