@@ -11,7 +11,7 @@ from offtrace.recipes.cli import run_recipe
 main = partial(
     run_recipe,
     presets={"default": control_config, "atari": atari_config, "pendulum": pendulum_config, "mujoco": mujoco_config},
-    description="PPO. Without flags: CartPole, 100,000 steps; --preset atari for Pong.",
+    description="PPO. Without flags: CartPole, 100,000 steps; --preset atari for Pong, mujoco for HalfCheetah.",
 )
 
 if __name__ == "__main__":
