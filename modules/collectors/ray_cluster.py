@@ -180,7 +180,7 @@ def _join(address: str) -> None:
                 f"address is {address}, where nobody listens ({error}); it must be that of a Ray cluster's head"
             ) from error
     global _joined
-    there = "this machine is no node of one, or it" if address == "auto" else "the Ray cluster there"
+    there = "the one that runs here" if address == "auto" else "the Ray cluster there"
     _init(f"address is {address}, and {there} cannot be used", address=address)
     _joined = address
 
@@ -198,6 +198,11 @@ def _init(failed: str, **options: Any) -> None:
             ray.init(log_to_driver=False, configure_logging=False, **options)
     except Exception as error:
         words = " ".join(str(error).split())[:_LONGEST]
+        if words.startswith("Could not find any running Ray instance"):  # and names flags that are not ours
+            raise ValueError(
+                "address is auto, and this machine is no node of a Ray cluster; ray start makes it one, or address "
+                "must be host:port of a cluster's head"
+            ) from error
         if words.startswith("Failed to connect"):  # Ray prints that a token was refused, and raises this
             words += "; one that wants a token has it from RAY_AUTH_TOKEN, and RAY_AUTH_MODE is token then"
         raise ValueError(f"{failed}: {words}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import signal
@@ -80,6 +81,17 @@ def test_an_address_where_nobody_listens_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert refused(ray=RayOptions(address)).startswith(f"address is {address}, where nobody listens (")
+
+
+@needs_ray
+def test_that_no_cluster_runs_here_is_said_without_flags_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import services
+
+    monkeypatch.setattr(services, "find_gcs_addresses", functools.cache(set))  # whatever else runs here
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    told = refused(ray=RayOptions("auto"))
+    assert told.startswith("address is auto, and this machine is no node of a Ray cluster; ray start makes it one")
+    assert "--address" not in told
 
 
 @needs_ray
