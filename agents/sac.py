@@ -104,10 +104,10 @@ class SACConfig(OffPolicyConfig):
         """A tanh-Gaussian, or a categorical policy for discrete actions. Noise lasts where no ratio is read."""
         from offtrace.agents.assemble import policy_spec
 
-        if info.num_actions is not None:
-            return policy_spec(self, info, head="categorical", critic=None)
-        lasts = not self.network.smoothing and parse_spec(self.loss.estimator)[0] in ("one_step", "n_step")
-        return policy_spec(self, info, head="tanh", critic=None, noise_correlation=0.8 if lasts else 0.0)
+        discrete, network = info.num_actions is not None, self.network
+        lasts = not (discrete or network.smoothing) and parse_spec(self.loss.estimator)[0] in ("one_step", "n_step")
+        noise = 0.8**self.env.action_repeat if lasts else 0.0
+        return policy_spec(self, info, head="categorical" if discrete else "tanh", critic=None, noise_correlation=noise)
 
     def build(self) -> tuple[Agent, ReplayData]:
         """As :meth:`Config.build`."""

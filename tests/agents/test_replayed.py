@@ -639,17 +639,18 @@ def test_a_sampler_of_the_users_gets_its_priorities_back() -> None:
         ({"loss.estimator": "n_step(n=3)"}, 0.8),
         ({"loss.estimator": "retrace(lmbda=0.95)"}, 0.0),
         ({"network.smoothing": 0.5}, 0.0),
+        ({"env.action_repeat": 4}, 0.8**4),
         ({"network.noise_correlation": 0.0}, 0.0),
         ({"network.noise_correlation": 0.5, "loss.estimator": "retrace"}, 0.5),
     ],
 )
 def test_sac_explores_with_noise_that_lasts_where_no_ratio_is_read(change: dict[str, Any], noise: float) -> None:
     config = small(SACConfig())
+    info = read_task(config)
     for name, value in change.items():
         group, field = name.split(".")
         setattr(getattr(config, group), field, value)
-    policy = config.build()[0].loss.actor
-    assert (policy.noise.correlation if policy.noise else 0.0) == noise
+    assert config.policy_spec(info)["arguments"]["noise_correlation"] == noise
 
 
 @pytest.mark.parametrize("config", [MPOConfig(), discrete_sac_config()], ids=["mpo", "discrete sac"])
