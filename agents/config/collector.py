@@ -57,12 +57,12 @@ class CollectorConfig(Group):
         checks.at_least(0, "num_workers", "sync_every", "lag", "server_batch", "max_restarts")
         checks.require("server_wait", lambda value: 0 <= value < self.step_timeout, "at least 0, below step_timeout")
         checks.positive("step_timeout")
-        if not self.num_workers and self.max_restarts != type(self).max_restarts:
-            raise ConfigError(
-                f"{at}.max_restarts is {self.max_restarts}, and {at}.num_workers is 0: an environment in the learner's "
-                "process cannot be replaced, and an error in it ends the run; give num_workers above 0, or leave "
-                "max_restarts out"
-            )
+        for name, lost in (("max_restarts", "an error in it ends the run"), ("step_timeout", "it may hang for ever")):
+            if not self.num_workers and (value := getattr(self, name)) != getattr(type(self), name):
+                raise ConfigError(
+                    f"{at}.{name} is {value:g}, and {at}.num_workers is 0: an environment in the learner's process "
+                    f"cannot be replaced, and {lost}; give num_workers above 0, or leave {name} out"
+                )
         if self.acting == "server" and not self.num_workers:
             raise ConfigError(
                 f"{at}.acting is server, which acts for actor processes, and {at}.num_workers is 0: it must be above 0"

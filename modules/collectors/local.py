@@ -13,7 +13,6 @@ from offtrace.modules.collectors.frames import FRAMES, Packer
 from offtrace.modules.collectors.memory import Key
 from offtrace.modules.collectors.protocol import Copy
 from offtrace.modules.collectors.weights import SharedWeights
-from offtrace.modules.envs import EnvironmentFailure
 
 
 class LocalBackend:
@@ -61,7 +60,7 @@ class LocalBackend:
         """As of the protocol; the actor is number 0.
 
         Raises:
-            EnvironmentFailure: the environment or the policy raised.
+            EnvironmentFailure: the environment or the policy raised, and nothing takes its place.
         """
         try:
             if self._iterator is None:
@@ -70,8 +69,6 @@ class LocalBackend:
             packed = self._packer.pack(rollout, self._frames)
             self._frames = packed.get(FRAMES)
             return copied(packed), rollout.shape, 0
-        except EnvironmentFailure:
-            raise
         except Exception as error:
             raise self._shared.failure(error) from error
 

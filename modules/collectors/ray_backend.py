@@ -1,6 +1,6 @@
 """Actors on a Ray cluster: the learner asks each for its next rollout, takes them in turn, and replaces who fails.
 
-Of this package this file alone imports Ray, and only when it is used.
+Of this package this file and ray_cluster alone import Ray, and only when it is used.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -26,6 +26,7 @@ from offtrace.modules.machine import available_cores
 _CONNECT_TIMEOUT = 5.0
 _ROOM_TIMEOUT = 10.0  # seconds in which actors that were ended give their CPUs back
 _END_TIMEOUT = 2.0  # where nobody takes in the dead, those of others stay
+_ANSWER_TIMEOUT = 10.0
 _POLL = 0.1
 _TRIES = 3  # Ray waits for its own processes for so long as they need where nothing else runs
 _FEW, _TIMES = 8, 4  # actors that a cluster of our own may have on any machine, and for each core
@@ -33,6 +34,16 @@ _LONGEST = 500  # characters of Ray's own words in a sentence
 # waits until the learner is gone, then ends what is left of its own cluster, itself included, and removes the folder:
 # some of Ray's processes look for a minute for those that went with the learner
 _WATCH = 'trap \'\' HUP INT TERM; cat; rm -rf "$0"; sleep 1; rm -rf "$0"; kill -9 0'
+
+# Ray takes the address of a node for that of its loopback
+_PROBE = """
+import sys
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import GcsClient
+address = canonicalize_bootstrap_address(sys.argv[1])
+print(address, flush=True)
+GcsClient(address=address)
+"""
 
 _links = contextlib.ExitStack()  # what the last of those who use it undoes
 _users = 0
@@ -179,10 +190,33 @@ def _join(address: str) -> None:
             raise ValueError(
                 f"address is {address}, where nobody listens ({error}); it must be that of a Ray cluster's head"
             ) from error
+    _ask(address)
     global _joined
     there = "the one that runs here" if address == "auto" else "the Ray cluster there"
     _init(f"address is {address}, and {there} cannot be used", address=address)
     _joined = address
+
+
+def _ask(address: str) -> None:
+    """Waits for an answer of the head in a process of its own: in this one Ray would ask for minutes, deaf to signals.
+
+    Raises:
+        ValueError: none comes. Any other fault is left to ``ray.init``, which has the words for it.
+    """
+    probe = [sys.executable, "-c", _PROBE, address]
+    with subprocess.Popen(probe, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as asking:
+        try:
+            assert asking.stdout is not None
+            place = asking.stdout.readline().decode().strip()
+            asking.wait(_ANSWER_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise ValueError(
+                f"address is {address}, where something listens, but no Ray head answers within "
+                f"{_ANSWER_TIMEOUT:.0f} s (asked at {place}); it must be the address that ray start --head printed, "
+                "whose port is 6379 as a rule"
+            ) from None
+        finally:
+            asking.kill()
 
 
 def _init(failed: str, **options: Any) -> None:
@@ -254,22 +288,25 @@ def check_room(number: int, cpus: int, learners: int = 1) -> None:
     Raises:
         ValueError: it has not, or others use them.
     """
-    import ray
+    from ray._private.state import available_resources_per_node
 
-    nodes = [node.get("CPU", 0.0) for node in _nodes()]
+    def room(nodes: Iterable[dict[str, float]]) -> int:
+        return sum(int(node.get("CPU", 0.0) // cpus) for node in nodes)
+
     each, number = f" of each of {learners} learners" if learners > 1 else "", number * learners
-    wanted = f"{number} actors of {cpus} CPU each"
-    if sum(int(there // cpus) for there in nodes) < number:
+    wanted = f"{number} actor{'s' * (number > 1)}{each} (num_workers), of {cpus} CPU each (threads_per_worker),"
+    if (most := room(nodes := _nodes())) < number:
+        there = ", ".join(f"{node.get('CPU', 0.0):g}" for node in nodes)
         raise ValueError(
-            f"{wanted} (num_workers, threads_per_worker{each}) are more than the {len(nodes)} nodes of the Ray cluster "
-            f"have room for, with {sum(nodes):g} CPUs together: ask for fewer, or add nodes"
+            f"{wanted} are more than the Ray cluster has room for, which is {most}, on nodes with {there} CPUs: ask "
+            "for fewer, or add nodes"
         )
     limit = time.monotonic() + _ROOM_TIMEOUT
-    while (free := ray.available_resources().get("CPU", 0.0)) < number * cpus:
+    while (free := room(available_resources_per_node().values())) < number:
         if time.monotonic() > limit:
             raise ValueError(
-                f"{wanted}{each} find no room: of the {sum(nodes):g} CPUs of the Ray cluster {free:g} are free, the "
-                "others are in use; ask for fewer actors, or wait"
+                f"{wanted} find no room: the Ray cluster has it for {most}, but for no more than {free} now, because "
+                "the other CPUs are in use; ask for fewer actors, or wait"
             )
         time.sleep(_POLL)
     if learners > 1:

@@ -129,9 +129,10 @@ class SharedWeights:
 
     def failure(self, error: Exception) -> EnvironmentFailure:
         """What the learner raises for an error in its own process."""
+        told = str(error) if isinstance(error, EnvironmentFailure) else f"{type(error).__name__}: {error}"
         return EnvironmentFailure(
             f"collection in the learner's process, where nothing can be replaced, failed at step {int(self.steps[0])}: "
-            f"{type(error).__name__}: {error}"
+            f"{told}"
         )
 
     @contextlib.contextmanager

@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from gymnasium.envs.classic_control import CartPoleEnv
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -293,10 +294,28 @@ def test_order_is_applied_to_every_entry() -> None:
 def test_an_error_in_process_names_its_cause() -> None:
     collector = make(0, env={"fail": "raise"})
     next(collector)
-    with pytest.raises(EnvironmentFailure, match="the gripper fell off"):
+    words = (
+        r"collection in the learner's process, where nothing can be replaced, failed at step \d+: .*the gripper fell"
+    )
+    with pytest.raises(EnvironmentFailure, match=words):
         next(collector)
     with pytest.raises(RuntimeError, match="shut down"):
         next(collector)
+
+
+def _bent() -> Any:
+    raise ValueError("the pole is bent")
+
+
+def test_so_does_one_of_gymnasium(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What wraps it has named it already."""
+    policy = build_policy(observation_shape=[4], num_actions=2)
+    with make_collector(partial(make_env, "CartPole-v1", 2), policy, frames_per_batch=8, num_workers=0) as collector:
+        next(collector)
+        monkeypatch.setattr(CartPoleEnv, "step", lambda self, action: _bent())
+        told = "where nothing can be replaced, failed at step .*: CartPole-v1: environment 0 raised ValueError at step"
+        with pytest.raises(EnvironmentFailure, match=told):
+            next(collector)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -84,6 +85,47 @@ def test_an_address_where_nobody_listens_is_named() -> None:
 
 
 @needs_ray
+def test_what_listens_and_is_no_ray_head_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a dashboard: Ray itself asks it for twelve minutes, and hears no Ctrl-C meanwhile."""
+    monkeypatch.setattr(ray_cluster, "_ANSWER_TIMEOUT", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        told = refused(ray=RayOptions(address))
+    assert told.startswith(
+        f"address is {address}, where something listens, but no Ray head answers within 1 s (asked at "
+    )
+    assert f":{address.split(':')[1]}); it must be the address that ray start --head printed" in told
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("nodes", "free", "words"),
+    [
+        ([2.0, 2.0], [2.0, 2.0], None),
+        ([2.0, 1.0], [2.0, 1.0], "has room for, which is 1, on nodes with 2, 1 CPUs: ask for fewer, or add nodes"),
+        ([2.0, 2.0], [2.0, 1.0], "find no room: the Ray cluster has it for 2, but for no more than 1 now, because the"),
+    ],
+)
+def test_room_for_an_actor_is_on_one_node(
+    nodes: list[float], free: list[float], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three free CPUs on two nodes are no room for two actors of two."""
+    import ray
+    from ray._private import state
+
+    monkeypatch.setattr(ray_cluster, "_ROOM_TIMEOUT", 0.2)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in nodes])
+    monkeypatch.setattr(
+        state, "available_resources_per_node", lambda: {str(n): {"CPU": cpus} for n, cpus in enumerate(free)}
+    )
+    if words is None:
+        ray_cluster.check_room(2, 2)
+        return
+    with pytest.raises(ValueError, match=re.escape(words)):
+        ray_cluster.check_room(2, 2)
+
+
+@needs_ray
 def test_that_no_cluster_runs_here_is_said_without_flags_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private import services
 
@@ -102,6 +144,7 @@ def test_a_cluster_of_another_version_is_one_sentence(monkeypatch: pytest.Monkey
         raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9.3\n    Python: 3.10.1\nThis")
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray_cluster, "_ask", lambda address: None)
     before = signal.getsignal(signal.SIGTERM)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -211,8 +254,10 @@ def test_a_cluster_of_our_own_is_private_and_leaves_nothing(tmp_path: Path, sock
     assert found["secrets"] == "False"
     assert found["modes"] == "0o700"
     assert "Auth" in found["stranger"]
-    assert "2 actors of 1 CPU each (num_workers, threads_per_worker) are more than the 1 nodes of" in out
-    assert "2 actors of 1 CPU each (num_workers, threads_per_worker of each of 2 learners) are more" in out
+    assert (
+        "2 actors (num_workers), of 1 CPU each (threads_per_worker), are more than the Ray cluster has room for" in out
+    )
+    assert "2 actors of each of 2 learners (num_workers), of 1 CPU each (threads_per_worker), are more" in out
     assert "address is 127.0.0.1:1, and this process is connected to the Ray cluster at 127.0.0.1:" in out
     assert "the connection to the Ray cluster was ended, and the collector was not before it" in out
     assert found["again"] == "False"

@@ -75,6 +75,7 @@ def weights() -> dict[str, Any]:
         (mpo, ["--env.task=wlaker-walk", "--env.action_repeat=4"], "environment 'wlaker-walk'; did you mean walker-wa"),
         (sac, ["--preset=v1", "--env.task=CartPole-v1"], "no form for the discrete actions of CartPole-v1: it must"),
         (sac, ["--collector.max_restarts=3"], "collector.max_restarts is 3, and collector.num_workers is 0: an env"),
+        (sac, ["--collector.step_timeout=3"], "collector.step_timeout is 3, and collector.num_workers is 0: an env"),
         (sac, ["--collector.max_restarts=-1"], "collector.max_restarts is -1; it must be at least 0"),
         (sac, ["--collector.backend=ray"], "collector.backend is ray, and collector.num_workers is 0, which acts in"),
         (sac, ["--collector.address=head:6379"], "collector.address is head:6379; it must be empty where backend is p"),
