@@ -11,6 +11,7 @@ from offtrace.agents.config import Config, Machine, fit
 from offtrace.agents.impala import atari_config, control_config, laser_config, paper_config
 from offtrace.agents.ppo import atari_config as ppo_atari_config
 from offtrace.agents.vmpo import control_config as vmpo_config
+from tests.marks import needs_ray
 
 
 def fitted(machine: Machine, make: Callable[[], Config] = atari_config, **given: Any) -> tuple[Any, str]:
@@ -135,13 +136,18 @@ def test_a_resnet_has_younger_data_and_the_gpu() -> None:
         (Machine(1), {"collector__acting": "server"}, (1, 16, 0, 1, "server", "cpu")),
         (Machine(1), {"collector__num_workers": 1}, (1, 16, 0, 1, "copies", "cpu")),
         # Ray's actors have copies of the policy on CPU cores; how many a cluster has for a run nobody here knows
-        (Machine(16, 1), {"collector__backend": "ray"}, (14, 8, 32, 1, "copies", "cpu")),
-        (Machine(1), {"collector__backend": "ray"}, (1, 16, 0, 1, "copies", "cpu")),
-        (Machine(2, 1), {"collector__backend": "ray", "network__encoder": "resnet"}, (1, 16, 0, 1, "copies", "cpu")),
-        (Machine(16, 1), {"collector__backend": "ray", "collector__address": "auto"}, (1, 16, 0, 1, "copies", "cpu")),
-        (
-            Machine(2), {"collector__backend": "ray", "collector__address": "auto", "collector__num_workers": 32},
-            (32, 2, 32, 1, "copies", "cpu"),
+        *(
+            pytest.param(machine, {"collector__backend": "ray", **given}, wanted, marks=needs_ray)
+            for machine, given, wanted in (
+                (Machine(16, 1), {}, (14, 8, 32, 1, "copies", "cpu")),
+                (Machine(1), {}, (1, 16, 0, 1, "copies", "cpu")),
+                (Machine(2, 1), {"network__encoder": "resnet"}, (1, 16, 0, 1, "copies", "cpu")),
+                (Machine(16, 1), {"collector__address": "auto"}, (1, 16, 0, 1, "copies", "cpu")),
+                (
+                    Machine(2), {"collector__address": "auto", "collector__num_workers": 32},
+                    (32, 2, 32, 1, "copies", "cpu"),
+                ),
+            )
         ),
     ],
 )  # fmt: skip

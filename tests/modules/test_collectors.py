@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import importlib.util
 import multiprocessing
 import os
 import re
@@ -43,11 +42,11 @@ from offtrace.modules.collectors.server import ServerOptions
 from offtrace.modules.envs import EnvironmentFailure, make_env
 from offtrace.modules.keys import RECURRENT_C, RECURRENT_H
 from offtrace.modules.networks import build_policy
+from tests.marks import needs_ray
 
 ENVS, STEPS = 4, 5
 WAYS: dict[str, dict[str, Any]] = {"copies": {}, "server": {"server": ServerOptions()}, "ray": {"backend": "ray"}}
 """How actors act: each with a copy of the policy, or all through one server, or on Ray. All keep one contract."""
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
 EVERY_WAY = [pytest.param(way, marks=needs_ray if way == "ray" else ()) for way in WAYS]
 WORKERS = 2
 

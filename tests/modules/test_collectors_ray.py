@@ -27,9 +27,8 @@ from offtrace.modules.collectors.ray_backend import RayBackend, RaySeat, Sent
 from offtrace.modules.collectors.restarts import Restarts
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
+from tests.marks import needs_ray
 from tests.modules.test_collectors import ENVS, STEPS, StampEnv, WeightPolicy
-
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
 
 
 def refused(**kwargs: Any) -> str:
