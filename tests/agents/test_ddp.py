@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from tests.agents.ddp_script import LOSSES, UPDATES, FixedData, fit, gradients, ray_config, sgd_agent
+from tests.marks import needs_ray
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("ddp_script.py")
@@ -60,7 +60,7 @@ def test_the_gradient_is_that_of_the_joined_batch(tmp_path: Path) -> None:
                 torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
+@needs_ray
 def test_ranks_on_one_ray_cluster_learn_as_one_from_both_batches(tmp_path: Path, sockets: None) -> None:
     """Both are on one node, which has no room for the second one's actor: that is elsewhere."""
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}

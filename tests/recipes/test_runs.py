@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ import torch
 from tensordict import TensorDict
 
 from offtrace.agents import load_policy
+from tests.marks import needs_ray
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sockets")]  # all of it starts processes
@@ -245,7 +245,7 @@ def test_an_environment_that_fails_stops_the_run(tmp_path: Path, how: str, words
     assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
+@needs_ray
 def test_a_cluster_that_is_not_there_is_refused_and_the_name_is_free(tmp_path: Path) -> None:
     argv = ["--train.name=a", "--collector.backend=ray", "--collector.address=127.0.0.1:1"]
     done = recipe("impala_control", tmp_path, *argv)
@@ -256,7 +256,7 @@ def test_a_cluster_that_is_not_there_is_refused_and_the_name_is_free(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs offtrace[ray]")
+@needs_ray
 @pytest.mark.parametrize("name", ["impala_control", "dqn"])
 def test_a_run_on_ray_ends_and_leaves_nothing(tmp_path: Path, sockets: None, name: str) -> None:
     """Of rollouts, and of a replay that Ray actors fill."""
