@@ -296,10 +296,10 @@ def check_room(number: int, cpus: int, learners: int = 1) -> None:
     each, number = f" of each of {learners} learners" if learners > 1 else "", number * learners
     wanted = f"{number} actor{'s' * (number > 1)}{each} (num_workers), of {cpus} CPU each (threads_per_worker),"
     if (most := room(nodes := _nodes())) < number:
-        there = ", ".join(f"{node.get('CPU', 0.0):g}" for node in nodes)
+        there = sorted(node.get("CPU", 0.0) for node in nodes)
         raise ValueError(
-            f"{wanted} are more than the Ray cluster has room for, which is {most}, on nodes with {there} CPUs: ask "
-            "for fewer, or add nodes"
+            f"{wanted} are more than the Ray cluster has room for, which is {most}, on {len(there)} nodes of "
+            f"{there[0]:g} to {there[-1]:g} CPUs: ask for fewer, or add nodes"
         )
     limit = time.monotonic() + _ROOM_TIMEOUT
     while (free := room(available_resources_per_node().values())) < number:

@@ -101,7 +101,7 @@ def test_what_listens_and_is_no_ray_head_is_named(monkeypatch: pytest.MonkeyPatc
     ("nodes", "free", "words"),
     [
         ([2.0, 2.0], [2.0, 2.0], None),
-        ([2.0, 1.0], [2.0, 1.0], "has room for, which is 1, on nodes with 2, 1 CPUs: ask for fewer, or add nodes"),
+        ([2.0, 1.0], [2.0, 1.0], "has room for, which is 1, on 2 nodes of 1 to 2 CPUs: ask for fewer, or add nodes"),
         ([2.0, 2.0], [2.0, 1.0], "find no room: the Ray cluster has it for 2, but for no more than 1 now, because the"),
     ],
 )
