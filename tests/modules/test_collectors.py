@@ -988,7 +988,7 @@ def test_a_server_that_dies_is_replaced() -> None:
 _SCRIPT = """
 import signal, sys
 sys.path.insert(0, {folder!r})
-from test_collectors import make
+from tests.modules.test_collectors import make
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background of a script ignore
     env = {{"fail": "hang"}} if sys.argv[1] in ("kill", "interrupt twice") else {{"delay": 0.01}}
@@ -1007,7 +1007,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("end", ["raise", "interrupt", "interrupt twice", "interrupt while starting", "kill"])
 def test_no_worker_outlives_its_learner(end: str, tmp_path: Path) -> None:
     script = tmp_path / "learner.py"
-    script.write_text(_SCRIPT.format(folder=str(Path(__file__).parent)))
+    script.write_text(_SCRIPT.format(folder=str(Path(__file__).parents[2])))
     with subprocess.Popen(
         [sys.executable, str(script), end],
         stdout=subprocess.PIPE,

@@ -128,6 +128,7 @@ def test_room_for_an_actor_is_on_one_node(
 def test_that_no_cluster_runs_here_is_said_without_flags_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private import services
 
+    monkeypatch.setattr(ray_cluster, "_ask", lambda address: None)
     monkeypatch.setattr(services, "find_gcs_addresses", functools.cache(set))  # whatever else runs here
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     told = refused(ray=RayOptions("auto"))
