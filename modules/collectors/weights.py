@@ -131,8 +131,8 @@ class SharedWeights:
         """What the learner raises for an error in its own process."""
         told = str(error) if isinstance(error, EnvironmentFailure) else f"{type(error).__name__}: {error}"
         return EnvironmentFailure(
-            f"collection in the learner's process, where nothing can be replaced, failed at step {int(self.steps[0])}: "
-            f"{told}"
+            "collection in the learner's process, where nothing can be replaced, failed at step "
+            f"{int(self.steps[0])}: {told}"
         )
 
     @contextlib.contextmanager
