@@ -357,10 +357,9 @@ def _in_turn(hooks: list[RolloutHook]) -> RolloutHook:
     return call
 
 
-def _channels_last(config: Config) -> bool:
-    if config.network.channels_last is not None:
-        return config.network.channels_last
-    return config.train.accelerator != "cpu" and torch.cuda.is_available()
+def _channels_last(config: Config) -> bool | None:
+    gpu = config.train.accelerator != "cpu" and torch.cuda.is_available()
+    return True if config.network.channels_last is None and gpu else config.network.channels_last
 
 
 def _replay(config: OffPolicyConfig | MixedConfig, info: EnvInfo, rank: int, path: Path | None) -> Replay:

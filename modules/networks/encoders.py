@@ -63,7 +63,8 @@ class ShallowConv(_Image):
         in_channels: channels (stacked frames) of an image.
         hidden: features out.
         image: height and width.
-        channels_last: memory format of activations and weights. Faster on CUDA under autocast, slower on a CPU.
+        channels_last: memory format of activations and weights. Faster on CUDA under autocast, slower in this net's
+            float32 acting on a CPU.
 
     Shapes: ``[N, in_channels, *image]`` uint8 (scaled here by 1/255) or floating (taken as it is) to ``[N, hidden]``.
     """
@@ -112,7 +113,8 @@ class ResNetConv(_Image):
     Espeholt et al. 2018, arXiv 1802.01561, figure 3 right. Pooling pads both sides, where TensorFlow's SAME pads the
     bottom and right of even sizes: the same shapes, shifted by a pixel.
 
-    Args and shapes as :class:`ShallowConv`; ``channels`` are the filters of the stages.
+    Args and shapes as :class:`ShallowConv`; ``channels`` are the filters of the stages. Channels last is faster on a
+    CPU too, where a max-pool of images in the other format is a loop over single numbers.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class ResNetConv(_Image):
         image: Sequence[int] = (84, 84),
         *,
         channels: Sequence[int] = (16, 32, 32),
-        channels_last: bool = False,
+        channels_last: bool = True,
     ) -> None:
         super().__init__(in_channels, image, channels_last)
         stages: list[nn.Module] = []

@@ -24,7 +24,9 @@ def observation_names(shape: Shape) -> tuple[str, ...] | None:
     return tuple(shape) if isinstance(shape, Mapping) else None
 
 
-def make_encoder(network: str, shape: Shape, hidden: Widths, *, activation: str, channels_last: bool) -> nn.Module:
+def make_encoder(
+    network: str, shape: Shape, hidden: Widths, *, activation: str, channels_last: bool | None
+) -> nn.Module:
     """The encoder that ``network`` names, with fresh weights.
 
     Raises:
@@ -43,7 +45,7 @@ def make_encoder(network: str, shape: Shape, hidden: Widths, *, activation: str,
 
 
 def make_critic_encoder(
-    network: str, shape: Shape, hidden: Widths, *, channels_last: bool
+    network: str, shape: Shape, hidden: Widths, *, channels_last: bool | None
 ) -> tuple[nn.Module | None, int, tuple[int, ...]]:
     """What several critics share, the features that it gives, and the widths of the layers each has of its own.
 
@@ -110,8 +112,11 @@ def _size(shape: Shape) -> int:
     return sum(map(math.prod, shape.values())) if isinstance(shape, Mapping) else math.prod(shape)
 
 
-def _convolutions(network: str, shape: Sequence[int], width: int, channels_last: bool) -> ShallowConv | ResNetConv:
-    return _IMAGE[network](shape[0], width, shape[1:], channels_last=channels_last)
+def _convolutions(
+    network: str, shape: Sequence[int], width: int, channels_last: bool | None
+) -> ShallowConv | ResNetConv:
+    given = {} if channels_last is None else {"channels_last": channels_last}
+    return _IMAGE[network](shape[0], width, shape[1:], **given)
 
 
 def _imported(path: str, shape: Shape, hidden: Widths) -> nn.Module:
