@@ -20,7 +20,7 @@ if vectors:
 
 from turns import arguments, compare  # noqa: E402
 
-args = arguments(__doc__)
+args = arguments(__doc__, only_eager=True)
 
 import torch  # noqa: E402
 from bare_acer import BareACER  # noqa: E402

@@ -3,10 +3,11 @@
     python benchmarks/gpu_report.py                     eight minutes, on the GPU if there is one
     python benchmarks/gpu_report.py --minutes 1 --parts machine emulator learner
 
-Parts: the machine; the emulator's ceiling; the learner's, on batches that lie on its device; how fast actors start; the
-recipe IMPALA at its defaults and over the ways of acting, with the GPU's utilisation; the paper's architectures;
-updates of SAC and MPO; the returns against a copy of their bytes; the tests that need a GPU. Every part is a process of
-its own with a time of its own. One that fails or takes too long is told in a line, and the others go on.
+Parts: the machine; the emulator's ceiling; the learner's, on batches that lie on its device, over number and memory
+formats, and the kernels that its time goes to; how fast actors start; the recipe IMPALA at its defaults and over the
+ways of acting, with the GPU's utilisation; the paper's architectures; updates of SAC and MPO, eager, captured and
+compiled; the returns against a copy of their bytes; the tests that need a GPU. Every part is a process of its own with
+a time of its own. One that fails or takes too long is told in a line, and the others go on.
 """
 
 from __future__ import annotations
@@ -140,50 +141,92 @@ def _emulate(processes: int, threads: int, games: int, seconds: float) -> float:
 
 
 def learner(seconds: float) -> None:
-    """Samples a second of ``ImpalaLoss`` and Adam on 64 x 64 steps that lie on the device."""
+    """``ImpalaLoss`` and Adam on steps that lie on the device: over number formats, and what the time goes to."""
+    import torch
+
+    where = device()
+    forms = {"float32": (False, False, False), "bf16": (True, False, False), "bf16, channels last": (True, True, False)}
+    if where == "cuda":
+        forms["the same, loss compiled"] = (True, True, True)
+    print("| network | numbers | samples/s | ms an update | Tflop/s | peak memory, GB |\n|---|---|---|---|---|---|")
+    each = seconds / (12 if where == "cuda" else 8)  # two of cuda's are for what is compiled, the last for the profile
+    for network in ("shallow", "resnet"):
+        for name, (bf16, channels_last, compiled) in forms.items():
+            update, samples, flops = _learner(network, bf16=bf16, channels_last=channels_last, compiled=compiled)
+            if where == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            times = list(_timed(update, each - 2))
+            median = statistics.median(times[1:] or times)
+            memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if where == "cuda" else ""
+            print(f"| {network} | {name} | {samples / median:,.0f} | {1e3 * median:.1f} | {flops / median / 1e12:.2f} "
+                  f"| {memory} |", flush=True)  # fmt: skip
+    update, _, _ = _learner("resnet", bf16=True, channels_last=True, compiled=False)
+    _where_time_goes(update, where)
+
+
+def _learner(network: str, *, bf16: bool, channels_last: bool, compiled: bool) -> tuple[Callable[[], None], int, float]:
+    """An update, its samples, and the floating-point operations that its products and convolutions need."""
     import torch
     from tensordict import TensorDict
+    from torch.utils.flop_counter import FlopCounterMode
 
-    from offtrace.modules.losses import ImpalaLoss
+    from offtrace.modules.losses import ImpalaLoss, compile_loss
     from offtrace.modules.networks import build_policy
 
     where = device()
     rows, steps = (64, 64) if where == "cuda" else (16, 16)
-    print("| network | samples/s | ms an update |\n|---|---|---|")
-    for network in ("shallow", "resnet"):
-        policy = build_policy(
-            network=network, observation_shape=[4, 84, 84], num_actions=6, channels_last=where == "cuda"
-        )
-        loss = ImpalaLoss(policy, reduction="mean").to(where)
-        optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4, fused=where == "cuda")
-        no = torch.zeros(rows, steps, 1, dtype=torch.bool, device=where)
-        images = torch.randint(256, (rows, steps, 4, 84, 84), dtype=torch.uint8, device=where)
-        batch = TensorDict(
-            {
-                "observation": images, "action": torch.randint(6, (rows, steps), device=where),
-                "action_log_prob": torch.full((rows, steps), -1.79, device=where),
-                "logits": torch.zeros(rows, steps, 6, device=where),
-                "next": {
-                    "observation": images, "reward": torch.randn(rows, steps, 1, device=where), "done": no,
-                    "terminated": no.clone(),
-                },
-            },
-            [rows, steps],
-            device=where,
-        )  # fmt: skip
+    policy = build_policy(network=network, observation_shape=[4, 84, 84], num_actions=6, channels_last=channels_last)
+    loss = ImpalaLoss(policy, reduction="mean").to(where)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4, fused=where == "cuda")
+    no = torch.zeros(rows, steps, 1, dtype=torch.bool, device=where)
+    images = torch.randint(256, (rows, steps, 4, 84, 84), dtype=torch.uint8, device=where)
+    entries = {
+        "observation": images, "action": torch.randint(6, (rows, steps), device=where),
+        "action_log_prob": torch.full((rows, steps), -1.79, device=where),
+        "logits": torch.zeros(rows, steps, 6, device=where),
+        "next": {
+            "observation": images, "reward": torch.randn(rows, steps, 1, device=where), "done": no,
+            "terminated": no.clone(),
+        },
+    }  # fmt: skip
+    batch = TensorDict(entries, [rows, steps], device=where)
+    called = compile_loss(loss) if compiled else loss
 
-        def update(loss=loss, optimizer=optimizer, batch=batch) -> None:  # type: ignore[no-untyped-def]
-            with torch.autocast(where, dtype=torch.bfloat16, enabled=where == "cuda"):
-                out = loss(batch)
-            optimizer.zero_grad()
-            sum(value for name, value in out.items() if name.startswith("loss_")).backward()  # type: ignore[union-attr]
-            optimizer.step()
-            if where == "cuda":
-                torch.cuda.synchronize()
+    def update() -> None:
+        with torch.autocast(where, dtype=torch.bfloat16, enabled=bf16):
+            out = called(batch)
+        optimizer.zero_grad()
+        sum(value for name, value in out.items() if name.startswith("loss_")).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        if where == "cuda":
+            torch.cuda.synchronize()
 
-        times = list(_timed(update, seconds / 2 - 2))
-        median = statistics.median(times[1:] or times)
-        print(f"| {network} | {rows * steps / median:,.0f} | {1e3 * median:.1f} |", flush=True)
+    with FlopCounterMode(display=False) as counter, torch.autocast(where, dtype=torch.bfloat16, enabled=bf16):
+        sum(value for name, value in loss(batch).items() if name.startswith("loss_")).backward()  # type: ignore[union-attr]
+    return update, rows * steps, counter.get_total_flops()
+
+
+def _where_time_goes(update: Callable[[], None], where: str) -> None:
+    """The operators that take most of the device's time, and its idle share."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if where == "cuda" else [])]
+    kind = f"self_{'device' if where == 'cuda' else 'cpu'}_time_total"
+    update()
+    with profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        for _ in range(3):
+            update()
+        wall = time.perf_counter() - start
+    events = [event for event in profiler.key_averages() if getattr(event, kind) > 0]
+    if where == "cuda":  # an operator's time is that of its kernels, which are in the list too
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(getattr(event, kind) for event in events)
+    print(f"\nResNet, the last eager form: {total / 1e6 / wall:.0%} of the wall time is on the device; most of it in\n")
+    print("| kernel | share | calls an update |\n|---|---|---|")
+    for event in sorted(events, key=lambda event: -getattr(event, kind))[:8]:
+        print(f"| `{event.key[:90]}` | {getattr(event, kind) / total:.0%} | {event.count / 3:.0f} |")
 
 
 def _timed(call: Callable[[], None], seconds: float) -> Iterator[float]:
@@ -215,6 +258,7 @@ def impala(seconds: float) -> None:
     }
     if cuda:
         forms["2 actors with copies on the GPU, many emulator threads"] = [*copies, "--collector.device", "cuda"]
+        forms["defaults, updates captured"] = ["--train.capture", "try"]
     runs = [(network, *form) for network in ("shallow", "resnet") for form in forms.items()]
     print("| network | acting | agent steps/s | updates/s | lag, mean and most | first line after, s | GPU busy |")
     print("|---|---|---|---|---|---|---|", flush=True)
@@ -285,12 +329,16 @@ def architectures(seconds: float) -> None:
 
 
 def updates(seconds: float) -> None:
-    """SAC and MPO, eager and compiled, against their bare loops."""
-    for script in ("sac_updates.py", "mpo_updates.py"):
-        for more in ([], ["--compile"]):
-            print(f"\n`{script} {' '.join(more)}`\n", flush=True)
-            words = [f"benchmarks/{script}", "--device", device(), "--pairs", "10", *more]
-            shell(*words, seconds=seconds / 4 + 10)
+    """SAC and MPO, eager, captured, compiled and both, against their bare loops."""
+    forms = {"": 1, "--capture": 1, "--compile": 3, "--compile --capture": 3}  # and how long each may take
+    if device() == "cpu":
+        forms = {flags: share for flags, share in forms.items() if "capture" not in flags}
+    each = seconds / 2 / sum(forms.values())
+    for flags, share in forms.items():
+        for script in ("sac_updates.py", "mpo_updates.py"):
+            print(f"\n`{script} {flags}`\n", flush=True)
+            words = [f"benchmarks/{script}", "--device", device(), "--pairs", "10", *flags.split()]
+            shell(*words, seconds=share * each + 10)
 
 
 def returns(seconds: float) -> None:
@@ -302,17 +350,28 @@ def returns(seconds: float) -> None:
 
 def tests(seconds: float) -> None:
     """Those that need a GPU."""
-    shell("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/modules", seconds=seconds + 20)
+    shell(
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "cuda",
+        "-p",
+        "no:cacheprovider",
+        "tests/modules",
+        "tests/agents",
+        seconds=seconds + 20,
+    )
 
 
 PARTS: dict[str, tuple[float, Callable[[float], None]]] = {
     "machine": (1, machine),
     "emulator": (5, emulator),
-    "learner": (5, learner),
+    "learner": (20, learner),
     "starts": (8, starts),
     "impala": (40, impala),
-    "architectures": (30, architectures),
-    "updates": (20, updates),
+    "architectures": (20, architectures),
+    "updates": (30, updates),
     "returns": (10, returns),
     "tests": (10, tests),
 }

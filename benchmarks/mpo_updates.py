@@ -2,7 +2,8 @@
 
     python benchmarks/mpo_updates.py                      both eager
     python benchmarks/mpo_updates.py --compile            the shipped loss compiled, the bare loop eager
-    python benchmarks/mpo_updates.py --device cuda
+    python benchmarks/mpo_updates.py --device cuda        everything on the GPU
+    python benchmarks/mpo_updates.py --device cuda --capture   and the shipped update as one CUDA graph
 
 Both do the same work for each update: 256 windows of 5 steps out of a replay of 100,000 transitions with 17 numbers of
 observation and 6 of action, 256x256 networks, 20 action samples for each state, one backward pass, clipping, Adam, a
@@ -55,6 +56,7 @@ def main() -> None:
         clip_grad_norm=40.0,
         after_update=hard_update(loss, 100),
         compile=args.compile,
+        capture="update" if args.capture else "none",
     )
     replay = Replay(
         2 * len(stored["reward"]), num_envs=1, batch_size=BATCH, length=N_STEP, pad=True, device=args.device

@@ -23,7 +23,7 @@ vectors = "--vectors" in flags
 
 from turns import arguments, compare  # noqa: E402
 
-args = arguments(__doc__)
+args = arguments(__doc__, only_eager=True)
 
 import torch  # noqa: E402
 from bare_reactor import ATOMS, ENTROPY, EPISODE, EPSILON, V_MAX, WIDTH, BareReactor  # noqa: E402

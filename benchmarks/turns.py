@@ -19,15 +19,23 @@ if TYPE_CHECKING:
 UPDATES_PER_STEP = 8  # the recipes' default
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The options of both benchmarks; sets the number of OpenMP's threads, for which torch must not be imported yet."""
+def arguments(description: str | None, *, only_eager: bool = False) -> argparse.Namespace:
+    """The options of a benchmark; sets the number of OpenMP's threads, for which torch must not be imported yet.
+
+    With ``only_eager`` there is no choice of a device or of another form of the shipped update.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--updates", type=int, default=24, help="in a turn")
-    parser.add_argument("--compile", action="store_true", help="the shipped loss; the bare loop stays eager")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; of the networks and of both replays")
+    parser.set_defaults(compile=False, capture=False, device="cpu")
+    if not only_eager:
+        parser.add_argument("--compile", action="store_true", help="the shipped loss; the bare loop stays eager")
+        parser.add_argument("--device", help="cpu (default) or cuda; of the networks and of both replays")
+        parser.add_argument("--capture", action="store_true", help="the shipped update as one CUDA graph")
     args = parser.parse_args()
+    if args.capture and args.device == "cpu":
+        parser.error("--capture needs a GPU: --device cuda")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the recipes
     return args

@@ -27,9 +27,14 @@ def _seed(number: int) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    """What a test draws depends neither on the tests before it nor on its fixtures."""
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a test draws depends neither on the tests before it nor on its fixtures; one marked cuda needs a GPU."""
     _seed(0)
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU that torch can use")
 
 
 @pytest.hookimpl(tryfirst=True)

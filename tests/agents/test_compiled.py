@@ -250,7 +250,6 @@ def test_a_machine_without_a_gpu_is_told() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_graph_has_the_numbers_of_the_updates_one_by_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same function on the same memory, without the graph."""
@@ -269,7 +268,6 @@ def test_a_graph_has_the_numbers_of_the_updates_one_by_one(family: str, monkeypa
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_an_update_that_waits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     step: Any = Agent.check_finite
     monkeypatch.setattr(Agent, "check_finite", lambda agent, norm: (norm.item(), step(agent, norm)))

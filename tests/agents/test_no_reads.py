@@ -162,7 +162,6 @@ def test_priorities_come_one_update_later(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_copies_are_what_was_there_when_they_were_asked_for() -> None:
     """Behind much work, and before the memory is written again."""
     x = torch.randn(2000, 2000, device="cuda")

@@ -183,7 +183,7 @@ def test_strided_inputs(function: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @each
 @pytest.mark.parametrize("shape", [(20, 32), (100, 2048)])
 def test_cuda_equals_cpu(function: Any, shape: tuple[int, int]) -> None:
