@@ -141,7 +141,7 @@ def _emulate(processes: int, threads: int, games: int, seconds: float) -> float:
 
 
 def learner(seconds: float) -> None:
-    """``ImpalaLoss`` and Adam on steps that lie on the device: over number formats, and what the time goes to."""
+    """``ImpalaLoss`` and Adam on steps that lie on the device, what the time goes to, and acting on a core."""
     import torch
 
     where = device()
@@ -162,6 +162,7 @@ def learner(seconds: float) -> None:
                   f"| {memory} |", flush=True)  # fmt: skip
     update, _, _ = _learner("resnet", bf16=True, channels_last=True, compiled=False)
     _where_time_goes(update, where)
+    _acting()
 
 
 def _learner(network: str, *, bf16: bool, channels_last: bool, compiled: bool) -> tuple[Callable[[], None], int, float]:
@@ -204,6 +205,28 @@ def _learner(network: str, *, bf16: bool, channels_last: bool, compiled: bool) -
     with FlopCounterMode(display=False) as counter, torch.autocast(where, dtype=torch.bfloat16, enabled=bf16):
         sum(value for name, value in loss(batch).items() if name.startswith("loss_")).backward()  # type: ignore[union-attr]
     return update, rows * steps, counter.get_total_flops()
+
+
+def _acting() -> None:
+    """What an actor with a copy on a core makes of 16 observations: float32, one thread."""
+    import torch
+    from tensordict import TensorDict
+
+    from offtrace.modules.networks import build_policy
+
+    torch.set_num_threads(1)
+    observations = TensorDict({"observation": torch.randint(256, (16, 4, 84, 84), dtype=torch.uint8)}, [16])
+    print("\n| acting on a core | samples/s | channels last |\n|---|---|---|")
+    for network in ("shallow", "resnet"):
+        speeds = []
+        for channels_last in (False, True):
+            policy = build_policy(
+                network=network, observation_shape=[4, 84, 84], num_actions=6, channels_last=channels_last
+            )
+            with torch.no_grad():
+                times = list(_timed(lambda policy=policy: policy(observations.copy()), 1))  # type: ignore[misc]
+            speeds.append(16 / statistics.median(times))
+        print(f"| {network} | {speeds[0]:,.0f} | {speeds[1]:,.0f} |", flush=True)
 
 
 def _where_time_goes(update: Callable[[], None], where: str) -> None:

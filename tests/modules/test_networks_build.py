@@ -170,6 +170,35 @@ def test_every_network_in_every_builder(network: str, hidden: Any) -> None:
         torch.testing.assert_close(critic.values(plain, *action), found.flatten(0, 1))
 
 
+@pytest.mark.parametrize(
+    ("network", "given", "expected"),
+    [
+        ("resnet", None, True),
+        ("shallow", None, False),
+        pytest.param("resnet", False, False, marks=pytest.mark.slow),
+        ("shallow", True, True),
+    ],
+)
+def test_memory_format_of_an_image_network(network: str, given: bool | None, expected: bool) -> None:
+    """Of weights and of what the convolutions give; left to the network, the one that is faster on a CPU."""
+    values: dict[str, Any] = {"observation_shape": [4, 84, 84], "network": network, "channels_last": given}
+    built = [build_policy(**values, **DISCRETE), build_value(**values), build_critic(**values, **CONTINUOUS)]
+    for module in built:
+        formats = []
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                formats.append(layer.weight.is_contiguous(memory_format=torch.channels_last))
+                layer.register_forward_hook(
+                    lambda layer, args, out, formats=formats: formats.append(
+                        out.is_contiguous(memory_format=torch.channels_last)
+                    )
+                )
+        td = inputs([4, 84, 84], 2).set("action", torch.randn(2, 2))
+        module(td)
+        assert formats
+        assert set(formats) == {expected}
+
+
 def test_widths_behind_a_convolutional_net_are_a_layer_norm_mlp() -> None:
     values: dict[str, Any] = {"observation_shape": IMAGE, "network": "shallow", **DISCRETE}
     encoder: Any = build_policy(**values, hidden=[24, 16, 8]).network.encoder
