@@ -16,7 +16,7 @@ from torch import nn
 from torchrl.envs.utils import check_env_specs
 
 from offtrace.modules.collectors import make_collector
-from offtrace.modules.envs import ControlEnv, EnvironmentFailure, check_name, env_info, make_env
+from offtrace.modules.envs import EnvironmentFailure, check_name, env_info, make_env
 from offtrace.modules.envs.suite import MISSING, TASKS, control_suite, control_tasks, has_dm_control
 
 if not has_dm_control():
@@ -25,6 +25,8 @@ if not has_dm_control():
 suite = control_suite()
 
 from dm_control.rl.control import PhysicsError  # noqa: E402 - after a renderer was chosen
+
+from offtrace.modules.envs import ControlEnv  # noqa: E402 - which cannot be imported without MuJoCo
 
 
 def flat(observation: Any) -> np.ndarray:

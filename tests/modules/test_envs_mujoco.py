@@ -10,9 +10,12 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.envs.mujoco import MujocoEnv
 
 from offtrace.modules.envs import GymEnv, make_env
+
+pytest.importorskip("mujoco", reason="needs MuJoCo")
+
+from gymnasium.envs.mujoco import MujocoEnv
 
 
 def test_it_is_the_environment_stepped_by_hand() -> None:
