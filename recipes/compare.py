@@ -43,7 +43,8 @@ from offtrace.recipes.compare_run import (
 from offtrace.recipes.flags import SentenceParser, check_flags, import_from_here, whole_number
 from offtrace.recipes.studies import append_row, read_rows, run_study, usable_folder
 
-TASKS = ("CartPole-v1", "Acrobot-v1", "offtrace.modules.envs.catch:Catch")
+TASKS = ("CartPole-v1", "Acrobot-v1", "Taxi-v4", "offtrace.modules.envs.catch:Catch")
+"""Vectors, vectors without a reward near the start, a table with illegal actions, and images."""
 
 
 @dataclass(frozen=True)

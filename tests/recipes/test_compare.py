@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -156,6 +157,17 @@ def test_best_known_scores() -> None:
     expected = {"CartPole-v1": 500, "walker-walk": 1000, "pong": 14.6, "MountainCar-v0": None}
     assert {task: best_known(task) for task in expected} == expected
     assert all(best_known(task) is not None for task in compare.TASKS)
+
+
+def test_the_best_score_of_taxi_is_that_of_value_iteration() -> None:
+    taxi: Any = gymnasium.make("Taxi-v4").unwrapped
+    outcomes = [[taxi.P[state][action] for action in range(6)] for state in range(500)]
+    assert all(len(outcome) == 1 for actions in outcomes for outcome in actions)  # nothing is drawn
+    following, reward, over = (np.array([[one[0][k] for one in each] for each in outcomes]) for k in (1, 2, 3))
+    value = np.zeros(500)
+    for _ in range(100):
+        value = (reward + np.where(over, 0, value[following])).max(1)
+    assert best_known("Taxi-v4") == pytest.approx(float(taxi.initial_state_distrib @ value), abs=1e-9)
 
 
 def test_every_agent_has_presets_of_its_own() -> None:
