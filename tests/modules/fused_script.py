@@ -33,8 +33,22 @@ def agree(function: Callable[..., Any], **arguments: Any) -> None:
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
+def numbers_of_one_element() -> None:
+    """Triton's interpreter takes ``int`` of an array of one number for a loop's bound, which numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patched
+
+
 def interpret() -> None:
     """Tiles of four rows and columns, so that nine rows and five columns leave rests in both directions."""
+    numbers_of_one_element()
     fused.ROWS = fused.COLUMNS = 4
     torch.manual_seed(0)
     inf = math.inf

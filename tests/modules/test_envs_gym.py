@@ -250,6 +250,7 @@ def test_descriptions() -> None:
 
 
 def test_pictures_show_the_end_of_an_episode() -> None:
+    pytest.importorskip("pygame", reason="Gymnasium draws CartPole with pygame")
     env, single = (
         make_env("CartPole-v1", 2, seed=3, pictures=True),
         gymnasium.make("CartPole-v1", render_mode="rgb_array"),
