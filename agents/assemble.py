@@ -27,7 +27,7 @@ from offtrace.agents.config import (
 from offtrace.agents.config.off_policy import check_budget
 from offtrace.agents.config.optim import AdamConfig
 from offtrace.agents.config.resources import check_memory, check_rings
-from offtrace.agents.data import MixedData, ReplayData, RolloutData
+from offtrace.agents.data import Learner, MixedData, ReplayData, RolloutData
 from offtrace.agents.data.acting import rollout_collector
 from offtrace.agents.data.rollouts import RolloutHook
 from offtrace.agents.data.store import ReplayHook
@@ -219,12 +219,12 @@ def mixed_agent(
     """
     if not config.replay.form:
         return rollout_agent(config, info, loss, policy, spec, optimizer=optimizer, after_update=after_update)
-    check_memory(config, info, RUNS)
+    on_gpu = check_memory(config, info, RUNS, gpu=_gpu_memory(config))
     check_rings(config, info)
     agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     data = MixedData(
         partial(rollout_collector, config, info.frame_stack, policy),
-        partial(_replay, config, info),
+        partial(_replay, config, info, on_gpu),
         total_frames=config.train.total_frames,
         min_size=config.replay.min_size,
         **config.replay.form,
@@ -253,13 +253,13 @@ def replay_agent(
     Raises:
         ConfigError: when the replay does not fit the machine, or the task.
     """
-    check_memory(config, info, RUNS)
+    on_gpu = check_memory(config, info, RUNS, gpu=_gpu_memory(config))
     check_rings(config, info)
     check_budget(config, info.frame_skip)
     agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     data = ReplayData(
         partial(rollout_collector, config, info.frame_stack, policy),
-        partial(_replay, config, info),
+        partial(_replay, config, info, on_gpu),
         total_frames=config.train.total_frames,
         batch_size=config.replay.batch_size,
         samples_per_insert=config.replay.samples_per_insert,
@@ -362,7 +362,16 @@ def _channels_last(config: Config) -> bool | None:
     return True if config.network.channels_last is None and gpu else config.network.channels_last
 
 
-def _replay(config: OffPolicyConfig | MixedConfig, info: EnvInfo, rank: int, path: Path | None) -> Replay:
+def _gpu_memory(config: Config) -> int | None:
+    """Bytes, of the first GPU; None where the learner takes none."""
+    if config.train.accelerator == "cpu" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _replay(
+    config: OffPolicyConfig | MixedConfig, info: EnvInfo, on_gpu: bool, learner: Learner, path: Path | None
+) -> Replay:
     replay, length = config.replay, config.samples.length
     sampler: Sampler = Uniform()
     if isinstance(replay, ReplayConfig) and replay.sampler == "prioritized":
@@ -379,7 +388,8 @@ def _replay(config: OffPolicyConfig | MixedConfig, info: EnvInfo, rank: int, pat
         overlap=replay.overlap,
         storage=replay.storage,
         path=path if replay.storage == "memmap" else None,
-        seed=config.train.seed + 7919 * rank,
+        seed=config.train.seed + 7919 * learner.rank,
+        device=learner.device if on_gpu else "cpu",
         frame_stack=info.frame_stack,
         sampler=sampler,
         burn_in=replay.burn_in,

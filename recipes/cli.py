@@ -35,10 +35,10 @@ from offtrace.recipes.flags import check_flags, import_from_here, numbers, read_
 
 MAY_CHANGE = (
     "train.total_frames", "train.devices", "train.num_nodes", "train.accelerator", "train.log_every",
-    "train.checkpoint_every", "collector.address", "collector.device",
+    "train.checkpoint_every", "collector.address", "collector.device", "replay.device",
 )  # fmt: skip
-"""Flags that a resumed run may be given; everything else is what the run began with. The last two are of the machine: a
-Ray cluster may have another head, and the next machine may have no GPU."""
+"""Flags that a resumed run may be given; everything else is what the run began with. The last three are of the machine:
+a Ray cluster may have another head, and the next machine may have no GPU."""
 
 _FOLDER = "OFFTRACE_RUN_FOLDER"
 _SEEN = 30.0  # seconds after which a shared file system shows what another node has written
@@ -358,7 +358,12 @@ def _parsed(
 
 
 def _check_resumed(argv: list[str], begun: Config) -> None:
-    free = [flag for flag in MAY_CHANGE if flag not in ("train.devices", "train.num_nodes") or begun.devices_may_change]
+    free = [
+        flag
+        for flag in MAY_CHANGE
+        if hasattr(begun, flag.split(".")[0])
+        and (flag not in ("train.devices", "train.num_nodes") or begun.devices_may_change)
+    ]
     for word in argv:
         flag = word.split("=")[0].removeprefix("--")
         if word.startswith("--") and flag not in (*free, "resume", "print_config"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from offtrace.agents.config.base import Checks, ConfigError, Group
 from offtrace.agents.config.estimator import Samples
 from offtrace.agents.config.off_policy import check_recurrent, check_sizes
+from offtrace.agents.config.replay import check_place
 from offtrace.agents.config.rollouts import RolloutConfig
 from offtrace.modules.replay.limiter import rows_of_share
 
@@ -22,6 +23,8 @@ class MixedReplayConfig(Group):
     """Steps collected before the first replayed row."""
     storage: Literal["tensor", "memmap"] = "tensor"
     """In memory, or in files."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Whose memory: cuda is the learner's GPU; null: that where half of it holds the replay, else cpu."""
 
     # sequences are learnt from at every step, and as the fresh rollouts they weight all steps of an episode alike
     overlap = False
@@ -51,6 +54,7 @@ class MixedReplayConfig(Group):
         checks.at_least(1, "capacity")
         if self.capacity < self.min_size:
             raise ConfigError(f"{at}.capacity is {self.capacity}; it must hold {at}.min_size, {self.min_size}")
+        check_place(self, at)
 
 
 @dataclass

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from offtrace.agents.config.base import Checks, ConfigError, Group
+
+
+class _Placed(Protocol):
+    storage: Literal["tensor", "memmap"]
+    device: Literal["cpu", "cuda"] | None
+
+
+def check_place(replay: _Placed, at: str) -> None:
+    """Refuse files on a GPU.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    if replay.storage == "memmap" and replay.device == "cuda":
+        raise ConfigError(f"{at}.device is cuda, and {at}.storage is memmap; files lie on no GPU: it must be cpu")
 
 
 @dataclass
@@ -25,6 +40,8 @@ class ReplayConfig(Group):
     """Steps collected before the first update."""
     storage: Literal["tensor", "memmap"] = "tensor"
     """In memory, or in files."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Whose memory: cuda is the learner's GPU; null: that where half of it holds the replay, else cpu."""
     sampler: Literal["uniform", "prioritized", "lazy"] = "uniform"
     """Every step alike, or in proportion to its temporal difference error: prioritized gives new steps the largest so
     far (Schaul et al. 2016), lazy the mean of their neighbours (Reactor)."""
@@ -54,6 +71,7 @@ class ReplayConfig(Group):
         checks.at_least(0, "min_size", "alpha")
         checks.positive("samples_per_insert")
         checks.fraction("beta", "epsilon")
+        check_place(self, at)
         if self.capacity < max(self.batch_size, self.min_size):
             raise ConfigError(
                 f"{at}.capacity is {self.capacity}; it must hold {at}.batch_size, {self.batch_size}, and "

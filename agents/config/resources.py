@@ -28,17 +28,50 @@ def bytes_per_step(config: OffPolicyConfig | MixedConfig, info: EnvInfo) -> int:
     return observation + mask + 4 * (config.floats_per_step(info) + 2) + books  # two: log-probability and reward
 
 
-def check_memory(config: OffPolicyConfig | MixedConfig, info: EnvInfo, runs: Path) -> None:
+def lies_on_gpu(config: OffPolicyConfig | MixedConfig, info: EnvInfo, gpu: int | None) -> bool:
+    """Whether the replay lies on the learner's GPU.
+
+    Args:
+        config: with a replay.
+        info: of the task.
+        gpu: bytes of the GPU's memory; None where the learner has none.
+
+    Raises:
+        ConfigError: it shall lie there and cannot, in one sentence.
+    """
+    replay, step = config.replay, bytes_per_step(config, info)
+    needed = replay.capacity * step
+    if replay.device is None:
+        return gpu is not None and replay.storage == "tensor" and needed <= gpu // 2
+    if replay.device == "cpu":
+        return False
+    if gpu is None:
+        raise ConfigError("replay.device is cuda, and the learner has no GPU that torch can use: it must be cpu")
+    if needed > gpu:
+        raise ConfigError(
+            f"replay.capacity is {replay.capacity}; steps of {step} bytes take {needed / 1e9:.1f} GB, and the GPU has "
+            f"{gpu / 1e9:.1f}: it must be below {gpu // step}, or replay.device cpu"
+        )
+    return True
+
+
+def check_memory(config: OffPolicyConfig | MixedConfig, info: EnvInfo, runs: Path, *, gpu: int | None) -> bool:
     """Refuse what memory or disk cannot hold before it is asked for: an hour later it would end the run.
 
     Args:
         config: with a replay.
         info: of the task.
         runs: folder of the runs, whose disk files would lie on.
+        gpu: bytes of the GPU's memory; None where the learner has none.
+
+    Returns:
+        Whether the replay lies on the learner's GPU.
 
     Raises:
         ConfigError: one sentence.
     """
+    if lies_on_gpu(config, info, gpu):
+        return True
     in_files = config.replay.storage == "memmap"
     if in_files:
         folder = runs if runs.exists() else Path()
@@ -46,7 +79,7 @@ def check_memory(config: OffPolicyConfig | MixedConfig, info: EnvInfo, runs: Pat
     elif hasattr(os, "sysconf"):
         place, room = "this machine has {:.1f}", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
-        return
+        return False
     learners, step = config.train.devices, bytes_per_step(config, info)
     step *= 4 if in_files else 1  # two saved ones are kept while a third is written
     needed = config.replay.capacity * step * learners
@@ -58,6 +91,7 @@ def check_memory(config: OffPolicyConfig | MixedConfig, info: EnvInfo, runs: Pat
             f"{place.format(room / 1e9)}: it must be below {room // step // learners}"
             + ("" if in_files else ", or replay.storage memmap")
         )
+    return False
 
 
 def check_rings(config: OffPolicyConfig | MixedConfig, info: EnvInfo) -> None:

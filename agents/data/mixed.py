@@ -44,7 +44,7 @@ class MixedData(StoringData):
 
     Args:
         collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
-        replay_fn: gives the empty replay of a rank, of padded sequences of T steps without overlap, and takes the
+        replay_fn: gives the empty replay of a learner, of padded sequences of T steps without overlap, and takes the
             folder for its files, or None where it may choose.
         total_frames: environment frames, over all ranks, after which the data ends. The last rollout is whole.
         min_size: steps per rank that the replay holds before the first replayed row.
@@ -131,7 +131,7 @@ class MixedData(StoringData):
             DamagedReplay: when the replay of a resumed run cannot be read.
         """
         self.dealer.check(collector.num_envs, "environments")
-        self._check_replay(self.open_replay(learner.rank), collector.frames_per_batch // collector.num_envs)
+        self._check_replay(self.open_replay(learner), collector.frames_per_batch // collector.num_envs)
         stream = MixedStream(self, collector, learner)
         self.fill_replay(learner.rank)
         collector.pin_memory = learner.device.type == "cuda"

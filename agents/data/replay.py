@@ -34,7 +34,7 @@ class ReplayData(StoringData):
 
     Args:
         collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
-        replay_fn: gives the empty replay of a rank, and takes the folder for its files, or None where it may choose.
+        replay_fn: gives the empty replay of a learner, and takes the folder for its files, or None where it may choose.
         total_frames: environment frames, over all ranks, after which the data ends.
         batch_size: steps learnt from in a batch of the replay, padding included: its samples times their length where
             all steps of a sequence are, otherwise (transitions, n-step windows) its samples.
@@ -100,7 +100,7 @@ class ReplayData(StoringData):
             ValueError: when the ratio, the capacity and the batch do not fit each other.
             DamagedReplay: when the replay of a resumed run cannot be read.
         """
-        replay = self.open_replay(learner.rank)
+        replay = self.open_replay(learner)
         self.limiter.check(capacity=replay.capacity, batch=self.batch_size)
         self._check_batch(replay)
         self.fill_replay(learner.rank)

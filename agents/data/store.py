@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from offtrace.agents.data.acting import ActingData, make_room
+from offtrace.agents.data.acting import ActingData, Learner, make_room
 from offtrace.modules import host
 from offtrace.modules.envs import EnvironmentFailure
 from offtrace.modules.keys import DONE, FINALS, INDEX, NEXT, POLICY_VERSION, PRIORITY, VALID, WEIGHT
@@ -22,8 +22,8 @@ from offtrace.modules.returns import effective_sample_size
 if TYPE_CHECKING:
     from offtrace.modules.collectors import Collector
 
-ReplayFactory = Callable[[int, Path | None], Replay]
-"""Gives the empty replay of a rank, and takes the folder for its files, or None where it may choose."""
+ReplayFactory = Callable[[Learner, Path | None], Replay]
+"""Gives the empty replay of a learner, and takes the folder for its files, or None where it may choose."""
 
 ReplayHook = Callable[[TensorDictBase], TensorDictBase]
 """Takes a replayed batch ``[B, burn_in + T]`` and returns the one ``[B, T]`` to learn from."""
@@ -49,7 +49,7 @@ class StoringData(ActingData):
 
     Args:
         collector_fn: gives the collector of a rank for a run that begins or goes on at so many frames.
-        replay_fn: gives the empty replay of a rank, and takes the folder for its files, or None where it may choose.
+        replay_fn: gives the empty replay of a learner, and takes the folder for its files, or None where it may choose.
         total_frames: environment frames, over all ranks, after which the data ends.
         frame_skip: environment frames per agent step.
         on_replayed: called with every replayed batch on the learner's device, before it is joined with fresh rows or
@@ -109,13 +109,13 @@ class StoringData(ActingData):
         """Part of the frames that are done, in [0, 1]."""
         return min(1.0, self.frames / self.total_frames)
 
-    def open_replay(self, rank: int) -> Replay:
-        """Makes the empty replay of ``rank``.
+    def open_replay(self, learner: Learner) -> Replay:
+        """Makes the empty replay of ``learner``.
 
         Raises:
             ValueError: it gives steps in front of its sequences, and there is no ``on_replayed`` to take them away.
         """
-        self.replay = replay = self._replay_fn(rank, self._files(rank))
+        self.replay = replay = self._replay_fn(learner, self._files(learner.rank))
         if replay.burn_in and self.on_replayed is None:
             raise ValueError(
                 f"the replay gives {replay.burn_in} steps in front of each sequence, and there is no on_replayed that "

@@ -19,7 +19,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import Checkpoints, WeightSync
-from offtrace.agents.data import MixedData, ReplayData
+from offtrace.agents.data import Learner, MixedData, ReplayData
 from offtrace.agents.optim import make_optimizer
 from offtrace.modules.collectors import PackedRollout, make_collector
 from offtrace.modules.envs import make_env
@@ -84,10 +84,10 @@ class Collector:
         """Nothing to end."""
 
 
-def replay(rank: int, path: Path | None, **options: Any) -> Replay:
+def replay(learner: Learner, path: Path | None, **options: Any) -> Replay:
     options = {"capacity": 1000, "num_envs": ENVS, "batch_size": 2, "length": STEPS, "pad": True, **options}
     options.setdefault("overlap", not options["pad"])
-    return Replay(seed=3 + rank, **options)
+    return Replay(seed=3 + learner.rank, **options)
 
 
 def mixed(rollouts: int = 6, collector: Callable[..., Any] = Collector, **options: Any) -> MixedData:

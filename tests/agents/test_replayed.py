@@ -19,8 +19,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from offtrace.agents.assemble import read_task
 from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.config import ConfigError, OffPolicyConfig
-from offtrace.agents.config.resources import bytes_per_step
-from offtrace.agents.data import ReplayData
+from offtrace.agents.config.resources import bytes_per_step, lies_on_gpu
+from offtrace.agents.data import Learner, ReplayData
 from offtrace.agents.data.store import StoringData
 from offtrace.agents.dqn import DQNConfig
 from offtrace.agents.mpo import MPOConfig, dmpo_config, full_covariance_config
@@ -517,6 +517,10 @@ def test_a_compiled_loss_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
             {"loss.estimator": "retrace", "replay.length": 1},
             "replay.length is 1; loss.estimator retrace needs sequences of 2",
         ),
+        (
+            {"replay.device": "cuda", "replay.storage": "memmap"},
+            "replay.device is cuda, and replay.storage is memmap; files lie on no GPU: it must be cpu",
+        ),
         ({"loss.estimator": "retrase"}, "loss.estimator: there is no estimator 'retrase' .*; did you mean retrace"),
         ({"optim.tau": 0.0}, "optim.tau is 0.0; it must be above 0 and at most 1"),
         ({"network.smoothing": 1.0}, "network.smoothing is 1.0; it must be at least 0 and below 1"),
@@ -533,6 +537,47 @@ def test_configurations_that_cannot_work_are_refused(change: dict[str, Any], wor
         setattr(getattr(config, group), name, value)
     with pytest.raises(ConfigError, match=words):
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("device", "storage", "memory", "expected"),
+    [
+        (None, "tensor", None, False),
+        (None, "tensor", 2.0, True),
+        (None, "tensor", 1.99, False),
+        (None, "memmap", 9.0, False),
+        ("cpu", "tensor", 9.0, False),
+        ("cuda", "tensor", 1.0, True),
+    ],
+)
+def test_a_replay_lies_on_a_gpu_of_which_half_holds_it_or_where_it_is_told_to(
+    device: Any, storage: Any, memory: float | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``memory`` in parts of the replay's own."""
+    config = small(SACConfig())
+    config.replay.device, config.replay.storage = device, storage
+    info = read_task(config)
+    gpu = memory and int(memory * config.replay.capacity * bytes_per_step(config, info))
+    assert lies_on_gpu(config, info, gpu) == expected
+    monkeypatch.setattr("offtrace.agents.assemble._gpu_memory", lambda config: gpu)
+    _, data = config.build()
+    made = data._replay_fn(Learner(0, 1, torch.device("meta")), None)
+    assert made.device.type == ("meta" if expected else "cpu")
+
+
+def test_a_replay_that_no_gpu_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(SACConfig())
+    config.replay.device = "cuda"
+    monkeypatch.setattr("offtrace.agents.assemble._gpu_memory", lambda config: None)
+    with pytest.raises(ConfigError, match=r"replay\.device is cuda, and the learner has no GPU that torch can use"):
+        config.build()
+    config.replay.capacity = 10**9
+    monkeypatch.setattr("offtrace.agents.assemble._gpu_memory", lambda config: 10**10)
+    with pytest.raises(
+        ConfigError,
+        match=r"steps of 53 bytes take 53.0 GB, and the GPU has 10.0: it must be below 188679245, or replay.device cpu",
+    ):
+        config.build()
 
 
 def test_tasks_that_do_not_fit_are_refused() -> None:
@@ -613,8 +658,8 @@ class _ByHand(Uniform):
 def test_a_sampler_of_the_users_gets_its_priorities_back() -> None:
     sampler = _ByHand()
     replay = Replay(100, num_envs=2, batch_size=4, sampler=sampler)
-    data = StoringData(None, lambda rank, folder: replay, total_frames=4, frame_skip=1)  # type: ignore[arg-type]
-    data.open_replay(0)
+    data = StoringData(None, lambda learner, folder: replay, total_frames=4, frame_skip=1)  # type: ignore[arg-type]
+    data.open_replay(Learner(0, 1, torch.device("cpu")))
     data.frames = 1
     steps = (2, 10)
     flags = {name: torch.zeros(*steps, 1, dtype=torch.bool) for name in ("done", "terminated", "truncated")}

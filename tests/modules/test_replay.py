@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
-from offtrace.modules.replay import DamagedReplay, Replay, SamplesPerInsert
+from offtrace.modules.replay import DamagedReplay, Prioritized, Replay, SamplesPerInsert, Uniform
 from offtrace.modules.replay.rings import STEP
 
 
@@ -346,6 +346,31 @@ def test_after_a_load_everything_goes_on_as_without_it(
     again = Replay(120, **numbers)
     again.load(tmp_path / "replay")
     assert (again.sample() == other.sample()).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("length", "sampler"), [(1, Uniform), (3, Uniform), (1, Prioritized)])
+def test_on_a_gpu_the_samples_are_those_of_the_cpu(length: int, sampler: Any, tmp_path: Path) -> None:
+    """And what one of them wrote the other reads."""
+    numbers: dict[str, Any] = {"num_envs": 3, "batch_size": 8, "length": length, "pad": length > 1}
+    here, there, later = (Replay(120, device=d, sampler=sampler(), **numbers) for d in ("cpu", "cuda", "cuda"))
+    stream = Stream(3, seed=0, invalid=0.05)
+    for turn in range(30):
+        rollout = stream.rollout(7)
+        assert here.extend(rollout) == there.extend(rollout)
+        one, two = here.sample(), there.sample()
+        assert two.device is not None
+        assert two.device.type == "cuda"
+        assert (one == two.cpu()).all()
+        if here.sampler.prioritized:
+            priority = torch.rand(8)
+            assert here.update_priorities(one["index"], priority) == there.update_priorities(one["index"], priority)
+        if turn == 15:
+            here.dump(tmp_path / "replay")
+            later.load(tmp_path / "replay")
+            one, two, three = here.sample(), there.sample(), later.sample()
+            assert (one == two.cpu()).all()
+            assert (one == three.cpu()).all()
 
 
 def filled(**numbers: Any) -> Replay:
