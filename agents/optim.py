@@ -103,6 +103,17 @@ def make_optimizer(name: OptimizerName, *, lr: float, eps: float, decay: float =
     return build
 
 
+def match_formats(optimizer: Optimizer) -> None:
+    """Gives the optimiser's state the memory format of its parameters, which a checkpoint's may have had otherwise.
+
+    Fused steps go through both as flat memory: in another format they would take the moments of other weights.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def learning_rate_factor(schedule: ScheduleName, frames: int, total_frames: int) -> float:
     """What the learning rate is multiplied with after ``frames`` of ``total_frames``: 1 falling to 0, or always 1."""
     if schedule == "constant":

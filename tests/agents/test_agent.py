@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from torchrl.objectives.common import LossModule
 from offtrace.agents.agent import Agent, TrainingDivergedError, random_state, set_random_state
 from offtrace.agents.callbacks import Checkpoints, Evaluation, WeightSync
 from offtrace.agents.impala import ImpalaConfig, control_config, make_impala
-from offtrace.agents.optim import make_optimizer
+from offtrace.agents.optim import OptimizerFactory, make_optimizer
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy
 from offtrace.agents.runs.training import evaluation_env
 
@@ -223,13 +226,34 @@ class Told(pl.Callback):
         self.frames.append(agent.frames)
 
 
-def plain_fit(folder: Path, epochs: int, *callbacks: pl.Callback, resume: Path | None = None) -> Agent:
+class Filters(Regression):
+    """The same by a convolution, whose weights lie in one memory format or the other."""
+
+    def __init__(self, memory_format: torch.memory_format) -> None:
+        super().__init__()
+        self.line = nn.Conv2d(2, 3, (2, 2)).to(memory_format=memory_format)
+        self.images = torch.randn(4, 2, 2, 2)
+
+    def forward(self, batch: Any) -> TensorDict:
+        error = self.line(batch["x"][..., None, None] * self.images).mean((1, 2, 3)) - batch["y"][:, 0]
+        batch["td_error"] = error.detach().abs()
+        return TensorDict({"loss_fit": error.square().mean(), "valid_count": torch.tensor(len(error))})
+
+
+def plain_fit(
+    folder: Path,
+    epochs: int,
+    *callbacks: pl.Callback,
+    resume: Path | None = None,
+    make_loss: Callable[[], Regression] = Regression,
+    optimizer: OptimizerFactory | None = None,
+) -> Agent:
     torch.manual_seed(0)
     x = torch.linspace(-1, 1, 12)[:, None]
     batches = [TensorDict({"x": part, "y": 2 * part}, [4]) for part in x.split(4)]
     loader = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch.clone())
-    loss = Regression()
-    optimizer = make_optimizer("adam", lr=0.1, eps=1e-8)
+    loss = make_loss()
+    optimizer = optimizer or make_optimizer("adam", lr=0.1, eps=1e-8)
     agent = Agent(loss, loss.line, optimizer=optimizer, total_frames=48, schedule="constant")
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_checkpointing=False,
@@ -252,6 +276,19 @@ def test_a_users_own_dataloader_trains_and_resumes(tmp_path: Path) -> None:
     assert resumed.loss.progress == pytest.approx([done / 12 for done in range(6, 12)])
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*resuming from a checkpoint")
+def test_a_fused_optimiser_resumes_in_another_memory_format(tmp_path: Path) -> None:
+    formats = torch.contiguous_format, torch.channels_last
+    adam = partial(torch.optim.Adam, lr=0.1, fused=True)
+    fit = partial(plain_fit, optimizer=adam)
+    fit(tmp_path, 2, make_loss=partial(Filters, formats[0]))
+    shutil.copy(tmp_path / "last.ckpt", tmp_path / "begun.ckpt")
+    same, other = (
+        fit(tmp_path, 4, resume=tmp_path / "begun.ckpt", make_loss=partial(Filters, to)).state_dict() for to in formats
+    )
+    torch.testing.assert_close(other, same, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_for_actors_that_are_not_there_are_refused(tmp_path: Path) -> None:
