@@ -142,27 +142,34 @@ def _emulate(processes: int, threads: int, games: int, seconds: float) -> float:
 
 def learner(seconds: float) -> None:
     """``ImpalaLoss`` and Adam on steps that lie on the device, what the time goes to, and acting on a core."""
+    where = device()
+    forms = [(bf16, channels_last) for bf16 in (False, True) for channels_last in (False, True)]
+    each = seconds / (16 if where == "cuda" else 10)  # half of cuda's is for what is compiled
+    print("| network | numbers | channels | samples/s | ms an update | Tflop/s | peak memory, GB |")
+    print("|---|---|---|---|---|---|---|")
+    for network in ("shallow", "resnet"):
+        for bf16, channels_last in forms:
+            _row(network, each, bf16=bf16, channels_last=channels_last)
+    _where_time_goes(_learner("resnet", bf16=True, channels_last=True)[0], where)
+    _acting()
+    if where == "cuda":
+        print("\nThe loss compiled:\n")
+        for network in ("shallow", "resnet"):
+            _row(network, each, bf16=True, channels_last=True, compiled=True)
+
+
+def _row(network: str, seconds: float, *, bf16: bool, channels_last: bool, compiled: bool = False) -> None:
     import torch
 
-    where = device()
-    forms = {"float32": (False, False, False), "bf16": (True, False, False), "bf16, channels last": (True, True, False)}
-    if where == "cuda":
-        forms["the same, loss compiled"] = (True, True, True)
-    print("| network | numbers | samples/s | ms an update | Tflop/s | peak memory, GB |\n|---|---|---|---|---|---|")
-    each = seconds / (12 if where == "cuda" else 8)  # two of cuda's are for what is compiled, the last for the profile
-    for network in ("shallow", "resnet"):
-        for name, (bf16, channels_last, compiled) in forms.items():
-            update, samples, flops = _learner(network, bf16=bf16, channels_last=channels_last, compiled=compiled)
-            if where == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            times = list(_timed(update, each - 2))
-            median = statistics.median(times[1:] or times)
-            memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if where == "cuda" else ""
-            print(f"| {network} | {name} | {samples / median:,.0f} | {1e3 * median:.1f} | {flops / median / 1e12:.2f} "
-                  f"| {memory} |", flush=True)  # fmt: skip
-    update, _, _ = _learner("resnet", bf16=True, channels_last=True, compiled=False)
-    _where_time_goes(update, where)
-    _acting()
+    update, samples, flops = _learner(network, bf16=bf16, channels_last=channels_last, compiled=compiled)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    times = list(_timed(update, max(0.5, seconds - 2)))
+    median = statistics.median(times[1:] or times)
+    memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if torch.cuda.is_available() else ""
+    names = ("bf16" if bf16 else "float32", "last" if channels_last else "first")
+    print(f"| {network} | {names[0]} | {names[1]} | {samples / median:,.0f} | {1e3 * median:.1f} "
+          f"| {flops / median / 1e12:.2f} | {memory} |", flush=True)  # fmt: skip
 
 
 def _learner(network: str, *, bf16: bool, channels_last: bool, compiled: bool) -> tuple[Callable[[], None], int, float]:
@@ -189,6 +196,7 @@ def _learner(network: str, *, bf16: bool, channels_last: bool, compiled: bool) -
             "observation": images, "reward": torch.randn(rows, steps, 1, device=where), "done": no,
             "terminated": no.clone(),
         },
+        "finals": torch.empty(rows, steps, int(compiled), 0, device=where),  # as the recipe, the host says the room
     }  # fmt: skip
     batch = TensorDict(entries, [rows, steps], device=where)
     called = compile_loss(loss) if compiled else loss
@@ -244,9 +252,10 @@ def _where_time_goes(update: Callable[[], None], where: str) -> None:
         wall = time.perf_counter() - start
     events = [event for event in profiler.key_averages() if getattr(event, kind) > 0]
     if where == "cuda":  # an operator's time is that of its kernels, which are in the list too
-        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        cuda = torch.autograd.DeviceType.CUDA
+        events = [event for event in events if event.device_type == cuda and not event.is_user_annotation]
     total = sum(getattr(event, kind) for event in events)
-    print(f"\nResNet, the last eager form: {total / 1e6 / wall:.0%} of the wall time is on the device; most of it in\n")
+    print(f"\nResNet, bf16, channels last: on the device {total / 1e6 / wall:.0%} of the wall time, most of it in\n")
     print("| kernel | share | calls an update |\n|---|---|---|")
     for event in sorted(events, key=lambda event: -getattr(event, kind))[:8]:
         print(f"| `{event.key[:90]}` | {getattr(event, kind) / total:.0%} | {event.count / 3:.0f} |")
@@ -282,7 +291,8 @@ def impala(seconds: float) -> None:
     if cuda:
         forms["2 actors with copies on the GPU, many emulator threads"] = [*copies, "--collector.device", "cuda"]
         forms["defaults, updates captured"] = ["--train.capture", "try"]
-    runs = [(network, *form) for network in ("shallow", "resnet") for form in forms.items()]
+    runs = [("shallow", *form) for form in forms.items()]
+    runs += [("resnet", *form) for form in forms.items() if "captured" not in form[0] and "2 actors" not in form[0]]
     print("| network | acting | agent steps/s | updates/s | lag, mean and most | first line after, s | GPU busy |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for network, name, flags in runs:
@@ -352,10 +362,9 @@ def architectures(seconds: float) -> None:
 
 
 def updates(seconds: float) -> None:
-    """SAC and MPO, eager, captured, compiled and both, against their bare loops."""
-    forms = {"": 1, "--capture": 1, "--compile": 3, "--compile --capture": 3}  # and how long each may take
-    if device() == "cpu":
-        forms = {flags: share for flags, share in forms.items() if "capture" not in flags}
+    """SAC and MPO against their bare loops: eager, captured, and compiled and captured."""
+    cuda = {"": 1, "--capture": 1, "--compile --capture": 2}  # and how long each may take
+    forms = cuda if device() == "cuda" else {"": 1, "--compile": 2}
     each = seconds / 2 / sum(forms.values())
     for flags, share in forms.items():
         for script in ("sac_updates.py", "mpo_updates.py"):
@@ -390,13 +399,13 @@ def tests(seconds: float) -> None:
 PARTS: dict[str, tuple[float, Callable[[float], None]]] = {
     "machine": (1, machine),
     "emulator": (5, emulator),
-    "learner": (20, learner),
-    "starts": (8, starts),
-    "impala": (40, impala),
-    "architectures": (20, architectures),
-    "updates": (30, updates),
-    "returns": (10, returns),
-    "tests": (10, tests),
+    "learner": (18, learner),
+    "starts": (6, starts),
+    "impala": (45, impala),
+    "architectures": (15, architectures),
+    "updates": (45, updates),
+    "returns": (7, returns),
+    "tests": (25, tests),
 }
 """Each with its share of the time."""
 

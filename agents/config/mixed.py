@@ -23,8 +23,8 @@ class MixedReplayConfig(Group):
     """Steps collected before the first replayed row."""
     storage: Literal["tensor", "memmap"] = "tensor"
     """In memory, or in files."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Whose memory: cuda is the learner's GPU; null: that where half of it holds the replay, else cpu."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """In whose memory: the machine's, or that of the learner's GPU."""
 
     # sequences are learnt from at every step, and as the fresh rollouts they weight all steps of an episode alike
     overlap = False

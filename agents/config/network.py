@@ -28,7 +28,7 @@ class FeedForwardConfig(Group):
     normalize: bool = False
     """Running normalisation of observations, saved with the policy."""
     channels_last: bool | None = None
-    """Memory format of image encoders; null: channels last in resnet, and on a GPU, which is faster there."""
+    """Memory format of image encoders; null: channels last of resnet, and of all of them on a GPU."""
 
     # what auto takes for vectors; as the next two no field, and so no flag
     vector_encoder = "mlp"

@@ -10,7 +10,7 @@ from offtrace.agents.config.base import Checks, ConfigError, Group
 
 class _Placed(Protocol):
     storage: Literal["tensor", "memmap"]
-    device: Literal["cpu", "cuda"] | None
+    device: Literal["cpu", "cuda"]
 
 
 def check_place(replay: _Placed, at: str) -> None:
@@ -40,8 +40,8 @@ class ReplayConfig(Group):
     """Steps collected before the first update."""
     storage: Literal["tensor", "memmap"] = "tensor"
     """In memory, or in files."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Whose memory: cuda is the learner's GPU; null: that where half of it holds the replay, else cpu."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """In whose memory: the machine's, or that of the learner's GPU."""
     sampler: Literal["uniform", "prioritized", "lazy"] = "uniform"
     """Every step alike, or in proportion to its temporal difference error: prioritized gives new steps the largest so
     far (Schaul et al. 2016), lazy the mean of their neighbours (Reactor)."""

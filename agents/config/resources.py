@@ -40,17 +40,15 @@ def lies_on_gpu(config: OffPolicyConfig | MixedConfig, info: EnvInfo, gpu: int |
         ConfigError: it shall lie there and cannot, in one sentence.
     """
     replay, step = config.replay, bytes_per_step(config, info)
-    needed = replay.capacity * step
-    if replay.device is None:
-        return gpu is not None and replay.storage == "tensor" and needed <= gpu // 2
     if replay.device == "cpu":
         return False
     if gpu is None:
         raise ConfigError("replay.device is cuda, and the learner has no GPU that torch can use: it must be cpu")
-    if needed > gpu:
+    needed, room = replay.capacity * step, gpu * 4 // 5  # the rest is for networks and what an update computes
+    if needed > room:
         raise ConfigError(
-            f"replay.capacity is {replay.capacity}; steps of {step} bytes take {needed / 1e9:.1f} GB, and the GPU has "
-            f"{gpu / 1e9:.1f}: it must be below {gpu // step}, or replay.device cpu"
+            f"replay.capacity is {replay.capacity}; steps of {step} bytes take {needed / 1e9:.1f} GB, and four fifths "
+            f"of the GPU's memory are {room / 1e9:.1f}: it must be at most {room // step}, or replay.device cpu"
         )
     return True
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
-from offtrace.modules.replay import DamagedReplay, Prioritized, Replay, SamplesPerInsert, Uniform
+from offtrace.modules.replay import DamagedReplay, LazyPrioritized, Prioritized, Replay, SamplesPerInsert, Uniform
 from offtrace.modules.replay.rings import STEP
 
 
@@ -349,10 +349,20 @@ def test_after_a_load_everything_goes_on_as_without_it(
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(("length", "sampler"), [(1, Uniform), (3, Uniform), (1, Prioritized)])
-def test_on_a_gpu_the_samples_are_those_of_the_cpu(length: int, sampler: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "more"),
+    [
+        (Uniform, {}),
+        (Uniform, {"length": 3, "pad": True}),
+        (Uniform, {"length": 3, "pad": True, "overlap": False, "burn_in": 2}),
+        (Uniform, {"length": 3, "pad": True, "whole_episodes": True}),
+        (Prioritized, {}),
+        (LazyPrioritized, {"length": 3, "pad": True}),
+    ],
+)
+def test_on_a_gpu_the_samples_are_those_of_the_cpu(sampler: Any, more: dict[str, Any], tmp_path: Path) -> None:
     """And what one of them wrote the other reads."""
-    numbers: dict[str, Any] = {"num_envs": 3, "batch_size": 8, "length": length, "pad": length > 1}
+    numbers: dict[str, Any] = {"num_envs": 3, "batch_size": 8, **more}
     here, there, later = (Replay(120, device=d, sampler=sampler(), **numbers) for d in ("cpu", "cuda", "cuda"))
     stream = Stream(3, seed=0, invalid=0.05)
     for turn in range(30):
@@ -364,7 +374,8 @@ def test_on_a_gpu_the_samples_are_those_of_the_cpu(length: int, sampler: Any, tm
         assert (one == two.cpu()).all()
         if here.sampler.prioritized:
             priority = torch.rand(8)
-            assert here.update_priorities(one["index"], priority) == there.update_priorities(one["index"], priority)
+            index = one["index"].view(8, -1)[:, 0]
+            assert here.update_priorities(index, priority) == there.update_priorities(index, priority)
         if turn == 15:
             here.dump(tmp_path / "replay")
             later.load(tmp_path / "replay")

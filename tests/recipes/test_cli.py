@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from offtrace.agents.a2c import A2CConfig
 from offtrace.agents.config import ConfigError, Machine, ShareReplayConfig
 from offtrace.agents.impala import ImpalaConfig, atari_config, paper_config
 from offtrace.agents.runs.checkpoint import CheckpointError, load_policy
@@ -163,6 +164,20 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, words: str) -> None:
         parse("--config", str(path))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [SACConfig(), A2CConfig()])
+def test_a_run_may_go_on_with_its_replay_elsewhere(config: Any, tmp_path: Path) -> None:
+    write_config(config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with zipfile.ZipFile(tmp_path / "checkpoints/last.ckpt", "w") as archive:
+        archive.writestr("data", "x")
+    argv, presets = ["--resume", str(tmp_path), "--replay.device", "cuda"], {"default": type(config)}
+    if isinstance(config, A2CConfig):  # which has none, and names it to nobody
+        with pytest.raises(ConfigError, match=r"only (?!.*replay\.device).* can$"):
+            cli.parse([*argv[:2], "--optim.lr", "1"], presets=presets, description="")
+    else:
+        assert cli.parse(argv, presets=presets, description="").config.replay.device == "cuda"
 
 
 def test_learners_with_a_replay_each_keep_their_number(tmp_path: Path) -> None:
