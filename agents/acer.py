@@ -149,7 +149,7 @@ def make_acer(config: ACERConfig) -> tuple[Agent, MixedData | RolloutData]:
         loss: Any = ACERLoss(policy, **loss_options(ACERLoss, config.loss))
     else:
         value, advantage = value_of(config, info), critics_of(config, info)
-        if config.network.normalize:
+        if spec["arguments"]["normalize"]:
             share_normalizer(policy.network, value, advantage)
         loss = ContinuousACERLoss(policy, value, advantage, **loss_options(ContinuousACERLoss, config.loss))
     groups: Any = [{"params": group} for group in loss.param_groups().values()]

@@ -74,7 +74,7 @@ def network_arguments(config: Config, info: EnvInfo) -> dict[str, Any]:
         "action_dim": info.action_dim,
         "masked": info.masked,
         "activation": config.network.activation,
-        "normalize": config.network.normalize,
+        "normalize": config.network.normalize and not images,
         "channels_last": _channels_last(config),
     }
     return arguments
@@ -319,9 +319,9 @@ def group_optimizer(loss: LossModule, rates: dict[str, float], **options: Any) -
 
 def _normalizer_update(config: Config, policy: Any) -> Callable[[TensorDictBase], None] | None:
     """Feeds the observations of a rollout to the policy's normaliser; those of all ranks, so that it stays the same."""
-    if not config.network.normalize:
+    normalizer = policy.network.normalizer if config.network.normalize else None
+    if normalizer is None:
         return None
-    normalizer = policy.network.normalizer
 
     def update(rollout: TensorDictBase) -> None:
         device = next(normalizer.buffers()).device  # Lightning moves it after this

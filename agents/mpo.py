@@ -162,7 +162,7 @@ def make_mpo(config: MPOConfig) -> tuple[Agent, ReplayData]:
     spec = config.policy_spec(info)
     policy = build_policy(**spec["arguments"])
     critic = critics_of(config, info, atoms=config.network.atoms, v_max=config.network.v_max)
-    if config.network.normalize:
+    if spec["arguments"]["normalize"]:
         share_normalizer(policy.network, critic)
     priorities = config.replay.prioritized
     kind: Any = MPOLoss if info.num_actions is None else DiscreteMPOLoss

@@ -132,7 +132,7 @@ def make_sac(config: SACConfig) -> tuple[Agent, ReplayData]:
     networks = [build_policy(**spec["arguments"]), critics_of(config, info)]
     if old:
         networks.append(value_of(config, info))
-    if config.network.normalize:
+    if spec["arguments"]["normalize"]:
         share_normalizer(networks[0].network, *networks[1:])
     kind: Any = SACv1Loss if old else DiscreteSACLoss if info.num_actions is not None else SACLoss
     options = loss_options(kind, config.loss, "version", "entropy_fraction")

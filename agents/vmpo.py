@@ -108,7 +108,8 @@ def control_config() -> VMPOConfig:
     """CartPole in minutes."""
     config = VMPOConfig(env=EnvConfig(task="CartPole-v1"), collector=CollectorConfig(unroll=32))
     config.loss.estimator, config.loss.epsilon = "gae(lmbda=0.95)", 0.1
-    config.loss.value_coef = 0.01  # returns of hundreds must not drown the policy in the shared layers
+    config.network.normalize = config.network.popart = True  # returns of hundreds drown the policy in shared layers
+    config.loss.value_coef = 0.5
     config.optim.lr = 2.5e-3
     config.train = RolloutTrainConfig(
         total_frames=300_000, eval_every=50_000, checkpoint_every=50_000, precision="32-true"

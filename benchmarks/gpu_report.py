@@ -172,7 +172,9 @@ def _row(network: str, seconds: float, *, bf16: bool, channels_last: bool, compi
           f"| {flops / median / 1e12:.2f} | {memory} |", flush=True)  # fmt: skip
 
 
-def _learner(network: str, *, bf16: bool, channels_last: bool, compiled: bool) -> tuple[Callable[[], None], int, float]:
+def _learner(
+    network: str, *, bf16: bool, channels_last: bool, compiled: bool = False
+) -> tuple[Callable[[], None], int, float]:
     """An update, its samples, and the floating-point operations that its products and convolutions need."""
     import torch
     from tensordict import TensorDict

@@ -26,7 +26,7 @@ class FeedForwardConfig(Group):
     activation: Literal["tanh", "relu", "elu", "silu", "gelu"] = "tanh"
     """Of mlp."""
     normalize: bool = False
-    """Running normalisation of observations, saved with the policy."""
+    """Running normalisation of vectors, saved with the policy; images are divided by 255 alone."""
     channels_last: bool | None = None
     """Memory format of image encoders; null: channels last of resnet, and of all of them on a GPU."""
 

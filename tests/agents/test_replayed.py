@@ -581,6 +581,16 @@ def test_a_replay_that_no_gpu_holds_is_refused(monkeypatch: pytest.MonkeyPatch) 
         config.build()
 
 
+@pytest.mark.parametrize("task", ["Acrobot-v1", "offtrace.modules.envs.catch:Catch"])
+@pytest.mark.parametrize("make", [discrete_sac_config, discrete_mpo_config, VMPOConfig])
+def test_vectors_are_normalised_and_images_are_not(task: str, make: Any) -> None:
+    config = make()
+    config.env.task, config.network.normalize, config.network.hidden = task, True, [16, 16]
+    agent, _ = config.build()
+    policy: Any = agent.policy
+    assert (policy.network.normalizer is None) == (task != "Acrobot-v1")
+
+
 def test_tasks_that_do_not_fit_are_refused() -> None:
     backup = small(SACConfig())
     backup.loss.estimator = "tree_backup"

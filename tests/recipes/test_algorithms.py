@@ -88,7 +88,7 @@ def arguments(name: str) -> list[str]:
             ],
         ),
         ("vmpo_control", SMALL),
-        ("vmpo_control", [*SMALL, CONTINUOUS, "--network.popart=true"]),
+        ("vmpo_control", [*SMALL, CONTINUOUS, "--network.popart=false"]),
         ("dqn", []),
         ("dqn", ["--loss.estimator=retrace(lmbda=0.9)", "--replay.length=4"]),
         ("dqn", ["--preset=rainbow", DISCRETE, "--replay.min_size=32"]),
