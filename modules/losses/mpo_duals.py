@@ -156,7 +156,8 @@ def full_log_prob(action: Tensor, loc: Tensor, scale_tril: Tensor) -> Tensor:
 
 def action_cost(action: Tensor, inside: Tensor) -> Tensor:
     """-||a - clip(a)||_2 over the last dimension, ``inside`` the clipped action: the norm, not its square."""
-    return -(action - inside).norm(dim=-1)
+    # torch 2.11 compiled keeps a dimension of size 1 where it is asked to drop it
+    return -(action - inside).norm(dim=-1, keepdim=True).squeeze(-1)
 
 
 def categorical_kl(log_prob: Tensor, target_log_prob: Tensor) -> Tensor:

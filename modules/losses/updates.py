@@ -45,7 +45,7 @@ class FastHardUpdate(HardUpdate):
 
 
 def compile_loss(loss: nn.Module) -> Callable[..., Any]:
-    """``loss`` compiled by ``torch.compile``; it draws the same random numbers as without.
+    """``loss`` compiled by ``torch.compile``; it draws the same random numbers as without, but for torch 2.11.
 
     Inductor's own generator is also the slower one on a CPU, by a twentieth of SAC's whole update.
     """

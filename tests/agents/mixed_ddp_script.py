@@ -15,7 +15,7 @@ import torch
 
 from offtrace.agents.agent import Agent
 from offtrace.agents.callbacks import WeightSync
-from offtrace.agents.data import MixedData
+from offtrace.agents.data import Learner, MixedData
 from offtrace.agents.optim import make_optimizer
 from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
@@ -42,9 +42,16 @@ def fit(name: str, folder: Path) -> None:
         env = partial(make_env, "CartPole-v1", ENVS, **({"last_step": True} if episodes else {}))
         return make_collector(env, policy, frames_per_batch=ENVS * STEPS, num_workers=0, start=frames, rank=rank)
 
-    def replay(rank: int, path: Path | None) -> Replay:
+    def replay(learner: Learner, path: Path | None) -> Replay:
         return Replay(
-            500, num_envs=ENVS, batch_size=2, length=STEPS, pad=True, overlap=False, seed=rank, whole_episodes=episodes
+            500,
+            num_envs=ENVS,
+            batch_size=2,
+            length=STEPS,
+            pad=True,
+            overlap=False,
+            seed=learner.rank,
+            whole_episodes=episodes,
         )
 
     total = 2 * 6 * ENVS * STEPS

