@@ -219,12 +219,12 @@ def mixed_agent(
     """
     if not config.replay.form:
         return rollout_agent(config, info, loss, policy, spec, optimizer=optimizer, after_update=after_update)
-    on_gpu = check_memory(config, info, RUNS, gpu=_gpu_memory(config))
+    check_memory(config, info, RUNS, gpu=_gpu_memory(config))
     check_rings(config, info)
     agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     data = MixedData(
         partial(rollout_collector, config, info.frame_stack, policy),
-        partial(_replay, config, info, on_gpu),
+        partial(_replay, config, info),
         total_frames=config.train.total_frames,
         min_size=config.replay.min_size,
         **config.replay.form,
@@ -253,13 +253,13 @@ def replay_agent(
     Raises:
         ConfigError: when the replay does not fit the machine, or the task.
     """
-    on_gpu = check_memory(config, info, RUNS, gpu=_gpu_memory(config))
+    check_memory(config, info, RUNS, gpu=_gpu_memory(config))
     check_rings(config, info)
     check_budget(config, info.frame_skip)
     agent = _agent(config, loss, policy, spec, optimizer=optimizer, after_update=after_update)
     data = ReplayData(
         partial(rollout_collector, config, info.frame_stack, policy),
-        partial(_replay, config, info, on_gpu),
+        partial(_replay, config, info),
         total_frames=config.train.total_frames,
         batch_size=config.replay.batch_size,
         samples_per_insert=config.replay.samples_per_insert,
@@ -357,21 +357,21 @@ def _in_turn(hooks: list[RolloutHook]) -> RolloutHook:
     return call
 
 
+def _takes_gpu(config: Config) -> bool:
+    return config.train.accelerator != "cpu" and torch.cuda.is_available()
+
+
 def _channels_last(config: Config) -> bool | None:
-    gpu = config.train.accelerator != "cpu" and torch.cuda.is_available()
-    return True if config.network.channels_last is None and gpu else config.network.channels_last
+    given = config.network.channels_last
+    return True if given is None and _takes_gpu(config) else given
 
 
 def _gpu_memory(config: Config) -> int | None:
     """Bytes, of the first GPU; None where the learner takes none."""
-    if config.train.accelerator == "cpu" or not torch.cuda.is_available():
-        return None
-    return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(torch.cuda.get_device_properties(0).total_memory) if _takes_gpu(config) else None
 
 
-def _replay(
-    config: OffPolicyConfig | MixedConfig, info: EnvInfo, on_gpu: bool, learner: Learner, path: Path | None
-) -> Replay:
+def _replay(config: OffPolicyConfig | MixedConfig, info: EnvInfo, learner: Learner, path: Path | None) -> Replay:
     replay, length = config.replay, config.samples.length
     sampler: Sampler = Uniform()
     if isinstance(replay, ReplayConfig) and replay.sampler == "prioritized":
@@ -389,7 +389,7 @@ def _replay(
         storage=replay.storage,
         path=path if replay.storage == "memmap" else None,
         seed=config.train.seed + 7919 * learner.rank,
-        device=learner.device if on_gpu else "cpu",
+        device=learner.device if replay.device == "cuda" else "cpu",
         frame_stack=info.frame_stack,
         sampler=sampler,
         burn_in=replay.burn_in,

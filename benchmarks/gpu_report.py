@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -145,15 +146,17 @@ def learner(seconds: float) -> None:
     where = device()
     forms = [(bf16, channels_last) for bf16 in (False, True) for channels_last in (False, True)]
     each = seconds / (16 if where == "cuda" else 10)  # half of cuda's is for what is compiled
-    print("| network | numbers | channels | samples/s | ms an update | Tflop/s | peak memory, GB |")
-    print("|---|---|---|---|---|---|---|")
+    head = (
+        "| network | numbers | channels | samples/s | ms an update | Tflop/s | peak memory, GB |" + "\n|" + 7 * "---|"
+    )
+    print(head)
     for network in ("shallow", "resnet"):
         for bf16, channels_last in forms:
             _row(network, each, bf16=bf16, channels_last=channels_last)
     _where_time_goes(_learner("resnet", bf16=True, channels_last=True)[0], where)
     _acting()
     if where == "cuda":
-        print("\nThe loss compiled:\n")
+        print(f"\nThe loss compiled:\n\n{head}")
         for network in ("shallow", "resnet"):
             _row(network, each, bf16=True, channels_last=True, compiled=True)
 
@@ -203,17 +206,20 @@ def _learner(
     batch = TensorDict(entries, [rows, steps], device=where)
     called = compile_loss(loss) if compiled else loss
 
-    def update() -> None:
+    def backward(called: Callable[..., Any]) -> None:
         with torch.autocast(where, dtype=torch.bfloat16, enabled=bf16):
             out = called(batch)
         optimizer.zero_grad()
-        sum(value for name, value in out.items() if name.startswith("loss_")).backward()  # type: ignore[union-attr]
+        sum(value for name, value in out.items() if name.startswith("loss_")).backward()
+
+    def update() -> None:
+        backward(called)
         optimizer.step()
         if where == "cuda":
             torch.cuda.synchronize()
 
-    with FlopCounterMode(display=False) as counter, torch.autocast(where, dtype=torch.bfloat16, enabled=bf16):
-        sum(value for name, value in loss(batch).items() if name.startswith("loss_")).backward()  # type: ignore[union-attr]
+    with FlopCounterMode(display=False) as counter:
+        backward(loss)
     return update, rows * steps, counter.get_total_flops()
 
 
@@ -240,7 +246,7 @@ def _acting() -> None:
 
 
 def _where_time_goes(update: Callable[[], None], where: str) -> None:
-    """The operators that take most of the device's time, and its idle share."""
+    """The operators that take most of the device's time, and its share of the wall time."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -384,18 +390,8 @@ def returns(seconds: float) -> None:
 
 def tests(seconds: float) -> None:
     """Those that need a GPU."""
-    shell(
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "cuda",
-        "-p",
-        "no:cacheprovider",
-        "tests/modules",
-        "tests/agents",
-        seconds=seconds + 20,
-    )
+    words = ["-m", "pytest", "-v", "--tb=line", "-m", "cuda", "-p", "no:cacheprovider", "tests/modules", "tests/agents"]
+    shell(*words, seconds=seconds + 20)
 
 
 PARTS: dict[str, tuple[float, Callable[[float], None]]] = {

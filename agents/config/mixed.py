@@ -54,7 +54,7 @@ class MixedReplayConfig(Group):
         checks.at_least(1, "capacity")
         if self.capacity < self.min_size:
             raise ConfigError(f"{at}.capacity is {self.capacity}; it must hold {at}.min_size, {self.min_size}")
-        check_place(self, at)
+        check_place(at, self.storage, self.device)
 
 
 @dataclass

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from offtrace.agents.config.base import Checks, ConfigError, Group
 
 
-class _Placed(Protocol):
-    storage: Literal["tensor", "memmap"]
-    device: Literal["cpu", "cuda"]
-
-
-def check_place(replay: _Placed, at: str) -> None:
+def check_place(at: str, storage: str, device: str) -> None:
     """Refuse files on a GPU.
 
     Raises:
         ConfigError: one sentence.
     """
-    if replay.storage == "memmap" and replay.device == "cuda":
+    if storage == "memmap" and device == "cuda":
         raise ConfigError(f"{at}.device is cuda, and {at}.storage is memmap; files lie on no GPU: it must be cpu")
 
 
@@ -71,7 +66,7 @@ class ReplayConfig(Group):
         checks.at_least(0, "min_size", "alpha")
         checks.positive("samples_per_insert")
         checks.fraction("beta", "epsilon")
-        check_place(self, at)
+        check_place(at, self.storage, self.device)
         if self.capacity < max(self.batch_size, self.min_size):
             raise ConfigError(
                 f"{at}.capacity is {self.capacity}; it must hold {at}.batch_size, {self.batch_size}, and "

@@ -28,32 +28,7 @@ def bytes_per_step(config: OffPolicyConfig | MixedConfig, info: EnvInfo) -> int:
     return observation + mask + 4 * (config.floats_per_step(info) + 2) + books  # two: log-probability and reward
 
 
-def lies_on_gpu(config: OffPolicyConfig | MixedConfig, info: EnvInfo, gpu: int | None) -> bool:
-    """Whether the replay lies on the learner's GPU.
-
-    Args:
-        config: with a replay.
-        info: of the task.
-        gpu: bytes of the GPU's memory; None where the learner has none.
-
-    Raises:
-        ConfigError: it shall lie there and cannot, in one sentence.
-    """
-    replay, step = config.replay, bytes_per_step(config, info)
-    if replay.device == "cpu":
-        return False
-    if gpu is None:
-        raise ConfigError("replay.device is cuda, and the learner has no GPU that torch can use: it must be cpu")
-    needed, room = replay.capacity * step, gpu * 4 // 5  # the rest is for networks and what an update computes
-    if needed > room:
-        raise ConfigError(
-            f"replay.capacity is {replay.capacity}; steps of {step} bytes take {needed / 1e9:.1f} GB, and four fifths "
-            f"of the GPU's memory are {room / 1e9:.1f}: it must be at most {room // step}, or replay.device cpu"
-        )
-    return True
-
-
-def check_memory(config: OffPolicyConfig | MixedConfig, info: EnvInfo, runs: Path, *, gpu: int | None) -> bool:
+def check_memory(config: OffPolicyConfig | MixedConfig, info: EnvInfo, runs: Path, *, gpu: int | None) -> None:
     """Refuse what memory or disk cannot hold before it is asked for: an hour later it would end the run.
 
     Args:
@@ -62,14 +37,11 @@ def check_memory(config: OffPolicyConfig | MixedConfig, info: EnvInfo, runs: Pat
         runs: folder of the runs, whose disk files would lie on.
         gpu: bytes of the GPU's memory; None where the learner has none.
 
-    Returns:
-        Whether the replay lies on the learner's GPU.
-
     Raises:
         ConfigError: one sentence.
     """
-    if lies_on_gpu(config, info, gpu):
-        return True
+    if config.replay.device == "cuda":
+        return _check_gpu(config.replay.capacity, bytes_per_step(config, info), gpu)
     in_files = config.replay.storage == "memmap"
     if in_files:
         folder = runs if runs.exists() else Path()
@@ -77,7 +49,7 @@ def check_memory(config: OffPolicyConfig | MixedConfig, info: EnvInfo, runs: Pat
     elif hasattr(os, "sysconf"):
         place, room = "this machine has {:.1f}", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
-        return False
+        return None
     learners, step = config.train.devices, bytes_per_step(config, info)
     step *= 4 if in_files else 1  # two saved ones are kept while a third is written
     needed = config.replay.capacity * step * learners
@@ -89,7 +61,19 @@ def check_memory(config: OffPolicyConfig | MixedConfig, info: EnvInfo, runs: Pat
             f"{place.format(room / 1e9)}: it must be below {room // step // learners}"
             + ("" if in_files else ", or replay.storage memmap")
         )
-    return False
+    return None
+
+
+def _check_gpu(capacity: int, step: int, gpu: int | None) -> None:
+    """Refuse a replay of steps of ``step`` bytes that the learner's GPU, of ``gpu`` bytes, does not hold."""
+    if gpu is None:
+        raise ConfigError("replay.device is cuda, and the learner has no GPU that torch can use: it must be cpu")
+    needed, room = capacity * step, gpu * 4 // 5  # the rest is for networks and what an update computes
+    if needed > room:
+        raise ConfigError(
+            f"replay.capacity is {capacity}; steps of {step} bytes take {needed / 1e9:.1f} GB, and four fifths "
+            f"of the GPU's memory are {room / 1e9:.1f}: it must be at most {room // step}, or replay.device cpu"
+        )
 
 
 def check_rings(config: OffPolicyConfig | MixedConfig, info: EnvInfo) -> None:
