@@ -12,10 +12,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from offtrace.agents.data.acting import ActingData, Learner, make_room
-from offtrace.modules import host
+from offtrace.agents.data.acting import ActingData, Learner
 from offtrace.modules.envs import EnvironmentFailure
-from offtrace.modules.keys import DONE, FINALS, INDEX, NEXT, POLICY_VERSION, PRIORITY, VALID, WEIGHT
+from offtrace.modules.keys import INDEX, POLICY_VERSION, PRIORITY, VALID, WEIGHT
 from offtrace.modules.replay import Replay
 from offtrace.modules.returns import effective_sample_size
 
@@ -171,16 +170,7 @@ class StoringData(ActingData):
         newest = self._version if self.collector is None else self.collector.version
         version, valid, weight = (batch.get(key, None) for key in (POLICY_VERSION, VALID, WEIGHT))
         self._sampled = _Sampled(version, valid, weight, newest)
-        if batch.ndim == 2:
-            self._make_room(batch)
         return batch
-
-    @staticmethod
-    def _make_room(batch: TensorDictBase) -> None:
-        """As :func:`make_room`; where the replay lies on a device, room for one: sequences do not cross episodes."""
-        if host.readable(batch[NEXT, DONE]):
-            return make_room(batch, batch)
-        batch[FINALS] = torch.empty(*batch.shape, 1, 0, device=batch[NEXT, DONE].device)
 
     def replayed(self, device: torch.device, number: int | None = None) -> TensorDictBase:
         """As :meth:`sample`, on ``device`` and as ``on_replayed`` returns it."""

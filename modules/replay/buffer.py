@@ -11,8 +11,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from offtrace.modules import host
 from offtrace.modules.keys import (
     DONE,
+    FINALS,
     INDEX,
     IS_INIT,
     NEXT,
@@ -218,7 +220,8 @@ class Replay:
         with ``pad`` or ``burn_in`` the bool ``"valid"`` ``[*, 1]``. ``"index"``, int64 ``[*]``, names the sample for
         :meth:`update_priorities`; a prioritised sampler adds ``"weight"``, float32 ``[*]``. In sequences all steps of
         a sample have its name and weight, in the memory of one, and a state and its successor share memory: change
-        them out of place.
+        them out of place. ``"finals"`` tells losses how many observations they must make room for, so that they need
+        not wait for a device to count them.
 
         Raises:
             ValueError: no step to begin with, or all priorities are 0.
@@ -239,22 +242,30 @@ class Replay:
             return self._transitions(slots, found) if self.length == 1 else self._sequences(slots, found)
 
     def renew(self, batch: TensorDictBase) -> None:
-        """Stores the state of a batch's first steps again, but for the observation: what was computed anew since.
+        """Stores the state of the newest batch's first steps again, but for the observation: what was computed anew.
 
         Args:
-            batch: ``[B, length]``, without the steps in front. Those that were overwritten since are passed over.
+            batch: ``[B, length]``, its rows in the order in which :meth:`sample` gave them, without the steps in front.
+                Those that were overwritten since are passed over.
 
         Raises:
+            ValueError: it is not the newest batch of a replay that goes through whole episodes. On a device only the
+                number of rows is compared, for the host would wait for the rest.
             DamagedReplay: an insertion was interrupted half-way.
         """
         with self._lock:
             self._check_whole()
-            slots, there = self._rings.slots_of(_of_each(batch[INDEX], "index", torch.int64))
-            index, rows = self._tensor(slots[there]), torch.from_numpy(there.nonzero()[0])
+            if len(batch) != len(self._begun):
+                raise ValueError(f"the batch has {len(batch)} rows; the newest one that goes on has {len(self._begun)}")
+            index = batch[INDEX]
+            if host.readable(index) and (index.numpy()[:, 0] != self._begun).any():
+                raise ValueError("the batch is not the newest one, or its rows are in another order")
+            slots, there = self._rings.slots_of(self._begun)
+            index, rows = self._tensor(slots[there]), self._tensor(there.nonzero()[0])
             for key in self._state:
                 if key[0] != OBSERVATION:
                     first = batch[key][:, 0].detach().to(self.device)
-                    self._storage.leaves[key].index_copy_(0, index, first[rows.to(self.device)])
+                    self._storage.leaves[key].index_copy_(0, index, first[rows])
 
     def update_priorities(self, index: Tensor, priority: Tensor) -> int:
         """Gives samples new priorities, for instance the absolute TD error of each.
@@ -385,8 +396,7 @@ class Replay:
             continues &= self._same_state(whole, rings, envs)
         plan = self._rings.insert(rings, **flags, continues=continues)
         every = len(plan.step_rows) == envs * steps
-        to = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
-        rows, slots, final_rows, final_slots = map(to, plan[:4])
+        rows, slots, final_rows, final_slots = map(self._tensor, plan[:4])
         for key, leaf in self._storage.leaves.items():
             data = entries[key].flatten(0, 1).to(self.device)
             leaf.index_copy_(0, slots, data if every else data.index_select(0, rows))
@@ -395,15 +405,15 @@ class Replay:
             self._storage.leaves[key].index_copy_(0, final_slots, data.to(self.device).index_select(0, final_rows))
         if plan.older_slots.size:
             leaf = self._storage.leaves[STACK]
-            stacks = whole[STACK].flatten(0, 1).to(self.device).index_select(0, to(plan.first_rows))
+            stacks = whole[STACK].flatten(0, 1).to(self.device).index_select(0, self._tensor(plan.first_rows))
             frames = stacks.view(len(stacks), self.frame_stack, *leaf.shape[1:])[:, :-1]
-            leaf.index_copy_(0, to(plan.older_slots.ravel()), frames.flatten(0, 1))
+            leaf.index_copy_(0, self._tensor(plan.older_slots.ravel()), frames.flatten(0, 1))
         self.inserted += len(plan.step_rows)
         self.dropped += envs * steps - len(plan.step_rows)
         return len(plan.step_rows)
 
     def _same_state(self, whole: dict[Key, Tensor], rings: slice, envs: int) -> np.ndarray:
-        slots = torch.from_numpy(self._rings.provisional(rings)).to(self.device)
+        slots = self._tensor(self._rings.provisional(rings))
         same = np.ones(envs, bool)
         for key in self._state:
             if key[0] == OBSERVATION:
@@ -423,7 +433,7 @@ class Replay:
         index, next_index = self._tensor(slots), self._tensor(self._rings.successors(slots))
         found = {key: self._take(key, index) for key in self._storage.leaves}
         successors = {key: self._take(key, next_index) for key in self._state}
-        return self._assemble(found, successors, named, slots)
+        return self._assemble(found, successors, named, self._rings.ends(slots))
 
     def _sequences(self, slots: np.ndarray, named: dict[str, Tensor]) -> TensorDict:
         states, steps, valid = self._rings.windows(slots)
@@ -438,24 +448,31 @@ class Replay:
             window = window.view(shape[0], shape[1] + 1, *window.shape[1:])
             found[key], successors[key] = window[:, :-1], window[:, 1:]
         named = {name: value.unsqueeze(1).expand(shape) for name, value in named.items()}
+        ends = self._rings.ends(steps)
+        room = 0
         if valid is not None:
             named[VALID] = self._tensor(valid).unsqueeze(-1)
-        return self._assemble(found, successors, named, steps)
+            terminated, truncated = ends[:2]
+            # a sequence never crosses episodes, so that an end within it has padding behind
+            room = int((truncated & ~terminated & valid)[:, :-1].any())
+        named[FINALS] = torch.empty(*shape, room, 0, device=self.device)
+        return self._assemble(found, successors, named, ends)
 
     def _assemble(
-        self, found: dict[Key, Tensor], successors: dict[Key, Tensor], named: dict[str, Tensor], slots: np.ndarray
+        self, found: dict[Key, Tensor], successors: dict[Key, Tensor], named: dict[str, Tensor], ends: np.ndarray
     ) -> TensorDict:
+        shape = ends.shape[1:]
         root = nested({key: value for key, value in found.items() if key[0] != NEXT})
         successors.update({key[1:]: value for key, value in found.items() if key[0] == NEXT})  # rewards and the like
         next_entries = nested(successors)
-        flags = self._tensor(self._rings.ends(slots)).unsqueeze(-1)
+        flags = self._tensor(ends).unsqueeze(-1)
         next_entries[TERMINATED], next_entries[TRUNCATED], next_entries[DONE], init = flags.unbind()
         if self._has_init:
             # padding repeats a step, which may be an episode's first; a state that is reset there would be lost
             root[IS_INIT] = init & named[VALID] if VALID in named else init
         # as a dict it would be gone through twice
-        root[NEXT] = TensorDict(next_entries, slots.shape, device=self.device)
-        return TensorDict({**root, **named}, slots.shape, device=self.device)
+        root[NEXT] = TensorDict(next_entries, shape, device=self.device)
+        return TensorDict({**root, **named}, shape, device=self.device)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -12,12 +12,14 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from offtrace.modules import host
 from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.losses import ImpalaLoss, burn_in
 from offtrace.modules.losses.recurrent_state import recurrent_keys
 from offtrace.modules.networks import Policy, build_policy
 from offtrace.modules.replay import Prioritized, Replay
+from tests.no_reads import NoReads
 
 ENVS, STEPS, HIDDEN = 4, 6, 5
 STATE = ("recurrent_h", "recurrent_c")
@@ -269,6 +271,31 @@ def test_new_weights_give_the_state_of_a_run_from_the_start() -> None:
             _, t, begin = known.of(first)
             furthest = max(furthest, t - begin)
     assert furthest >= 3 * STEPS
+
+
+def test_only_the_newest_batch_is_renewed() -> None:
+    policy = make_policy()
+    replay, _ = filled(policy, 40, whole_episodes=True)
+    older, newest = (burn_in(policy, replay.sample(ENVS), STEPS) for _ in range(2))
+    with pytest.raises(ValueError, match="the batch is not the newest one, or its rows are in another order"):
+        replay.renew(older)
+    with pytest.raises(ValueError, match=f"the batch has 1 rows; the newest one that goes on has {ENVS}"):
+        replay.renew(newest[:1])
+    replay.renew(newest)
+    plain, _ = filled(policy, 40)
+    with pytest.raises(ValueError, match="the newest one that goes on has 0"):
+        plain.renew(burn_in(policy, plain.sample(ENVS), 4))
+
+
+def test_on_a_device_the_host_waits_for_no_renewal(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy()
+    replay, _ = filled(policy, 40, whole_episodes=True)
+    renewed = burn_in(policy, replay.sample(ENVS), STEPS)
+    monkeypatch.setattr(host, "readable", lambda tensor: False)
+    found: set[tuple[str, str]] = set()
+    with NoReads(found=found):
+        replay.renew(renewed)
+    assert {operation for operation, _ in found} == {"lift_fresh"}, "it sends indices, and reads nothing"
 
 
 def test_episodes_are_drawn_uniformly() -> None:

@@ -175,6 +175,11 @@ def check_batch(batch: TensorDict, wanted: dict[Any, Any], length: int, pad: boo
     pad = pad and length > 1
     assert batch.shape == ((16,) if length == 1 else (16, length))
     flat = batch if batch.ndim == 2 else batch.unsqueeze(1)
+    assert ("finals" in flat.keys()) == (length > 1)  # noqa: SIM118 - a TensorDict
+    if length > 1:
+        truncated = flat["next", "done"] & ~flat["next", "terminated"]
+        within = (truncated & flat["valid"] if pad else truncated)[:, :-1]
+        assert flat["finals"].shape == (16, length, int(within.sum(1).max()), 0)
     assert ("valid" in flat.keys()) == pad  # noqa: SIM118 - a TensorDict
     assert "policy_version" not in flat["next"].keys()  # noqa: SIM118
     assert "episode_reward" not in flat.keys()  # noqa: SIM118
@@ -523,7 +528,7 @@ def test_rollouts_of_a_collector_join() -> None:
     assert batch["is_init"][:, :, 0].tolist() == [[True, *[False] * 19]] * 4
     with torch.no_grad():
         torch.testing.assert_close(batch["action"], policy.module(batch["observation"]))
-    assert set(batch.keys()) == {"observation", "action", "is_init", "policy_version", "index", "next"}
+    assert set(batch.keys()) == {"observation", "action", "is_init", "policy_version", "index", "finals", "next"}
 
 
 def test_memory_of_a_step() -> None:
