@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from offtrace.recipes import cli, compare, doctor, offpolicy_study
+from offtrace.recipes import cli, compare, curves, doctor, offpolicy_study
 from tests.recipes.recipes import TRAINING, parse
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -18,17 +18,24 @@ PROGRAMS = re.findall(r"run by tests/test_readme.py -->\n```python\n(.*?)```", R
 COMMANDS = re.findall(r"^python recipes/(\w+)\.py(.*)$", README.read_text(), re.MULTILINE)
 
 
-def test_every_command_is_right() -> None:
+def test_every_command_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as that can be told without a run or a GPU."""
     assert len(PROGRAMS) == 2
     assert {"impala_atari", "sac_control", "evaluate"} <= {name for name, _ in COMMANDS}
-    assert {name for name, _ in COMMANDS} <= {*TRAINING, "offpolicy_study", "compare", "evaluate", "doctor"}
+    assert {name for name, _ in COMMANDS} <= {*TRAINING, "offpolicy_study", "compare", "curves", "evaluate", "doctor"}
     for name, rest in COMMANDS:
         argv = shlex.split(rest, comments=True)
         if name == "offpolicy_study":
             offpolicy_study.parse(argv)
         elif name == "compare":
             compare.parse([word.replace("mytask:make", "tests.conformance.tasks:Vector") for word in argv])
+        elif name == "curves":
+            runs = [word.partition("=")[2] or word for word in argv]
+            for run in (Path(run) for run in runs if run.startswith("runs/")):
+                (tmp_path / run).mkdir(parents=True)
+                (tmp_path / run / "metrics.csv").touch()
+            monkeypatch.chdir(tmp_path)
+            curves.parse(argv)
         elif name == "doctor":
             doctor.parse(argv)
         elif name in TRAINING and "--resume" not in argv:

@@ -15,10 +15,11 @@ import torch
 
 from offtrace.agents.config import Config, ConfigError
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint, usable
+from offtrace.agents.runs.curves import plot_curves
 from offtrace.agents.runs.evaluation import EvaluationResult, evaluate
 from offtrace.agents.runs.folders import RunError, discard, write_config
-from offtrace.agents.runs.media import Recorder, plot_curve
 from offtrace.agents.runs.ranks import rank
+from offtrace.agents.runs.recording import Recorder
 from offtrace.agents.runs.training import REPLAY, Summary, evaluation_env, train
 from offtrace.modules.envs import EnvironmentFailure, env_info
 from offtrace.modules.replay import DamagedReplay
@@ -82,8 +83,8 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
 
 def _draw(config: Config, summary: Summary, folder: Path) -> None:
     if summary.updates:
-        curves = {f"seed {config.train.seed}": folder / "metrics.csv"}
-        _safely("the learning curve", lambda: plot_curve(curves, folder / "curve.png", title=config.task))
+        curves = {f"seed {config.train.seed}": [folder / "metrics.csv"]}
+        _safely("the learning curve", lambda: plot_curves(curves, folder / "curve.png", title=config.task))
     if not summary.signal and config.train.record:
         print("recording one episode; --train.record false leaves it out", file=sys.stderr)
         best = _last(folder).with_name("best.ckpt")

@@ -17,8 +17,9 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from offtrace.agents.runs.atari_scores import RANDOM_HUMAN, human_normalised
+from offtrace.agents.runs.curves import plot_curves, read_curves
 from offtrace.agents.runs.evaluation import evaluate
-from offtrace.agents.runs.media import plot_curve, read_curves, save_gif
+from offtrace.agents.runs.recording import save_gif
 from offtrace.modules.envs import GymEnv, make_env
 from offtrace.modules.networks import build_policy
 from tests.agents.published_scores import IMPALA
@@ -98,8 +99,8 @@ def test_an_episode_in_which_the_simulator_fails_takes_its_turn(good: int, retur
 def test_curve_and_gif(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.csv"
     metrics.write_text("eval/return,step,train/return\n,1000,1.5\n2.5,2000,\n,3000,2.0\n")
-    assert read_curves(metrics) == ([(1000, 1.5), (3000, 2.0)], [(2000, 2.5)])
-    plot_curve({"seed 0": metrics}, tmp_path / "curve.png", title="x", goal=2.0)
+    assert read_curves(metrics)[:2] == ([(1000, 1.5), (3000, 2.0)], [(2000, 2.5)])
+    plot_curves({"seed 0": [metrics]}, tmp_path / "curve.png", title="x", goal=2.0)
     assert Image.open(tmp_path / "curve.png").size[0] > 500
     frames = [np.full((8, 8), value, np.uint8) for value in range(0, 250, 10)]
     save_gif(frames, tmp_path / "g.gif", scale=3, limit=10)

@@ -330,7 +330,7 @@ def test_a_signal_before_the_callbacks_are_set_up_has_its_exit_code(
 @pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(Meters, "on_train_end"), (ActingData, "teardown"), (runs, "plot_curve"), (runs, "record_episode")],
+    [(Meters, "on_train_end"), (ActingData, "teardown"), (runs, "plot_curves"), (runs, "record_episode")],
 )
 def test_an_interrupt_behind_the_last_update_loses_nothing(
     owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ import yaml
 
 from offtrace.agents.config import CollectorConfig
 from offtrace.agents.impala import atari_config, control_config
-from offtrace.agents.runs.media import read_curves
+from offtrace.agents.runs.curves import read_curves
 from offtrace.agents.runs.training import learner_threads
 from offtrace.recipes import evaluate, impala_atari, impala_control
 
@@ -64,19 +64,21 @@ def test_a_signal_that_an_import_swallows_ends_the_start_all_the_same(
 def test_a_resumed_run_keeps_its_curve_and_its_new_budget(capsys: pytest.CaptureFixture[str]) -> None:
     run = Path("runs/a")
     assert train("--train.total_frames=128") == 0
-    training, scores = read_curves(run / "metrics.csv")
+    training, scores, seconds = read_curves(run / "metrics.csv")
     assert scores[-1][0] == 128
     capsys.readouterr()
 
     assert impala_control.main(["--resume", "runs/a"]) == 2
     assert "runs/a has trained 128 of 128 frames; give more by --train.total_frames" in error_line(capsys)
-    assert read_curves(run / "metrics.csv") == (training, scores), "a refused resume changes nothing"
+    assert read_curves(run / "metrics.csv") == (training, scores, seconds), "a refused resume changes nothing"
 
     assert impala_control.main(["--resume", "runs/a", "--train.total_frames", "256"]) == 0
-    longer, more = read_curves(run / "metrics.csv")
+    longer, more, whole = read_curves(run / "metrics.csv")
     assert longer[: len(training)] == training
     assert more[: len(scores)] == scores
     assert more[-1][0] == 256
+    assert whole[: len(seconds)] == seconds
+    assert whole[-1][1] > seconds[-1][1]
     steps = [frames for frames, _ in longer]
     assert steps == sorted(steps)
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["total_frames"] == 256
@@ -144,7 +146,7 @@ def test_a_picture_that_fails_does_not_lose_the_run(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("offtrace.agents.runs.run.plot_curve", fail)
+    monkeypatch.setattr("offtrace.agents.runs.run.plot_curves", fail)
     assert train("--train.total_frames=64") == 0
     out, err = capsys.readouterr()
     assert "the learning curve was not made: no space left" in err

@@ -1,11 +1,8 @@
-"""Curve, recorded episode and reference scores."""
+"""Recorded episode and reference scores."""
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,41 +13,11 @@ from tensordict import TensorDict
 
 from offtrace.agents.runs.atari_scores import RANDOM_HUMAN, human_normalised
 from offtrace.agents.runs.evaluation import EvaluationResult
-from offtrace.agents.runs.media import Recorder, plot_curve, save_gif
+from offtrace.agents.runs.recording import Recorder, save_gif
 from offtrace.modules.envs import make_env
 from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION
 from offtrace.recipes.evaluate import report
 from tests.agents.published_scores import IMPALA
-
-
-def test_a_curve_of_several_seeds(tmp_path: Path) -> None:
-    runs = {}
-    for seed in range(2):
-        path = tmp_path / f"{seed}.csv"
-        path.write_text("step,train/return,eval/return\n0,-21,\n1000000,-20,-19\n2000000,5,\n3000000,18,20\n")
-        runs[f"seed {seed}"] = path
-    plot_curve(runs, tmp_path / "curve.png", title="pong", goal=18)
-    pixels = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB"))
-    assert pixels.shape[1] > 600
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, "lines of two colours"
-
-
-@pytest.mark.parametrize("rows", ["", "1000,5,\n"])
-def test_a_curve_without_evaluations(tmp_path: Path, rows: str) -> None:
-    (tmp_path / "m.csv").write_text("step,train/return,eval/return\n" + rows)
-    plot_curve({"seed 0": tmp_path / "m.csv"}, tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_the_curve_needs_no_display(tmp_path: Path) -> None:
-    (tmp_path / "m.csv").write_text("step,train/return,eval/return\n1000,5,6\n")
-    code = (
-        "from pathlib import Path\nfrom offtrace.agents.runs.media import plot_curve\n"
-        "plot_curve({'a': Path('m.csv')}, Path('c.png'))"
-    )
-    env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")} | {"MPLBACKEND": "TkAgg"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
 
 
 @pytest.mark.parametrize("shape", [(84, 84), (50, 30, 3)])

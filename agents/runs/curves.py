@@ -1,0 +1,118 @@
+"""The learning curves of runs, read from their metrics, and their figure."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offtrace.agents.runs.folders import metric_parts
+
+Curve = list[tuple[int, float]]
+"""Environment frames and a value, in ascending order."""
+
+
+_THIN: dict[str, Any] = {"alpha": 0.35, "linewidth": 1}
+_DOTS: dict[str, Any] = {"marker": "o", "markersize": 3}
+
+
+class Curves(NamedTuple):
+    """What a run has logged.
+
+    Attributes:
+        training: mean return of the last hundred training episodes.
+        scores: of the evaluations.
+        seconds: that training had taken, evaluations left out.
+    """
+
+    training: Curve
+    scores: Curve
+    seconds: Curve
+
+    def seconds_at(self, frames: Sequence[float]) -> NDArray[np.float64]:
+        """Seconds of training until each of ``frames``, in a straight line between what was logged."""
+        return np.interp(frames, *np.array([(0, 0.0), *self.seconds]).T)
+
+
+def read_curves(metrics: Path) -> Curves:
+    """The curves of a run's ``metrics.csv`` and its earlier parts.
+
+    A run that was stopped and resumed trained the frames behind its last checkpoint twice; the later time counts.
+
+    Raises:
+        OSError: if there is neither such a file nor a part of one.
+    """
+    parts = metric_parts(metrics)
+    if metrics.exists() or not parts:
+        parts.append(metrics)
+    rows: list[dict[str, str]] = []
+    for part in parts:
+        with open(part, newline="") as file:
+            later = [row for row in csv.DictReader(file) if row.get("step")]
+        if later:
+            # the first row of a part stands at the frames of its checkpoint, where the part before may end with a score
+            rows = [row for row in rows if int(row["step"]) <= int(later[0]["step"])] + later
+
+    def column(name: str) -> Curve:
+        return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+
+    seconds, before, spent = [], 0, 0.0
+    for frames, speed in column("train/frames_per_second"):
+        if speed > 0:  # a row in which nothing was trained has none
+            before, spent = frames, spent + (frames - before) / speed
+            seconds.append((frames, spent))
+    return Curves(column("train/return"), column("eval/return"), seconds)
+
+
+def plot_curves(
+    runs: Mapping[str, Sequence[Path]],
+    out: Path,
+    *,
+    title: str = "",
+    goal: float | None = None,
+    against_time: bool = False,
+) -> None:
+    """Draws return against environment frames for one or several runs into a PNG.
+
+    Args:
+        runs: label to the ``metrics.csv`` of its runs, which have one colour; training returns are thin lines,
+            evaluation scores lines with dots.
+        out: the PNG.
+        title: above it.
+        goal: a dashed line.
+        against_time: a second panel, against hours of training, evaluations left out.
+
+    Raises:
+        OSError: if a file cannot be read or written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(10 if against_time else 7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 1 + against_time, squeeze=False, sharey=True)[0]
+    for index, paths in enumerate(runs.values()):
+        for curves in map(read_curves, paths):
+            for curve, look in ((curves.training, _THIN), (curves.scores, _DOTS)):
+                frames, values = [x for x, _ in curve], [y for _, y in curve]
+                panels[0].plot(np.divide(frames, 1e6), values, color=f"C{index}", **look)
+                if against_time:
+                    panels[1].plot(curves.seconds_at(frames) / 3600, values, color=f"C{index}", **look)
+    for panel, name in zip(panels, ("environment frames (millions)", "hours of training"), strict=False):
+        if goal is not None:
+            panel.axhline(goal, color="0.5", linestyle="--", linewidth=1)
+        panel.set_xlabel(name)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("return of a whole episode")
+    figure.suptitle(title)
+    handles = [Line2D([], [], color=f"C{index}", label=label, **_DOTS) for index, label in enumerate(runs)]
+    # below the axes: several curves leave no corner free
+    figure.legend(
+        handles=handles, title="evaluation (dots), training (thin)", loc="outside lower center", ncols=min(6, len(runs))
+    )
+    figure.savefig(out, dpi=130)
