@@ -103,10 +103,9 @@ class SACConfig(OffPolicyConfig):
     def policy_spec(self, info: EnvInfo) -> dict[str, Any]:
         """A tanh-Gaussian, or a categorical policy for discrete actions. Noise lasts where no ratio is read."""
         from offtrace.agents.assemble import policy_spec
-        from offtrace.modules.estimators import make_estimator
 
-        discrete = info.num_actions is not None
-        lasts = not (discrete or self.network.smoothing or make_estimator(self.loss.estimator, "action").uses_behaviour)
+        discrete, network = info.num_actions is not None, self.network
+        lasts = not (discrete or network.smoothing) and parse_spec(self.loss.estimator)[0] in ("one_step", "n_step")
         noise = 0.8**self.env.action_repeat if lasts else 0.0
         return policy_spec(self, info, head="categorical" if discrete else "tanh", critic=None, noise_correlation=noise)
 
@@ -194,7 +193,8 @@ def pixel_config() -> SACConfig:
 
 def v1_config() -> SACConfig:
     """The first version: value network, fixed temperature, reward scale."""
-    config = SACConfig(loss=LossConfig(version=1))
+    config = SACConfig()
+    config.loss.version = 1
     config.optim.lr_critic = 1e-3  # as control_config
     config.loss.reward_scale = 20.0  # temperature 0.05; the paper's 5 to 20 are for Gym, whose steps are worth more
     return config

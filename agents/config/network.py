@@ -103,7 +103,7 @@ class SeparateNetworksConfig(FeedForwardConfig):
     """Low pass over executed actions, 0 for none: a = smoothing * last action + (1 - smoothing) * sample."""
     noise_correlation: float | None = None
     """Correlation of the exploration noise with that of the step before; 0: independent. null: 0.8 in SAC with
-    continuous actions, an estimator without ratios (such as one_step) and no smoothing, to the power of
+    continuous actions, an estimator without ratios (one_step, n_step) and no smoothing, to the power of
     env.action_repeat; and else 0."""
 
     def check(self, at: str) -> None:

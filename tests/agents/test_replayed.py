@@ -693,10 +693,7 @@ def test_a_sampler_of_the_users_gets_its_priorities_back() -> None:
     [
         ({}, 0.8),
         ({"loss.estimator": "n_step(n=3)"}, 0.8),
-        ({"loss.estimator": "q_lambda"}, 0.8),
-        ({"loss.estimator": "tests.modules.test_own_estimator:PengsQLambda"}, 0.8),
         ({"loss.estimator": "retrace(lmbda=0.95)"}, 0.0),
-        ({"loss.estimator": "importance_sampling"}, 0.0),
         ({"network.smoothing": 0.5}, 0.0),
         ({"env.action_repeat": 4}, 0.8**4),
         ({"network.noise_correlation": 0.0}, 0.0),
