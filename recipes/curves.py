@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offtrace.agents.config import ConfigError
+from offtrace.agents.runs.folders import metric_parts
 from offtrace.recipes.cli import fail
 from offtrace.recipes.flags import SentenceParser, check_flags
+
+if TYPE_CHECKING:
+    from offtrace.agents.runs.curves import Curves
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         return _draw(parse(sys.argv[1:] if argv is None else argv))
     except ConfigError as error:
         return fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -31,7 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     parser = SentenceParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "runs", nargs="+", metavar="[LABEL=]RUN", help="folder of a run; runs of one label have one colour"
+        "runs", nargs="+", metavar="[LABEL=]RUN", help="folder of a run; those of one label have one colour"
     )
     parser.add_argument("--figure", type=Path, default=Path("curves.png"), help="the PNG (default curves.png)")
     parser.add_argument("--title", default="", help="above it")
@@ -44,35 +53,60 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"--figure is {args.figure}; there is no folder {args.figure.absolute().parent}")
     runs: dict[str, list[Path]] = {}
     for word in args.runs:
-        label, found, name = word.rpartition("=")
-        folder = Path(name)
-        if not any(folder.glob("metrics*.csv")):
-            raise ConfigError(f"{folder} has no metrics.csv; give the folder of a run, such as runs/NAME")
-        runs.setdefault(label if found else folder.name, []).append(folder)
+        label, folder = _named(word)
+        runs.setdefault(label, []).append(folder)
     args.runs = runs
     return args
 
 
-def _draw(args: argparse.Namespace) -> int:
-    from offtrace.agents.runs.curves import plot_curves, read_curves
+def _named(word: str) -> tuple[str, Path]:
+    """Label and folder of a run; the folder's name may hold a = as well."""
+    parts = word.split("=")
+    for place in range(len(parts)):
+        label, folder = "=".join(parts[:place]), Path("=".join(parts[place:]))
+        metrics = folder / "metrics.csv"
+        if (label or not place) and (metrics.is_file() or metric_parts(metrics)):
+            return label or str(folder), folder
+    given = "=".join(parts[1:]) or word
+    raise ConfigError(f"{given} has no metrics.csv; give the folder of a run, such as runs/NAME or PPO=runs/NAME")
 
+
+def _draw(args: argparse.Namespace) -> int:
+    from offtrace.agents.runs.curves import plot_curves
+
+    found = {label: [_read(folder) for folder in folders] for label, folders in args.runs.items()}
     for label, folders in args.runs.items():
-        for folder in folders:
-            curves = read_curves(folder / "metrics.csv")
-            if not curves.training and not curves.scores:
-                raise ConfigError(f"{folder} has logged no return yet; wait for its first episodes, or leave it out")
+        for folder, curves in zip(folders, found[label], strict=True):
             frames, last = (curves.scores or curves.training)[-1]
-            hours = curves.seconds_at([frames])[0] / 3600
-            best = f", best {max(score for _, score in curves.scores):.1f}" if curves.scores else ""
-            kind = "score" if curves.scores else "return of training"
-            print(f"{label}: {folder}: {kind} {last:.1f} at {frames:,} frames{best}; {hours:.2f} hours of training")
-    metrics = {label: [folder / "metrics.csv" for folder in folders] for label, folders in args.runs.items()}
+            said = f"score {last:.1f}" if curves.scores else f"return of training {last:.1f}"
+            said += f" at {frames:,} frames"
+            if curves.scores:
+                said += f", best {max(score for _, score in curves.scores):.1f}"
+            if curves.seconds:
+                said += f"; {curves.seconds_at([frames])[0] / 3600:.2f} hours of training"
+            print(f"{label}: {folder}: {said}")
+    timed = any(curves.seconds for several in found.values() for curves in several)
     try:
-        plot_curves(metrics, args.figure, title=args.title, goal=args.goal, against_time=True)
+        plot_curves(found, args.figure, title=args.title, goal=args.goal, against_time=timed)
     except OSError as error:
         raise ConfigError(f"--figure is {args.figure}, which cannot be written: {error.strerror}") from error
     print(f"written: {args.figure}")
     return 0
+
+
+def _read(folder: Path) -> Curves:
+    from offtrace.agents.runs.curves import read_curves
+
+    metrics = folder / "metrics.csv"
+    try:
+        curves = read_curves(metrics)
+    except OSError as error:
+        raise ConfigError(f"{metrics} cannot be read: {error.strerror}") from error
+    except (ValueError, csv.Error) as error:
+        raise ConfigError(f"{metrics}, or a part of it, is damaged ({error}); mend or remove the row") from error
+    if not curves.training and not curves.scores:
+        raise ConfigError(f"{folder} has logged no return yet; wait for its first episodes, or leave it out")
+    return curves
 
 
 if __name__ == "__main__":

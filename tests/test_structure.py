@@ -64,7 +64,7 @@ USES: dict[str, set[str]] = {
     "losses": {"estimators", "returns", "networks", "keys", "host"},
     "envs": {"keys", "naming"},
     "collectors": {"envs", "keys", "fork_server", "machine"},
-    "replay": {"host", "keys"},
+    "replay": {"keys"},
 }
 """What each part of the modules may know besides itself: neither collector nor replay knows the other, or a loss."""
 

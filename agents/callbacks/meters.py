@@ -15,12 +15,11 @@ from offtrace.agents.callbacks.weights import WeightSync
 
 
 class _Mark(NamedTuple):
-    """A moment, in seconds, and what was done and spent on evaluations up to it."""
+    """A moment, in seconds of training, and what was done up to it."""
 
     at: float
     frames: int
     updates: int
-    evaluating: float
 
 
 class Meters(pl.Callback):
@@ -28,14 +27,15 @@ class Meters(pl.Callback):
 
     It tells frames, frames/s, updates/s; ``return``, the mean of the last hundred episodes of training; ``score``, that
     of the last evaluation; ``lag``, the mean age in updates of the weights that acted in what is learnt from. On a
-    terminal the line is a progress bar; elsewhere it is printed as it is logged. Only rank 0 shows and logs. Frames and
-    updates per second leave out the time spent in evaluations. Episodes that a failing simulator ended are counted in
+    terminal the line is a progress bar; elsewhere it is printed as it is logged. Only rank 0 shows and logs. Seconds of
+    training (``train/seconds``, those of the parts before a resumed one included), and frames and updates per second,
+    leave out the time spent in evaluations. Episodes that a failing simulator ended are counted in
     both (``train/dropped_episodes``), once there are any; so are actors that took the place of one that failed
     (``collector/restarts``).
 
     Args:
         total_frames: the end of the bar.
-        every_s: seconds between two log entries.
+        every_s: seconds of training between two log entries.
         console: where the line goes; standard error by default.
     """
 
@@ -46,6 +46,9 @@ class Meters(pl.Callback):
         self.frames_per_second = 0.0
         self.updates_per_second = 0.0
         self.first_update_at = 0.0
+        self._evaluation: Evaluation | None = None
+        self._start: _Mark | None = None
+        self._seconds_before = 0.0
         self._bar: Progress | None = None
         self._lag_max = 0
         self._lag_sum = 0.0
@@ -76,12 +79,13 @@ class Meters(pl.Callback):
             self._lag_max = max(self._lag_max, self._sync.lag_max)
             self._lag_sum += self._sync.lag_mean
             self._lag_count += 1
-        if time.perf_counter() - self._last.at >= self.every_s:
+        if self._clock() - self._last.at >= self.every_s:
             self._log(trainer, agent)
 
     def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
         """Logs the rest; the speed becomes that of the whole run."""
         self._log(trainer, agent)
+        assert self._start is not None
         self._measure_speed(self._start, agent)
         self._stop()
 
@@ -94,13 +98,29 @@ class Meters(pl.Callback):
             self._bar.stop()
             self._bar = None
 
+    @property
+    def seconds(self) -> float:
+        """Of training so far, evaluations left out; those of the parts before a resumed one included."""
+        return self._seconds_before + (0.0 if self._start is None else self._clock() - self._start.at)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues the clock."""
+        self._seconds_before = float(state_dict["seconds"])
+
+    def _clock(self) -> float:
+        """Seconds, in which evaluations do not count."""
+        return time.perf_counter() - (0.0 if self._evaluation is None else self._evaluation.seconds)
+
     def _mark(self, agent: Agent) -> _Mark:
-        evaluating = self._evaluation.seconds if self._evaluation is not None else 0.0
-        return _Mark(time.perf_counter(), agent.frames, agent.updates, evaluating)
+        return _Mark(self._clock(), agent.frames, agent.updates)
 
     def _measure_speed(self, since: _Mark, agent: Agent) -> _Mark:
         now = self._mark(agent)
-        seconds = max(now.at - since.at - (now.evaluating - since.evaluating), 1e-9)
+        seconds = max(now.at - since.at, 1e-9)
         self.frames_per_second = (now.frames - since.frames) / seconds
         self.updates_per_second = (now.updates - since.updates) / seconds
         return now
@@ -113,6 +133,7 @@ class Meters(pl.Callback):
         episodes = agent.data.episodes
         metrics["train/frames_per_second"] = self.frames_per_second
         metrics["train/updates_per_second"] = self.updates_per_second
+        metrics["train/seconds"] = self.seconds
         metrics["train/updates"] = float(agent.updates)
         metrics["train/learning_rate"] = float(agent.trainer.optimizers[0].param_groups[0]["lr"])
         if episodes.returns:

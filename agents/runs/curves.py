@@ -26,7 +26,7 @@ class Curves(NamedTuple):
     Attributes:
         training: mean return of the last hundred training episodes.
         scores: of the evaluations.
-        seconds: that training had taken, evaluations left out.
+        seconds: that training had taken, evaluations left out; empty of a run of a version that did not log them.
     """
 
     training: Curve
@@ -60,16 +60,11 @@ def read_curves(metrics: Path) -> Curves:
     def column(name: str) -> Curve:
         return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
 
-    seconds, before, spent = [], 0, 0.0
-    for frames, speed in column("train/frames_per_second"):
-        if speed > 0:  # a row in which nothing was trained has none
-            before, spent = frames, spent + (frames - before) / speed
-            seconds.append((frames, spent))
-    return Curves(column("train/return"), column("eval/return"), seconds)
+    return Curves(column("train/return"), column("eval/return"), column("train/seconds"))
 
 
 def plot_curves(
-    runs: Mapping[str, Sequence[Path]],
+    runs: Mapping[str, Sequence[Curves]],
     out: Path,
     *,
     title: str = "",
@@ -79,30 +74,34 @@ def plot_curves(
     """Draws return against environment frames for one or several runs into a PNG.
 
     Args:
-        runs: label to the ``metrics.csv`` of its runs, which have one colour; training returns are thin lines,
-            evaluation scores lines with dots.
+        runs: label to the curves of its runs, which have one colour; training returns are thin lines, evaluation
+            scores lines with dots.
         out: the PNG.
         title: above it.
         goal: a dashed line.
-        against_time: a second panel, against hours of training, evaluations left out.
+        against_time: a second panel, against hours of training, of the runs that know them.
 
     Raises:
-        OSError: if a file cannot be read or written.
+        OSError: if the file cannot be written.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    colours: list[Any] = [f"C{index}" for index in range(len(runs))]
+    if len(runs) > 10:  # of which there are no more
+        colours = list(colormaps["turbo"](np.linspace(0, 1, len(runs))))
     figure = Figure(figsize=(10 if against_time else 7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 1 + against_time, squeeze=False, sharey=True)[0]
-    for index, paths in enumerate(runs.values()):
-        for curves in map(read_curves, paths):
+    for colour, several in zip(colours, runs.values(), strict=True):
+        for curves in several:
             for curve, look in ((curves.training, _THIN), (curves.scores, _DOTS)):
                 frames, values = [x for x, _ in curve], [y for _, y in curve]
-                panels[0].plot(np.divide(frames, 1e6), values, color=f"C{index}", **look)
-                if against_time:
-                    panels[1].plot(curves.seconds_at(frames) / 3600, values, color=f"C{index}", **look)
+                panels[0].plot(np.divide(frames, 1e6), values, color=colour, **look)
+                if against_time and curves.seconds:
+                    panels[1].plot(curves.seconds_at(frames) / 3600, values, color=colour, **look)
     for panel, name in zip(panels, ("environment frames (millions)", "hours of training"), strict=False):
         if goal is not None:
             panel.axhline(goal, color="0.5", linestyle="--", linewidth=1)
@@ -110,9 +109,10 @@ def plot_curves(
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("return of a whole episode")
     figure.suptitle(title)
-    handles = [Line2D([], [], color=f"C{index}", label=label, **_DOTS) for index, label in enumerate(runs)]
+    handles = [Line2D([], [], color=colour, label=label, **_DOTS) for colour, label in zip(colours, runs, strict=True)]
+    columns = max(1, int(10 * figure.get_figwidth()) // (max(map(len, runs)) + 6))  # letters that a line holds
     # below the axes: several curves leave no corner free
     figure.legend(
-        handles=handles, title="evaluation (dots), training (thin)", loc="outside lower center", ncols=min(6, len(runs))
+        handles=handles, title="evaluation (dots), training (thin)", loc="outside lower center", ncols=min(6, columns)
     )
     figure.savefig(out, dpi=130)

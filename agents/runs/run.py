@@ -15,7 +15,7 @@ import torch
 
 from offtrace.agents.config import Config, ConfigError
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint, usable
-from offtrace.agents.runs.curves import plot_curves
+from offtrace.agents.runs.curves import plot_curves, read_curves
 from offtrace.agents.runs.evaluation import EvaluationResult, evaluate
 from offtrace.agents.runs.folders import RunError, discard, write_config
 from offtrace.agents.runs.ranks import rank
@@ -83,13 +83,17 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
 
 def _draw(config: Config, summary: Summary, folder: Path) -> None:
     if summary.updates:
-        curves = {f"seed {config.train.seed}": [folder / "metrics.csv"]}
-        _safely("the learning curve", lambda: plot_curves(curves, folder / "curve.png", title=config.task))
+        _safely("the learning curve", lambda: _draw_curve(config, folder))
     if not summary.signal and config.train.record:
         print("recording one episode; --train.record false leaves it out", file=sys.stderr)
         best = _last(folder).with_name("best.ckpt")
         checkpoint = best if best.exists() else _last(folder)
         _safely("the recorded episode", lambda: record_episode(config, checkpoint, folder / "episode.gif"))
+
+
+def _draw_curve(config: Config, folder: Path) -> None:
+    curves = {f"seed {config.train.seed}": [read_curves(folder / "metrics.csv")]}
+    plot_curves(curves, folder / "curve.png", title=config.task)
 
 
 def prepare(config: Config, folder: Path, resume: Path | None) -> None:

@@ -11,7 +11,6 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from offtrace.modules import host
 from offtrace.modules.keys import (
     DONE,
     FINALS,
@@ -220,8 +219,8 @@ class Replay:
         with ``pad`` or ``burn_in`` the bool ``"valid"`` ``[*, 1]``. ``"index"``, int64 ``[*]``, names the sample for
         :meth:`update_priorities`; a prioritised sampler adds ``"weight"``, float32 ``[*]``. In sequences all steps of
         a sample have its name and weight, in the memory of one, and a state and its successor share memory: change
-        them out of place. ``"finals"`` tells losses how many observations they must make room for, so that they need
-        not wait for a device to count them.
+        them out of place. Of sequences ``"finals"``, ``[B, length, K, 0]``, tells losses by its shape whether a step
+        before the last one of a sequence is truncated, K 1, or none is, K 0.
 
         Raises:
             ValueError: no step to begin with, or all priorities are 0.
@@ -249,17 +248,22 @@ class Replay:
                 Those that were overwritten since are passed over.
 
         Raises:
-            ValueError: it is not the newest batch of a replay that goes through whole episodes. On a device only the
-                number of rows is compared, for the host would wait for the rest.
+            ValueError: the replay does not go through whole episodes, or it is not the newest batch. Where the replay
+                lies on a device only the number of rows tells, for the host would wait for the rest.
             DamagedReplay: an insertion was interrupted half-way.
         """
+        if not self.whole_episodes:
+            raise ValueError("whole_episodes is False; a state is renewed for the row that goes on, and no row does")
         with self._lock:
             self._check_whole()
-            if len(batch) != len(self._begun):
-                raise ValueError(f"the batch has {len(batch)} rows; the newest one that goes on has {len(self._begun)}")
-            index = batch[INDEX]
-            if host.readable(index) and (index.numpy()[:, 0] != self._begun).any():
-                raise ValueError("the batch is not the newest one, or its rows are in another order")
+            newest = len(batch) == len(self._begun)
+            if newest and self.device.type == "cpu":
+                newest = bool((batch[INDEX][:, 0].cpu().numpy() == self._begun).all())
+            if not newest:
+                raise ValueError(
+                    f"this batch of {len(batch)} rows is not the newest, of {len(self._begun)}; give what sample "
+                    "returned last, its rows in their order"
+                )
             slots, there = self._rings.slots_of(self._begun)
             index, rows = self._tensor(slots[there]), self._tensor(there.nonzero()[0])
             for key in self._state:

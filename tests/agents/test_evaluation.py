@@ -100,7 +100,7 @@ def test_curve_and_gif(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.csv"
     metrics.write_text("eval/return,step,train/return\n,1000,1.5\n2.5,2000,\n,3000,2.0\n")
     assert read_curves(metrics)[:2] == ([(1000, 1.5), (3000, 2.0)], [(2000, 2.5)])
-    plot_curves({"seed 0": [metrics]}, tmp_path / "curve.png", title="x", goal=2.0)
+    plot_curves({"seed 0": [read_curves(metrics)]}, tmp_path / "curve.png", title="x", goal=2.0)
     assert Image.open(tmp_path / "curve.png").size[0] > 500
     frames = [np.full((8, 8), value, np.uint8) for value in range(0, 250, 10)]
     save_gif(frames, tmp_path / "g.gif", scale=3, limit=10)

@@ -12,14 +12,12 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from offtrace.modules import host
 from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.losses import ImpalaLoss, burn_in
 from offtrace.modules.losses.recurrent_state import recurrent_keys
 from offtrace.modules.networks import Policy, build_policy
 from offtrace.modules.replay import Prioritized, Replay
-from tests.no_reads import NoReads
 
 ENVS, STEPS, HIDDEN = 4, 6, 5
 STATE = ("recurrent_h", "recurrent_c")
@@ -274,28 +272,34 @@ def test_new_weights_give_the_state_of_a_run_from_the_start() -> None:
 
 
 def test_only_the_newest_batch_is_renewed() -> None:
+    """As it came: a state that is written into another episode would be seen by nobody."""
     policy = make_policy()
     replay, _ = filled(policy, 40, whole_episodes=True)
     older, newest = (burn_in(policy, replay.sample(ENVS), STEPS) for _ in range(2))
-    with pytest.raises(ValueError, match="the batch is not the newest one, or its rows are in another order"):
-        replay.renew(older)
-    with pytest.raises(ValueError, match=f"the batch has 1 rows; the newest one that goes on has {ENVS}"):
-        replay.renew(newest[:1])
+    swapped = newest[torch.arange(ENVS).roll(1)]
+    for batch, rows in ((older, ENVS), (newest[:1], 1), (swapped, ENVS)):
+        with pytest.raises(ValueError, match=f"this batch of {rows} rows is not the newest, of {ENVS}; give what"):
+            replay.renew(batch)
     replay.renew(newest)
     plain, _ = filled(policy, 40)
-    with pytest.raises(ValueError, match="the newest one that goes on has 0"):
+    with pytest.raises(ValueError, match="whole_episodes is False; a state is renewed for the row that goes on"):
         plain.renew(burn_in(policy, plain.sample(ENVS), 4))
 
 
-def test_on_a_device_the_host_waits_for_no_renewal(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = make_policy()
-    replay, _ = filled(policy, 40, whole_episodes=True)
-    renewed = burn_in(policy, replay.sample(ENVS), STEPS)
-    monkeypatch.setattr(host, "readable", lambda tensor: False)
-    found: set[tuple[str, str]] = set()
-    with NoReads(found=found):
-        replay.renew(renewed)
-    assert {operation for operation, _ in found} == {"lift_fresh"}, "it sends indices, and reads nothing"
+def test_on_a_device_the_host_waits_neither_for_a_batch_nor_for_its_renewal() -> None:
+    """Of the device meta nothing can be read."""
+    replay, _ = filled(make_policy(), 40, whole_episodes=True)
+    expected = replay.sample(ENVS)
+    replay.device = torch.device("meta")
+    replay._storage.leaves = {key: leaf.to("meta") for key, leaf in replay._storage.leaves.items()}
+    batch = replay.sample(ENVS)
+    assert {str(value.device) for value in batch.values(True, True)} == {"meta"}
+    assert {key: value.shape for key, value in batch.items(True, True) if key != "finals"} == {
+        key: value.shape for key, value in expected.items(True, True) if key != "finals"
+    }
+    replay.renew(batch[:, STEPS:])
+    with pytest.raises(ValueError, match="is not the newest"):
+        replay.renew(batch[:1, STEPS:])
 
 
 def test_episodes_are_drawn_uniformly() -> None:

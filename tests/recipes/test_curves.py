@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offtrace.agents.runs.curves import plot_curves, read_curves
+from offtrace.agents.runs.curves import Curves, plot_curves, read_curves
 from offtrace.recipes import curves
 
-HEADER = "step,train/return,eval/return,train/frames_per_second\n"
+HEADER = "step,train/return,eval/return,train/seconds\n"
 
 
 def write(folder: Path, rows: str, part: str = "") -> Path:
@@ -29,36 +29,40 @@ def colours(path: Path) -> set[tuple[int, ...]]:
     return set(map(tuple, np.unique(pixels.reshape(-1, 3), axis=0).tolist()))
 
 
-def test_seconds_are_of_training_alone(tmp_path: Path) -> None:
-    """1,000 frames at 500 a second, 1,000 at 250, then nothing but an evaluation; between them a straight line."""
-    path = write(tmp_path, "1000,1,,500\n2000,2,,250\n2000,,7,\n2000,3,,0\n")
+def test_between_what_was_logged_time_is_a_straight_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "1000,1,,2\n2000,2,,5\n2000,,7,\n2000,3,,6\n")
     found = read_curves(path)
-    assert found.seconds == [(1000, 2.0), (2000, 6.0)]
-    assert found.seconds_at([0, 500, 1500, 2000]).tolist() == [0.0, 1.0, 4.0, 6.0]
-
-
-def test_seconds_of_a_resumed_run(tmp_path: Path) -> None:
-    """It was stopped at 3,000 frames and went on from 2,000: the later time counts."""
-    write(tmp_path, "1000,1,,100\n2000,2,,100\n3000,2,,1\n", ".part0")
-    path = write(tmp_path, "2500,3,,50\n3000,3,,50\n")
-    assert read_curves(path).seconds == [(1000, 10.0), (2000, 20.0), (2500, 30.0), (3000, 40.0)]
+    assert found.seconds == [(1000, 2.0), (2000, 5.0), (2000, 6.0)]
+    assert found.seconds_at([0, 500, 1000]).tolist() == [0.0, 1.0, 2.0]
+    assert found.seconds_at([1500])[0] == pytest.approx(3.5)
 
 
 def test_runs_of_one_label_have_one_colour(tmp_path: Path) -> None:
-    rows = "1000000,-20,-19,500\n2000000,5,,500\n3000000,18,20,500\n"
-    paths = [write(tmp_path / str(seed), rows.replace("18", str(seed))) for seed in range(3)]
+    rows = "1000000,-20,-19,500\n2000000,5,,1000\n3000000,18,20,1500\n"
+    runs = [read_curves(write(tmp_path / str(seed), rows.replace("18", str(seed)))) for seed in range(3)]
     blue, orange = (31, 119, 180), (255, 127, 14)
-    plot_curves({"both": paths}, tmp_path / "one.png", title="pong", goal=18)
-    plot_curves({"a": paths[:1], "b": paths[1:]}, tmp_path / "two.png", against_time=True)
+    plot_curves({"both": runs}, tmp_path / "one.png", title="pong", goal=18)
+    plot_curves({"a": runs[:1], "b": runs[1:]}, tmp_path / "two.png", against_time=True)
     assert blue in colours(tmp_path / "one.png")
     assert orange not in colours(tmp_path / "one.png")
     assert {blue, orange} < colours(tmp_path / "two.png")
     assert Image.open(tmp_path / "two.png").width > Image.open(tmp_path / "one.png").width > 600
 
 
+def test_many_labels_and_long_ones(tmp_path: Path) -> None:
+    """More than ten have colours of their own; a legend of long names has fewer columns, so none is cut off."""
+    run = Curves([(1000, 1.0)], [(1000, 2.0)], [])
+    plot_curves({f"run {n}": [run] for n in range(12)}, tmp_path / "many.png")
+    assert (31, 119, 180) not in colours(tmp_path / "many.png"), "of which two would have the first colour"
+    for name, label in (("short", "a"), ("long", "CartPole-v1-impala-s0-20261129-003935")):
+        plot_curves({f"{label}{n}": [run] for n in range(6)}, tmp_path / f"{name}.png")
+    pixels = [np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")) for name in ("short", "long")]
+    assert all((image[:, [0, -1]] == 255).all() for image in pixels)
+
+
 @pytest.mark.parametrize("rows", ["", "1000,5,,\n"])
 def test_a_curve_without_evaluations(tmp_path: Path, rows: str) -> None:
-    plot_curves({"seed 0": [write(tmp_path, rows)]}, tmp_path / "curve.png", against_time=True)
+    plot_curves({"seed 0": [read_curves(write(tmp_path, rows))]}, tmp_path / "curve.png", against_time=True)
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
@@ -66,8 +70,8 @@ def test_a_curve_without_evaluations(tmp_path: Path, rows: str) -> None:
 def test_the_curve_needs_no_display(tmp_path: Path) -> None:
     write(tmp_path, "1000,5,6,\n")
     code = (
-        "from pathlib import Path\nfrom offtrace.agents.runs.curves import plot_curves\n"
-        "plot_curves({'a': [Path('metrics.csv')]}, Path('c.png'))"
+        "from pathlib import Path\nfrom offtrace.agents.runs.curves import plot_curves, read_curves\n"
+        "plot_curves({'a': [read_curves(Path('metrics.csv'))]}, Path('c.png'))"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")} | {"MPLBACKEND": "TkAgg"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
@@ -75,12 +79,14 @@ def test_the_curve_needs_no_display(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "a", "3600000,1,,1000\n3600000,,20.5,\n7200000,2,,1000\n7200000,,19.5,\n")
-    write(tmp_path / "b", "1800000,-3,,1000\n")
-    assert curves.main(["IMPALA=a", "b", "--goal", "18"]) == 0
+    write(tmp_path / "a", "3600000,1,,3600\n3600000,,20.5,\n", ".part0")
+    write(tmp_path / "a", "7200000,2,,7200\n7200000,,19.5,\n")
+    write(tmp_path / "lr=0.1", "1800000,-3,,\n")
+    assert curves.main(["IMPALA=a", "lr=0.1", "PPO=lr=0.1", "--goal", "18"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "IMPALA: a: score 19.5 at 7,200,000 frames, best 20.5; 2.00 hours of training",
-        "b: b: return of training -3.0 at 1,800,000 frames; 0.50 hours of training",
+        "lr=0.1: lr=0.1: return of training -3.0 at 1,800,000 frames",
+        "PPO: lr=0.1: return of training -3.0 at 1,800,000 frames",
         "written: curves.png",
     ]
     assert Image.open("curves.png").width > 900
@@ -90,7 +96,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ("argv", "words"),
     [
         ([], "the following arguments are required: [LABEL=]RUN"),
-        (["nothing"], "nothing has no metrics.csv; give the folder of a run, such as runs/NAME"),
+        (["nothing"], "nothing has no metrics.csv; give the folder of a run, such as runs/NAME or PPO=runs/NAME"),
+        (["A=nothing"], "nothing has no metrics.csv; "),
+        (["=a"], "a has no metrics.csv; "),
+        (
+            ["cut"],
+            "cut/metrics.csv, or a part of it, is damaged (could not convert string to float: '-'); mend or remove",
+        ),
         (["A=empty"], "empty has logged no return yet; wait for its first episodes, or leave it out"),
         (["a", "--figure", "a.pdf"], "--figure is a.pdf; it must be the name of a file that ends in .png"),
         (["a", "--figure", "no/a.png"], "--figure is no/a.png; there is no folder "),
@@ -103,6 +115,7 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a", "1000,1,,1000\n")
     write(tmp_path / "empty", "")
+    write(tmp_path / "cut", "1000,-")
     assert curves.main(argv) == 2
     assert words in capsys.readouterr().err
     assert not Path("curves.png").exists()

@@ -65,6 +65,7 @@ def test_a_run_leaves_what_it_promises(cartpole: Path) -> None:
         "train/entropy",
         "train/rho_clipped",
         "train/frames_per_second",
+        "train/seconds",
         "eval/return",
     ):
         assert any(row[key] for row in rows), key
