@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
@@ -120,8 +118,6 @@ class AtariEnv(VectorEnv):
     def _following(self) -> Tensor:
         return self._current
 
-    def close(self, *, raise_if_closed: bool = True, **_: Any) -> None:
-        """Ends the emulator's threads."""
-        if not self.is_closed:
-            self._env.close()
-        super().close(raise_if_closed=raise_if_closed)
+    def _close(self) -> None:
+        # what is left at the process's end, where garbage is not collected any more, nanobind tells in twenty lines
+        del self._env

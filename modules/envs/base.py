@@ -38,7 +38,8 @@ class StepResult(NamedTuple):
 
 
 class VectorEnv(EnvBase):
-    """``N`` environments that step together. Subclasses implement ``_start`` and ``_advance``.
+    """``N`` environments that step together. Subclasses implement ``_start``, ``_advance`` and ``_following``, and
+    ``_close`` where there is something to free.
 
     Reads ``"action"``; writes what ``modules/keys.py`` lists: observation, reward, ``terminated``, ``truncated``,
     ``done``, ``is_init``, the running ``episode_*`` entries and, with ``last_step``, the last action and raw reward.
@@ -84,6 +85,7 @@ class VectorEnv(EnvBase):
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
         super().__init__(device=torch.device("cpu"), batch_size=[num_envs])
+        self.is_closed = False  # True is TorchRL's default, and of what is closed already nothing is freed
         self.name = name
         self.frame_skip = frame_skip
         self.frame_stack = frame_stack
@@ -135,6 +137,24 @@ class VectorEnv(EnvBase):
     @abstractmethod
     def _following(self) -> Tensor | TensorDictBase:
         """The observations ``[N, ...]`` the next step starts from: the next episode's first where one ended."""
+
+    def _close(self) -> None:
+        """Frees what the simulators hold; called once."""
+        return
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Frees what the simulators hold. One that raises is told by a RuntimeWarning: nothing needs it any more."""
+        if not self.is_closed:
+            self.is_closed = True
+            try:
+                self._close()
+            except Exception as error:
+                warnings.warn(
+                    f"{self.name}: the environment raised {type(error).__name__} when it was closed: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        super().close(raise_if_closed=raise_if_closed)
 
     def _set_seed(self, seed: int | None) -> None:
         raise EnvironmentFailure(f"{self.name}: environments are seeded when they are made; pass seed to make_env")

@@ -222,13 +222,10 @@ class ControlEnv(VectorEnv):
         entries = {key: tensor[:, place].reshape(number, *shape) for key, place, shape in self._simulators[0].layout}
         return TensorDict(entries, [number])
 
-    def close(self, *, raise_if_closed: bool = True, **_: Any) -> None:
-        """Frees the simulators."""
-        if not self.is_closed:
-            self._cameras = self._video = None
-            for simulator in self._simulators:
-                simulator.close()
-        super().close(raise_if_closed=raise_if_closed)
+    def _close(self) -> None:
+        self._cameras = self._video = None
+        for simulator in self._simulators:
+            simulator.close()
 
 
 def _load(task: str | Callable[[int], Any], seed: int, kwargs: dict[str, Any]) -> Any:

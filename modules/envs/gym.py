@@ -225,12 +225,10 @@ class GymEnv(VectorEnv):
         legal = None if mask is None else self._actions.mask(mask)
         return legal if legal is not None and (legal.any() or not over) else self._actions.all_legal
 
-    def close(self, *, raise_if_closed: bool = True, **_: Any) -> None:
-        """Closes all environments."""
-        if not self.is_closed:
+    def _close(self) -> None:
+        with contextlib.ExitStack() as stack:  # one that raises keeps no other from being closed
             for env in self._envs:
-                env.close()
-        super().close(raise_if_closed=raise_if_closed)
+                stack.callback(env.close)
 
 
 def _given(observation: Tensor | TensorDictBase) -> Tensor | TensorDictBase:

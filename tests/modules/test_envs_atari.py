@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -181,3 +183,20 @@ def test_sticky_actions_stick() -> None:
 def test_bad_arguments(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         AtariEnv("pong", **{"num_envs": 1, **options})
+
+
+@pytest.mark.slow
+def test_a_closed_environment_leaves_nothing_for_the_end_of_the_process() -> None:
+    """Where the last collection of garbage is left out, as in the recipes: nanobind tells of each instance left."""
+    code = (
+        "import atexit, gc\n"
+        "from offtrace.modules.envs import make_env\n"
+        "gc.disable()\n"
+        "env = make_env('pong', 2)\n"
+        "env.reset()\n"
+        "env.itself = env\n"
+        "env.close()\n"
+        "atexit.register(gc.freeze)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "nanobind" not in done.stderr

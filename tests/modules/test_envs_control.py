@@ -342,3 +342,12 @@ def test_names_and_descriptions() -> None:
     assert parts.observation_shape == {"orientations": (14,), "height": (), "velocity": (9,)}
     with pytest.raises(ValueError, match=r"'walker-walk' cannot be made: .*speed"):
         make_env("walker-walk", 1, speed=3)
+
+
+def test_a_closed_environment_has_freed_its_simulators() -> None:
+    env = make_env("cartpole-swingup", 2)
+    env.reset()
+    physics = [simulator.physics for simulator in env._simulators]
+    assert all(hasattr(one, "_data") for one in physics)
+    env.close()
+    assert not any(hasattr(one, "_data") for one in physics)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from tensordict.nn import TensorDictModule
 from torchrl.envs import StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
+from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import EnvironmentFailure, GymEnv, env_info, make_env
 
 
@@ -288,3 +292,55 @@ def test_catch_is_won_by_following_the_ball_and_seldom_by_chance() -> None:
         mean = sum(rewards) / len(rewards)
         assert len(rewards) == 8 * 40
         assert mean == 1 if follow else -0.85 < mean < -0.55
+
+
+class Closing(gymnasium.Env[Any, Any]):
+    """Leaves a mark in a folder each time it is closed; number 1 raises then."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.number, self.closed = folder, number, 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(2, np.float32), 1.0, False, False, {}
+
+    def close(self) -> None:
+        self.closed += 1
+        (self.folder / f"{self.number} closed {self.closed}").touch()
+        if self.number == 1:
+            raise OSError("the server is gone")
+
+
+def make_closing(folder: Path, seed: int = 0) -> GymEnv:
+    numbers = itertools.count()
+    return GymEnv(lambda: Closing(folder, next(numbers)), 3, name="mine")
+
+
+def marks(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_every_environment_is_closed_once(tmp_path: Path) -> None:
+    """One that raises then keeps no other from it, and ends nothing: it is not needed any more."""
+    env = TransformedEnv(make_closing(tmp_path), StepCounter())
+    env.reset()
+    assert not marks(tmp_path)
+    with pytest.warns(RuntimeWarning, match="mine: the environment raised OSError when it was closed: the server is"):
+        env.close()
+    env.close()
+    assert marks(tmp_path) == ["0 closed 1", "1 closed 1", "2 closed 1"]
+
+
+@pytest.mark.filterwarnings("ignore:mine:RuntimeWarning")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_collector_closes_its_environments(num_workers: int, tmp_path: Path) -> None:
+    policy = TensorDictModule(lambda x: x[..., 0].long(), in_keys=["observation"], out_keys=["action"])
+    collector = make_collector(partial(make_closing, tmp_path), policy, frames_per_batch=12, num_workers=num_workers)
+    next(iter(collector))
+    collector.shutdown()
+    assert marks(tmp_path) == ["0 closed 1", "1 closed 1", "2 closed 1"]
