@@ -145,7 +145,9 @@ def control_config() -> DQNConfig:
     config.loss.epsilon_end, config.loss.epsilon_fraction = 0.04, 0.16
     # with a constant step size the last evaluation of a run is often a bad one
     config.optim.lr, config.optim.target_every, config.optim.schedule = 1e-3, 100, "linear"
-    config.train = ReplayTrainConfig(total_frames=50_000, eval_every=5_000, checkpoint_every=25_000)
+    config.train = ReplayTrainConfig(
+        total_frames=50_000, eval_every=5_000, checkpoint_every=25_000, precision="32-true"
+    )
     return config
 
 

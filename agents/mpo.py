@@ -14,9 +14,9 @@ from offtrace.agents.config import (
     Group,
     OffPolicyConfig,
     ReplayConfig,
-    ReplayTrainConfig,
     SeparateNetworksConfig,
     SeparateOptimConfig,
+    SeparateTrainConfig,
     check_estimator,
 )
 from offtrace.modules.envs.suite import control_name
@@ -116,7 +116,7 @@ class MPOConfig(OffPolicyConfig):
     replay: ReplayConfig = field(default_factory=lambda: ReplayConfig(samples_per_insert=64.0))
     loss: LossConfig = field(default_factory=LossConfig)
     optim: MPOOptimConfig = field(default_factory=MPOOptimConfig)
-    train: ReplayTrainConfig = field(default_factory=ReplayTrainConfig)
+    train: SeparateTrainConfig = field(default_factory=SeparateTrainConfig)
 
     algorithm = "mpo"
 

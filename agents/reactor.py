@@ -91,7 +91,9 @@ def _optim() -> TargetAdamConfig:
 
 
 def _train(frames: int = 40_000_000, every: int = 1_000_000) -> ReplayTrainConfig:
-    return ReplayTrainConfig(total_frames=frames, eval_every=every, checkpoint_every=every, eval_mode="sample")
+    return ReplayTrainConfig(
+        total_frames=frames, eval_every=every, checkpoint_every=every, eval_mode="sample", precision="32-true"
+    )
 
 
 @dataclass

@@ -14,9 +14,9 @@ from offtrace.agents.config import (
     Group,
     OffPolicyConfig,
     ReplayConfig,
-    ReplayTrainConfig,
     SeparateNetworksConfig,
     SeparateOptimConfig,
+    SeparateTrainConfig,
     check_estimator,
 )
 from offtrace.modules.estimators.names import parse_spec
@@ -92,7 +92,7 @@ class SACConfig(OffPolicyConfig):
     replay: ReplayConfig = field(default_factory=lambda: ReplayConfig(min_size=5_000))
     loss: LossConfig = field(default_factory=LossConfig)
     optim: SACOptimConfig = field(default_factory=SACOptimConfig)
-    train: ReplayTrainConfig = field(default_factory=ReplayTrainConfig)
+    train: SeparateTrainConfig = field(default_factory=SeparateTrainConfig)
 
     algorithm = "sac"
 

@@ -11,7 +11,13 @@ from offtrace.agents.config.off_policy import OffPolicyConfig
 from offtrace.agents.config.optim import AdamConfig, OptimConfig, SeparateOptimConfig, TargetAdamConfig
 from offtrace.agents.config.replay import RecurrentReplayConfig, ReplayConfig
 from offtrace.agents.config.rollouts import RolloutConfig
-from offtrace.agents.config.train import ReplayTrainConfig, RolloutTrainConfig, TrainConfig, WholeRolloutTrainConfig
+from offtrace.agents.config.train import (
+    ReplayTrainConfig,
+    RolloutTrainConfig,
+    SeparateTrainConfig,
+    TrainConfig,
+    WholeRolloutTrainConfig,
+)
 from offtrace.modules.machine import Machine, available_cores, may_have_gpu, this_machine
 
 __all__ = [
@@ -37,6 +43,7 @@ __all__ = [
     "RolloutTrainConfig",
     "SeparateNetworksConfig",
     "SeparateOptimConfig",
+    "SeparateTrainConfig",
     "ShareReplayConfig",
     "TargetAdamConfig",
     "TrainConfig",

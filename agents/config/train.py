@@ -107,8 +107,6 @@ class ReplayTrainConfig(TrainConfig):
 
     total_frames: int = 500_000
     """Environment steps, action repeats included, over all ranks."""
-    precision: Literal["32-true"] = "32-true"
-    """Of the learner: the values of sampled actions differ by less than a step of bf16."""
     eval_every: int = 10_000
     """Frames between two evaluations."""
     eval_mode: Literal["sample", "greedy"] = "greedy"
@@ -122,3 +120,11 @@ class ReplayTrainConfig(TrainConfig):
         """As :meth:`Group.check`."""
         super().check(at)
         Checks(self, at).at_least(1, "updates_per_step")
+
+
+@dataclass
+class SeparateTrainConfig(ReplayTrainConfig):
+    """The run, of an algorithm whose critics read the action."""
+
+    precision: Literal["32-true"] = "32-true"
+    """Of the learner: the values of sampled actions differ by less than a step of bf16."""
