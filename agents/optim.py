@@ -93,7 +93,7 @@ def make_optimizer(name: OptimizerName, *, lr: float, eps: float, decay: float =
     def build(params: Iterable[Tensor]) -> Optimizer:
         arguments: dict[str, Any] = {"lr": lr, "eps": eps}
         if name == "adam":
-            return torch.optim.Adam(params, **arguments)
+            return torch.optim.Adam(params, fused=True, **arguments)
         if name == "rmsprop":
             return torch.optim.RMSprop(params, alpha=decay, **arguments)
         return RMSpropTF(params, decay=decay, **arguments)
