@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from offtrace.agents.config import (
@@ -155,11 +156,10 @@ def make_reactor(config: ReactorConfig) -> tuple[Agent, ReplayData]:
 
     info, optim = read_task(config), config.optim
     spec = config.policy_spec(info)
-    policy = build_policy(**spec["arguments"])
-    loss = ReactorLoss(policy, priorities=config.replay.prioritized, **asdict(config.loss))
+    loss = ReactorLoss(build_policy(**spec["arguments"]), priorities=config.replay.prioritized, **asdict(config.loss))
     return replay_agent(
         config, info, loss, loss.policy, spec,
-        optimizer=lambda weights: torch.optim.Adam(weights, optim.lr, betas=(optim.beta1, 0.999), eps=optim.eps),
+        optimizer=partial(torch.optim.Adam, lr=optim.lr, betas=(optim.beta1, 0.999), eps=optim.eps, fused=True),
         after_update=hard_update(loss, optim.target_every),
     )  # fmt: skip
 

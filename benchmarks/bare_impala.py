@@ -36,7 +36,7 @@ torso = nn.Sequential(nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2)
                       nn.Linear(2592, 256), nn.ReLU())  # fmt: skip
 policy, value = nn.Linear(256, actions), nn.Linear(256, 1)
 parameters = [*torso.parameters(), *policy.parameters(), *value.parameters()]
-optimizer = torch.optim.Adam(parameters, 5e-4, eps=1e-5)
+optimizer = torch.optim.Adam(parameters, 5e-4, eps=1e-5, fused=True)
 bf16 = args.precision == "bf16"
 
 

@@ -31,7 +31,7 @@ class BareReactor:
         )  # fmt: skip
         self.target = copy.deepcopy(self.network).requires_grad_(False)
         self.parameters = list(self.network.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, 5e-5, betas=(0.0, 0.999), eps=1e-5)
+        self.optimizer = torch.optim.Adam(self.parameters, 5e-5, betas=(0.0, 0.999), eps=1e-5, fused=True)
         self.support = torch.linspace(-V_MAX, V_MAX, ATOMS)
         self.updates = 0
 

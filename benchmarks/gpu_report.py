@@ -190,7 +190,7 @@ def _learner(
     rows, steps = (64, 64) if where == "cuda" else (16, 16)
     policy = build_policy(network=network, observation_shape=[4, 84, 84], num_actions=6, channels_last=channels_last)
     loss = ImpalaLoss(policy, reduction="mean").to(where)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4, fused=where == "cuda")
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4, fused=True)
     no = torch.zeros(rows, steps, 1, dtype=torch.bool, device=where)
     images = torch.randint(256, (rows, steps, 4, 84, 84), dtype=torch.uint8, device=where)
     entries = {

@@ -114,7 +114,7 @@ def main() -> None:
     agent = Agent(
         loss,
         loss.policy,
-        optimizer=lambda weights: torch.optim.Adam(weights, 5e-5, betas=(0.0, 0.999), eps=1e-5),
+        optimizer=lambda weights: torch.optim.Adam(weights, 5e-5, betas=(0.0, 0.999), eps=1e-5, fused=True),
         total_frames=1,
         schedule="constant",
         clip_grad_norm=10.0,
