@@ -17,7 +17,7 @@ from torchrl.objectives.common import LossModule
 from offtrace.agents.capture import CapturedUpdate, NotCapturableError, make_capturable
 from offtrace.agents.data.acting import ActingData, PlainData
 from offtrace.agents.guard import Guard
-from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor, match_formats
+from offtrace.agents.optim import OptimizerFactory, ScheduleName, learning_rate_factor, match_device
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY
 from offtrace.modules import host
 from offtrace.modules.keys import FINALS, INDEX, PRIORITY
@@ -154,7 +154,7 @@ class Agent(pl.LightningModule):
     def _update(self, batch: TensorDictBase) -> None:
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         if self._first:
-            match_formats(optimizer)
+            match_device(optimizer)
             if self._capture != "none":
                 make_capturable(optimizer)
         if not self._first and self._guard is None and self._checks_later():

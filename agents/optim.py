@@ -103,11 +103,15 @@ def make_optimizer(name: OptimizerName, *, lr: float, eps: float, decay: float =
     return build
 
 
-def match_formats(optimizer: Optimizer) -> None:
-    """Gives the optimiser's state the memory format of its parameters, which a checkpoint's may have had otherwise.
+def match_device(optimizer: Optimizer) -> None:
+    """Makes what a checkpoint brought fit this machine, where that of the run before was another.
 
-    Fused steps go through both as flat memory: in another format they would take the moments of other weights.
+    The state gets the memory format of its parameters. Fused steps go through both as flat memory: in another format
+    they would take the moments of other weights. And the step need not be capturable, which a CPU's cannot be.
     """
+    for group in optimizer.param_groups:
+        if group.get("capturable") and group["params"][0].device.type == "cpu":
+            group["capturable"] = False
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():

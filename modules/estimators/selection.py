@@ -70,7 +70,7 @@ def first_window(outcome: Outcome, *, gamma: float, n: int) -> Selection:
     inside = inside.cumprod(1)
     length = inside.sum(1)
     powers = gamma ** torch.arange(reward.shape[1] + 1, dtype=reward.dtype, device=reward.device)
-    total = (reward * inside) @ powers[:-1]
+    total = (reward * inside * powers[:-1]).sum(1)  # autocast would round a product of matrices
     bootstraps = ~(terminated & (inside > 0)).any(1)
     discount = powers[length] * bootstraps
     if valid is not None:

@@ -31,7 +31,7 @@ def min_critic(outputs: Tensor, support: Tensor | None) -> MinCritic:
         value = min_q(outputs)
         return MinCritic(value, value)
     probs = outputs.softmax(-1)
-    means = probs @ support
+    means = mean_of(probs, support)
     if outputs.shape[-2] == 1:
         return MinCritic(means.squeeze(-1), probs.squeeze(-2))
     value, which = means.min(-1)
@@ -43,6 +43,11 @@ def of_action(values: Tensor, action: Tensor) -> Tensor:
     """Of ``values`` [M, K, A] those of ``action`` int64 [M]: [M, K]; of [M, K, A, atoms]: [M, K, atoms]."""
     index = action.view(-1, 1, 1, *(1,) * (values.ndim - 3)).expand(-1, values.shape[1], 1, *values.shape[3:])
     return values.gather(2, index).squeeze(2)
+
+
+def mean_of(probs: Tensor, support: Tensor) -> Tensor:
+    """Means [*B] of distributions [*B, atoms] over ``support`` [atoms]: a sum, which autocast does not round."""
+    return (probs * support).sum(-1)
 
 
 class CategoricalTerms(NamedTuple):
@@ -59,7 +64,7 @@ def categorical_terms(logits: Tensor, target: Tensor, support: Tensor) -> Catego
     Source: Bellemare et al. 2017, arXiv 1707.06887 (C51).
     """
     cross_entropy = -(target.unsqueeze(-2) * logits.log_softmax(-1)).sum((-2, -1))
-    return CategoricalTerms(cross_entropy, logits.detach().softmax(-1) @ support, target @ support)
+    return CategoricalTerms(cross_entropy, mean_of(logits.detach().softmax(-1), support), mean_of(target, support))
 
 
 def divergence(cross_entropy: Tensor, target: Tensor, critics: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses.base import Loss
-from offtrace.modules.losses.critics import categorical_terms, divergence, min_critic, min_q, of_action
+from offtrace.modules.losses.critics import categorical_terms, divergence, mean_of, min_critic, min_q, of_action
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     States,
@@ -199,7 +199,7 @@ class DQNLoss(Loss):
             outputs: values [M, K, A], or logits [M, K, A, atoms].
             states: may hold the mask of legal actions.
         """
-        values = outputs.detach() if self.support is None else outputs.detach().softmax(-1) @ self.support
+        values = outputs.detach() if self.support is None else mean_of(outputs.detach().softmax(-1), self.support)
         values = min_q(values.transpose(-1, -2))
         if self.mask_key is not None:
             values = values.masked_fill(~states[self.mask_key], -torch.inf)

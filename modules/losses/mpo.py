@@ -28,6 +28,7 @@ from offtrace.modules.losses.steps import (
     write_priority,
 )
 from offtrace.modules.losses.views import is_squashed, parameters_of, state_keys_of, support_of, values_of
+from offtrace.modules.networks.distributions import product
 
 LOSSES = ("loss_policy", "loss_dual", "loss_critic")
 VALUES = ("q_value", "target_value", "td_error")
@@ -241,7 +242,7 @@ class MPOLoss(Loss):
         """S actions of the target policy, of parameters ``target`` [R, ...], in states [R]."""
         loc, scale = target
         noise = torch.randn(self.num_samples, *loc.shape, dtype=loc.dtype, device=loc.device)
-        action = loc + ((scale @ noise.unsqueeze(-1)).squeeze(-1) if self.full else scale * noise)
+        action = loc + (product(scale, noise.unsqueeze(-1)).squeeze(-1) if self.full else scale * noise)
         inside = action.clamp(*self.action_bounds)
         critic = min_critic(self._target_q(states, inside), self.support)
         return SampledActions(critic.q_value, critic.bootstrap.mean(0), noise, m.action_cost(action, inside))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from offtrace.modules.networks.distributions import product
+
 MIN_RAW = -18.0
 """Raw multipliers are kept at or above this, where softplus is 1.5e-8 and still has a gradient."""
 _MIN_MULTIPLIER = 1e-8
@@ -131,9 +133,9 @@ def full_m_step(
     shift, ratio, log_det = _full_move(loc, scale_tril, target_loc, target_scale_tril)
     mass, first = weights.sum(0), (weights.unsqueeze(-1) * noise).sum(0)
     samples = noise.movedim(0, -1)
-    second = (samples * weights.movedim(0, -1).unsqueeze(-2)) @ samples.mT
+    second = product(samples * weights.movedim(0, -1).unsqueeze(-2), samples.mT)
     moved = second.diagonal(dim1=-2, dim2=-1) + shift * (mass.unsqueeze(-1) * shift - 2 * first)
-    square = moved.sum(-1) + (ratio * (ratio @ second)).sum((-2, -1))
+    square = moved.sum(-1) + (ratio * product(ratio, second)).sum((-2, -1))
     constant = 2 * _log_diagonal(target_scale_tril.detach()) + log_det + math.log(2 * math.pi) * loc.shape[-1]
     covariance = 0.5 * (ratio.square().sum((-2, -1)) - loc.shape[-1]) + log_det
     kl = DecoupledKL(0.5 * shift.square().sum(-1, keepdim=True), covariance.unsqueeze(-1))

@@ -14,6 +14,7 @@ from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses.acer import behaviour_parameter
 from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.critics import mean_of
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import check_arguments, check_positive, entry, read_weight, weighted, write_priority
@@ -191,7 +192,7 @@ class ReactorLoss(Loss):
                 support=self.support,
             )
             target = estimate.target.view_as(taken)
-            q_return = target if self.support is None else target @ self.support
+            q_return = target if self.support is None else mean_of(target, self.support)
 
         # beta-LOO; of an invalid step nothing may be read
         if valid is not None:

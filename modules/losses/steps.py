@@ -78,10 +78,8 @@ def read_steps(
         next_x = selection.successor(entry(loss, tensordict, (k.NEXT, key)))
         # an action mask without any legal action is no mask: what has no weight gets one that allows all
         observation[key] = x = zero_invalid(x, valid) if x.dtype != torch.bool else true_where_invalid(x, valid)
-        # the successor of a terminal or invalid step may be anything that is no byte, and no network may see it
-        if next_x.dtype != torch.uint8:
-            next_x = torch.where(bootstraps.view(-1, *(1,) * (x.ndim - 1)), next_x, x)
-        next_observation[key] = next_x
+        # the successor of a terminal or invalid step may be anything, and no network may see it
+        next_observation[key] = torch.where(bootstraps.view(-1, *(1,) * (x.ndim - 1)), next_x, x)
     action = zero_invalid(selection.at(_action(loss, tensordict, shape, discrete=discrete)), valid)
     weight = read_weight(loss, tensordict, selection)
     return Steps(observation, next_observation, action, valid, weight, selection)

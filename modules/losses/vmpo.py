@@ -180,9 +180,9 @@ class VMPOLoss(Loss):
         """``value_coef`` in units of the returns' variance, where the value head keeps it; their moments are noted."""
         if self._popart is None:
             return self.value_coef
-        moments = [stats.mean(target), stats.mean(target.square()), (stats.count > 0).to(target.dtype)]
-        self._moments = torch.stack(moments)
-        return self.value_coef / self._popart.scale.square()
+        exact = target.double()
+        self._moments = torch.stack([stats.mean(exact), stats.mean(exact.square()), (stats.count > 0).to(exact.dtype)])
+        return (self.value_coef / self._popart.scale.square()).to(target.dtype)
 
     @torch.no_grad()
     def update_values(self) -> None:

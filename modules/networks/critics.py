@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from offtrace.modules.keys import ACTION, ACTION_VALUE, OBSERVATION, STATE_ACTION_VALUE, VALUE, VALUE_LOGITS
 from offtrace.modules.networks.ensembles import EnsembleMLP
 from offtrace.modules.networks.normalise import DictNormalizer, ObservationNormalizer
-from offtrace.modules.networks.observations import ObservationNetwork, States, flat
+from offtrace.modules.networks.observations import ObservationNetwork, States, flat, for_heads
 
 
 class ActionCritic(ObservationNetwork):
@@ -41,10 +41,12 @@ class ActionCritic(ObservationNetwork):
 
         The features are computed once, however many actions there are.
         """
-        features = self.encode(self.observation(states))
+        features, exact = for_heads(self.encode(self.observation(states)), self.ensemble)
+        features = features.to(self.ensemble.last.weight.dtype)
         if action.ndim > 2:
             features = features.expand(*action.shape[:-1], features.shape[-1])
-        found = self.ensemble(torch.cat([features, action.to(features.dtype)], -1).flatten(0, -2)).transpose(0, 1)
+        with exact:
+            found = self.ensemble(torch.cat([features, action.to(features.dtype)], -1).flatten(0, -2)).transpose(0, 1)
         return found if action.ndim == 2 else found.unflatten(0, action.shape[:-1])
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -139,7 +141,10 @@ class DiscreteCritic(ObservationNetwork):
 
     def values(self, states: States, action: Tensor | None = None) -> Tensor:
         """Q [N, K, A] of every action at ``states`` whose entries are [N, ...]; ``action`` is not read."""
-        return self.ensemble(self.encode(self.observation(states))).transpose(0, 1)
+        features, exact = for_heads(self.encode(self.observation(states)), self.ensemble)
+        features = features.to(self.ensemble.last.weight.dtype)
+        with exact:
+            return self.ensemble(features).transpose(0, 1)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Add the values to ``tensordict`` [*B] and return it."""
@@ -171,7 +176,9 @@ class StateValue(ObservationNetwork):
 
     def values(self, states: States, action: Tensor | None = None) -> Tensor:
         """V [N, 1] at ``states`` whose entries are [N, ...]; ``action`` is not read."""
-        return self.head(self.encode(self.observation(states)))
+        features, exact = for_heads(self.encode(self.observation(states)), self.head)
+        with exact:
+            return self.head(features)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Add the value to ``tensordict`` [*B] and return it."""

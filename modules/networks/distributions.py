@@ -123,6 +123,12 @@ def _kl_normal(p: DiagonalNormal, q: DiagonalNormal) -> Tensor:
     return D.kl_divergence(p.base_dist, q.base_dist).sum(-1)
 
 
+def product(matrix: Tensor, other: Tensor) -> Tensor:
+    """The matrix product, in the precision of its arguments under autocast too."""
+    with torch.autocast(matrix.device.type, enabled=False):
+        return matrix @ other
+
+
 class FullNormal(D.Distribution):
     """Normal with covariance L L': ``loc`` [*B, A], ``scale_tril`` L [*B, A, A]; log-probabilities [*B].
 
@@ -142,7 +148,7 @@ class FullNormal(D.Distribution):
 
     def at_noise(self, noise: Tensor) -> Tensor:
         """The sample that standard ``noise`` [..., *B, A] gives."""
-        return self.loc + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+        return self.loc + product(self.scale_tril, noise.unsqueeze(-1)).squeeze(-1)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

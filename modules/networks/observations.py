@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from offtrace.modules.networks.normalise import DictNormalizer, ObservationNorma
 States = Mapping[Any, Tensor]
 """Entries of a TensorDict by their keys, each ``[M, ...]``: ``"observation"`` or its leaves, ``"action_mask"``, ..."""
 Observation = Tensor | dict[str, Tensor]
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 
 class ObservationNetwork(TensorDictModuleBase):
@@ -65,6 +68,19 @@ class ObservationNetwork(TensorDictModuleBase):
             return self.encoder(observation)
         assert isinstance(observation, Tensor)
         return observation if observation.ndim == 2 else observation.flatten(1)
+
+
+def for_heads(features: Tensor, *heads: nn.Module) -> tuple[Tensor, AbstractContextManager[Any]]:
+    """``features``, and a context to call heads in, which under autocast keep the precision of their weights.
+
+    Heads are small, and what they give is subtracted from its like or feeds exponentials.
+    """
+    device = features.device.type
+    if not torch.is_autocast_enabled(device):
+        return features, _AS_IT_IS
+    # the weights of a target network are buffers
+    weights = (x for head in heads for x in (*head.parameters(), *head.buffers()) if x.is_floating_point())
+    return features.to(next(weights).dtype), torch.autocast(device, enabled=False)
 
 
 def flat(x: Tensor, dims: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +25,10 @@ from offtrace.modules.keys import (
 from offtrace.modules.networks.core import LSTMCore, SeparateCores
 from offtrace.modules.networks.heads import PolicyHead
 from offtrace.modules.networks.normalise import DictNormalizer, ObservationNormalizer
-from offtrace.modules.networks.observations import ObservationNetwork, States
+from offtrace.modules.networks.observations import ObservationNetwork, States, for_heads
 from offtrace.modules.networks.value_heads import ActionValueHead, CategoricalValueHead, ValueHead
 
 Tensors = tuple[Tensor, ...]
-_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 
 class _Encoded(NamedTuple):
@@ -218,14 +217,8 @@ class PolicyNetwork(ObservationNetwork):
     def _features(self, states: States | TensorDictBase, dims: int) -> _Encoded:
         features = self.encode(self.observation(states, dims))
         mask = states[ACTION_MASK] if self._masked else None
-        device = features.device.type
-        if not torch.is_autocast_enabled(device):
-            return _Encoded(features, mask, _AS_IT_IS)
-        # cores and heads are small and their output feeds exponentials: they keep the precision of the weights
-        heads = [head for head in (self.head, self.value_head) if head is not None]
-        # the weights of a target network are buffers
-        weights = (x for head in heads for x in (*head.parameters(), *head.buffers()) if x.is_floating_point())
-        return _Encoded(features.to(next(weights).dtype), mask, torch.autocast(device, enabled=False))
+        features, exact = for_heads(features, *(head for head in (self.head, self.value_head) if head is not None))
+        return _Encoded(features, mask, exact)
 
     def _heads(self, features: Tensor, mask: Tensor | None) -> tuple[Tensors, Tensors]:
         """Parameters and values of features [*B, F]."""

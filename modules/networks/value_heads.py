@@ -56,12 +56,13 @@ class PopArtHead(ValueHead):
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be above 0 and at most 1, got {rate}")
         self.rate = rate
+        # in single precision the variance of returns of 100 and a few hundredths would be rounding noise
         for name, value in (("mean", 0.0), ("square", 1.0), ("count", 0.0)):
-            self.register_buffer(name, torch.tensor(value))
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
 
     @property
     def scale(self) -> Tensor:
-        """Standard deviation of the returns, a scalar of 1e-4 at least; 1 before the first update."""
+        """Standard deviation of the returns, a float64 scalar of 1e-4 at least; 1 before the first update."""
         return (self.square - self.mean.square()).clamp(min=1e-8).sqrt()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -70,7 +71,7 @@ class PopArtHead(ValueHead):
 
     @torch.no_grad()
     def update(self, mean: Tensor, square: Tensor, *, where: Tensor | None = None) -> None:
-        """Take in a batch of returns by the means of them and of their squares, scalars; in place.
+        """Take in a batch of returns by the means of them and of their squares, float64 scalars; in place.
 
         Where ``where``, a bool scalar, is False, nothing changes.
         """

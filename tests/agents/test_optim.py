@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from offtrace.agents.optim import RMSpropTF, learning_rate_factor, make_optimizer
+from offtrace.agents.optim import RMSpropTF, learning_rate_factor, make_optimizer, match_device
 
 
 def test_rmsprop_tf_follows_the_definition() -> None:
@@ -76,3 +76,18 @@ def test_unknown_optimiser() -> None:
 def test_schedule() -> None:
     assert [learning_rate_factor("linear", frames, 100) for frames in (0, 25, 100, 130)] == [1.0, 0.75, 0.0, 0.0]
     assert learning_rate_factor("constant", 100, 100) == 1.0
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "rmsprop_tf"])
+def test_what_a_captured_run_saved_goes_on_on_a_cpu(name: str) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    plain, resumed = (make_optimizer(name, lr=0.1, eps=1e-8)([parameter]) for parameter in parameters)  # type: ignore[arg-type]
+    saved = plain.state_dict()
+    if name != "rmsprop_tf":
+        saved["param_groups"][0]["capturable"] = True
+    resumed.load_state_dict(saved)
+    match_device(resumed)
+    for parameter, optimizer in zip(parameters, (plain, resumed), strict=True):
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+    assert torch.equal(*parameters)

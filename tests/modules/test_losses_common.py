@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from offtrace.modules.estimators import VTrace
 from offtrace.modules.losses import A2CLoss, ImpalaLoss, PPOLoss
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.vmpo import VMPOLoss
+from offtrace.modules.networks import critics, encoders, ensembles
+from tests.modules import test_dqn_loss as dqn
 from tests.modules import test_impala_loss as impala
 from tests.modules import test_laser as laser
 from tests.modules import test_mpo_loss as mpo
@@ -128,6 +130,51 @@ def test_under_autocast_every_loss_is_close_to_its_own(case: Case, monkeypatch: 
         assert value.isfinite().all() or not expected[name].isfinite()
         if name in ("loss_critic", "loss_value"):
             torch.testing.assert_close(value.float(), expected[name], rtol=0.1, atol=0.05)
+
+
+EXACT = {
+    **CASES,
+    "mpo-full": lambda: (mpo.make("full"), mpo.data()),
+    "vmpo-full": lambda: (VMPOLoss(vmpo.make("full")).double(), vmpo.rollout("full")),
+    "dqn-traces": lambda: (dqn.dqn(atoms=7, estimator="q_lambda"), finite(dqn.batch(6, 5))),
+    "dqn-n-step": lambda: (dqn.dqn(atoms=7, estimator="n_step(n=3)"), finite(dqn.batch(6, 5))),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_autocast_is_for_networks_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With layers that leave it each number is the same, to the last bit; Lightning has it on in the whole step."""
+    loss, td = EXACT[name]()
+    loss.float()
+    td = td.apply(lambda x: x.float() if x.is_floating_point() else x)
+
+    def exact(forward: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", enabled=False):
+                return forward(*args, **kwargs)
+
+        return call
+
+    for layer in (nn.Linear, *(kind for part in (critics, encoders, ensembles) for kind in vars(part).values())):
+        if isinstance(layer, type) and issubclass(layer, nn.Module) and "forward" in vars(layer):
+            monkeypatch.setattr(layer, "forward", exact(layer.forward))
+    results = []
+    for half in (False, True):
+        given = td.clone()
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found = loss(given)
+        loss.zero_grad()
+        sum(value for key, value in found.items() if key.startswith("loss_")).backward()
+        results.append((found.detach(), given, [p.grad for p in loss.parameters() if p.grad is not None]))
+    (one, written, gradient), (other, written_half, gradient_half) = results
+    for plain, half in ((one, other), (written, written_half)):
+        assert {key: value.dtype for key, value in plain.items(True, True)} == {
+            key: value.dtype for key, value in half.items(True, True)
+        }
+        for key, value in plain.items(True, True):
+            torch.testing.assert_close(half[key], value, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(gradient_half, gradient, rtol=0, atol=0)
 
 
 def test_a_termination_is_an_end(case: Case) -> None:

@@ -15,6 +15,7 @@ from torch import distributions as D
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.vmpo import VMPOLoss, select_top
 from offtrace.modules.networks import MLP, CholeskyHead, Policy, PolicyNetwork, ValueHead, build_policy
+from offtrace.modules.networks.value_heads import PopArtHead
 from offtrace.modules.returns import trace_reach
 
 ACTIONS, FEATURES, DIM, GAMMA = 3, 4, 2, 0.9
@@ -363,6 +364,25 @@ def test_popart_changes_no_value_and_normalises_the_error() -> None:
     before = head.mean.clone()
     loss.update_values()
     torch.testing.assert_close(head.mean, (before + seen[-1].mean()) / 2)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(100.0, 0.05), (10_000.0, 1.0)])
+def test_popart_knows_a_deviation_that_is_small_beside_the_returns(mean: float, deviation: float) -> None:
+    """In the precision of the recipes. By mean of squares minus square of mean in float32 it was rounding noise."""
+    generator = torch.Generator().manual_seed(0)
+    loss = VMPOLoss(make(critic_options={"popart": True})).float()
+    head = PopArtHead(4, rate=3e-3)
+    scales = []
+    for _ in range(600):
+        target = mean + deviation * torch.randn(512, generator=generator)
+        stats = Stats(None, like=target, reduction="mean")
+        loss.policy[0].value_head = head
+        assert loss._scaled_value_coef(target, stats).dtype == torch.float32
+        loss.update_values()
+        scales.append(float(head.scale))
+    assert scales[-1] == pytest.approx(deviation, rel=0.02)
+    assert max(scales[100:]) < 1.1 * deviation
+    assert min(scales[100:]) > 0.9 * deviation
 
 
 def test_popart_learns_from_no_invalid_step() -> None:
