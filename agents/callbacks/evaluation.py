@@ -71,13 +71,9 @@ class Evaluation(pl.Callback):
         stopped = any(isinstance(callback, GracefulStop) and callback.signal for callback in trainer.callbacks)
         if self.final and not stopped and (not self.scores or self.scores[-1][0] != agent.frames):
             self._run(trainer, agent)
-        self._close()
 
-    def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
-        """Closes the environments."""
-        self._close()
-
-    def _close(self) -> None:
+    def teardown(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
+        """Closes the environments, when all is saved."""
         if self._env is not None:
             self._env.close()
             self._env = None

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, cast
@@ -221,7 +222,8 @@ def run_actor(
         policy = cast("Any", made.policy)
         remote = None if server is None else RemotePolicy(server, getattr(policy, "acting_keys", list(policy.in_keys)))
         collector = made.make(shared, worker, restart, remote)
-        rollouts, outbox = iter(collector), _Outbox(pipe, made.frame_stack)
+        # iter() would close the environments before the learner is told of an error
+        rollouts, outbox = collector.iterator(), _Outbox(pipe, made.frame_stack)
         _send(pipe, Up())
         while True:
             _wait_for(pipe)
@@ -232,7 +234,17 @@ def run_actor(
         _report(pipe, error)
     finally:
         if collector is not None:
-            collector.shutdown()
+            shut_down(collector)
+
+
+def shut_down(collector: Any) -> None:
+    """Closes the environments of TorchRL's collector; one that raises then is told by a RuntimeWarning."""
+    try:
+        collector.shutdown()
+    except Exception as error:
+        warnings.warn(
+            f"an environment raised {type(error).__name__} when it was closed: {error}", RuntimeWarning, stacklevel=2
+        )
 
 
 def run_server(restart: int, pipe: Connection, shared: SharedWeights, spec: SharedBlock) -> None:

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from offtrace.modules.collectors.actors import ActorSpec
+from offtrace.modules.collectors.actors import ActorSpec, shut_down
 from offtrace.modules.collectors.frames import FRAMES, Packer
 from offtrace.modules.collectors.memory import Key
 from offtrace.modules.collectors.protocol import Copy
@@ -64,16 +64,19 @@ class LocalBackend:
         """
         try:
             if self._iterator is None:
-                self._iterator = iter(self._collector)
+                self._iterator = self._collector.iterator()
             rollout = next(self._iterator)
             packed = self._packer.pack(rollout, self._frames)
             self._frames = packed.get(FRAMES)
             return copied(packed), rollout.shape, 0
         except Exception as error:
             raise self._shared.failure(error) from error
+        except BaseException:  # Ctrl-C: the rollout is lost, and the next one goes on from where it was
+            self._iterator = None
+            raise
 
     def shutdown(self) -> None:
         """As of the protocol."""
         self._shared.stop()
-        self._collector.shutdown()
+        shut_down(self._collector)
         self._iterator = None

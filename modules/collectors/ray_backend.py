@@ -29,6 +29,7 @@ from offtrace.modules.collectors.actors import (
     let_signals_through,
     pickled,
     seed_everything,
+    shut_down,
     told,
 )
 from offtrace.modules.collectors.frames import FRAMES, Packer
@@ -103,7 +104,7 @@ class RayActor:
             seed_everything(spec.seed_of(self._worker, self._restart))
             shared = SharedWeights(spec.policy, self._worker + 1)  # the actor's own, with a place at its number
             self._collector = spec.make(shared, self._worker, self._restart)
-            self._rollouts, self._packer = iter(self._collector), Packer(spec.frame_stack)
+            self._rollouts, self._packer = self._collector.iterator(), Packer(spec.frame_stack)
             self._frames: Tensor | None = None
             self._shared = shared
             return Up(shared.num_envs, os.getpid(), ray.util.get_node_ip_address())
@@ -143,7 +144,7 @@ class RayActor:
 
     def close(self) -> None:
         """Close the environments, behind that rollout."""
-        self._collector.shutdown()
+        shut_down(self._collector)
 
 
 class RaySeat(Seat):

@@ -126,6 +126,7 @@ class RolloutCollector:
 
         Raises:
             KeyError: a weight is missing or unknown.
+            ValueError: one has another shape.
             RuntimeError: after ``shutdown``.
         """
         if self._closed:
@@ -137,7 +138,10 @@ class RolloutCollector:
         return self.backend.publish(policy_or_weights)
 
     def shutdown(self) -> None:
-        """End all actors: ask, then kill, within about 5 seconds. Further calls do nothing."""
+        """End all actors: ask, then kill, within about 5 seconds. Further calls do nothing.
+
+        In process there is nobody to kill: environments that take long to close are waited for.
+        """
         if self._closed or os.getpid() != self._owner:  # a fork of the learner has no say
             return
         self._closed = True

@@ -22,10 +22,25 @@ _LOCK_POLL = 2e-4
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by dotted name, detached, sharing memory with the module."""
+    """Parameters and persistent buffers by dotted name, detached, sharing memory with the module.
+
+    The other buffers are none of the weights: a ``state_dict`` has not got them either.
+    """
     found = {name: p.detach() for name, p in module.named_parameters(remove_duplicate=False)}
-    found.update({name: b.detach() for name, b in module.named_buffers(remove_duplicate=False)})
+    others = constants(module)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        if name not in others:
+            found[name] = buffer.detach()
     return found
+
+
+def constants(module: nn.Module) -> frozenset[str]:
+    """Dotted names of the buffers that are not persistent."""
+    return frozenset(
+        f"{place}.{name}" if place else name
+        for place, part in module.named_modules(remove_duplicate=False)
+        for name in part._non_persistent_buffers_set
+    )
 
 
 class SharedWeights:
@@ -44,6 +59,7 @@ class SharedWeights:
             "steps": torch.zeros(workers, dtype=torch.int64),
             "beats": torch.zeros(workers, dtype=torch.float64),
         }
+        self._constants = constants(policy)
         self._layout, size = lay_out({**weights, **books})
         self._open(SharedBlock(size))
         for key, tensor in weights.items():
@@ -58,10 +74,10 @@ class SharedWeights:
 
     def __getstate__(self) -> dict[str, Any]:
         """For an actor process: the block itself, not what is in it."""
-        return {"layout": self._layout, "block": self._block}
+        return {"layout": self._layout, "block": self._block, "constants": self._constants}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._layout = state["layout"]
+        self._layout, self._constants = state["layout"], state["constants"]
         self._open(state["block"])
 
     @property
@@ -102,11 +118,18 @@ class SharedWeights:
 
         Raises:
             KeyError: when a weight is missing or unknown.
+            ValueError: when one has another shape.
             RuntimeError: when an actor holds the lock and does not go on.
         """
-        if tensors.keys() != self.weights.keys():
-            odd = sorted(tensors.keys() ^ self.weights.keys())
+        odd = sorted((tensors.keys() - self._constants) ^ self.weights.keys())
+        if odd:
             raise KeyError(f"the weights do not fit the policy of the actors: {odd[:5]} are on one side only")
+        for name, buffer in self.weights.items():
+            if tensors[name].shape != buffer.shape:
+                raise ValueError(
+                    f"the weight {name!r} has shape {list(tensors[name].shape)}; that of the actors has "
+                    f"{list(buffer.shape)}"
+                )
         with self._locked():
             for name, buffer in self.weights.items():
                 buffer.copy_(tensors[name])

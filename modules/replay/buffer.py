@@ -398,7 +398,11 @@ class Replay:
         continues = flags["valid"][:, 0] & ~flags["init"][:, 0] & self._rings.open[rings]
         if continues.any():
             continues &= self._same_state(whole, rings, envs)
-        plan = self._rings.insert(rings, **flags, continues=continues)
+        try:
+            plan = self._rings.insert(rings, **flags, continues=continues)
+        except ValueError:  # it does not fit, and nothing has changed
+            self._inserting = False
+            raise
         every = len(plan.step_rows) == envs * steps
         rows, slots, final_rows, final_slots = map(self._tensor, plan[:4])
         for key, leaf in self._storage.leaves.items():

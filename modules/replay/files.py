@@ -124,6 +124,8 @@ class Folder:
             with open(self.path / entry["file"], "rb") as file:
                 for ring, count in enumerate(self.filled):
                     target = tensor[ring, :count]
+                    if not target.numel():  # such an array has no stride that a view could have
+                        continue
                     raw = np.fromfile(file, np.uint8, target.numel() * target.element_size())
                     target.copy_(torch.from_numpy(raw).view(target.dtype).view(target.shape))
 

@@ -72,4 +72,4 @@ class Storage:
 
     def by_ring(self, rings: int) -> dict[Key, Tensor]:
         """The tensors as ``[rings, slots / rings, ...]``."""
-        return {key: leaf.view(rings, -1, *leaf.shape[1:]) for key, leaf in self.leaves.items()}
+        return {key: leaf.view(rings, self.slots // rings, *leaf.shape[1:]) for key, leaf in self.leaves.items()}

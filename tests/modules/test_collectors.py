@@ -254,6 +254,20 @@ def test_weights_are_copied_from_every_form(source: str) -> None:
         assert (next(collector)["weight"] == 5).all()
         with pytest.raises(KeyError, match="do not fit"):
             collector.update_policy({"wieght": torch.zeros(())})
+        with pytest.raises(ValueError, match=r"the weight 'weight' has shape \[3\]; that of the actors has \[\]"):
+            collector.update_policy({"weight": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("source", ["module", "tensordict", "state_dict"])
+def test_so_are_those_of_a_network_with_buffers_that_are_not_persistent(source: str) -> None:
+    policy = build_policy(observation_shape=[3], action_dim=1, head="full_gaussian", critic=None)
+    forms: dict[str, Callable[[], Any]] = {
+        "module": lambda: policy,
+        "tensordict": lambda: TensorDict.from_module(policy).data,
+        "state_dict": policy.state_dict,
+    }
+    with make_collector(partial(make_env, "Pendulum-v1", 2), policy, frames_per_batch=8, num_workers=0) as collector:
+        assert collector.update_policy(forms[source]()) == 1
 
 
 def test_rollouts_are_never_aliased() -> None:
@@ -300,6 +314,43 @@ def test_an_error_in_process_names_its_cause() -> None:
         next(collector)
     with pytest.raises(RuntimeError, match="shut down"):
         next(collector)
+
+
+def test_after_an_interrupt_in_process_the_next_rollout_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where the broken one stood."""
+    with make(0) as collector:
+        next(collector)
+        step = StampEnv._step
+
+        def interrupted(self: StampEnv, tensordict: TensorDictBase) -> TensorDictBase:
+            if self.step_number == 7:
+                monkeypatch.undo()
+                raise KeyboardInterrupt
+            return step(self, tensordict)
+
+        monkeypatch.setattr(StampEnv, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(collector)
+        first = next(collector)["observation"][0, :, 1].tolist()
+    assert first == [*range(int(first[0]), int(first[0]) + STEPS)]
+    assert first[0] in (7, 8)
+
+
+@pytest.mark.filterwarnings("ignore:an environment raised OSError when it was closed:RuntimeWarning")
+def test_an_environment_that_raises_when_it_is_closed_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def close(self: StampEnv, **_: Any) -> None:
+        self.is_closed = True
+        raise OSError("no such socket")
+
+    monkeypatch.setattr(StampEnv, "close", close)
+    for fail in ("", "raise"):
+        collector = make(0, env={"fail": fail})
+        collector.backend._collector.env.is_closed = False
+        next(collector)
+        if fail:
+            with pytest.raises(EnvironmentFailure, match="the gripper fell off"):
+                next(collector)
+        collector.shutdown()
 
 
 def _bent() -> Any:
@@ -565,6 +616,29 @@ def test_a_raising_environment_is_quoted(way: str, capfd: pytest.CaptureFixture[
     with pytest.raises(EnvironmentFailure, match=r"(?s)step 7: ValueError: the gripper fell off.*in _step"):
         next(collector)
     assert "Traceback" not in capfd.readouterr().err
+
+
+class Clinging(StampEnv):
+    """Raises at step 7, and takes its time to close."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, fail="raise")
+        self.is_closed = False
+
+    def close(self, **_: Any) -> None:
+        time.sleep(20)
+
+
+@pytest.mark.slow
+def test_an_error_is_told_before_its_environment_is_closed() -> None:
+    collector = make_collector(
+        Clinging, WeightPolicy(), frames_per_batch=ENVS * STEPS, num_workers=1, max_restarts=0, step_timeout=15.0
+    )
+    next(collector)
+    start = time.monotonic()
+    with pytest.raises(EnvironmentFailure, match=r"step 7: ValueError: the gripper fell off"):
+        next(collector)
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.slow

@@ -395,6 +395,36 @@ def filled(**numbers: Any) -> Replay:
     return replay
 
 
+def test_an_actor_that_has_given_nothing_yet_is_saved_and_loaded(tmp_path: Path) -> None:
+    """As where a run is stopped with its first rollout."""
+    replays = [Replay(100, num_envs=2, num_workers=2, batch_size=4) for _ in range(2)]
+    replays[0].extend(Stream(2).rollout(20), worker=1)
+    replays[0].dump(tmp_path / "replay")
+    replays[1].load(tmp_path / "replay")
+    assert (replays[0].sample() == replays[1].sample()).all()
+
+
+def test_entries_without_a_number_are_kept(tmp_path: Path) -> None:
+    rollout = Stream(2).rollout(20)
+    rollout["nothing"] = torch.zeros(2, 20, 0)
+    replays = [Replay(100, num_envs=2, batch_size=4) for _ in range(2)]
+    replays[0].extend(rollout)
+    replays[0].dump(tmp_path / "replay")
+    replays[1].load(tmp_path / "replay")
+    assert replays[1].sample()["nothing"].shape == (4, 0)
+
+
+def test_a_rollout_that_does_not_fit_changes_nothing() -> None:
+    """Which one does is a matter of how many episodes end in it, and so it may come late."""
+    replay, twin = filled(), filled()
+    with pytest.raises(ValueError, match="does not fit the 51 slots"):
+        replay.extend(Stream(2).rollout(80))
+    later = Stream(2, seed=5).rollout(10)
+    for one in (replay, twin):
+        one.extend(later)
+    assert (replay.sample() == twin.sample()).all()
+
+
 def test_no_pickle_and_only_what_is_filled_is_written(tmp_path: Path) -> None:
     replay = Replay(100_000, num_envs=2, batch_size=4)
     replay.extend(Stream(2).rollout(20))
