@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from offtrace.agents.q_actor_critic import make_q_actor_critic as make_q_actor_critic
     from offtrace.agents.registry import AGENTS as AGENTS
     from offtrace.agents.runs.checkpoint import CheckpointError as CheckpointError
+    from offtrace.agents.runs.checkpoint import load_env as load_env
     from offtrace.agents.runs.checkpoint import load_policy as load_policy
     from offtrace.agents.runs.evaluation import EvaluationResult as EvaluationResult
     from offtrace.agents.runs.evaluation import evaluate as evaluate
@@ -67,7 +68,7 @@ _WHERE = {
     "ppo": ("PPOConfig", "make_ppo"),
     "q_actor_critic": ("QActorCriticConfig", "make_q_actor_critic"),
     "registry": ("AGENTS",),
-    "runs.checkpoint": ("CheckpointError", "load_policy"),
+    "runs.checkpoint": ("CheckpointError", "load_env", "load_policy"),
     "runs.evaluation": ("EvaluationResult", "evaluate"),
     "runs.training": ("Summary", "train"),
     "sac": ("SACConfig", "make_sac"),

@@ -14,8 +14,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictSequential
 
-from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, load_policy, read_checkpoint
-from offtrace.agents.runs.training import with_policy_transforms
+from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, load_policy, read_checkpoint, with_policy_transforms
 from offtrace.modules.envs import make_env
 from offtrace.modules.keys import ACTION, LOG_PROB
 

@@ -70,10 +70,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
-    from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, CheckpointError, load_policy, read_checkpoint
+    from offtrace.agents.runs.checkpoint import (
+        CHECKPOINT_KEY,
+        CheckpointError,
+        load_policy,
+        read_checkpoint,
+        with_policy_transforms,
+    )
     from offtrace.agents.runs.evaluation import evaluate
     from offtrace.agents.runs.recording import Recorder
-    from offtrace.agents.runs.training import with_policy_transforms
     from offtrace.modules.envs import env_info, make_env
 
     try:

@@ -13,6 +13,7 @@ import torch
 
 from offtrace.agents.agent import Agent, TrainingDivergedError
 from offtrace.agents.data.acting import ActingData, PlainData
+from offtrace.agents.runs.checkpoint import CheckpointError, read_checkpoint
 from offtrace.modules.replay import DamagedReplay
 
 
@@ -38,17 +39,20 @@ class Checkpoints(pl.Callback):
         self._kept: int | None = None  # frames of the last.ckpt that lies there
         self._next = every
         self._began = False
+        self._best_before = float("-inf")
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
         """Sets the next checkpoint behind the frames already trained."""
         self._began = True
         self._kept = agent.frames if self.resumed == self.folder / "last.ckpt" else None
         self._next = (agent.frames // self.every + 1) * self.every
+        if self.resumed is not None:  # the run may have found better weights than it has gone on from
+            self._best_before = _score_of(self.folder / "best.ckpt")
 
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Writes ``last.ckpt`` when it is time."""
         if agent.frames >= self._next:
-            self._next += self.every
+            self._next = (agent.frames // self.every + 1) * self.every
             self.save(trainer, agent, "last.ckpt")
 
     def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
@@ -58,28 +62,27 @@ class Checkpoints(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
         """Keeps what was learned, whatever ended the run.
 
-        Of several ranks with a replay each, one alone cannot: a checkpoint names the replays that all of them wrote.
+        One of several ranks alone cannot save their replays: the checkpoint names those that all of them wrote last.
         """
-        alone = trainer.world_size > 1 and agent.data.saves
-        if agent.updates and self._began and not alone:  # before that, what was read is not all in place
+        if agent.updates and self._began:  # before that, what was read is not all in place
             with contextlib.suppress(TrainingDivergedError):  # nothing may keep the checkpoint from being written
                 agent.check_guard()
-            self.save(trainer, agent, "last.ckpt")
+            self.save(trainer, agent, "last.ckpt", data=trainer.world_size == 1)
 
     def on_score(self, trainer: pl.Trainer, agent: Agent, score: float, *, best: float) -> None:
-        """Writes ``best.ckpt`` when ``score`` is the best."""
-        if score >= best:
+        """Writes ``best.ckpt`` when ``score`` is the best, that of a ``best.ckpt`` before a resume included."""
+        if score >= max(best, self._best_before):
             self.save(trainer, agent, "best.ckpt")
 
-    def save(self, trainer: pl.Trainer, agent: Agent, name: str) -> None:
-        """Writes one file, through a temporary one beside it; with ``last.ckpt``, what the data module has to save."""
+    def save(self, trainer: pl.Trainer, agent: Agent, name: str, *, data: bool = True) -> None:
+        """Writes one file, through a temporary one beside it; with ``last.ckpt`` the ``data``, such as a replay."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in agent.parameters()):
             return
         try:
             agent.settle()
         except (DamagedReplay, ValueError) as error:  # the replay is not saved then, but what was learnt is
             warnings.warn(f"the last priorities did not get into the replay: {error}", RuntimeWarning, stacklevel=2)
-        saved = name == "last.ckpt" and agent.data.saves and self._save_data(trainer, agent.data)
+        saved = data and name == "last.ckpt" and agent.data.saves and self._save_data(trainer, agent.data)
         if trainer.is_global_zero:
             self._write(trainer, name, agent.frames)
         if saved:
@@ -112,3 +115,12 @@ class Checkpoints(pl.Callback):
                 (self.folder / name).replace(self.folder / "previous.ckpt")
             self._kept = frames
         temporary.replace(self.folder / name)
+
+
+def _score_of(best: Path) -> float:
+    """The score of the weights in ``best.ckpt``; minus infinity where there is none that can be read."""
+    try:
+        scores = read_checkpoint(best)["callbacks"]["Evaluation"]["scores"]
+    except (CheckpointError, KeyError):
+        return float("-inf")
+    return float(scores[-1][1]) if scores else float("-inf")

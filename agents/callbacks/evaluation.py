@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchrl.envs import EnvBase
 
-from offtrace.agents.agent import Agent
+from offtrace.agents.agent import Agent, random_state, set_random_state
 from offtrace.agents.callbacks.checkpoints import Checkpoints
 from offtrace.agents.callbacks.stopping import GracefulStop
 from offtrace.agents.runs.evaluation import EvaluationMode, EvaluationResult, evaluate
@@ -55,6 +54,7 @@ class Evaluation(pl.Callback):
         self.seconds = 0.0
         self._env: EnvBase | None = None
         self._next = every
+        self._scored_at = (0, 0)  # frames and updates
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
         """Sets the next evaluation behind the frames already trained."""
@@ -63,13 +63,13 @@ class Evaluation(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Evaluates when it is time."""
         if agent.frames >= self._next:
-            self._next += self.every
+            self._next = (agent.frames // self.every + 1) * self.every
             self._run(trainer, agent)
 
     def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
-        """The final score, unless it was just measured or the run was stopped."""
+        """The final score, unless that of these weights was just measured or the run was stopped."""
         stopped = any(isinstance(callback, GracefulStop) and callback.signal for callback in trainer.callbacks)
-        if self.final and not stopped and (not self.scores or self.scores[-1][0] != agent.frames):
+        if self.final and not stopped and self._scored_at != (agent.frames, agent.updates):
             self._run(trainer, agent)
 
     def teardown(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
@@ -95,21 +95,26 @@ class Evaluation(pl.Callback):
         if not trainer.is_global_zero:
             return
         start = time.perf_counter()
-        if self._env is None:
-            self._env = self.make_env()
-        training = agent.policy.training
+        training, state = agent.policy.training, random_state()
         agent.policy.eval()
-        # sampled actions draw from the generators of the training, which evaluating must not change
-        with torch.random.fork_rng(devices=[agent.device] if agent.device.type == "cuda" else []):
+        try:
+            if self._env is None:
+                self._env = self.make_env()
             result = evaluate(agent.policy, self._env, self.episodes, mode=self.mode)
-        agent.policy.train(training)
+        finally:
+            # sampled actions, and tasks of one's own, draw from the generators of the training
+            set_random_state(state)
+            agent.policy.train(training)
         self.seconds += time.perf_counter() - start
+        self._scored_at = agent.frames, agent.updates
         if not result.returns:
             rank_zero_warn(
                 f"no score at {agent.frames:,} frames: the simulator failed in each of {self.episodes} episodes of the "
                 "evaluation"
             )
             return
+        if self.scores and self.scores[-1][0] == agent.frames:  # of updates on frames that were counted before
+            self.scores.pop()
         self.scores.append((agent.frames, result.mean))
         self.last = result
         metrics = {"eval/return": result.mean, "eval/return_std": result.std, "eval/length": result.mean_length}

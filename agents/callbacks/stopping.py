@@ -28,7 +28,7 @@ class GracefulStop(pl.Callback):
 
     def __init__(self) -> None:
         self.signal = 0
-        self._training = False
+        self._training = self._finished = False
         self._kept = False
         self._before: dict[int, Any] = {}
 
@@ -56,8 +56,13 @@ class GracefulStop(pl.Callback):
         """Stops the loop when a signal came, on all ranks or on none; then it came to all of them."""
         if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
             trainer.should_stop = True
+            self._finish()
             came = trainer.strategy.all_gather(torch.tensor(self.signal, device=trainer.strategy.root_device))
             self.signal = self.signal or int(came.max())
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """No update is to come: what is left to do has the time that it takes."""
+        self._finish()
 
     def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
         """Gives the signals back."""
@@ -68,6 +73,10 @@ class GracefulStop(pl.Callback):
         """Gives the signals back, after the data module has ended its actors."""
         if not self._kept:
             self._restore()
+
+    def _finish(self) -> None:
+        self._finished = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _listen(self) -> None:
         if not self._before and threading.current_thread() is threading.main_thread():
@@ -85,6 +94,8 @@ class GracefulStop(pl.Callback):
         self.signal = number
         if again or not self._training:
             raise KeyboardInterrupt
+        if self._finished:
+            return
         self._before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, self._expire))
         signal.setitimer(signal.ITIMER_REAL, self.patience_s)
 

@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 from tensordict.nn import ProbabilisticTensorDictSequential
+from torch import nn
+from torchrl.envs import EnvBase
+from torchrl.modules.utils import get_env_transforms_from_module
 
 from offtrace.agents.runs.missing import no_checkpoint
 from offtrace.agents.runs.ranks import rank
+from offtrace.modules.envs import make_env
 from offtrace.modules.naming import imported
 from offtrace.modules.networks import build_policy
 
@@ -149,3 +153,28 @@ def load_policy(path: str | Path, *, device: str | torch.device = "cpu") -> Prob
             f"{path} holds the weights of another network: {str(error).splitlines()[-1].strip()}"
         ) from error
     return policy.to(device).eval()
+
+
+def load_env(path: str | Path, policy: nn.Module, num_envs: int = 1, *, seed: int = 0, **options: Any) -> EnvBase:
+    """The task of the checkpoint at ``path``, with the options it was trained with, in the form for evaluations.
+
+    Args:
+        path: as of :func:`load_policy`.
+        policy: that of the checkpoint: the environments carry the state that it acts with, where it has one.
+        num_envs: N.
+        seed: environment i has ``seed + i``.
+        options: of :func:`offtrace.modules.make_env`, in place of those of the training.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`.
+        ValueError: as :func:`offtrace.modules.make_env`.
+    """
+    saved = read_checkpoint(path)[CHECKPOINT_KEY]["env"]
+    env = make_env(saved["name"], num_envs, seed=seed, evaluation=True, **saved["options"] | options)
+    return with_policy_transforms(env, policy)
+
+
+def with_policy_transforms(env: EnvBase, policy: nn.Module) -> EnvBase:
+    """``env``, carrying the state that ``policy`` acts with, where it has one: recurrent, of smoothing or of noise."""
+    transform = get_env_transforms_from_module(policy)
+    return env if transform is None else env.append_transform(transform)

@@ -41,7 +41,7 @@ class Curves(NamedTuple):
 def read_curves(metrics: Path) -> Curves:
     """The curves of a run's ``metrics.csv`` and its earlier parts.
 
-    A run that was stopped and resumed trained the frames behind its last checkpoint twice; the later time counts.
+    Of a run that was stopped and resumed, the parts end with the checkpoints from which it went on.
 
     Raises:
         OSError: if there is neither such a file nor a part of one.
@@ -52,10 +52,7 @@ def read_curves(metrics: Path) -> Curves:
     rows: list[dict[str, str]] = []
     for part in parts:
         with open(part, newline="") as file:
-            later = [row for row in csv.DictReader(file) if row.get("step")]
-        if later:
-            # the first row of a part stands at the frames of its checkpoint, where the part before may end with a score
-            rows = [row for row in rows if int(row["step"]) <= int(later[0]["step"])] + later
+            rows += [row for row in csv.DictReader(file) if row.get("step")]
 
     def column(name: str) -> Curve:
         return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import itertools
 import json
@@ -116,11 +117,25 @@ def discard(folder: Path, *, loggers: bool = False) -> bool:
     return True
 
 
-def keep_metrics(folder: Path) -> None:
-    """Puts ``metrics.csv`` aside as ``metrics.part<n>.csv``: Lightning's CSV logger removes what a resumed run had."""
+def keep_metrics(folder: Path, frames: int) -> None:
+    """Puts ``metrics.csv`` aside as ``metrics.part<n>.csv``: Lightning's CSV logger removes what a resumed run had.
+
+    What lies behind the ``frames`` of the checkpoint it goes on from is left out, in all parts, since it is trained
+    again; and so is a row that was broken off.
+    """
     metrics = folder / "metrics.csv"
     if metrics.exists():
         metrics.rename(folder / f"metrics.part{len(metric_parts(metrics))}.csv")
+    for part in metric_parts(metrics):
+        with open(part, newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        place = header.index("step") if "step" in header else None
+        kept = [row for row in rows if place is not None and len(row) == len(header) and int(row[place]) <= frames]
+        if len(kept) < len(rows):
+            shorter = part.with_suffix(".tmp")
+            with open(shorter, "w", newline="") as file:
+                csv.writer(file).writerows([header, *kept])
+            shorter.replace(part)
 
 
 def metric_parts(metrics: Path) -> list[Path]:

@@ -70,7 +70,7 @@ def run(config: Config, folder: Path, resume: Path | None = None) -> Summary:
         raise RunFailed(_kept(error, folder)) from error
     if rank():
         return summary
-    if summary.signal and resume is None and not _last(folder).exists():
+    if summary.signal and resume is None and not summary.updates and not _last(folder).exists():
         shutil.rmtree(folder)
         return summary
     try:

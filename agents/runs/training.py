@@ -17,11 +17,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torchrl.envs import EnvBase
-from torchrl.modules.utils import get_env_transforms_from_module
 
 from offtrace.agents.callbacks import Checkpoints, Evaluation, GracefulStop, Meters, WeightSync
 from offtrace.agents.config import Config, available_cores
-from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, read_checkpoint
+from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, read_checkpoint, with_policy_transforms
 from offtrace.agents.runs.evaluation import EvaluationResult
 from offtrace.agents.runs.folders import config_text, keep_metrics
 from offtrace.agents.runs.ranks import check_launch, meet, rank
@@ -32,6 +31,8 @@ REPLAY = "replay"
 
 EVALUATION_SEED = 1_000_000
 """Far from the training environments' seeds."""
+LAST_SEED = 2**31 - 2**17
+"""An emulator takes 31 bits, and environments count on from their first seed."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     if resume is not None:
         begun = int(read_checkpoint(resume)[CHECKPOINT_KEY]["frames"])
         if not rank():
-            keep_metrics(run_dir)
+            keep_metrics(run_dir, begun)
     config.check_devices(torch.cuda.device_count())
     _quiet()
     torch.set_num_threads(learner_threads(config))
@@ -216,15 +217,9 @@ def evaluation_env(
 ) -> EnvBase:
     """The evaluation form of the task, with as many environments as divide ``episodes`` evenly, 16 at the most."""
     number = max(n for n in range(1, 17) if episodes % n == 0)
-    seed = config.train.seed + EVALUATION_SEED
+    seed = (config.train.seed + EVALUATION_SEED) % LAST_SEED
     env = make_env(config.task, number, seed=seed, evaluation=True, pictures=pictures, **config.env_options())
     return env if policy is None else with_policy_transforms(env, policy)
-
-
-def with_policy_transforms(env: EnvBase, policy: nn.Module) -> EnvBase:
-    """``env``, carrying the state that ``policy`` acts with, where it has one: recurrent, of smoothing or of noise."""
-    transform = get_env_transforms_from_module(policy)
-    return env if transform is None else env.append_transform(transform)
 
 
 def _quiet() -> None:

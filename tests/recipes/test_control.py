@@ -441,6 +441,20 @@ def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
     assert out.endswith(f"; go on with --resume {folder}\n")
 
 
+def test_a_run_that_has_learnt_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where nothing could write a last checkpoint: there are metrics, and perhaps best.ckpt."""
+    summary = Summary(
+        task="t", algorithm="sac", seed=0, frames=64, updates=3, episodes=0, dropped_episodes=0, restarts=0,
+        frames_per_second=0.0, updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=2,
+        first_update_at=0.0,
+    )  # fmt: skip
+    monkeypatch.setattr("offtrace.agents.runs.run.train", lambda *_: summary)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/best.ckpt").touch()
+    assert cli.run_in(tmp_path / "run", SACConfig(), None) == 128 + 2
+    assert (tmp_path / "run/checkpoints/best.ckpt").exists()
+
+
 @pytest.mark.slow
 def test_nothing_is_recorded_where_that_is_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
     assert sac("--train.record=false") == 0

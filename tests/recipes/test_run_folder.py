@@ -122,19 +122,23 @@ def write(path: Path, rows: list[tuple[int, str, str]]) -> None:
 
 def test_metrics_of_all_parts_make_one_curve(folder: Path) -> None:
     metrics = folder / "metrics.csv"
-    keep_metrics(folder)  # nothing yet: nothing to keep
+    keep_metrics(folder, 0)  # nothing yet: nothing to keep
     write(metrics, [(100, "1", ""), (200, "2", "20"), (300, "99", "")])
-    keep_metrics(folder)
+    with open(metrics, "a") as file:
+        file.write("40")  # killed while it wrote
+    # killed behind 300, resumed from the checkpoint at 200: what is trained again counts as of the second time
+    keep_metrics(folder, 200)
     assert not metrics.exists()
-    assert read_curves(metrics)[:2] == ([(100, 1.0), (200, 2.0), (300, 99.0)], [(200, 20.0)])
-    # stopped after 300, resumed from the checkpoint at 200: what was trained twice counts as of the second time
+    assert read_curves(metrics)[:2] == ([(100, 1.0), (200, 2.0)], [(200, 20.0)])
     write(metrics, [(250, "3", ""), (350, "4", "40")])
-    keep_metrics(folder)
-    write(metrics, [(350, "", ""), (400, "5", "")])  # a part begins at its checkpoint
+    keep_metrics(folder, 350)
+    write(metrics, [(350, "", ""), (400, "5", "")])
     assert read_curves(metrics)[:2] == (
         [(100, 1.0), (200, 2.0), (250, 3.0), (350, 4.0), (400, 5.0)],
         [(200, 20.0), (350, 40.0)],
     )
+    keep_metrics(folder, 220)  # and once more, from a checkpoint that is older than the last part
+    assert read_curves(metrics)[:2] == ([(100, 1.0), (200, 2.0)], [(200, 20.0)])
 
 
 def test_no_metrics(tmp_path: Path) -> None:
