@@ -56,7 +56,15 @@ def atari_games() -> tuple[str, ...]:
 
 
 def atari_name(name: str) -> str | None:
-    """The game in snake case for ``Pong``, ``ALE/Pong-v5`` or ``PongNoFrameskip-v4``; ``None`` if it is none."""
+    """The game in snake case for ``Pong``, ``ALE/Pong-v5`` or ``PongNoFrameskip-v4``; ``None`` if it is none.
+
+    What Gymnasium knows as another environment is none: ``Blackjack-v1`` is its own game of cards.
+    """
+    import gymnasium
+
+    registered = gymnasium.registry.get(name)
+    if registered is not None and not _from_ale(registered.entry_point):
+        return None
     short = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", name.removeprefix("ALE/"))
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", short).lower()
     for candidate in (snake, snake.replace("_", "")):
@@ -64,6 +72,11 @@ def atari_name(name: str) -> str | None:
             if candidate in (game, game.replace("_", "")):
                 return game
     return None
+
+
+def _from_ale(entry_point: Any) -> bool:
+    module = entry_point if isinstance(entry_point, str) else getattr(entry_point, "__module__", None)
+    return str(module).startswith("ale_py.")
 
 
 def unknown(name: str) -> str:
