@@ -28,7 +28,8 @@ class GymEnv(VectorEnv):
     Observations: ``Box`` as it comes, integers of 8 bits kept, everything else float32; ``Discrete`` as one-hot;
     ``Dict`` and ``Tuple`` as one vector ``[D]``, see :class:`~offtrace.modules.envs.spaces.Observations`.
     Actions: ``Discrete`` as int64 indices from 0, ``MultiDiscrete`` and ``MultiBinary`` as one index over all
-    combinations, ``Box`` as float32 that is clipped to its bounds here, so that a policy may sample outside of them.
+    combinations, ``Box`` as float32 that is clipped to its bounds here, so that a policy may sample outside of them,
+    and given on in the dtype of the space, rounded where that is of integers.
     ``info["action_mask"]`` is passed on where the environment gives one, as the mask of the combinations where there
     are some; see :class:`~offtrace.modules.envs.spaces.Actions`.
 
@@ -199,7 +200,7 @@ class GymEnv(VectorEnv):
         numbers = np.clip(numbers, self._low, self._high)
         if not np.isfinite(numbers).all():  # not the simulator's fault
             raise EnvironmentFailure(f"{self.name}: the policy gave an action that is not finite at step {self._steps}")
-        return numbers
+        return self._actions.fit(numbers)
 
     def _observed(self, env: gymnasium.Env[Any, Any], observation: Any, reward: Any) -> tuple[Row, str | None]:
         """An observation in the precision in which it is given away, and what became of a simulator that failed."""

@@ -94,6 +94,8 @@ def is_finite(row: Row) -> bool:
 class Actions:
     """Actions of a space: ``Discrete`` as int64 indices from 0, one-dimensional ``Box`` as float32.
 
+    What the environment gets of a ``Box`` is of its dtype, rounded where that is of integers, and within its bounds.
+
     ``MultiDiscrete`` and ``MultiBinary`` become one index over all combinations, in the order of
     ``itertools.product``: the last number changes fastest.
 
@@ -103,7 +105,7 @@ class Actions:
 
     Attributes:
         spec: of one action.
-        low, high: bounds of a ``Box``, float32 ``[A]``; else None.
+        low, high: bounds of a ``Box``, float32 ``[A]``, infinite where there is none; else None.
 
     Raises:
         ValueError: another space, or more combinations than 4,096.
@@ -113,6 +115,7 @@ class Actions:
         self.name = name
         self.low: np.ndarray | None = None
         self.high: np.ndarray | None = None
+        self._box: spaces.Box | None = None
         self._start = 0
         self._combinations: np.ndarray | None = None
         self._sizes: tuple[int, ...] = ()
@@ -122,7 +125,10 @@ class Actions:
             self._start = int(space.start)
             self.spec = Categorical(int(space.n), dtype=torch.int64)
         elif isinstance(space, spaces.Box) and len(space.shape) == 1:
-            self.low, self.high = space.low.astype(np.float32), space.high.astype(np.float32)
+            self._box = space
+            # without a bound, integers have their dtype's own
+            self.low = np.where(space.bounded_below, space.low, -np.inf).astype(np.float32)
+            self.high = np.where(space.bounded_above, space.high, np.inf).astype(np.float32)
             self.spec = Unbounded(space.shape, dtype=torch.float32)
         elif isinstance(space, spaces.MultiDiscrete):
             self._sizes = tuple(int(size) for size in space.nvec.flatten())
@@ -160,6 +166,15 @@ class Actions:
     def decode(self, index: np.ndarray) -> np.ndarray:
         """What ``Env.step`` gets for the indices ``[N]``."""
         return index + self._start if self._combinations is None else self._combinations[index]
+
+    def fit(self, numbers: np.ndarray) -> np.ndarray:
+        """What ``Env.step`` gets for the float32 numbers ``[N, A]``, all finite, of a ``Box``."""
+        box = self._box
+        assert box is not None
+        if not np.issubdtype(box.dtype, np.floating):
+            numbers = np.clip(np.rint(numbers), box.low, box.high)  # what the dtype does not hold would wrap around
+        # float32 may round a bound, or a number, out of the space
+        return np.clip(numbers.astype(box.dtype), box.low, box.high)
 
     def mask(self, value: Any) -> np.ndarray:
         """``info["action_mask"]`` as bool ``[A]``, True where the action is legal.

@@ -252,6 +252,37 @@ def test_as_many_combinations_as_there_may_be() -> None:
     assert int(player(action=spaces.MultiBinary(12)).action_spec.space.n) == 4096
 
 
+BOXES = [
+    spaces.Box(-0.1, 0.1, (3,), np.float64),
+    spaces.Box(np.array([-0.1, 0, -np.inf]), np.array([0.3, np.inf, np.inf]), dtype=np.float64),
+    spaces.Box(-0.3, 0.7, (3,), np.float16),
+    spaces.Box(-2, 3, (3,), np.int64),
+    spaces.Box(0, 255, (3,), np.uint8),
+    spaces.Box(-np.inf, np.inf, (3,), np.int8),
+]
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("space", BOXES, ids=str)
+def test_numbers_are_of_the_space(space: spaces.Box, rescale: bool) -> None:
+    """Player asks its space; at the bounds and beyond, where float32 rounds outwards, and between whole numbers."""
+    env = GymEnv(lambda: Player(spaces.Box(-1, 1, (2,)), space), 1, name="mine", rescale_actions=rescale)
+    state = env.reset()
+    for number in (-1000.0, -1.0, -0.1, 0.0, 0.4, 0.6, 1.0, 1000.0):
+        state["action"] = torch.full((1, 3), number)
+        _, state = env.step_and_maybe_reset(state)
+        told = env._envs[0].told[-1]
+        assert told.dtype == space.dtype
+        if not rescale and np.issubdtype(space.dtype, np.integer):
+            assert told.tolist() == np.clip(round(number), space.low.astype(int), space.high.astype(int)).tolist()
+    reached = np.stack(env._envs[0].told)
+    bounded = space.bounded_below & space.bounded_above
+    if rescale:
+        np.testing.assert_allclose(reached.min(0)[bounded], space.low[bounded], rtol=1e-6)
+        np.testing.assert_allclose(reached.max(0)[bounded], space.high[bounded], rtol=1e-6)
+        assert (np.abs(reached[:, ~bounded]) <= 1).all()
+
+
 def product(sizes: list[int], legal: Any) -> list[bool]:
     return [all(legal[place][digit] for place, digit in enumerate(combination)) for combination in
             itertools.product(*(range(size) for size in sizes))]  # fmt: skip
