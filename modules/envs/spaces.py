@@ -23,8 +23,8 @@ Row = list[np.ndarray]
 class Observations:
     """Observations of a space, first as arrays of one environment, then as tensors of all.
 
-    A ``Box`` stays as it is: integers of 8 bits kept, everything else float32. ``Discrete`` becomes one-hot,
-    ``MultiDiscrete`` a row of them. ``Dict`` and ``Tuple`` become one float32 vector, in the order of
+    A ``Box`` stays as it is, a single number as ``[1]``: integers of 8 bits kept, everything else float32. ``Discrete``
+    becomes one-hot, ``MultiDiscrete`` a row of them. ``Dict`` and ``Tuple`` become one float32 vector, in the order of
     ``gymnasium.spaces.flatten``; without ``flatten`` an entry for each of their members, those of a ``Tuple`` named by
     their number, those of a member's own members ``"arm.angle"``.
 
@@ -234,10 +234,12 @@ def _values(space: spaces.Space[Any], value: Any) -> Iterator[Any]:
 
 
 def _entry(space: spaces.Space[Any]) -> tuple[TensorSpec, Callable[[Any], np.ndarray]]:
-    if isinstance(space, spaces.Box) and space.dtype == np.uint8:
-        return Bounded(0, 255, shape=space.shape, dtype=torch.uint8), lambda value: np.array(value, np.uint8)
     if isinstance(space, spaces.Box | spaces.MultiBinary):
-        return Unbounded(space.shape, dtype=torch.float32), lambda value: np.array(value, np.float32)
+        shape = space.shape or (1,)  # a network reads rows
+        if isinstance(space, spaces.Box) and space.dtype == np.uint8:
+            spec = Bounded(0, 255, shape=shape, dtype=torch.uint8)
+            return spec, lambda value: np.array(value, np.uint8).reshape(shape)
+        return Unbounded(shape, dtype=torch.float32), lambda value: np.array(value, np.float32).reshape(shape)
     size = spaces.flatdim(space)
     return Unbounded((size,), dtype=torch.float32), lambda value: spaces.flatten(space, value).astype(np.float32)
 

@@ -12,11 +12,13 @@ import torch
 from gymnasium import spaces
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.data import Categorical, Unbounded
 from torchrl.envs.utils import check_env_specs
 
 from offtrace.modules.collectors import make_collector
-from offtrace.modules.envs import EnvironmentFailure, GymEnv, env_info, make_env
+from offtrace.modules.envs import EnvironmentFailure, GymEnv, StepResult, VectorEnv, env_info, make_env
 from offtrace.modules.envs.spaces import Actions
+from offtrace.modules.networks import build_policy
 
 NESTED = spaces.Dict(
     {
@@ -27,7 +29,7 @@ NESTED = spaces.Dict(
     }
 )
 SHAPES = {
-    "arm.angle": (), "arm.grip": (2, 2), "gear": (4,), "pair.0": (5,), "pair.1": (5,), "speed": (2, 3),
+    "arm.angle": (1,), "arm.grip": (2, 2), "gear": (4,), "pair.0": (5,), "pair.1": (5,), "speed": (2, 3),
 }  # fmt: skip
 
 
@@ -111,10 +113,20 @@ def test_entries_of_a_dictionary_are_its_members() -> None:
             np.testing.assert_array_equal(one["pair.1"], truth["pair"][1])
             np.testing.assert_array_equal(one["speed"], truth["speed"].astype(np.float32))
             np.testing.assert_array_equal(one["arm.grip"], truth["arm"]["grip"])
-            assert one["arm.angle"] == truth["arm"]["angle"]
+            assert one["arm.angle"].tolist() == [truth["arm"]["angle"]]
             assert one["gear"].tolist() == [float(gear == truth["gear"]) for gear in range(-1, 3)]
             first, second = truth["pair"][0]
             assert one["pair.0"].tolist() == [first == 0, first == 1, second == 0, second == 1, second == 2]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_a_single_number_is_a_vector_of_one(dtype: Any) -> None:
+    env = player(observation=spaces.Box(0, 1, (), dtype), number=2)
+    check_env_specs(env)
+    policy = build_policy(observation_shape=env.observation_spec["observation"].shape[1:], num_actions=2)
+    rollout = env.rollout(4, policy, break_when_any_done=False)
+    assert rollout["observation"].shape == (2, 4, 1)
+    assert rollout["observation"].dtype == (torch.uint8 if dtype is np.uint8 else torch.float32)
 
 
 @pytest.mark.parametrize("action", [spaces.Discrete(2), spaces.Box(-1, 1, (2,))])
@@ -146,6 +158,28 @@ def test_an_entry_that_is_not_finite(flatten: bool) -> None:
     discrete = GymEnv(lambda: Faulty(NESTED), 1, name="mine", flatten=flatten)
     with pytest.raises(EnvironmentFailure, match=r"mine: environment 0 returned a observation that is not finite at"):
         discrete.rollout(7, break_when_any_done=False)
+
+
+class OneNumber(VectorEnv):
+    """The user's own, whose observation is a number and at the second step none."""
+
+    def __init__(self) -> None:
+        super().__init__("mine", 2, observation=Unbounded(()), action=Categorical(2))
+
+    def _start(self) -> tuple[torch.Tensor, None]:
+        return torch.zeros(2), None
+
+    def _following(self) -> torch.Tensor:
+        return torch.zeros(2)
+
+    def _advance(self, action: torch.Tensor) -> StepResult:
+        numbers, never = torch.tensor([0.0, torch.nan if self._steps == 2 else 0.0]), torch.zeros(2, dtype=torch.bool)
+        return StepResult(numbers, torch.zeros(2), never, never, never)
+
+
+def test_a_single_number_that_is_not_finite() -> None:
+    with pytest.raises(EnvironmentFailure, match="mine: environment 1 returned a observation that is not finite at st"):
+        OneNumber().rollout(3)
 
 
 IMAGE = spaces.Dict({"eye": spaces.Box(0, 255, (3, 8, 8), np.uint8), "step": spaces.Discrete(9)})
