@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torchrl.envs import EnvBase
 
-from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION
+from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION, VALID
 
 
 class Recorder:
@@ -50,7 +50,8 @@ class Recorder:
         """
         if self._over:
             return
-        self._over = bool(step[NEXT, EPISODE_END][0].any())
+        valid = step.get((NEXT, VALID), None)  # False: the simulator failed, and the episode has no end
+        self._over = bool(step[NEXT, EPISODE_END][0].any()) or (valid is not None and not bool(valid[0].all()))
         if self._render is None:
             self.frames.append(step[OBSERVATION][0, -1].cpu().numpy().copy())
         elif self._over or self._steps % self.every == 0:

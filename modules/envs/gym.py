@@ -111,7 +111,8 @@ class GymEnv(VectorEnv):
         An episode that ended in the last step is seen where it ended, if pictures were taken before.
 
         Raises:
-            EnvironmentFailure: it was not made with ``render_mode="rgb_array"``, or this machine lacks what it needs.
+            EnvironmentFailure: it was not made with ``render_mode="rgb_array"``, its ``render()`` returned nothing, or
+                this machine lacks what it needs.
         """
         if not self.renders:
             raise EnvironmentFailure(f"{self.name} was not made with render_mode='rgb_array'; it has no pictures")
@@ -124,11 +125,14 @@ class GymEnv(VectorEnv):
         if self._final_frame is not None:
             return self._final_frame
         try:
-            return np.asarray(self._envs[0].render())
+            picture = self._envs[0].render()
         except Exception as error:  # whatever a missing library leads to
             raise EnvironmentFailure(
                 f"{self.name}: this machine cannot render ({type(error).__name__}: {error})"
             ) from error
+        if picture is None:
+            raise EnvironmentFailure(f"{self.name}: render() returned None; it must return a picture")
+        return np.array(picture)  # an environment may draw into one canvas all the time
 
     def _start(self) -> tuple[Tensor | TensorDictBase, Tensor | None]:
         self._final_frame = None

@@ -275,6 +275,47 @@ def test_pictures_show_the_end_of_an_episode() -> None:
         make_env("CartPole-v1", 1).render()
 
 
+class Canvas(gymnasium.Env[Any, Any]):
+    """Draws the number of its step into the one picture that it has, if it has one."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    render_mode = "rgb_array"
+
+    def __init__(self, blank: bool = False, time_limit: int = 100) -> None:
+        self.picture = None if blank else np.zeros((8, 8, 3), np.uint8)
+        self.steps, self.time_limit = 0, time_limit
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return np.zeros(2, np.float32), 1.0, False, self.steps == self.time_limit, {}
+
+    def render(self) -> Any:
+        if self.picture is not None:
+            self.picture[:] = self.steps
+        return self.picture
+
+
+def test_pictures_are_kept_by_who_takes_them() -> None:
+    env = GymEnv(Canvas, 1)
+    state, pictures = env.reset(), []
+    for _ in range(4):
+        pictures.append(env.render())
+        _, state = env.step_and_maybe_reset(state.set("action", torch.zeros(1, dtype=torch.int64)))
+    assert [int(picture[0, 0, 0]) for picture in pictures] == [0, 1, 2, 3]
+
+
+def test_no_picture_is_refused() -> None:
+    env = GymEnv(lambda: Canvas(blank=True), 1, name="mine")
+    env.reset()
+    with pytest.raises(EnvironmentFailure, match=r"^mine: render\(\) returned None; it must return a picture$"):
+        env.render()
+
+
 def test_catch_is_won_by_following_the_ball_and_seldom_by_chance() -> None:
     """As images: the ball's column and the paddle's are where the pixels are."""
     env = make_env("offtrace.modules.envs.catch:Catch", 8, seed=0)

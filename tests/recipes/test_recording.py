@@ -15,7 +15,7 @@ from offtrace.agents.runs.atari_scores import RANDOM_HUMAN, human_normalised
 from offtrace.agents.runs.evaluation import EvaluationResult
 from offtrace.agents.runs.recording import Recorder, save_gif
 from offtrace.modules.envs import make_env
-from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION
+from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION, VALID
 from offtrace.recipes.evaluate import report
 from tests.agents.published_scores import IMPALA
 
@@ -61,6 +61,14 @@ def test_the_recorder_keeps_the_first_episode_of_the_first_environment() -> None
         recorder(step(value, over))
     assert [int(frame[0, 0]) for frame in recorder.frames] == [1, 2, 3]
     assert recorder.frames[0].shape == (8, 8)
+
+
+def test_an_episode_that_a_simulator_broke_off_is_over() -> None:
+    """It has no end of its own; what follows is another episode."""
+    recorder = Recorder(make_env("pong", 2))
+    for value, valid in ((1, True), (2, False), (3, True)):
+        recorder(step(value, False).set((NEXT, VALID), torch.tensor([[valid], [not valid]])))
+    assert [int(frame[0, 0]) for frame in recorder.frames] == [1, 2]
 
 
 def test_the_recorder_wants_pictures() -> None:
