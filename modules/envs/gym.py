@@ -17,7 +17,7 @@ from torch import Tensor
 from torchrl.data import Bounded
 
 from offtrace.modules.envs.base import EnvironmentFailure, StepResult, VectorEnv
-from offtrace.modules.envs.names import unknown
+from offtrace.modules.envs.names import check_takes, unknown
 from offtrace.modules.envs.spaces import Actions, Observations, Row, is_finite, row_of
 from offtrace.modules.envs.suite import choose_renderer, has_display
 
@@ -47,15 +47,16 @@ class GymEnv(VectorEnv):
         rescale_actions: ``Box`` actions in [-1, 1], clipped to that and mapped linearly to the bounds. A bound that is
             infinite leaves the clipped action as it is.
         name: for messages; the id by default.
-        kwargs: passed to ``gymnasium.make``.
+        kwargs: passed to ``gymnasium.make``, or to the function.
 
     Raises:
-        ValueError: on an unknown id, or a space the agents cannot deal with.
+        ValueError: on an unknown id, an option that the environment or the function does not take, or a space the
+            agents cannot deal with.
     """
 
     def __init__(
         self,
-        env: str | Callable[[], gymnasium.Env[Any, Any]],
+        env: str | Callable[..., gymnasium.Env[Any, Any]],
         num_envs: int,
         *,
         seed: int = 0,
@@ -65,11 +66,13 @@ class GymEnv(VectorEnv):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        make = partial(_make, env, kwargs) if isinstance(env, str) else env
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
-        self._envs = [make() for _ in range(num_envs)]
         label = name or (env if isinstance(env, str) else str(getattr(env, "__name__", "environment")))
+        if not isinstance(env, str):
+            check_takes(label, env, **kwargs)
+        make = partial(_make, env, kwargs) if isinstance(env, str) else partial(env, **kwargs)
+        self._envs = [make() for _ in range(num_envs)]
         first = self._envs[0]
         self._observations = Observations(label, first.observation_space, flatten=flatten)
         self._actions = Actions(label, first.action_space)

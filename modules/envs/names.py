@@ -153,6 +153,13 @@ def own_environment(path: str) -> tuple[Callable[..., Any], bool]:
     return make, sized
 
 
+def check_takes(name: str, make: Callable[..., Any], *arguments: str, **options: Any) -> None:
+    """Raises ``ValueError`` for options that the function ``make``, of the environment ``name``, does not take."""
+    if options and not takes(make, *arguments, **options):
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise ValueError(f"{name} was given {given}; its function takes {signature(make)}")
+
+
 def known_actions(name: str) -> Literal["discrete", "continuous"] | None:
     """What a task acts with; None of the user's own, and where a Gymnasium environment cannot be made.
 

@@ -309,6 +309,13 @@ def test_pictures_are_kept_by_who_takes_them() -> None:
     assert [int(picture[0, 0, 0]) for picture in pictures] == [0, 1, 2, 3]
 
 
+def test_a_function_gets_the_options() -> None:
+    env = GymEnv(Canvas, 2, time_limit=3)
+    assert env.rollout(3)["next", "truncated"][:, :, 0].tolist() == [[False, False, True]] * 2
+    with pytest.raises(ValueError, match=r"^Canvas was given speed=3; its function takes \(blank=False, time_limit="):
+        GymEnv(Canvas, 2, speed=3)
+
+
 def test_no_picture_is_refused() -> None:
     env = GymEnv(lambda: Canvas(blank=True), 1, name="mine")
     env.reset()
