@@ -25,7 +25,8 @@ from offtrace.modules.envs.suite import choose_renderer, has_display
 class GymEnv(VectorEnv):
     """``N`` Gymnasium environments stepped one after the other.
 
-    Observations: ``Box`` as it comes, integers of 8 bits kept, everything else float32; ``Discrete`` as one-hot;
+    Observations: ``Box`` as it comes, integers of 8 bits kept, everything else float32; images ``[height, width,
+    channels]`` of 8 bits, of 1, 3 or 4 channels, as ``[channels, height, width]``; ``Discrete`` as one-hot;
     ``Dict`` and ``Tuple`` as one vector ``[D]``, see :class:`~offtrace.modules.envs.spaces.Observations`.
     Actions: ``Discrete`` as int64 indices from 0, ``MultiDiscrete`` and ``MultiBinary`` as one index over all
     combinations, ``Box`` as float32 that is clipped to its bounds here, so that a policy may sample outside of them,

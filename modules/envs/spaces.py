@@ -23,8 +23,10 @@ Row = list[np.ndarray]
 class Observations:
     """Observations of a space, first as arrays of one environment, then as tensors of all.
 
-    A ``Box`` stays as it is, a single number as ``[1]``: integers of 8 bits kept, everything else float32. ``Discrete``
-    becomes one-hot, ``MultiDiscrete`` a row of them. ``Dict`` and ``Tuple`` become one float32 vector, in the order of
+    A ``Box`` stays as it is, a single number as ``[1]``: integers of 8 bits kept, everything else float32. An
+    image of 8 bits ``[height, width, channels]``, of 1, 3 or 4 channels and more pixels than that either way, becomes
+    ``[channels, height, width]``, as the networks read it. ``Discrete`` becomes one-hot, ``MultiDiscrete`` a row of
+    them. ``Dict`` and ``Tuple`` become one float32 vector, in the order of
     ``gymnasium.spaces.flatten``; without ``flatten`` an entry for each of their members, those of a ``Tuple`` named by
     their number, those of a member's own members ``"arm.angle"``.
 
@@ -235,13 +237,21 @@ def _values(space: spaces.Space[Any], value: Any) -> Iterator[Any]:
 
 def _entry(space: spaces.Space[Any]) -> tuple[TensorSpec, Callable[[Any], np.ndarray]]:
     if isinstance(space, spaces.Box | spaces.MultiBinary):
-        shape = space.shape or (1,)  # a network reads rows
+        shape: tuple[int, ...] = space.shape or (1,)  # a network reads rows
         if isinstance(space, spaces.Box) and space.dtype == np.uint8:
+            if _is_channels_last(shape):
+                height, width, channels = shape
+                spec = Bounded(0, 255, shape=(channels, height, width), dtype=torch.uint8)
+                return spec, lambda value: np.array(np.moveaxis(np.asarray(value), -1, 0), np.uint8, order="C")
             spec = Bounded(0, 255, shape=shape, dtype=torch.uint8)
             return spec, lambda value: np.array(value, np.uint8).reshape(shape)
         return Unbounded(shape, dtype=torch.float32), lambda value: np.array(value, np.float32).reshape(shape)
     size = spaces.flatdim(space)
     return Unbounded((size,), dtype=torch.float32), lambda value: spaces.flatten(space, value).astype(np.float32)
+
+
+def _is_channels_last(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and shape[2] in (1, 3, 4) and min(shape[:2]) > shape[2]
 
 
 def _refuse_images(name: str, members: list[tuple[str, spaces.Space[Any]]]) -> None:

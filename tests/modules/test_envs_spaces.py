@@ -198,6 +198,25 @@ def test_images_in_a_dictionary_are_kept_apart() -> None:
     assert player(observation=IMAGE["eye"]).reset()["observation"].dtype == torch.uint8  # an image alone stays one
 
 
+@pytest.mark.parametrize(("channels", "flatten"), [(1, True), (3, True), (4, True), (3, False)])
+def test_an_image_whose_channels_are_last_is_turned_round(channels: int, flatten: bool) -> None:
+    image = spaces.Box(0, 255, (9, 6, channels), np.uint8)
+    env = player(observation=image if flatten else spaces.Dict({"eye": image}), flatten=flatten)
+    check_env_specs(player(observation=image if flatten else spaces.Dict({"eye": image}), flatten=flatten, number=2))
+    for got, wanted in zip(*shown(env), strict=True):
+        for tensor, truth in zip(got, wanted, strict=True):
+            ours, theirs = (tensor, truth) if flatten else (tensor["eye"], truth["eye"])
+            assert (ours.shape, ours.dtype) == ((1, channels, 9, 6), torch.uint8)
+            assert ours.is_contiguous()
+            for place in itertools.product(range(9), range(6), range(channels)):
+                assert ours[0, place[2], place[0], place[1]] == theirs[place]
+
+
+@pytest.mark.parametrize("shape", [(4, 84, 84), (3, 9, 6), (12, 3, 3), (9, 6, 5)])
+def test_other_images_are_as_they_come(shape: tuple[int, ...]) -> None:
+    assert player(observation=spaces.Box(0, 255, shape, np.uint8)).reset()["observation"].shape == (1, *shape)
+
+
 @pytest.mark.parametrize(
     ("space", "words"),
     [
