@@ -202,6 +202,16 @@ def plain(num_envs, seed):
     from torchrl.envs import GymEnv, SerialEnv
     return SerialEnv(num_envs, lambda: GymEnv("CartPole-v1"))
 def nothing(): return 3
+def one_hot(num_envs, seed):
+    from torchrl.data import OneHot
+    env = batched(num_envs, seed)
+    env.action_spec = OneHot(2).expand(num_envs, 2)
+    return env
+def several(num_envs, seed):
+    from torchrl.data import MultiCategorical
+    env = batched(num_envs, seed)
+    env.action_spec = MultiCategorical([2, 3]).expand(num_envs, 2)
+    return env
 """
 
 
@@ -219,6 +229,11 @@ def test_own_environments_by_import_path(tmp_path: Path, monkeypatch: pytest.Mon
         make_env("own_envs:wrong_inside", 1)
     with pytest.raises(ValueError, match=r"'own_envs:plain' has no 'is_init' among its observations; a TorchRL"):
         env_info("own_envs:plain")
+    for function, spec in (("one_hot", "OneHot"), ("several", "MultiCategorical")):
+        with pytest.raises(
+            ValueError, match=rf"'own_envs:{function}' has actions of the spec {spec}; it must be Categ"
+        ):
+            env_info(f"own_envs:{function}")
     with pytest.raises(
         ValueError, match=r"'own_envs:nothing' returned int; it must return a TorchRL EnvBase or a gymnasium"
     ):
