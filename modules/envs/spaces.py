@@ -23,12 +23,12 @@ Row = list[np.ndarray]
 class Observations:
     """Observations of a space, first as arrays of one environment, then as tensors of all.
 
-    A ``Box`` stays as it is, a single number as ``[1]``: integers of 8 bits kept, everything else float32. An
-    image of 8 bits ``[height, width, channels]``, of 1, 3 or 4 channels and more pixels than that either way, becomes
+    A ``Box`` stays as it is, a single number as ``[1]``: integers of 8 bits kept, everything else float32. An image of
+    8 bits ``[height, width, channels]``, of 1, 3 or 4 channels and more pixels than that either way, becomes
     ``[channels, height, width]``, as the networks read it. ``Discrete`` becomes one-hot, ``MultiDiscrete`` a row of
-    them. ``Dict`` and ``Tuple`` become one float32 vector, in the order of
-    ``gymnasium.spaces.flatten``; without ``flatten`` an entry for each of their members, those of a ``Tuple`` named by
-    their number, those of a member's own members ``"arm.angle"``.
+    them. ``Dict`` and ``Tuple`` become one float32 vector, in the order of ``gymnasium.spaces.flatten``; without
+    ``flatten`` an entry for each of their members, those of a ``Tuple`` named by their number, those of a member's own
+    members ``"arm.angle"``.
 
     Args:
         name: of the environment, for messages.
@@ -244,8 +244,8 @@ def _entry(space: spaces.Space[Any]) -> tuple[TensorSpec, Callable[[Any], np.nda
                 spec = Bounded(0, 255, shape=(channels, height, width), dtype=torch.uint8)
                 return spec, lambda value: np.array(np.moveaxis(np.asarray(value), -1, 0), np.uint8, order="C")
             spec = Bounded(0, 255, shape=shape, dtype=torch.uint8)
-            return spec, lambda value: np.array(value, np.uint8).reshape(shape)
-        return Unbounded(shape, dtype=torch.float32), lambda value: np.array(value, np.float32).reshape(shape)
+            return spec, lambda value: np.array(value, np.uint8, ndmin=1)
+        return Unbounded(shape, dtype=torch.float32), lambda value: np.array(value, np.float32, ndmin=1)
     size = spaces.flatdim(space)
     return Unbounded((size,), dtype=torch.float32), lambda value: spaces.flatten(space, value).astype(np.float32)
 
