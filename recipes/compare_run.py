@@ -157,10 +157,14 @@ def seconds_before(folder: Path) -> float:
 
 
 def play_at_random(cell: Cell, folder: Path) -> int:
-    """Scores actions drawn at random from what is legal, in the evaluation that the agents have; the exit code."""
+    """Scores actions drawn at random from what is legal, in the evaluation that the agents have; the exit code.
+
+    They are uniform: over legal actions, or within the task's bounds. Where a bound is infinite they are normal.
+    """
     import torch
     from tensordict import TensorDictBase
     from tensordict.nn import TensorDictModuleBase
+    from torchrl.data import Bounded
 
     from offtrace.agents.runs.evaluation import evaluate
     from offtrace.agents.runs.run import one_line
@@ -174,7 +178,7 @@ def play_at_random(cell: Cell, folder: Path) -> int:
 
         def forward(self, step: TensorDictBase) -> TensorDictBase:
             mask = step.get(ACTION_MASK, None)
-            drawn = env.action_spec.rand() if mask is None else torch.multinomial(mask.float(), 1).squeeze(-1)
+            drawn = spec.rand() if mask is None else torch.multinomial(mask.float(), 1).squeeze(-1)
             return step.set(ACTION, drawn)
 
     start = time.perf_counter()
@@ -184,6 +188,10 @@ def play_at_random(cell: Cell, folder: Path) -> int:
     config = configuration(PRESETS["ppo"].discrete, cell.task, 1, cell.episodes, cell.seed)
     try:
         env = evaluation_env(config, cell.episodes)
+        spec = env.action_spec
+        bounds = getattr(env, "action_bounds", None)  # a policy may sample outside of them, and its spec has none
+        if bounds is not None:
+            spec = Bounded(*(bound.expand(spec.shape) for bound in bounds), dtype=spec.dtype)
         try:
             result = evaluate(Random(), env, cell.episodes)
         finally:

@@ -104,6 +104,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         env = with_policy_transforms(env, policy)
     except ValueError as error:
         return fail(str(error))
+    except RuntimeError as error:  # the task's own
+        return _unplayed(name, error)
     try:
         recorder = Recorder(env) if args.gif else None
     except ValueError as error:
@@ -112,10 +114,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     try:
         result = evaluate(policy, env, args.episodes, mode=mode, observer=recorder)
     except (RuntimeError, ValueError) as error:
-        print(
-            f"error: the episodes of {name} were not played to the end: {str(error).splitlines()[0]}", file=sys.stderr
-        )
-        return 1
+        return _unplayed(name, error)
     finally:
         env.close()
     if not result.returns:
@@ -129,6 +128,13 @@ def _evaluate(args: argparse.Namespace) -> int:
             print(f"error: the GIF {args.gif} was not written: {error}", file=sys.stderr)
             return 1
     return 0
+
+
+def _unplayed(name: str, error: Exception) -> int:
+    from offtrace.agents.runs.run import one_line
+
+    print(f"error: the episodes of {name} were not played to the end: {one_line(error)}", file=sys.stderr)
+    return 1
 
 
 def _device(name: str) -> str:

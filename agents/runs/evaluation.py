@@ -30,9 +30,9 @@ class EvaluationResult:
         mode: how actions were chosen.
         action_change: root mean square, over steps and dimensions, of the change from one executed action of an episode
             to the next, in parts of the action's range: 0 for a constant action, 0.41 for independent uniform ones, 1
-            for one that jumps between the bounds at every step. None for discrete actions, and where a bound is
-            infinite. The plainest measure of smoothness; Mysore et al. 2021 (arXiv 2012.06644) weigh the spectrum
-            instead.
+            for one that jumps between the bounds at every step; dimensions without a range are left out. None for
+            discrete actions, where a bound is infinite, and where no dimension has a range. The plainest measure of
+            smoothness; Mysore et al. 2021 (arXiv 2012.06644) weigh the spectrum instead.
         dropped: episodes that a simulator's failure broke off: they took their turn, and count nowhere else.
     """
 
@@ -75,6 +75,7 @@ class _ActionChange:
 
     def __init__(self, low: Tensor, high: Tensor, number: int) -> None:
         self._low, self._high = low, high
+        self._moves = low < high
         self._before: Tensor | None = None
         self._begins = torch.ones(number, dtype=torch.bool)
         self._squares = torch.zeros(number, dtype=torch.float64)  # of the episodes under way
@@ -84,6 +85,7 @@ class _ActionChange:
     def note(self, step: TensorDictBase) -> None:
         """Takes in a step ``[N]``."""
         action = torch.clamp(step[ACTION], self._low, self._high) / (self._high - self._low)
+        action = action[..., self._moves]
         if self._before is not None:
             squares = (action - self._before).square().mean(-1).double()
             self._squares = torch.where(self._begins, 0.0, self._squares + squares)
@@ -106,7 +108,9 @@ def _action_change(env: EnvBase) -> _ActionChange | None:
     bounds = getattr(env, "action_bounds", None)  # one of ours
     if bounds is None and not hasattr(env, "action_bounds") and isinstance(env.action_spec, Bounded):
         bounds = env.action_spec.space.low[0], env.action_spec.space.high[0]
-    return None if bounds is None else _ActionChange(bounds[0], bounds[1], env.batch_size[0])
+    if bounds is None or not bool((bounds[0] < bounds[1]).any()):
+        return None
+    return _ActionChange(bounds[0], bounds[1], env.batch_size[0])
 
 
 def _check(number: int, episodes: int, mode: str) -> None:

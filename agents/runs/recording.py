@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 from torchrl.envs import EnvBase
 
-from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION
+from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION, VALID
 
 
 class Recorder:
     """Keeps the first episode of the first environment, as an observer of :func:`offtrace.agents.evaluate`.
 
     Its pictures are what the environment renders, every fourth one, because rendering costs more than a step; or where
-    it does not render, the newest image of every observation.
+    it does not render, every observation: its newest image, or the colours where it has three channels and is no stack.
 
     Args:
         env: batched ``[N]``.
@@ -26,7 +26,7 @@ class Recorder:
         ValueError: if ``env`` neither renders nor has observations that are images.
 
     Attributes:
-        frames: uint8 ``[H, W, 3]``, or ``[H, W]`` from observations.
+        frames: uint8 ``[H, W, 3]``, or ``[H, W]`` without colours.
     """
 
     every = 4
@@ -34,11 +34,13 @@ class Recorder:
     def __init__(self, env: EnvBase) -> None:
         self.frames: list[np.ndarray] = []
         self._render: Callable[[], np.ndarray] | None = env.render if getattr(env, "renders", False) else None
-        if self._render is None and len(env.observation_spec[OBSERVATION].shape) != 4:
+        shape = env.observation_spec[OBSERVATION].shape
+        if self._render is None and len(shape) != 4:
             raise ValueError(
                 f"{getattr(env, 'name', 'the task')} has no pictures: it does not render, and its observations are no "
                 "images"
             )
+        self._colours = len(shape) == 4 and shape[1] == 3 and getattr(env, "frame_stack", 1) == 1
         self._steps = 0
         self._over = False
 
@@ -50,9 +52,11 @@ class Recorder:
         """
         if self._over:
             return
-        self._over = bool(step[NEXT, EPISODE_END][0].any())
+        valid = step.get((NEXT, VALID), None)  # False: the simulator failed, and the episode has no end
+        self._over = bool(step[NEXT, EPISODE_END][0].any()) or (valid is not None and not bool(valid[0].all()))
         if self._render is None:
-            self.frames.append(step[OBSERVATION][0, -1].cpu().numpy().copy())
+            image = step[OBSERVATION][0].cpu()
+            self.frames.append((image.permute(1, 2, 0) if self._colours else image[-1]).numpy().copy())
         elif self._over or self._steps % self.every == 0:
             self.frames.append(self._render())
         self._steps += 1

@@ -279,7 +279,7 @@ class VectorEnv(EnvBase):
         # one pass: a sum is finite unless an entry is not, or the entries overflow it
         if torch.isfinite(value.sum()):
             return
-        bad = (~torch.isfinite(value)).flatten(1).any(-1).nonzero().flatten().tolist()
+        bad = (~torch.isfinite(value)).reshape(len(value), -1).any(-1).nonzero().flatten().tolist()
         if bad:
             raise EnvironmentFailure(
                 f"{self.name}: environment {bad[0]} returned a {what} that is not finite at step {self._steps}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 
 from offtrace.modules.envs.base import EnvironmentFailure, StepResult, VectorEnv
-from offtrace.modules.envs.names import unknown
+from offtrace.modules.envs.names import check_takes, unknown
 from offtrace.modules.envs.simulator import Simulator, SimulatorFailure
 from offtrace.modules.envs.suite import check_installed, control_name, control_suite
 
@@ -42,10 +42,11 @@ class ControlEnv(VectorEnv):
             the first frame fills the stack.
         last_step: also write the last action and reward.
         name: for messages; the task by default.
-        kwargs: of the task, such as ``time_limit`` in seconds.
+        kwargs: of the task, such as ``time_limit`` in seconds; a function gets them behind the seed.
 
     Raises:
-        ValueError: on an unknown domain or task, a number out of range, or a Python without dm_control.
+        ValueError: on an unknown domain or task, an option that the task or the function does not take, a number out
+            of range, or a Python without dm_control.
         EnvironmentFailure: ``pixels`` on a machine that cannot render.
     """
 
@@ -53,7 +54,7 @@ class ControlEnv(VectorEnv):
 
     def __init__(
         self,
-        task: str | Callable[[int], Any],
+        task: str | Callable[..., Any],
         num_envs: int,
         *,
         seed: int = 0,
@@ -75,6 +76,8 @@ class ControlEnv(VectorEnv):
         if pixels and not flatten:
             raise ValueError("flatten is False; with pixels an observation is one image: it must be True")
         label = name or (task if isinstance(task, str) else str(getattr(task, "__name__", "task")))
+        if not isinstance(task, str):
+            check_takes(label, task, "seed", **kwargs)
         try:
             self._simulators = [Simulator(_load(task, seed + index, kwargs)) for index in range(num_envs)]
         except SimulatorFailure as error:
@@ -228,9 +231,9 @@ class ControlEnv(VectorEnv):
             simulator.close()
 
 
-def _load(task: str | Callable[[int], Any], seed: int, kwargs: dict[str, Any]) -> Any:
+def _load(task: str | Callable[..., Any], seed: int, kwargs: dict[str, Any]) -> Any:
     if not isinstance(task, str):
-        return task(seed)
+        return task(seed, **kwargs)
     names = control_name(task)
     if names is None:
         raise ValueError(unknown(task))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchrl.data import Bounded
 
 from offtrace.modules.envs.base import EnvironmentFailure, StepResult, VectorEnv
-from offtrace.modules.envs.names import unknown
+from offtrace.modules.envs.names import check_takes, unknown
 from offtrace.modules.envs.spaces import Actions, Observations, Row, is_finite, row_of
 from offtrace.modules.envs.suite import choose_renderer, has_display
 
@@ -25,10 +25,12 @@ from offtrace.modules.envs.suite import choose_renderer, has_display
 class GymEnv(VectorEnv):
     """``N`` Gymnasium environments stepped one after the other.
 
-    Observations: ``Box`` as it comes, integers of 8 bits kept, everything else float32; ``Discrete`` as one-hot;
+    Observations: ``Box`` as it comes, integers of 8 bits kept, everything else float32; images ``[height, width,
+    channels]`` of 8 bits, of 1, 3 or 4 channels, as ``[channels, height, width]``; ``Discrete`` as one-hot;
     ``Dict`` and ``Tuple`` as one vector ``[D]``, see :class:`~offtrace.modules.envs.spaces.Observations`.
     Actions: ``Discrete`` as int64 indices from 0, ``MultiDiscrete`` and ``MultiBinary`` as one index over all
-    combinations, ``Box`` as float32 that is clipped to its bounds here, so that a policy may sample outside of them.
+    combinations, ``Box`` as float32 that is clipped to its bounds here, so that a policy may sample outside of them,
+    and given on in the dtype of the space, rounded where that is of integers.
     ``info["action_mask"]`` is passed on where the environment gives one, as the mask of the combinations where there
     are some; see :class:`~offtrace.modules.envs.spaces.Actions`.
 
@@ -46,15 +48,16 @@ class GymEnv(VectorEnv):
         rescale_actions: ``Box`` actions in [-1, 1], clipped to that and mapped linearly to the bounds. A bound that is
             infinite leaves the clipped action as it is.
         name: for messages; the id by default.
-        kwargs: passed to ``gymnasium.make``.
+        kwargs: passed to ``gymnasium.make``, or to the function.
 
     Raises:
-        ValueError: on an unknown id, or a space the agents cannot deal with.
+        ValueError: on an unknown id, an option that the environment or the function does not take, or a space the
+            agents cannot deal with.
     """
 
     def __init__(
         self,
-        env: str | Callable[[], gymnasium.Env[Any, Any]],
+        env: str | Callable[..., gymnasium.Env[Any, Any]],
         num_envs: int,
         *,
         seed: int = 0,
@@ -64,11 +67,13 @@ class GymEnv(VectorEnv):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        make = partial(_make, env, kwargs) if isinstance(env, str) else env
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; it must be at least 1")
-        self._envs = [make() for _ in range(num_envs)]
         label = name or (env if isinstance(env, str) else str(getattr(env, "__name__", "environment")))
+        if not isinstance(env, str):
+            check_takes(label, env, **kwargs)
+        make = partial(_make, env, kwargs) if isinstance(env, str) else partial(env, **kwargs)
+        self._envs = [make() for _ in range(num_envs)]
         first = self._envs[0]
         self._observations = Observations(label, first.observation_space, flatten=flatten)
         self._actions = Actions(label, first.action_space)
@@ -110,7 +115,8 @@ class GymEnv(VectorEnv):
         An episode that ended in the last step is seen where it ended, if pictures were taken before.
 
         Raises:
-            EnvironmentFailure: it was not made with ``render_mode="rgb_array"``, or this machine lacks what it needs.
+            EnvironmentFailure: it was not made with ``render_mode="rgb_array"``, its ``render()`` returned nothing, or
+                this machine lacks what it needs.
         """
         if not self.renders:
             raise EnvironmentFailure(f"{self.name} was not made with render_mode='rgb_array'; it has no pictures")
@@ -123,11 +129,14 @@ class GymEnv(VectorEnv):
         if self._final_frame is not None:
             return self._final_frame
         try:
-            return np.asarray(self._envs[0].render())
+            picture = self._envs[0].render()
         except Exception as error:  # whatever a missing library leads to
             raise EnvironmentFailure(
                 f"{self.name}: this machine cannot render ({type(error).__name__}: {error})"
             ) from error
+        if picture is None:
+            raise EnvironmentFailure(f"{self.name}: render() returned None; it must return a picture")
+        return np.array(picture)  # an environment may draw into one canvas all the time
 
     def _start(self) -> tuple[Tensor | TensorDictBase, Tensor | None]:
         self._final_frame = None
@@ -199,7 +208,7 @@ class GymEnv(VectorEnv):
         numbers = np.clip(numbers, self._low, self._high)
         if not np.isfinite(numbers).all():  # not the simulator's fault
             raise EnvironmentFailure(f"{self.name}: the policy gave an action that is not finite at step {self._steps}")
-        return numbers
+        return self._actions.fit(numbers)
 
     def _observed(self, env: gymnasium.Env[Any, Any], observation: Any, reward: Any) -> tuple[Row, str | None]:
         """An observation in the precision in which it is given away, and what became of a simulator that failed."""

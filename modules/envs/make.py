@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import gymnasium
-from torchrl.data import Bounded, Categorical, Composite, TensorSpec
+from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategorical, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from offtrace.modules.envs.atari import AtariEnv
@@ -166,7 +166,15 @@ def _imported(path: str, num_envs: int, *, seed: int, last_step: bool, rescale_a
                 f"{path!r} has no {missing[0]!r} among its observations; a TorchRL environment needs "
                 f"{', '.join(_NEEDED)}, as VectorEnv gives them: derive it from that, or return a gymnasium.Env"
             )
-        space = made.action_spec.space if rescale_actions and isinstance(made.action_spec, Bounded) else None
+        spec = made.action_spec
+        choices = isinstance(spec, Categorical) and not isinstance(spec, Binary | MultiCategorical)
+        if not choices and not isinstance(spec, Bounded | Unbounded):
+            made.close()
+            raise ValueError(
+                f"{path!r} has actions of the spec {type(spec).__name__}; it must be Categorical for discrete actions, "
+                "or Bounded or Unbounded for continuous ones"
+            )
+        space = spec.space if rescale_actions and isinstance(spec, Bounded) else None
         if space is not None and not bool((space.low == -1).all() and (space.high == 1).all()):
             made.close()
             raise ValueError(

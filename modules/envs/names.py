@@ -56,7 +56,15 @@ def atari_games() -> tuple[str, ...]:
 
 
 def atari_name(name: str) -> str | None:
-    """The game in snake case for ``Pong``, ``ALE/Pong-v5`` or ``PongNoFrameskip-v4``; ``None`` if it is none."""
+    """The game in snake case for ``Pong``, ``ALE/Pong-v5`` or ``PongNoFrameskip-v4``; ``None`` if it is none.
+
+    What Gymnasium knows as another environment is none: ``Blackjack-v1`` is its own game of cards.
+    """
+    import gymnasium
+
+    registered = gymnasium.registry.get(name)
+    if registered is not None and not _from_ale(registered.entry_point):
+        return None
     short = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", name.removeprefix("ALE/"))
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", short).lower()
     for candidate in (snake, snake.replace("_", "")):
@@ -64,6 +72,11 @@ def atari_name(name: str) -> str | None:
             if candidate in (game, game.replace("_", "")):
                 return game
     return None
+
+
+def _from_ale(entry_point: Any) -> bool:
+    module = entry_point if isinstance(entry_point, str) else getattr(entry_point, "__module__", None)
+    return str(module).startswith("ale_py.")
 
 
 def unknown(name: str) -> str:
@@ -138,6 +151,13 @@ def own_environment(path: str) -> tuple[Callable[..., Any], bool]:
             f"the environment {path!r} must take num_envs and seed, or nothing, and takes {signature(make)}"
         )
     return make, sized
+
+
+def check_takes(name: str, make: Callable[..., Any], *arguments: str, **options: Any) -> None:
+    """Raises ``ValueError`` for options that the function ``make``, of the environment ``name``, does not take."""
+    if options and not takes(make, *arguments, **options):
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise ValueError(f"{name} was given {given}; its function takes {signature(make)}")
 
 
 def known_actions(name: str) -> Literal["discrete", "continuous"] | None:

@@ -23,10 +23,12 @@ Row = list[np.ndarray]
 class Observations:
     """Observations of a space, first as arrays of one environment, then as tensors of all.
 
-    A ``Box`` stays as it is: integers of 8 bits kept, everything else float32. ``Discrete`` becomes one-hot,
-    ``MultiDiscrete`` a row of them. ``Dict`` and ``Tuple`` become one float32 vector, in the order of
-    ``gymnasium.spaces.flatten``; without ``flatten`` an entry for each of their members, those of a ``Tuple`` named by
-    their number, those of a member's own members ``"arm.angle"``.
+    A ``Box`` stays as it is, a single number as ``[1]``: integers of 8 bits kept, everything else float32. An image of
+    8 bits ``[height, width, channels]``, of 1, 3 or 4 channels and more pixels than that either way, becomes
+    ``[channels, height, width]``, as the networks read it. ``Discrete`` becomes one-hot, ``MultiDiscrete`` a row of
+    them. ``Dict`` and ``Tuple`` become one float32 vector, in the order of ``gymnasium.spaces.flatten``; without
+    ``flatten`` an entry for each of their members, those of a ``Tuple`` named by their number, those of a member's own
+    members ``"arm.angle"``.
 
     Args:
         name: of the environment, for messages.
@@ -94,6 +96,8 @@ def is_finite(row: Row) -> bool:
 class Actions:
     """Actions of a space: ``Discrete`` as int64 indices from 0, one-dimensional ``Box`` as float32.
 
+    What the environment gets of a ``Box`` is of its dtype, rounded where that is of integers, and within its bounds.
+
     ``MultiDiscrete`` and ``MultiBinary`` become one index over all combinations, in the order of
     ``itertools.product``: the last number changes fastest.
 
@@ -103,7 +107,7 @@ class Actions:
 
     Attributes:
         spec: of one action.
-        low, high: bounds of a ``Box``, float32 ``[A]``; else None.
+        low, high: bounds of a ``Box``, float32 ``[A]``, infinite where there is none; else None.
 
     Raises:
         ValueError: another space, or more combinations than 4,096.
@@ -113,6 +117,7 @@ class Actions:
         self.name = name
         self.low: np.ndarray | None = None
         self.high: np.ndarray | None = None
+        self._box: spaces.Box | None = None
         self._start = 0
         self._combinations: np.ndarray | None = None
         self._sizes: tuple[int, ...] = ()
@@ -122,7 +127,10 @@ class Actions:
             self._start = int(space.start)
             self.spec = Categorical(int(space.n), dtype=torch.int64)
         elif isinstance(space, spaces.Box) and len(space.shape) == 1:
-            self.low, self.high = space.low.astype(np.float32), space.high.astype(np.float32)
+            self._box = space
+            # without a bound, integers have their dtype's own
+            self.low = np.where(space.bounded_below, space.low, -np.inf).astype(np.float32)
+            self.high = np.where(space.bounded_above, space.high, np.inf).astype(np.float32)
             self.spec = Unbounded(space.shape, dtype=torch.float32)
         elif isinstance(space, spaces.MultiDiscrete):
             self._sizes = tuple(int(size) for size in space.nvec.flatten())
@@ -160,6 +168,15 @@ class Actions:
     def decode(self, index: np.ndarray) -> np.ndarray:
         """What ``Env.step`` gets for the indices ``[N]``."""
         return index + self._start if self._combinations is None else self._combinations[index]
+
+    def fit(self, numbers: np.ndarray) -> np.ndarray:
+        """What ``Env.step`` gets for the float32 numbers ``[N, A]``, all finite, of a ``Box``."""
+        box = self._box
+        assert box is not None
+        if not np.issubdtype(box.dtype, np.floating):
+            numbers = np.clip(np.rint(numbers), box.low, box.high)  # what the dtype does not hold would wrap around
+        # float32 may round a bound, or a number, out of the space
+        return np.clip(numbers.astype(box.dtype), box.low, box.high)
 
     def mask(self, value: Any) -> np.ndarray:
         """``info["action_mask"]`` as bool ``[A]``, True where the action is legal.
@@ -219,12 +236,22 @@ def _values(space: spaces.Space[Any], value: Any) -> Iterator[Any]:
 
 
 def _entry(space: spaces.Space[Any]) -> tuple[TensorSpec, Callable[[Any], np.ndarray]]:
-    if isinstance(space, spaces.Box) and space.dtype == np.uint8:
-        return Bounded(0, 255, shape=space.shape, dtype=torch.uint8), lambda value: np.array(value, np.uint8)
     if isinstance(space, spaces.Box | spaces.MultiBinary):
-        return Unbounded(space.shape, dtype=torch.float32), lambda value: np.array(value, np.float32)
+        shape: tuple[int, ...] = space.shape or (1,)  # a network reads rows
+        if isinstance(space, spaces.Box) and space.dtype == np.uint8:
+            if _is_channels_last(shape):
+                height, width, channels = shape
+                spec = Bounded(0, 255, shape=(channels, height, width), dtype=torch.uint8)
+                return spec, lambda value: np.array(np.moveaxis(np.asarray(value), -1, 0), np.uint8, order="C")
+            spec = Bounded(0, 255, shape=shape, dtype=torch.uint8)
+            return spec, lambda value: np.array(value, np.uint8, ndmin=1)
+        return Unbounded(shape, dtype=torch.float32), lambda value: np.array(value, np.float32, ndmin=1)
     size = spaces.flatdim(space)
     return Unbounded((size,), dtype=torch.float32), lambda value: spaces.flatten(space, value).astype(np.float32)
+
+
+def _is_channels_last(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and shape[2] in (1, 3, 4) and min(shape[:2]) > shape[2]
 
 
 def _refuse_images(name: str, members: list[tuple[str, spaces.Space[Any]]]) -> None:

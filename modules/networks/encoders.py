@@ -80,7 +80,7 @@ class ShallowConv(_Image):
         super().__init__(in_channels, image, channels_last)
         height, width = (((size - 8) // 4 + 1 - 4) // 2 + 1 for size in image)
         if height < 1 or width < 1:
-            raise ValueError(f"the shallow encoder needs images of at least 20x20, got {tuple(image)}; use 'mlp'")
+            raise ValueError(f"the shallow encoder needs images of at least 20x20, got {tuple(image)}; use 'resnet'")
         self.conv1 = nn.Conv2d(in_channels, 16, 8, 4)
         self.conv2 = nn.Conv2d(16, 32, 4, 2)
         self.linear = nn.Linear(32 * height * width, hidden)

@@ -88,9 +88,8 @@ def _check(network: str, shape: Shape) -> None:
                 "give a network of your own as 'package.module:function', which gets all of them"
             )
     elif network in _IMAGE and len(shape) != 3:
-        raise ValueError(
-            f"network {network!r} needs observations [channels, height, width], got {tuple(shape)}; use 'mlp'"
-        )
+        other = "; use 'mlp'" if len(shape) == 1 else ""
+        raise ValueError(f"network {network!r} needs observations [channels, height, width], got {tuple(shape)}{other}")
     elif network not in _IMAGE and len(shape) == 3:  # it would read bytes from 0 to 255 as they are
         raise ValueError(
             f"network {network!r} reads vectors, and the observation is an image, {tuple(shape)}; use 'shallow' or "

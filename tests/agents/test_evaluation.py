@@ -112,19 +112,19 @@ def test_curve_and_gif(tmp_path: Path) -> None:
 
 
 class Scripted(TensorDictModuleBase):
-    """Plays the same list of actions [N, A] over and over, wherever the episodes stand."""
+    """Plays the same list of actions [N], of one dimension, or [N, A] over and over, wherever the episodes stand."""
 
     in_keys: ClassVar[list[str]] = ["observation"]
     out_keys: ClassVar[list[str]] = ["action"]
 
-    def __init__(self, actions: list[list[float]]) -> None:
+    def __init__(self, actions: list[Any]) -> None:
         super().__init__()
         self.actions = actions
         self.steps = 0
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, step: TensorDict) -> TensorDict:
-        step["action"] = torch.tensor(self.actions[self.steps % len(self.actions)]).unsqueeze(-1)
+        step["action"] = torch.tensor(self.actions[self.steps % len(self.actions)]).view(len(step), -1)
         self.steps += 1
         return step
 
@@ -165,6 +165,29 @@ def test_action_change_is_of_executed_actions_inside_episodes_that_count(scale: 
     assert result.lengths == [3, 3, 2, 2]
     squares = [0.25, 0.25, 0.0625, 0.0625, 1, 0.25]
     assert result.action_change == pytest.approx((sum(squares) / len(squares)) ** 0.5)
+
+
+class OneMoves(gymnasium.Env[Any, Any]):
+    """Episodes of three steps; the range of the second action is a single number."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, low: list[float]) -> None:
+        self.action_space = gymnasium.spaces.Box(np.array(low, np.float32), np.array([6, 3], np.float32))
+        self.steps = 0
+
+    def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return np.zeros(1, np.float32), 0.0, False, self.steps % 3 == 0, {}
+
+
+def test_action_change_leaves_out_what_cannot_change() -> None:
+    policy = Scripted([[[-2.0, 3.0]], [[6.0, 5.0]]])
+    assert evaluate(policy, GymEnv(lambda: OneMoves([-2, 3]), 1), 2).action_change == pytest.approx(1)
+    assert evaluate(policy, GymEnv(lambda: OneMoves([6, 3]), 1), 2).action_change is None
 
 
 def test_action_change_of_extremes() -> None:

@@ -321,6 +321,18 @@ def test_unknown_names(name: str, words: str) -> None:
             function(name)
 
 
+def own_cartpole(seed: int, time_limit: float = 1.0) -> Any:
+    return control_suite().load("cartpole", "swingup", task_kwargs={"random": seed, "time_limit": time_limit})
+
+
+def test_a_function_gets_the_options() -> None:
+    env, expected = ControlEnv(own_cartpole, 2, seed=3, time_limit=0.1), make_env("cartpole-swingup", 2, seed=3)
+    assert torch.equal(env.reset()["observation"], expected.reset()["observation"])
+    assert env.rollout(10)["next", "truncated"][0, :, 0].tolist() == [False] * 9 + [True]
+    with pytest.raises(ValueError, match=r"^own_cartpole was given speed=3; its function takes \(seed, time_limit="):
+        ControlEnv(own_cartpole, 1, speed=3)
+
+
 @pytest.mark.parametrize("argument", ["num_envs", "action_repeat", "height", "frame_stack"])
 def test_numbers_out_of_range(argument: str) -> None:
     with pytest.raises(ValueError, match=rf"{argument} is 0; it must be at least 1"):

@@ -202,6 +202,16 @@ def plain(num_envs, seed):
     from torchrl.envs import GymEnv, SerialEnv
     return SerialEnv(num_envs, lambda: GymEnv("CartPole-v1"))
 def nothing(): return 3
+def one_hot(num_envs, seed):
+    from torchrl.data import OneHot
+    env = batched(num_envs, seed)
+    env.action_spec = OneHot(2).expand(num_envs, 2)
+    return env
+def several(num_envs, seed):
+    from torchrl.data import MultiCategorical
+    env = batched(num_envs, seed)
+    env.action_spec = MultiCategorical([2, 3]).expand(num_envs, 2)
+    return env
 """
 
 
@@ -219,6 +229,11 @@ def test_own_environments_by_import_path(tmp_path: Path, monkeypatch: pytest.Mon
         make_env("own_envs:wrong_inside", 1)
     with pytest.raises(ValueError, match=r"'own_envs:plain' has no 'is_init' among its observations; a TorchRL"):
         env_info("own_envs:plain")
+    for function, spec in (("one_hot", "OneHot"), ("several", "MultiCategorical")):
+        with pytest.raises(
+            ValueError, match=rf"'own_envs:{function}' has actions of the spec {spec}; it must be Categ"
+        ):
+            env_info(f"own_envs:{function}")
     with pytest.raises(
         ValueError, match=r"'own_envs:nothing' returned int; it must return a TorchRL EnvBase or a gymnasium"
     ):
@@ -273,6 +288,54 @@ def test_pictures_show_the_end_of_an_episode() -> None:
     assert count > 10
     with pytest.raises(EnvironmentFailure, match="CartPole-v1 was not made with render_mode='rgb_array'"):
         make_env("CartPole-v1", 1).render()
+
+
+class Canvas(gymnasium.Env[Any, Any]):
+    """Draws the number of its step into the one picture that it has, if it has one."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    render_mode = "rgb_array"
+
+    def __init__(self, blank: bool = False, time_limit: int = 100) -> None:
+        self.picture = None if blank else np.zeros((8, 8, 3), np.uint8)
+        self.steps, self.time_limit = 0, time_limit
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return np.zeros(2, np.float32), 1.0, False, self.steps == self.time_limit, {}
+
+    def render(self) -> Any:
+        if self.picture is not None:
+            self.picture[:] = self.steps
+        return self.picture
+
+
+def test_pictures_are_kept_by_who_takes_them() -> None:
+    env = GymEnv(Canvas, 1)
+    state, pictures = env.reset(), []
+    for _ in range(4):
+        pictures.append(env.render())
+        _, state = env.step_and_maybe_reset(state.set("action", torch.zeros(1, dtype=torch.int64)))
+    assert [int(picture[0, 0, 0]) for picture in pictures] == [0, 1, 2, 3]
+
+
+def test_a_function_gets_the_options() -> None:
+    env = GymEnv(Canvas, 2, time_limit=3)
+    assert env.rollout(3)["next", "truncated"][:, :, 0].tolist() == [[False, False, True]] * 2
+    with pytest.raises(ValueError, match=r"^Canvas was given speed=3; its function takes \(blank=False, time_limit="):
+        GymEnv(Canvas, 2, speed=3)
+
+
+def test_no_picture_is_refused() -> None:
+    env = GymEnv(lambda: Canvas(blank=True), 1, name="mine")
+    env.reset()
+    with pytest.raises(EnvironmentFailure, match=r"^mine: render\(\) returned None; it must return a picture$"):
+        env.render()
 
 
 def test_catch_is_won_by_following_the_ball_and_seldom_by_chance() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import gymnasium
 import pytest
 
 from offtrace.modules.envs import check_name, check_task_options, env_info, make_env
@@ -20,6 +21,10 @@ TASK_OF = {"atari": "pong", "dm_control": "walker-walk", "gymnasium": "CartPole-
     [
         *((name, kind) for kind, name in TASK_OF.items()),
         ("ALE/Pong-v5", "atari"),
+        ("PongNoFrameskip-v4", "atari"),
+        ("blackjack", "atari"),
+        ("ALE/Blackjack-v5", "atari"),
+        ("Blackjack-v1", "gymnasium"),
         ("humanoid_CMU-run", "dm_control"),
         ("ball_in_cup-catch", "dm_control"),
         ("HalfCheetah-v5", "gymnasium"),
@@ -27,6 +32,18 @@ TASK_OF = {"atari": "pong", "dm_control": "walker-walk", "gymnasium": "CartPole-
 )
 def test_kinds(name: str, kind: str) -> None:
     assert task_kind(name) == kind
+
+
+@pytest.mark.parametrize("entry_point", ["own_module:Tetris", lambda: None], ids=["path", "function"])
+def test_a_registered_environment_with_the_name_of_an_atari_game(
+    entry_point: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gymnasium, "registry", {**gymnasium.registry})
+    assert task_kind("Tetris-v0") == "atari"
+    spec = gymnasium.envs.registration.EnvSpec("Tetris-v0", entry_point=entry_point)
+    monkeypatch.setitem(gymnasium.registry, "Tetris-v0", spec)
+    assert task_kind("Tetris-v0") == "gymnasium"
+    assert task_kind("tetris") == "atari"
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ import torch
 from gymnasium import spaces
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.data import Categorical, Unbounded
 from torchrl.envs.utils import check_env_specs
 
 from offtrace.modules.collectors import make_collector
-from offtrace.modules.envs import EnvironmentFailure, GymEnv, env_info, make_env
+from offtrace.modules.envs import EnvironmentFailure, GymEnv, StepResult, VectorEnv, env_info, make_env
 from offtrace.modules.envs.spaces import Actions
+from offtrace.modules.networks import build_policy
 
 NESTED = spaces.Dict(
     {
@@ -27,7 +29,7 @@ NESTED = spaces.Dict(
     }
 )
 SHAPES = {
-    "arm.angle": (), "arm.grip": (2, 2), "gear": (4,), "pair.0": (5,), "pair.1": (5,), "speed": (2, 3),
+    "arm.angle": (1,), "arm.grip": (2, 2), "gear": (4,), "pair.0": (5,), "pair.1": (5,), "speed": (2, 3),
 }  # fmt: skip
 
 
@@ -111,10 +113,20 @@ def test_entries_of_a_dictionary_are_its_members() -> None:
             np.testing.assert_array_equal(one["pair.1"], truth["pair"][1])
             np.testing.assert_array_equal(one["speed"], truth["speed"].astype(np.float32))
             np.testing.assert_array_equal(one["arm.grip"], truth["arm"]["grip"])
-            assert one["arm.angle"] == truth["arm"]["angle"]
+            assert one["arm.angle"].tolist() == [truth["arm"]["angle"]]
             assert one["gear"].tolist() == [float(gear == truth["gear"]) for gear in range(-1, 3)]
             first, second = truth["pair"][0]
             assert one["pair.0"].tolist() == [first == 0, first == 1, second == 0, second == 1, second == 2]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_a_single_number_is_a_vector_of_one(dtype: Any) -> None:
+    env = player(observation=spaces.Box(0, 1, (), dtype), number=2)
+    check_env_specs(env)
+    policy = build_policy(observation_shape=env.observation_spec["observation"].shape[1:], num_actions=2)
+    rollout = env.rollout(4, policy, break_when_any_done=False)
+    assert rollout["observation"].shape == (2, 4, 1)
+    assert rollout["observation"].dtype == (torch.uint8 if dtype is np.uint8 else torch.float32)
 
 
 @pytest.mark.parametrize("action", [spaces.Discrete(2), spaces.Box(-1, 1, (2,))])
@@ -148,6 +160,28 @@ def test_an_entry_that_is_not_finite(flatten: bool) -> None:
         discrete.rollout(7, break_when_any_done=False)
 
 
+class OneNumber(VectorEnv):
+    """The user's own, whose observation is a number and at the second step none."""
+
+    def __init__(self) -> None:
+        super().__init__("mine", 2, observation=Unbounded(()), action=Categorical(2))
+
+    def _start(self) -> tuple[torch.Tensor, None]:
+        return torch.zeros(2), None
+
+    def _following(self) -> torch.Tensor:
+        return torch.zeros(2)
+
+    def _advance(self, action: torch.Tensor) -> StepResult:
+        numbers, never = torch.tensor([0.0, torch.nan if self._steps == 2 else 0.0]), torch.zeros(2, dtype=torch.bool)
+        return StepResult(numbers, torch.zeros(2), never, never, never)
+
+
+def test_a_single_number_that_is_not_finite() -> None:
+    with pytest.raises(EnvironmentFailure, match="mine: environment 1 returned a observation that is not finite at st"):
+        OneNumber().rollout(3)
+
+
 IMAGE = spaces.Dict({"eye": spaces.Box(0, 255, (3, 8, 8), np.uint8), "step": spaces.Discrete(9)})
 
 
@@ -162,6 +196,25 @@ def test_images_in_a_dictionary_are_kept_apart() -> None:
     assert (state["observation", "eye"].dtype, state["observation", "step"].dtype) == (torch.uint8, torch.float32)
     assert tuple(state["observation", "eye"].shape) == (1, 3, 8, 8)
     assert player(observation=IMAGE["eye"]).reset()["observation"].dtype == torch.uint8  # an image alone stays one
+
+
+@pytest.mark.parametrize(("channels", "flatten"), [(1, True), (3, True), (4, True), (3, False)])
+def test_an_image_whose_channels_are_last_is_turned_round(channels: int, flatten: bool) -> None:
+    image = spaces.Box(0, 255, (9, 6, channels), np.uint8)
+    env = player(observation=image if flatten else spaces.Dict({"eye": image}), flatten=flatten)
+    check_env_specs(player(observation=image if flatten else spaces.Dict({"eye": image}), flatten=flatten, number=2))
+    for got, wanted in zip(*shown(env), strict=True):
+        for tensor, truth in zip(got, wanted, strict=True):
+            ours, theirs = (tensor, truth) if flatten else (tensor["eye"], truth["eye"])
+            assert (ours.shape, ours.dtype) == ((1, channels, 9, 6), torch.uint8)
+            assert ours.is_contiguous()
+            for place in itertools.product(range(9), range(6), range(channels)):
+                assert ours[0, place[2], place[0], place[1]] == theirs[place]
+
+
+@pytest.mark.parametrize("shape", [(4, 84, 84), (3, 9, 6), (12, 3, 3), (9, 6, 5)])
+def test_other_images_are_as_they_come(shape: tuple[int, ...]) -> None:
+    assert player(observation=spaces.Box(0, 255, shape, np.uint8)).reset()["observation"].shape == (1, *shape)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +303,37 @@ def test_actions_nobody_can_take(space: Any, words: str) -> None:
 
 def test_as_many_combinations_as_there_may_be() -> None:
     assert int(player(action=spaces.MultiBinary(12)).action_spec.space.n) == 4096
+
+
+BOXES = [
+    spaces.Box(-0.1, 0.1, (3,), np.float64),
+    spaces.Box(np.array([-0.1, 0, -np.inf]), np.array([0.3, np.inf, np.inf]), dtype=np.float64),
+    spaces.Box(-0.3, 0.7, (3,), np.float16),
+    spaces.Box(-2, 3, (3,), np.int64),
+    spaces.Box(0, 255, (3,), np.uint8),
+    spaces.Box(-np.inf, np.inf, (3,), np.int8),
+]
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("space", BOXES, ids=str)
+def test_numbers_are_of_the_space(space: spaces.Box, rescale: bool) -> None:
+    """Player asks its space; at the bounds and beyond, where float32 rounds outwards, and between whole numbers."""
+    env = GymEnv(lambda: Player(spaces.Box(-1, 1, (2,)), space), 1, name="mine", rescale_actions=rescale)
+    state = env.reset()
+    for number in (-1000.0, -1.0, -0.1, 0.0, 0.4, 0.6, 1.0, 1000.0):
+        state["action"] = torch.full((1, 3), number)
+        _, state = env.step_and_maybe_reset(state)
+        told = env._envs[0].told[-1]
+        assert told.dtype == space.dtype
+        if not rescale and np.issubdtype(space.dtype, np.integer):
+            assert told.tolist() == np.clip(round(number), space.low.astype(int), space.high.astype(int)).tolist()
+    reached = np.stack(env._envs[0].told)
+    bounded = space.bounded_below & space.bounded_above
+    if rescale:
+        np.testing.assert_allclose(reached.min(0)[bounded], space.low[bounded], rtol=1e-6)
+        np.testing.assert_allclose(reached.max(0)[bounded], space.high[bounded], rtol=1e-6)
+        assert (np.abs(reached[:, ~bounded]) <= 1).all()
 
 
 def product(sizes: list[int], legal: Any) -> list[bool]:

@@ -280,6 +280,11 @@ def test_a_name_with_a_dot_is_a_name() -> None:
     assert policy(td)["action"].shape == (3,)
 
 
+def test_who_has_images_is_not_sent_to_a_network_of_vectors() -> None:
+    with pytest.raises(ValueError, match=r"needs observations \[channels, height, width\], got \(4, 84, 84, 3\)$"):
+        build_policy(observation_shape=[4, 84, 84, 3], network="resnet", **DISCRETE)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -287,7 +292,7 @@ def test_a_name_with_a_dot_is_a_name() -> None:
         ({"network": "layernorm-mlp"}, "did you mean layernorm_mlp"),
         ({"network": "shallow"}, "needs observations [channels, height, width], got (3,); use 'mlp'"),
         ({"network": "resnet"}, "needs observations [channels, height, width], got (3,); use 'mlp'"),
-        ({"network": "shallow", "observation_shape": [4, 8, 8]}, "at least 20x20"),
+        ({"network": "shallow", "observation_shape": [4, 8, 8]}, "at least 20x20, got (8, 8); use 'resnet'"),
         ({"network": "nowhere.module:net"}, "cannot be imported"),
         ({"network": f"{__name__}:absent"}, "cannot be imported"),
         ({"network": f"{__name__}:narrow"}, "must take (observation_shape, hidden), and takes (shape)"),

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from offtrace.agents.a2c import A2CConfig
 from offtrace.agents.config import ConfigError, Machine, ShareReplayConfig
 from offtrace.agents.impala import ImpalaConfig, atari_config, paper_config
+from offtrace.agents.runs import checkpoint
 from offtrace.agents.runs.checkpoint import CheckpointError, load_policy
 from offtrace.agents.runs.folders import RunError, new_run, read_config, write_config
 from offtrace.agents.sac import SACConfig
+from offtrace.modules.envs import EnvironmentFailure
 from offtrace.recipes import cli, evaluate
 from tests.recipes import recipes
 from tests.recipes.recipes import EVERY_PRESET, ON_ROLLOUTS, TRAINING, main_of
@@ -517,6 +520,23 @@ def test_evaluate_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFix
         error = capsys.readouterr().err
         assert f"{name} is truncated or not a checkpoint" in error
         assert error.count("\n") == 1
+
+
+def gone(num_envs: int, seed: int) -> Any:
+    """A task whose server does not answer."""
+    raise EnvironmentFailure("the server is gone\nsince yesterday")
+
+
+def test_evaluate_in_a_task_that_cannot_be_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = {"env": {"name": f"{__name__}:gone", "options": {}}, "eval_mode": "greedy"}
+    monkeypatch.setattr(checkpoint, "load_policy", lambda path: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda path: {checkpoint.CHECKPOINT_KEY: saved})
+    monkeypatch.setattr(evaluate, "checkpoint_file", lambda path: path)
+    assert evaluate.main(["last.ckpt"]) == 1
+    told = f"error: the episodes of {__name__}:gone were not played to the end: the server is gone\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("names", [(), ("last.ckpt",), ("best.ckpt", "last.ckpt")])

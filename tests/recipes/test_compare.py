@@ -411,6 +411,30 @@ def test_random_actions_are_legal_and_scored_as_an_agents(tmp_path: Path) -> Non
         assert math.isfinite(score)
 
 
+class Squared(gymnasium.Env[Any, Any]):
+    """Episodes of 200 steps, whose reward is the square of an action from -3 to 1."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-3, 1, (1,), np.float32)
+    steps = 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return np.zeros(2, np.float32), float(action[0] ** 2), self.steps % 200 == 0, False, {}
+
+
+def test_random_numbers_are_uniform_within_the_bounds(tmp_path: Path) -> None:
+    cell = make_cell("random", "", f"{__name__}:Squared", 1000, 4, 0)
+    assert compare_run.play_at_random(cell, tmp_path / "random") == 0
+    summary = compare_run.finished(tmp_path / "random", 0)
+    assert summary is not None
+    ((_, score),) = summary["scores"]
+    assert score / 200 == pytest.approx(28 / 12, rel=0.1), "the mean of x^2 over [-3, 1]"
+
+
 @pytest.mark.slow
 def test_real_trainings_in_a_task_of_ones_own_that_stops_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

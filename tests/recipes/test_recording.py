@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,8 @@ from tensordict import TensorDict
 from offtrace.agents.runs.atari_scores import RANDOM_HUMAN, human_normalised
 from offtrace.agents.runs.evaluation import EvaluationResult
 from offtrace.agents.runs.recording import Recorder, save_gif
-from offtrace.modules.envs import make_env
-from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION
+from offtrace.modules.envs import GymEnv, make_env
+from offtrace.modules.keys import EPISODE_END, NEXT, OBSERVATION, VALID
 from offtrace.recipes.evaluate import report
 from tests.agents.published_scores import IMPALA
 
@@ -61,6 +63,37 @@ def test_the_recorder_keeps_the_first_episode_of_the_first_environment() -> None
         recorder(step(value, over))
     assert [int(frame[0, 0]) for frame in recorder.frames] == [1, 2, 3]
     assert recorder.frames[0].shape == (8, 8)
+
+
+class Coloured(gymnasium.Env[Any, Any]):
+    """Shows one image all the time."""
+
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, space: gymnasium.spaces.Box) -> None:
+        self.observation_space, self.shown = space, space.sample()
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        return self.shown, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.shown, 0.0, False, False, {}
+
+
+def test_an_episode_that_a_simulator_broke_off_is_over() -> None:
+    """It has no end of its own; what follows is another episode."""
+    recorder = Recorder(make_env("pong", 2))
+    for value, valid in ((1, True), (2, False), (3, True)):
+        recorder(step(value, False).set((NEXT, VALID), torch.tensor([[valid], [not valid]])))
+    assert [int(frame[0, 0]) for frame in recorder.frames] == [1, 2]
+
+
+def test_the_recorder_keeps_the_colours_of_an_observation() -> None:
+    seen = gymnasium.spaces.Box(0, 255, (9, 6, 3), np.uint8)
+    env = GymEnv(lambda: Coloured(seen), 2)
+    recorder = Recorder(env)
+    recorder(env.step(env.reset().set("action", torch.zeros(2, dtype=torch.int64))))
+    np.testing.assert_array_equal(recorder.frames[0], env._envs[0].shown)
 
 
 def test_the_recorder_wants_pictures() -> None:
