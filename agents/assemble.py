@@ -307,12 +307,12 @@ def _agent(
 
 
 def group_optimizer(loss: LossModule, rates: dict[str, float], **options: Any) -> OptimizerFactory:
-    """Adam with a learning rate for each of the loss's parameter groups; ``options`` go to all."""
+    """The fused Adam with a learning rate for each of the loss's parameter groups; ``options`` go to all."""
 
     def make(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         groups = loss.param_groups()
         wanted = [{"params": group, "lr": rates[name]} for name, group in groups.items()]
-        return torch.optim.Adam(wanted, **options)
+        return torch.optim.Adam(wanted, fused=True, **options)
 
     return make
 

@@ -171,7 +171,7 @@ def make_mpo(config: MPOConfig) -> tuple[Agent, ReplayData]:
     rates = {"actor": optim.lr_actor, "critic": optim.lr_critic, "duals": optim.lr_dual}
     return replay_agent(
         config, info, loss, loss.policy, spec,
-        optimizer=group_optimizer(loss, rates, fused=True),
+        optimizer=group_optimizer(loss, rates),
         after_update=hard_update(loss, optim.target_every),
     )  # fmt: skip
 

@@ -141,7 +141,7 @@ def make_sac(config: SACConfig) -> tuple[Agent, ReplayData]:
     rates = {"actor": optim.lr_actor, "critic": optim.lr_critic, "value": optim.lr_critic, "alpha": optim.lr_alpha}
     return replay_agent(
         config, info, loss, loss.actor, spec,
-        optimizer=group_optimizer(loss, rates, fused=True),
+        optimizer=group_optimizer(loss, rates),
         after_update=soft_update(loss, optim.tau),
     )  # fmt: skip
 

@@ -50,7 +50,7 @@ def main() -> None:
     agent = Agent(
         loss,
         loss.policy,
-        optimizer=group_optimizer(loss, {"actor": 3e-4, "critic": 3e-4, "duals": 1e-2}, fused=True),
+        optimizer=group_optimizer(loss, {"actor": 3e-4, "critic": 3e-4, "duals": 1e-2}),
         total_frames=1,
         schedule="constant",
         clip_grad_norm=40.0,

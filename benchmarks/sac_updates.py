@@ -43,7 +43,7 @@ def main() -> None:
     agent = Agent(
         loss,
         loss.actor,
-        optimizer=group_optimizer(loss, dict.fromkeys(("actor", "critic", "alpha"), 3e-4), fused=True),
+        optimizer=group_optimizer(loss, dict.fromkeys(("actor", "critic", "alpha"), 3e-4)),
         total_frames=1,
         schedule="constant",
         after_update=soft_update(loss, 0.005),

@@ -381,14 +381,18 @@ def _build(kind: Any, values: dict[str, Any]) -> Any:
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
+    """What follows a flag that says where the rest comes from; None where it is not given."""
+    found = [word.split("=", 1)[1] for word in argv if word.startswith(f"{flag}=")]
     for index, word in enumerate(argv):
         if word == flag:
             if index + 1 == len(argv):
                 raise ConfigError(f"{flag} needs a value")
-            return argv[index + 1]
-        if word.startswith(f"{flag}="):
-            return word.split("=", 1)[1]
-    return None
+            found.append(argv[index + 1])
+    if len(found) > 1:
+        raise ConfigError(f"{flag} is given {len(found)} times, as {' and '.join(found)}; it must be given once")
+    if found and not found[0]:
+        raise ConfigError(f"{flag} is empty; give it a value, or leave it out")
+    return found[0] if found else None
 
 
 def _without(flag: str, argv: list[str]) -> list[str]:

@@ -127,9 +127,11 @@ class Meters(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, agent: Agent) -> None:
         metrics = {f"train/{name}": value for name, value in agent.pop_metrics().items()}
-        if not trainer.is_global_zero or not metrics:
+        if not metrics:
             return
         self._last = self._measure_speed(self._last, agent)
+        if not trainer.is_global_zero:
+            return
         episodes = agent.data.episodes
         metrics["train/frames_per_second"] = self.frames_per_second
         metrics["train/updates_per_second"] = self.updates_per_second

@@ -138,6 +138,11 @@ def test_presets_differ() -> None:
         (["--preset", "papr"], "--preset is 'papr'; it must be one of default, paper; did you mean paper?"),
         (["--env.num_envs", "many"], "env.num_envs is many; it must be a whole number"),
         (["--config"], "--config needs a value"),
+        (["--resume", ""], "--resume is empty; give it a value, or leave it out"),
+        (
+            ["--config=a.yaml", "--config", "b.yaml"],
+            "--config is given 2 times, as a.yaml and b.yaml; it must be given",
+        ),
         (["--config", "missing.yaml"], "the configuration missing.yaml cannot be read"),
         (["--resume", "runs/missing"], "runs/missing is not the folder of a run: config.yaml cannot be read"),
     ],
