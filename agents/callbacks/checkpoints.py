@@ -55,9 +55,14 @@ class Checkpoints(pl.Callback):
             self._next = (agent.frames // self.every + 1) * self.every
             self.save(trainer, agent, "last.ckpt")
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Writes the final ``last.ckpt``, ahead of a last evaluation, which may take long."""
+        if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+            self.save(trainer, agent, "last.ckpt")
+
     def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
-        """Writes the final ``last.ckpt``."""
-        self.save(trainer, agent, "last.ckpt")
+        """Writes it again, with the score of that evaluation."""
+        self.save(trainer, agent, "last.ckpt", data=False)
 
     def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
         """Keeps what was learned, whatever ended the run.
@@ -84,7 +89,8 @@ class Checkpoints(pl.Callback):
             warnings.warn(f"the last priorities did not get into the replay: {error}", RuntimeWarning, stacklevel=2)
         saved = data and name == "last.ckpt" and agent.data.saves and self._save_data(trainer, agent.data)
         if trainer.is_global_zero:
-            self._write(trainer, name, agent.frames)
+            # without a replay of its own it is no other than the one that is there, whose replay it names
+            self._write(trainer, name, agent.frames, rotate=saved or not agent.data.saves)
         if saved:
             agent.data.prune(trainer.global_rank)
 
@@ -100,7 +106,7 @@ class Checkpoints(pl.Callback):
         data.saved = name
         return True
 
-    def _write(self, trainer: pl.Trainer, name: str, frames: int) -> None:
+    def _write(self, trainer: pl.Trainer, name: str, frames: int, *, rotate: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.{os.getpid()}"
         # Trainer.save_checkpoint would wait for all ranks, which a failing rank never reaches.
@@ -111,7 +117,7 @@ class Checkpoints(pl.Callback):
             temporary.unlink(missing_ok=True)
             raise
         if name == "last.ckpt":
-            if self._kept not in (None, frames):
+            if rotate and self._kept not in (None, frames):
                 (self.folder / name).replace(self.folder / "previous.ckpt")
             self._kept = frames
         temporary.replace(self.folder / name)

@@ -28,7 +28,8 @@ class Evaluation(pl.Callback):
         on_result: called with the frames and the result.
 
     Attributes:
-        scores: ``(frames, mean score)`` of every evaluation, kept across a resume.
+        scores: ``(frames, mean score)`` of every evaluation, kept across a resume; of one number of frames two, where
+            the weights have changed in between.
         last: the newest result of this process; None before the first.
         seconds: spent evaluating.
     """
@@ -58,6 +59,7 @@ class Evaluation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
         """Sets the next evaluation behind the frames already trained."""
+        self._close()  # of a fit that an exception ended
         self._next = (agent.frames // self.every + 1) * self.every
 
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -74,17 +76,22 @@ class Evaluation(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
         """Closes the environments, when all is saved."""
+        self._close()
+
+    def _close(self) -> None:
         if self._env is not None:
             self._env.close()
             self._env = None
 
     def state_dict(self) -> dict[str, Any]:
         """The scores so far."""
-        return {"scores": [[frames, score] for frames, score in self.scores]}
+        return {"scores": [[frames, score] for frames, score in self.scores], "scored_at": [*self._scored_at]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Puts the scores back."""
         self.scores = [(int(frames), float(score)) for frames, score in state_dict["scores"]]
+        frames, updates = state_dict.get("scored_at", (0, 0))
+        self._scored_at = int(frames), int(updates)
 
     @property
     def best(self) -> float:
@@ -106,15 +113,13 @@ class Evaluation(pl.Callback):
             set_random_state(state)
             agent.policy.train(training)
         self.seconds += time.perf_counter() - start
-        self._scored_at = agent.frames, agent.updates
         if not result.returns:
             rank_zero_warn(
                 f"no score at {agent.frames:,} frames: the simulator failed in each of {self.episodes} episodes of the "
                 "evaluation"
             )
             return
-        if self.scores and self.scores[-1][0] == agent.frames:  # of updates on frames that were counted before
-            self.scores.pop()
+        self._scored_at = agent.frames, agent.updates
         self.scores.append((agent.frames, result.mean))
         self.last = result
         metrics = {"eval/return": result.mean, "eval/return_std": result.std, "eval/length": result.mean_length}

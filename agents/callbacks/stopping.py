@@ -52,6 +52,10 @@ class GracefulStop(pl.Callback):
         """From now on an update is worth waiting for."""
         self._training = True
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, agent: Agent) -> None:
+        """Updates are to come."""
+        self._finished = False
+
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stops the loop when a signal came, on all ranks or on none; then it came to all of them."""
         if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):

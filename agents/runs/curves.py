@@ -26,7 +26,7 @@ class Curves(NamedTuple):
     Attributes:
         training: mean return of the last hundred training episodes.
         scores: of the evaluations.
-        seconds: that training had taken, evaluations left out; empty of a run of a version that did not log them.
+        seconds: that training had taken, evaluations left out; empty where a part of the run did not log them.
     """
 
     training: Curve
@@ -41,7 +41,7 @@ class Curves(NamedTuple):
 def read_curves(metrics: Path) -> Curves:
     """The curves of a run's ``metrics.csv`` and its earlier parts.
 
-    Of a run that was stopped and resumed, the parts end with the checkpoints from which it went on.
+    A run that was stopped and resumed trained the frames behind its last checkpoint twice; the later time counts.
 
     Raises:
         OSError: if there is neither such a file nor a part of one.
@@ -50,14 +50,18 @@ def read_curves(metrics: Path) -> Curves:
     if metrics.exists() or not parts:
         parts.append(metrics)
     rows: list[dict[str, str]] = []
+    timed = True  # whether every part tells its seconds
     for part in parts:
         with open(part, newline="") as file:
-            rows += [row for row in csv.DictReader(file) if row.get("step")]
+            later = [row for row in csv.DictReader(file) if row.get("step")]
+        if later:
+            timed = (timed or not rows) and any(row.get("train/seconds") for row in later)
+            rows = [row for row in rows if int(row["step"]) <= int(later[0]["step"])] + later
 
     def column(name: str) -> Curve:
         return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
 
-    return Curves(column("train/return"), column("eval/return"), column("train/seconds"))
+    return Curves(column("train/return"), column("eval/return"), column("train/seconds") if timed else [])
 
 
 def plot_curves(

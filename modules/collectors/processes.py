@@ -18,7 +18,7 @@ from offtrace.modules.collectors.actors import ActorSpec, Failed, Rollout, Up, p
 from offtrace.modules.collectors.memory import Key, SharedBlock
 from offtrace.modules.collectors.protocol import Copy
 from offtrace.modules.collectors.restarts import Restarts
-from offtrace.modules.collectors.seats import Seat
+from offtrace.modules.collectors.seats import GOODBYE, Seat
 from offtrace.modules.collectors.server import adopt
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
@@ -28,7 +28,6 @@ _POLL = 0.1  # seconds between two looks at the actors' health while a rollout i
 _LAST_WORDS = 0.5  # seconds for what a server says when its actors have left
 _SHUTDOWN_TIMEOUT = 4.0
 _UNKNOWN = 255  # the exit code of a process whose fork server is gone
-_GOODBYE = 1.0  # seconds for an actor that has told of an error to close its environments
 _KILL_TIMEOUT = 10.0  # a killed process is gone at once, unless the machine is loaded or hangs
 
 
@@ -84,7 +83,7 @@ class Child(Seat):
             self.process.join(_KILL_TIMEOUT)
             raise self._dead() from None
         if isinstance(message, Failed):
-            self.process.join(_GOODBYE)  # in which it closes its environments
+            self.process.join(GOODBYE)  # in which it closes its environments
             raise EnvironmentFailure(
                 f"{self.what} failed at step {self.step}: {message.reason}\n\nIn its process:\n{message.traceback}"
             )

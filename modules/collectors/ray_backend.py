@@ -37,7 +37,7 @@ from offtrace.modules.collectors.memory import Key
 from offtrace.modules.collectors.protocol import Copy
 from offtrace.modules.collectors.ray_cluster import check_room, ray_connection
 from offtrace.modules.collectors.restarts import Restarts
-from offtrace.modules.collectors.seats import Seat
+from offtrace.modules.collectors.seats import GOODBYE, Seat
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 
@@ -200,6 +200,8 @@ class RaySeat(Seat):
         answer = self._result(self._answer)
         self._answer = None
         if isinstance(answer, Failed):
+            with contextlib.suppress(Exception):  # whatever becomes of it, it is ended
+                self.leave().result(timeout=GOODBYE)
             raise EnvironmentFailure(
                 f"{self._named} failed at step {self._last_step()}: {answer.reason}\n\n"
                 f"In its process:\n{answer.traceback}"

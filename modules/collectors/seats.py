@@ -7,6 +7,7 @@ import math
 from offtrace.modules.collectors.weights import SharedWeights
 from offtrace.modules.envs import EnvironmentFailure
 
+GOODBYE = 1.0  # seconds for an actor that has told of an error to close its environments
 _START_ALLOWANCE = 120.0  # seconds for importing the libraries, on top of the time one step may take
 
 

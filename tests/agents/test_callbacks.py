@@ -68,7 +68,12 @@ def test_the_final_score_is_that_of_the_last_weights(monkeypatch: pytest.MonkeyP
     its.updates = 16
     evaluation.on_train_end(ours, its)
     evaluation.on_train_end(ours, its)  # of the same weights there is a score
-    assert evaluation.scores == [(100, 2.0)]
+    assert evaluation.scores == [(100, 1.0), (100, 2.0)]
+    assert evaluation.best == 2.0
+    again = Evaluation(lambda: None, every=100, episodes=1)  # type: ignore[arg-type, return-value]
+    again.load_state_dict(evaluation.state_dict())
+    again.on_train_end(ours, its)  # nor after a resume
+    assert again.scores == evaluation.scores
 
 
 def test_an_evaluation_leaves_every_generator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,3 +147,30 @@ def test_a_signal_behind_the_last_update_starts_none(stop: GracefulStop) -> None
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_in_another_fit_updates_are_to_come_again(stop: GracefulStop) -> None:
+    stop.on_train_epoch_end(trainer(), agent())
+    stop.on_train_epoch_start(trainer(), agent())
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+
+
+@pytest.mark.parametrize(("saves", "expected"), [(False, (250, 200)), (True, (250, 100))])
+def test_a_checkpoint_without_its_replay_takes_the_place_of_the_last(
+    saves: bool, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    """It names the last one's replay; the one before has another, to go on from where that is damaged."""
+    data = SimpleNamespace(saves=saves, save=lambda rank: "replay", prune=lambda rank: None, saved=None)
+    its = SimpleNamespace(
+        frames=0, updates=1, data=data, parameters=lambda: iter(()), settle=lambda: None, check_guard=lambda: None
+    )
+    ours = trainer(global_rank=0, _checkpoint_connector=SimpleNamespace(dump_checkpoint=lambda **_: its.frames))
+    checkpoints = Checkpoints(tmp_path, 100)
+    checkpoints.on_train_start(ours, its)
+    for its.frames in (100, 200):
+        checkpoints.save(ours, its, "last.ckpt")
+    its.frames, ours.world_size = 250, 2
+    checkpoints.on_exception(ours, its, RuntimeError())
+    found = tuple(torch.load(tmp_path / f"{name}.ckpt") for name in ("last", "previous"))
+    assert found == expected

@@ -37,6 +37,14 @@ def test_between_what_was_logged_time_is_a_straight_line(tmp_path: Path) -> None
     assert found.seconds_at([1500])[0] == pytest.approx(3.5)
 
 
+def test_a_run_of_which_a_part_tells_no_seconds(tmp_path: Path) -> None:
+    """It was begun by a version that did not, and the clock of the later part began with it."""
+    write(tmp_path, "1000,1,,\n2000,2,,\n3000,3,,\n", ".part0")
+    found = read_curves(write(tmp_path, "2500,9,,5\n3000,9,,8\n"))
+    assert found.seconds == []
+    assert found.training == [(1000, 1.0), (2000, 2.0), (2500, 9.0), (3000, 9.0)]
+
+
 def test_runs_of_one_label_have_one_colour(tmp_path: Path) -> None:
     rows = "1000000,-20,-19,500\n2000000,5,,1000\n3000000,18,20,1500\n"
     runs = [read_curves(write(tmp_path / str(seed), rows.replace("18", str(seed)))) for seed in range(3)]
