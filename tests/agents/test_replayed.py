@@ -404,7 +404,7 @@ def test_priorities_that_come_to_nothing_do_not_keep_the_checkpoint_from_being_w
     written: list[str] = []
 
     class Written(Checkpoints):
-        def _write(self, trainer: Any, name: str, frames: int) -> None:
+        def _write(self, trainer: Any, name: str, frames: int, **_: Any) -> None:
             written.append(name)
 
     agent: Any = SimpleNamespace(parameters=list, settle=settle, data=SimpleNamespace(saves=False), frames=1)
