@@ -72,7 +72,7 @@ def _named(word: str) -> tuple[str, Path]:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    from offtrace.agents.runs.curves import plot_curves
+    from offtrace.agents.runs.curves import plot_curves, time_unit
 
     found = {label: [_read(folder) for folder in folders] for label, folders in args.runs.items()}
     for label, folders in args.runs.items():
@@ -83,7 +83,9 @@ def _draw(args: argparse.Namespace) -> int:
             if curves.scores:
                 said += f", best {max(score for _, score in curves.scores):.1f}"
             if curves.seconds:
-                said += f"; {curves.seconds_at([frames])[0] / 3600:.2f} hours of training"
+                spent = curves.seconds_at([frames])[0]
+                unit, length = time_unit(spent)
+                said += f"; {spent / length:.2f} {unit} of training"
             print(f"{label}: {folder}: {said}")
     timed = any(curves.seconds for several in found.values() for curves in several)
     try:

@@ -64,6 +64,11 @@ def read_curves(metrics: Path) -> Curves:
     return Curves(column("train/return"), column("eval/return"), column("train/seconds") if timed else [])
 
 
+def time_unit(seconds: float) -> tuple[str, float]:
+    """What to tell so many seconds in: a name, and its seconds."""
+    return ("hours", 3600.0) if seconds >= 600 else ("minutes", 60.0)
+
+
 def plot_curves(
     runs: Mapping[str, Sequence[Curves]],
     out: Path,
@@ -80,7 +85,7 @@ def plot_curves(
         out: the PNG.
         title: above it.
         goal: a dashed line.
-        against_time: a second panel, against hours of training, of the runs that know them.
+        against_time: a second panel, against hours or minutes of training, of the runs that know them.
 
     Raises:
         OSError: if the file cannot be written.
@@ -95,6 +100,8 @@ def plot_curves(
         colours = list(colormaps["turbo"](np.linspace(0, 1, len(runs))))
     figure = Figure(figsize=(10 if against_time else 7, 4), layout="constrained")
     FigureCanvasAgg(figure)
+    ends = [one.seconds[-1][1] for several in runs.values() for one in several if one.seconds]
+    unit, length = time_unit(max(ends, default=0.0))
     panels = figure.subplots(1, 1 + against_time, squeeze=False, sharey=True)[0]
     for colour, several in zip(colours, runs.values(), strict=True):
         for curves in several:
@@ -102,8 +109,8 @@ def plot_curves(
                 frames, values = [x for x, _ in curve], [y for _, y in curve]
                 panels[0].plot(np.divide(frames, 1e6), values, color=colour, **look)
                 if against_time and curves.seconds:
-                    panels[1].plot(curves.seconds_at(frames) / 3600, values, color=colour, **look)
-    for panel, name in zip(panels, ("environment frames (millions)", "hours of training"), strict=False):
+                    panels[1].plot(curves.seconds_at(frames) / length, values, color=colour, **look)
+    for panel, name in zip(panels, ("environment frames (millions)", f"{unit} of training"), strict=False):
         if goal is not None:
             panel.axhline(goal, color="0.5", linestyle="--", linewidth=1)
         panel.set_xlabel(name)

@@ -90,11 +90,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     write(tmp_path / "a", "3600000,1,,3600\n3600000,,20.5,\n", ".part0")
     write(tmp_path / "a", "7200000,2,,7200\n7200000,,19.5,\n")
     write(tmp_path / "lr=0.1", "1800000,-3,,\n")
-    assert curves.main(["IMPALA=a", "lr=0.1", "PPO=lr=0.1", "--goal", "18"]) == 0
+    write(tmp_path / "short", "1000,20,,90\n")
+    assert curves.main(["IMPALA=a", "lr=0.1", "PPO=lr=0.1", "short", "--goal", "18"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "IMPALA: a: score 19.5 at 7,200,000 frames, best 20.5; 2.00 hours of training",
         "lr=0.1: lr=0.1: return of training -3.0 at 1,800,000 frames",
         "PPO: lr=0.1: return of training -3.0 at 1,800,000 frames",
+        "short: short: return of training 20.0 at 1,000 frames; 1.50 minutes of training",
         "written: curves.png",
     ]
     assert Image.open("curves.png").width > 900
