@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import gc
@@ -226,6 +227,23 @@ def fail(message: str) -> int:
     """Prints one sentence and returns the exit code of a wrong command line."""
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def run_command(
+    argv: list[str] | None, parse: Callable[[list[str]], argparse.Namespace], do: Callable[[argparse.Namespace], int]
+) -> int:
+    """A command that trains nothing: ``do`` what ``parse`` finds on the command line, by default the process's.
+
+    Returns:
+        the exit code of ``do``; 2 for what either refuses, told in a sentence; 130 when interrupted.
+    """
+    try:
+        return do(parse(sys.argv[1:] if argv is None else argv))
+    except (ConfigError, RunError) as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def parse(argv: list[str], *, presets: Presets, description: str) -> Command:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from offtrace.agents.config import ConfigError
 from offtrace.agents.runs.folders import metric_parts
-from offtrace.recipes.cli import fail
+from offtrace.recipes.cli import run_command
 from offtrace.recipes.flags import SentenceParser, check_flags
 
 if TYPE_CHECKING:
@@ -23,13 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         the exit code: 0, or 2 for a wrong command line, or a run that has logged nothing.
     """
-    try:
-        return _draw(parse(sys.argv[1:] if argv is None else argv))
-    except ConfigError as error:
-        return fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(argv, parse, _draw)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from offtrace.agents.runs.doctor import checks_of
 from offtrace.agents.runs.folders import RUNS
 from offtrace.agents.runs.isolated import Check, Line, run_isolated
 from offtrace.modules.envs.names import check_name
-from offtrace.recipes.cli import fail
+from offtrace.recipes.cli import run_command
 from offtrace.recipes.flags import SentenceParser, check_flags, import_from_here
 
 
@@ -29,19 +29,16 @@ def main(argv: list[str] | None = None) -> int:
         the exit code: 0; 1 where something needed has failed; 2 for a wrong command line; 130 when interrupted.
     """
     import_from_here()
+    return run_command(argv, parse, _look)
+
+
+def _look(args: argparse.Namespace) -> int:
+    groups = checks_of(args.task, args.folder, args.address or ("" if args.ray else None))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        groups = checks_of(args.task, args.folder, args.address or ("" if args.ray else None))
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            return examine(groups, as_json=args.json)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    except ConfigError as error:
-        return fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return examine(groups, as_json=args.json)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

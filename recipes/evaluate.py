@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from offtrace.agents.config import ConfigError, count
 from offtrace.agents.runs.atari_scores import human_normalised
-from offtrace.agents.runs.folders import RunError
 from offtrace.modules.envs.names import atari_name
-from offtrace.recipes.cli import checkpoint_file, fail
+from offtrace.recipes.cli import checkpoint_file, fail, run_command
 from offtrace.recipes.flags import SentenceParser, check_flags, import_from_here
 
 if TYPE_CHECKING:
@@ -25,16 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         the exit code: 0, 2 for a wrong command line or checkpoint, 1 for episodes that could not be played to the end.
     """
-    argv = sys.argv[1:] if argv is None else argv
     import_from_here()
-    try:
-        args = parse(argv)
-        return _evaluate(args)
-    except (ConfigError, RunError) as error:
-        return fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(argv, parse, _evaluate)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -73,13 +64,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     from offtrace.agents.runs.checkpoint import (
         CHECKPOINT_KEY,
         CheckpointError,
+        load_env,
         load_policy,
         read_checkpoint,
-        with_policy_transforms,
     )
     from offtrace.agents.runs.evaluation import evaluate
     from offtrace.agents.runs.recording import Recorder
-    from offtrace.modules.envs import env_info, make_env
+    from offtrace.modules.envs import env_info
 
     try:
         policy = load_policy(args.checkpoint).to(_device(args.device))
@@ -100,8 +91,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         if actions != own:  # the same numbers would mean other actions
             under = "" if args.protocol is None else f" under the {args.protocol} protocol"
             return fail(f"the policy knows {own} actions of {name}; it has {actions}{under}")
-        env = make_env(name, number, seed=args.seed, evaluation=True, pictures=args.gif is not None, **options)
-        env = with_policy_transforms(env, policy)
+        env = load_env(args.checkpoint, policy, number, seed=args.seed, pictures=args.gif is not None, **options)
     except ValueError as error:
         return fail(str(error))
     except RuntimeError as error:  # the task's own

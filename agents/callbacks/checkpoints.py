@@ -38,7 +38,7 @@ class Checkpoints(pl.Callback):
         self.resumed = resumed
         self._kept: int | None = None  # frames of the last.ckpt that lies there
         self._next = every
-        self._began = False
+        self._began = self._final = False
         self._best_before = float("-inf")
 
     def on_train_start(self, trainer: pl.Trainer, agent: Agent) -> None:
@@ -57,12 +57,13 @@ class Checkpoints(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, agent: Agent) -> None:
         """Writes the final ``last.ckpt``, ahead of a last evaluation, which may take long."""
-        if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+        self._final = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if self._final:
             self.save(trainer, agent, "last.ckpt")
 
     def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
-        """Writes it again, with the score of that evaluation."""
-        self.save(trainer, agent, "last.ckpt", data=False)
+        """Writes it again, with that evaluation's score; and the data where it was not known to be the last epoch."""
+        self.save(trainer, agent, "last.ckpt", data=not self._final)
 
     def on_exception(self, trainer: pl.Trainer, agent: Agent, exception: BaseException) -> None:
         """Keeps what was learned, whatever ended the run.

@@ -80,7 +80,8 @@ class GracefulStop(pl.Callback):
 
     def _finish(self) -> None:
         self._finished = True
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.signal:  # else the alarm is nobody's, or another's
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _listen(self) -> None:
         if not self._before and threading.current_thread() is threading.main_thread():

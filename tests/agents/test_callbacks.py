@@ -141,6 +141,7 @@ def test_the_alarm_ends_with_the_update_that_came(stop: GracefulStop) -> None:
 
 
 def test_a_signal_behind_the_last_update_starts_none(stop: GracefulStop) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0)  # that of a test's time limit
     stop.on_train_epoch_end(trainer(), agent())
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.signal == signal.SIGTERM
@@ -174,3 +175,27 @@ def test_a_checkpoint_without_its_replay_takes_the_place_of_the_last(
     checkpoints.on_exception(ours, its, RuntimeError())
     found = tuple(torch.load(tmp_path / f"{name}.ckpt") for name in ("last", "previous"))
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("epochs", "stops", "expected"), [(1, False, [True, False]), (-1, True, [True, False]), (-1, False, [True])]
+)
+def test_a_replay_is_saved_once_at_the_end(
+    epochs: int, stops: bool, expected: list[bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ahead of the last evaluation, or behind it where a trainer of one's own ends by the number of its steps."""
+    with_data: list[bool] = []
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *_, data=True: with_data.append(data))
+    ours, its = trainer(max_epochs=epochs, current_epoch=0), agent(frames=100, updates=1)
+    ours.should_stop = stops
+    checkpoints = Checkpoints(tmp_path, 1000)
+    checkpoints.on_train_start(ours, its)
+    checkpoints.on_train_epoch_end(ours, its)
+    checkpoints.on_train_end(ours, its)
+    assert with_data == expected
+
+
+def test_an_alarm_of_somebody_else_goes_on(stop: GracefulStop) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 100)
+    stop.on_train_epoch_end(trainer(), agent())
+    assert signal.getitimer(signal.ITIMER_REAL)[0] > 90

@@ -418,14 +418,18 @@ def test_vmpo_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert "CartPole-v1, sample actions, 2 whole episodes" in capsys.readouterr().out
 
 
+def stopped_by(number: int, *, frames: int = 0, updates: int = 0) -> Summary:
+    return Summary(
+        task="t", algorithm="sac", seed=0, frames=frames, updates=updates, episodes=0, dropped_episodes=0, restarts=0,
+        frames_per_second=0.0, updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=number,
+        first_update_at=0.0,
+    )  # fmt: skip
+
+
 def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = Summary(
-        task="t", algorithm="sac", seed=0, frames=0, updates=0, episodes=0, dropped_episodes=0, restarts=0,
-        frames_per_second=0.0, updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=15,
-        first_update_at=0.0,
-    )  # fmt: skip
+    summary = stopped_by(15)
     monkeypatch.setattr("offtrace.agents.runs.run.train", lambda *_: summary)
     folder = tmp_path / "run"
     folder.mkdir()
@@ -443,11 +447,7 @@ def test_a_run_that_was_stopped_before_its_first_update_leaves_nothing(
 
 def test_a_run_that_has_learnt_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where nothing could write a last checkpoint: there are metrics, and perhaps best.ckpt."""
-    summary = Summary(
-        task="t", algorithm="sac", seed=0, frames=64, updates=3, episodes=0, dropped_episodes=0, restarts=0,
-        frames_per_second=0.0, updates_per_second=0.0, seconds=1.0, scores=[], evaluation=None, signal=2,
-        first_update_at=0.0,
-    )  # fmt: skip
+    summary = stopped_by(2, frames=64, updates=3)
     monkeypatch.setattr("offtrace.agents.runs.run.train", lambda *_: summary)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/best.ckpt").touch()
