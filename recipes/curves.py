@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,12 +41,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, default=Path("curves.png"), help="the PNG (default curves.png)")
     parser.add_argument("--title", default="", help="above it")
     parser.add_argument("--goal", type=float, help="score at which a dashed line is drawn")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="also write the curves there, small, as runs that this command draws",
+    )
     check_flags(argv, [option for option in parser._option_string_actions if option.startswith("--")])
     args = parser.parse_args(argv)
     if args.figure.suffix != ".png":
         raise ConfigError(f"--figure is {args.figure}; it must be the name of a file that ends in .png")
     if not args.figure.absolute().parent.is_dir():
         raise ConfigError(f"--figure is {args.figure}; there is no folder {args.figure.absolute().parent}")
+    if args.export is not None and args.export.exists() and (not args.export.is_dir() or any(args.export.iterdir())):
+        raise ConfigError(f"--export is {args.export}, which is there already; give a new or an empty folder")
     runs: dict[str, list[Path]] = {}
     for word in args.runs:
         label, folder = _named(word)
@@ -87,7 +97,25 @@ def _draw(args: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(f"--figure is {args.figure}, which cannot be written: {error.strerror}") from error
     print(f"written: {args.figure}")
+    if args.export is not None:
+        _export(found, args.export)
     return 0
+
+
+def _export(found: dict[str, list[Curves]], out: Path) -> None:
+    """Each run as ``out/LABEL-N/metrics.csv``, N from 0 for the runs of a label."""
+    from offtrace.agents.runs.curves import write_curves
+
+    numbers: Counter[str] = Counter()
+    try:
+        for label, several in found.items():
+            name = re.sub(r"[^\w.=+-]", "_", label)  # of two labels, perhaps
+            for curves in several:
+                write_curves(curves, out / f"{name}-{numbers[name]}" / "metrics.csv")
+                numbers[name] += 1
+    except OSError as error:
+        raise ConfigError(f"--export is {out}, which cannot be written: {error.strerror}") from error
+    print(f"written: {out}")
 
 
 def _read(folder: Path) -> Curves:

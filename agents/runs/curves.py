@@ -16,6 +16,8 @@ Curve = list[tuple[int, float]]
 """Environment frames and a value, in ascending order."""
 
 
+_TRAINING, _SCORE, _SECONDS = _COLUMNS = ("train/return", "eval/return", "train/seconds")
+"""Where ``metrics.csv`` has what :class:`Curves` names, in its order."""
 _THIN: dict[str, Any] = {"alpha": 0.35, "linewidth": 1}
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 3}
 
@@ -55,13 +57,38 @@ def read_curves(metrics: Path) -> Curves:
         with open(part, newline="") as file:
             later = [row for row in csv.DictReader(file) if row.get("step")]
         if later:
-            timed = (timed or not rows) and any(row.get("train/seconds") for row in later)
+            timed = (timed or not rows) and any(row.get(_SECONDS) for row in later)
             rows = [row for row in rows if int(row["step"]) <= int(later[0]["step"])] + later
 
     def column(name: str) -> Curve:
         return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
 
-    return Curves(column("train/return"), column("eval/return"), column("train/seconds") if timed else [])
+    training, scores, seconds = map(column, _COLUMNS)
+    return Curves(training, scores, seconds if timed else [])
+
+
+def write_curves(curves: Curves, metrics: Path, most: int = 200) -> None:
+    """Writes what :func:`read_curves` reads: every score, and at most so many points of the training and of its time.
+
+    Args:
+        curves: of a run.
+        metrics: the file, in a folder that may not exist yet.
+        most: points of a curve that are kept, evenly; the first and the last are among them.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    rows: dict[int, dict[str, float]] = {}
+    for name, curve in zip(_COLUMNS, curves, strict=True):
+        kept = len(curve) if name == _SCORE else min(most, len(curve))
+        for place in np.linspace(0, len(curve) - 1, kept).round().astype(int):
+            frames, value = curve[place]
+            rows.setdefault(frames, {})[name] = value
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    with open(metrics, "w", newline="") as file:
+        writer = csv.DictWriter(file, ("step", *_COLUMNS), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"step": frames, **rows[frames]} for frames in sorted(rows))
 
 
 def time_unit(seconds: float) -> tuple[str, float]:

@@ -102,6 +102,34 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert Image.open("curves.png").width > 900
 
 
+def test_what_is_exported_is_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every score is kept, of long curves two hundred points; a name holds no folder, and none is written twice."""
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{n}000,{n / 7},,{n * 2}\n" for n in range(1, 1001))
+    write(tmp_path / "long", rows + "500000,,4.25,\n1000000,,5.5,\n")
+    write(tmp_path / "short", "1000,20,,90\n")
+    command = ["a/b=long", "a_b=short", "a/b=short", "--export", "kept/here"]
+    assert curves.main(command) == 0
+    assert "written: kept/here" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("kept/here").iterdir()) == ["a_b-0", "a_b-1", "a_b-2"]
+    found = read_curves(Path("kept/here/a_b-0/metrics.csv"))
+    assert found.scores == [(500_000, 4.25), (1_000_000, 5.5)]
+    assert len(found.training) == len(found.seconds) == 200
+    assert set(found.training) < {(n * 1000, n / 7) for n in range(1, 1001)}
+    assert found.training[0] == (1000, 1 / 7)
+    assert found.training[-1] == (1_000_000, 1000 / 7)
+    assert found.seconds_at([1000, 250_500, 1_000_000]).tolist() == [2, 501, 2000]
+    assert [read_curves(Path(f"kept/here/a_b-{n}/metrics.csv")) for n in (1, 2)] == 2 * [
+        Curves([(1000, 20.0)], [], [(1000, 90.0)])
+    ]
+    assert curves.main(["long=kept/here/a_b-0"]) == 0
+    assert "long: kept/here/a_b-0: score 5.5 at 1,000,000 frames, best 5.5; 0.56 hours" in capsys.readouterr().out
+    assert curves.main(command) == 2
+    assert "--export is kept/here, which is there already; give a new or an empty folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
