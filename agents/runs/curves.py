@@ -129,15 +129,17 @@ def plot_curves(
     FigureCanvasAgg(figure)
     ends = [one.seconds[-1][1] for several in runs.values() for one in several if one.seconds]
     unit, length = time_unit(max(ends, default=0.0))
+    most = max((curve[-1][0] for several in runs.values() for one in several for curve in one[:2] if curve), default=0)
+    scale, divisor = ("millions", 1e6) if most >= 1_000_000 else ("thousands", 1e3)
     panels = figure.subplots(1, 1 + against_time, squeeze=False, sharey=True)[0]
     for colour, several in zip(colours, runs.values(), strict=True):
         for curves in several:
             for curve, look in ((curves.training, _THIN), (curves.scores, _DOTS)):
                 frames, values = [x for x, _ in curve], [y for _, y in curve]
-                panels[0].plot(np.divide(frames, 1e6), values, color=colour, **look)
+                panels[0].plot(np.divide(frames, divisor), values, color=colour, **look)
                 if against_time and curves.seconds:
                     panels[1].plot(curves.seconds_at(frames) / length, values, color=colour, **look)
-    for panel, name in zip(panels, ("environment frames (millions)", f"{unit} of training"), strict=False):
+    for panel, name in zip(panels, (f"environment frames ({scale})", f"{unit} of training"), strict=False):
         if goal is not None:
             panel.axhline(goal, color="0.5", linestyle="--", linewidth=1)
         panel.set_xlabel(name)
