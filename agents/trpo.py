@@ -146,7 +146,7 @@ def make_trpo(config: TRPOConfig) -> tuple[Agent, RolloutData]:
     info = read_task(config)
     spec = config.policy_spec(info)
     policy, value = build_policy(**spec["arguments"]), value_of(config, info)
-    if config.network.normalize:
+    if spec["arguments"]["normalize"]:  # of vectors alone
         share_normalizer(policy.network, value)
     loss = TRPOLoss(policy, value, **asdict(config.loss))
     return rollout_agent(

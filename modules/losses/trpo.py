@@ -194,7 +194,11 @@ class TRPOLoss(Loss):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             surrogate = sum_of_ranks(surrogate.detach())
             tries = self.backtracks if step.isfinite().all() else 0
-            move = line_search(measure, surrogate, delta=self.delta, tries=tries, shrink=self.shrink)
+            try:
+                move = line_search(measure, surrogate, delta=self.delta, tries=tries, shrink=self.shrink)
+            except BaseException:  # a stop as well: what is saved then is no step that nobody accepted
+                write(before, weights)
+                raise
             if not move.fraction:
                 write(before, weights)
 

@@ -110,7 +110,7 @@ class VMPOLoss(Loss):
         self.state_keys = list(policy.in_keys)
         self.epsilon, self.bounds, self.top_fraction = epsilon, bounds, top_fraction
         self.value_coef, self.reduction = value_coef, reduction
-        self._moments: Tensor | None = None
+        self._sums: Tensor | None = None
         self.temperature = m.Multiplier.at(temperature)
         self.alphas = nn.ModuleDict({name: m.Multiplier.at(alpha) for name in bounds})
         self.bind_networks()
@@ -177,23 +177,23 @@ class VMPOLoss(Loss):
         return head if isinstance(head, PopArtHead) else None
 
     def _scaled_value_coef(self, target: Tensor, stats: Stats) -> Any:
-        """``value_coef`` in units of the returns' variance, where the value head keeps it; their moments are noted."""
+        """``value_coef`` in units of the returns' variance, where the value head keeps it; their sums are noted."""
         if self._popart is None:
             return self.value_coef
         exact = target.double()
-        self._moments = torch.stack([stats.mean(exact), stats.mean(exact.square()), (stats.count > 0).to(exact.dtype)])
+        count = stats.count.to(exact.dtype)
+        self._sums = count * torch.stack([stats.mean(exact), stats.mean(exact.square()), torch.ones_like(count)])
         return (self.value_coef / self._popart.scale.square()).to(target.dtype)
 
     @torch.no_grad()
     def update_values(self) -> None:
         """Let a :class:`PopArtHead` take in the returns of the last batch, of all ranks; without one do nothing."""
-        if self._popart is None or self._moments is None:
+        if self._popart is None or self._sums is None:
             return
-        sums = self._moments * self._moments[2]
+        sums, self._sums = self._sums, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         self._popart.update(sums[0] / sums[2], sums[1] / sums[2], where=sums[2] > 0)
-        self._moments = None
 
 
 def select_top(

@@ -79,7 +79,7 @@ class ObservationNormalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[*B, *shape]``, normalised."""
-        x = (x - self.shift) * self.factor
+        x = (x.to(torch.promote_types(x.dtype, self.shift.dtype)) - self.shift) * self.factor  # bool has no minus
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offtrace.agents.agent import TrainingDivergedError
 from offtrace.agents.callbacks import Checkpoints, WeightSync
-from offtrace.agents.trpo import TRPOConfig, control_config, make_trpo
+from offtrace.agents.trpo import TRPOConfig, atari_config, control_config, make_trpo
 
 ROLLOUTS, CRITIC_STEPS = 4, 3
 
@@ -113,3 +113,12 @@ def test_a_diverging_update_is_refused(key: str, tmp_path: Path) -> None:
     assert kept
     assert all(torch.equal(poison.before[name], saved[name]) for name in kept)
     assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_images_are_not_normalised() -> None:
+    config = atari_config()
+    config.network.normalize = True
+    config.validate()
+    agent, data = make_trpo(config)
+    data.shutdown()
+    assert not [name for name, _ in agent.loss.named_modules() if name.endswith("normalizer")]

@@ -334,3 +334,10 @@ def test_smoothing_carries_its_state_through_an_environment() -> None:
     assert samples[:, [0, 1, 3, 4, 6, 7]].abs().max() < 1
     with pytest.raises(KeyError, match="does not carry the last action"):
         policy(states(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16])
+def test_vectors_of_every_dtype_are_normalised(dtype: torch.dtype) -> None:
+    net, x = ObservationNormalizer([2]), torch.tensor([[0, 1], [1, 1], [0, 0]])
+    net.update(x.to(dtype))
+    torch.testing.assert_close(net(x.to(dtype)), net(x.float()))

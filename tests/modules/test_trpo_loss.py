@@ -499,3 +499,32 @@ def test_networks_and_batches_that_do_not_fit() -> None:
     for call in (loss.improve, loss):
         with pytest.raises(ValueError, match=r"the batch must be \[B, T\], environments then time; got \[35\]"):
             call(td.reshape(-1))
+
+
+def test_an_update_that_is_interrupted_leaves_no_step_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved after a stop within the line search are weights that were learnt."""
+    torch.manual_seed(0)
+    policy = build_policy(observation_shape=[3], num_actions=3, critic=None, hidden=[16])
+    loss = TRPOLoss(policy, build_value(observation_shape=[3], hidden=[16]), delta=0.5)
+    batch, no = TensorDict({"observation": torch.randn(8, 16, 3)}, [8, 16]), torch.zeros(8, 16, 1, dtype=torch.bool)
+    with torch.no_grad():
+        policy(batch)
+    following = {"observation": torch.randn(8, 16, 3), "reward": torch.randn(8, 16, 1), "done": no, "terminated": no}
+    batch["next"] = TensorDict(following, [8, 16])
+    before = [weight.clone() for weight in loss.policy.parameters()]
+    evaluate, calls = loss._evaluate, 0
+
+    def interrupted(tensordict: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return evaluate(tensordict)
+
+    monkeypatch.setattr(loss, "_evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loss.improve(batch)
+    assert all(map(torch.equal, before, loss.policy.parameters()))
+    monkeypatch.undo()
+    loss.improve(batch)
+    assert not all(map(torch.equal, before, loss.policy.parameters()))
