@@ -175,6 +175,13 @@ def mujoco_config() -> PPOConfig:
 
 
 def atari_config() -> PPOConfig:
+    """Pong in ten million frames: twice the published step size, and a clip that stays."""
+    config = paper_config()
+    config.optim.lr, config.loss.anneal_clip, config.train.total_frames = 5e-4, False, 10_000_000
+    return config
+
+
+def paper_config() -> PPOConfig:
     """Pong at the published settings: 8 games, 128 steps, 4 passes of 4 minibatches, 40 million frames."""
     config = PPOConfig()
     config.loss.clip_epsilon, config.loss.anneal_clip, config.loss.reward_clip = 0.1, True, 1.0
