@@ -18,6 +18,8 @@ Curve = list[tuple[int, float]]
 
 _TRAINING, _SCORE, _SECONDS = _COLUMNS = ("train/return", "eval/return", "train/seconds")
 """Where ``metrics.csv`` has what :class:`Curves` names, in its order."""
+_KEPT = 200
+"""Points of a written curve of training or time."""
 _THIN: dict[str, Any] = {"alpha": 0.35, "linewidth": 1}
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 3}
 
@@ -67,20 +69,19 @@ def read_curves(metrics: Path) -> Curves:
     return Curves(training, scores, seconds if timed else [])
 
 
-def write_curves(curves: Curves, metrics: Path, most: int = 200) -> None:
-    """Writes what :func:`read_curves` reads: every score, and at most so many points of the training and of its time.
+def write_curves(curves: Curves, metrics: Path) -> None:
+    """Writes what :func:`read_curves` reads: every score, and of longer curves 200 points, evenly, with both ends.
 
     Args:
         curves: of a run.
         metrics: the file, in a folder that may not exist yet.
-        most: points of a curve that are kept, evenly; the first and the last are among them.
 
     Raises:
         OSError: if the file cannot be written.
     """
     rows: dict[int, dict[str, float]] = {}
     for name, curve in zip(_COLUMNS, curves, strict=True):
-        kept = len(curve) if name == _SCORE else min(most, len(curve))
+        kept = len(curve) if name == _SCORE else min(_KEPT, len(curve))
         for place in np.linspace(0, len(curve) - 1, kept).round().astype(int):
             frames, value = curve[place]
             rows.setdefault(frames, {})[name] = value
@@ -129,8 +130,8 @@ def plot_curves(
     FigureCanvasAgg(figure)
     ends = [one.seconds[-1][1] for several in runs.values() for one in several if one.seconds]
     unit, length = time_unit(max(ends, default=0.0))
-    most = max((curve[-1][0] for several in runs.values() for one in several for curve in one[:2] if curve), default=0)
-    scale, divisor = ("millions", 1e6) if most >= 1_000_000 else ("thousands", 1e3)
+    drawn = [curve for several in runs.values() for one in several for curve in (one.training, one.scores) if curve]
+    scale, divisor = ("millions", 1e6) if any(curve[-1][0] >= 1e6 for curve in drawn) else ("thousands", 1e3)
     panels = figure.subplots(1, 1 + against_time, squeeze=False, sharey=True)[0]
     for colour, several in zip(colours, runs.values(), strict=True):
         for curves in several:

@@ -503,28 +503,20 @@ def test_networks_and_batches_that_do_not_fit() -> None:
 
 def test_an_update_that_is_interrupted_leaves_no_step_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is saved after a stop within the line search are weights that were learnt."""
-    torch.manual_seed(0)
-    policy = build_policy(observation_shape=[3], num_actions=3, critic=None, hidden=[16])
-    loss = TRPOLoss(policy, build_value(observation_shape=[3], hidden=[16]), delta=0.5)
-    batch, no = TensorDict({"observation": torch.randn(8, 16, 3)}, [8, 16]), torch.zeros(8, 16, 1, dtype=torch.bool)
-    with torch.no_grad():
-        policy(batch)
-    following = {"observation": torch.randn(8, 16, 3), "reward": torch.randn(8, 16, 1), "done": no, "terminated": no}
-    batch["next"] = TensorDict(following, [8, 16])
-    before = [weight.clone() for weight in loss.policy.parameters()]
-    evaluate, calls = loss._evaluate, 0
+    loss, td = make()
+    before, evaluate, calls = flat(loss.policy), loss._evaluate, 0
 
     def interrupted(tensordict: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 2:  # the first step that is tried
             raise KeyboardInterrupt
         return evaluate(tensordict)
 
     monkeypatch.setattr(loss, "_evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        loss.improve(batch)
-    assert all(map(torch.equal, before, loss.policy.parameters()))
+        loss.improve(td)
+    assert torch.equal(flat(loss.policy), before)
     monkeypatch.undo()
-    loss.improve(batch)
-    assert not all(map(torch.equal, before, loss.policy.parameters()))
+    loss.improve(td)
+    assert not torch.equal(flat(loss.policy), before)

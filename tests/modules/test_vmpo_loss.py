@@ -439,27 +439,15 @@ def test_batches_that_do_not_fit_are_refused() -> None:
 
 
 def test_returns_of_all_ranks_count_by_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank with one valid step beside one with sixteen: the statistics are those of the joined batch."""
-
-    def batch(reward: float, steps: int) -> TensorDict:
-        yes = torch.ones(2, 8, 1, dtype=torch.bool)
-        following = {"observation": torch.zeros(2, 8, 3), "reward": reward * yes, "done": yes, "terminated": yes}
-        content = {
-            "observation": torch.zeros(2, 8, 3), "action": torch.zeros(2, 8, dtype=torch.long),
-            "action_log_prob": torch.full((2, 8), 0.5).log(), "logits": torch.zeros(2, 8, 2),
-            "valid": (torch.arange(16) < steps).view(2, 8, 1), "next": TensorDict(following, [2, 8]),
-        }  # fmt: skip
-        return TensorDict(content, [2, 8])
-
-    def make() -> VMPOLoss:
-        torch.manual_seed(0)
-        return VMPOLoss(build_policy(observation_shape=[3], num_actions=2, critic_options={"popart": True}))
-
-    joined, *ranks = make(), make(), make()
-    data = batch(3.0, 1), batch(10.0, 16)
-    joined(torch.cat(data))
+    """A rank with one valid step beside one with all of them: the statistics are those of the joined batch."""
+    td = rollout()
+    td["valid"] = torch.ones_like(td["next", "done"])
+    td["valid"][:3], td["valid"][0, 0] = False, True
+    td["next", "reward"][3:] += 10
+    joined, *ranks = (VMPOLoss(make(critic_options={"popart": True})).double() for _ in range(3))
+    joined(td)
     joined.update_values()
-    for loss, part in zip(ranks, data, strict=True):
+    for loss, part in zip(ranks, (td[:3], td[3:]), strict=True):
         loss(part)
     other = ranks[1]._sums
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
