@@ -58,7 +58,7 @@ class LossConfig(Group):
         checks.fraction("gamma")
         checks.at_least(1, "num_samples")
         checks.positive("epsilon", "epsilon_policy")
-        checks.positive_or_null("epsilon_mean", "epsilon_cov")
+        checks.finite_or_null("epsilon_mean", "epsilon_cov")
 
 
 @dataclass
@@ -84,7 +84,7 @@ class MPONetworkConfig(SeparateNetworksConfig):
         """As :meth:`Group.check`."""
         super().check(at)
         Checks(self, at).categorical()
-        Checks(self, at).positive_or_null("init_scale")
+        Checks(self, at).finite_or_null("init_scale")
 
 
 @dataclass

@@ -57,7 +57,8 @@ class LossConfig(Group):
         checks = Checks(self, at)
         checks.fraction("gamma", "entropy_fraction")
         checks.positive("alpha_init", "reward_scale")
-        checks.require("fixed_alpha", lambda value: value is None or value >= 0, "at least 0, or null")
+        checks.require("fixed_alpha", lambda x: x is None or 0 <= x < math.inf, "finite, at least 0, or null")
+        checks.require("target_entropy", lambda value: value == "auto" or math.isfinite(value), "finite, or auto")
         name, _ = parse_spec(self.estimator)
         if self.version == 1 and ":" not in name and name not in ("one_step", "n_step"):  # of an own one the loss knows
             raise ConfigError(
@@ -192,9 +193,8 @@ def pixel_config() -> SACConfig:
 
 
 def v1_config() -> SACConfig:
-    """The first version: value network, fixed temperature, reward scale."""
+    """The first version: value network, and a reward scale for the temperature; Gym's rewards are larger: 5 to 20."""
     config = SACConfig()
-    config.loss.version = 1
+    config.loss.version, config.loss.reward_scale = 1, 20.0
     config.optim.lr_critic = 1e-3  # as control_config
-    config.loss.reward_scale = 20.0  # temperature 0.05; the paper's 5 to 20 are for Gym, whose steps are worth more
     return config

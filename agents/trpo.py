@@ -72,7 +72,7 @@ class TRPONetworkConfig(FeedForwardConfig):
     def check(self, at: str) -> None:
         """As :meth:`Group.check`."""
         super().check(at)
-        Checks(self, at).positive_or_null("init_scale")
+        Checks(self, at).normal_scale("init_scale")
 
     @property
     def critic_hidden(self) -> list[int] | None:

@@ -76,6 +76,9 @@ def read_file(path: Path, types_of: dict[str, Any], algorithm: str) -> dict[str,
         raise ConfigError(f"{path} configures {own}, and this recipe trains {algorithm}; give it to a recipe of {own}")
     groups = {key.split(".")[0] for key in types_of}
     for group, values in content.items():
+        if group in types_of:
+            first, _, name = group.partition(".")
+            raise ConfigError(f"{path} has the key {group}; it must be {name}, in the group {first}")
         if group not in groups:
             raise ConfigError(f"{path} has an unknown key {group}{nearest(str(group), [*groups, *types_of])}")
         if not isinstance(values, dict):

@@ -61,6 +61,11 @@ class Checks:
         for name in names:
             self.require(name, lambda value: value is None or value > 0, "above 0, or null")
 
+    def finite_or_null(self, *names: str) -> None:
+        """Every number must be above 0 and finite, or null."""
+        for name in names:
+            self.require(name, lambda value: value is None or 0 < value < math.inf, "above 0 and finite, or null")
+
     def normal_scale(self, *names: str) -> None:
         """Every number must be a standard deviation that the head of a normal policy does not clip, or null."""
         low, high = NORMAL_SCALES
@@ -213,7 +218,7 @@ class Config:
             ConfigError: one sentence that names the flag, its value and what would be right.
         """
         for field in fields(self):
-            getattr(self, field.name).check(field.name)
+            check_group(getattr(self, field.name), field.name)
         if self.env.shows_images is not None:
             self.network.check_reads(self.task, self.env.shows_images)
         threads = self.collector.emulator_threads
@@ -281,3 +286,13 @@ class Config:
         kind, _, number = self.collector.device.partition(":")
         if kind == "cuda" and int(number or 0) >= gpus:
             raise ConfigError(f"collector.device is {self.collector.device}; this machine has {count(gpus, 'GPU')}")
+
+
+def check_group(group: Group, at: str) -> None:
+    """As :meth:`Group.check`, and no field may be null that takes none: a file may hold it anywhere."""
+    for field in fields(group):  # type: ignore[arg-type]  # subclasses are dataclasses
+        takes_null = any(word in str(field.type) for word in ("None", "Optional", "Any"))
+        if getattr(group, field.name) is None and not takes_null:
+            usual = getattr(type(group)(), field.name)
+            raise ConfigError(f"{at}.{field.name} is null; it must have a value, such as {usual}")
+    group.check(at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from offtrace.agents.config.base import Config, ConfigError, count
+from offtrace.agents.config.base import Config, ConfigError, check_group, count
 from offtrace.modules.machine import Machine
 
 FEW = 4
@@ -51,7 +51,7 @@ def fit(config: Config, given: Collection[str], machine: Machine) -> str:
     found = Fit({}, "as the preset says")
     try:
         for part in (config.env, config.network, config.collector, config.train):
-            part.check("")
+            check_group(part, "")
         found = choose(config, given, machine)
     except ConfigError:
         pass  # whoever checks the whole configuration tells it

@@ -100,6 +100,10 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         assert isinstance(call, ast.Call)
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError(f"options of an estimator go by their names, as 'gae(lmbda=0.9)', got {spec!r}")
+        options = [str(keyword.arg) for keyword in call.keywords]
+        for option in options:
+            if options.count(option) > 1:
+                raise ValueError(f"an estimator takes an option once, and {option!r} is given twice, in {spec!r}")
         return name, {str(keyword.arg): _literal(keyword.value, spec) for keyword in call.keywords}
     except SyntaxError:
         raise ValueError(

@@ -6,11 +6,12 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 
 from offtrace.modules.estimators.state_values import StateValueEstimator
+from offtrace.modules.losses.arguments import check_arguments, check_not_negative, check_positive_or_none
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, check_positive
 from offtrace.modules.losses.unroll import evaluate_rollout, state_values
+from offtrace.modules.losses.views import check_entropy
 
 
 class A2CLoss(Loss):
@@ -62,7 +63,9 @@ class A2CLoss(Loss):
         normalize_advantage: bool = False,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
-        check_positive(reward_clip=reward_clip)
+        check_entropy(self, policy)
+        check_not_negative(value_coef=value_coef, entropy_coef=entropy_coef)
+        check_positive_or_none(reward_clip=reward_clip)
         super().__init__()
         self.bind_estimator(estimator, "state", gamma=gamma)
         self.policy = policy

@@ -13,10 +13,11 @@ from torch import Tensor
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.estimators.base import zero_invalid
+from offtrace.modules.losses.arguments import check_arguments, check_clip, check_not_negative, check_positive_or_none
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, check_positive, entry
+from offtrace.modules.losses.steps import entry
 from offtrace.modules.losses.unroll import EvaluatedPolicy, check_action_values, evaluate_action_values
 from offtrace.modules.networks import Policy
 from offtrace.modules.returns import clipped_fraction
@@ -244,7 +245,9 @@ class ACERLoss(Loss):
         normalize_advantage: bool = False,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
-        check_positive(reward_clip=reward_clip, clip=clip, delta=delta)
+        check_not_negative(value_coef=value_coef, entropy_coef=entropy_coef)
+        check_clip(clip=clip)
+        check_positive_or_none(reward_clip=reward_clip, delta=delta)
         check_action_values(policy, "ACERLoss")
         super().__init__()
         self.bind_estimator(estimator, "action", gamma=gamma, every_step=True)

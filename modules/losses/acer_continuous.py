@@ -20,10 +20,17 @@ from offtrace.modules.losses.acer import (
     truncated_weights,
     trust_region,
 )
+from offtrace.modules.losses.arguments import (
+    check_action_bounds,
+    check_arguments,
+    check_clip,
+    check_count,
+    check_not_negative,
+    check_positive_or_none,
+)
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_action_bounds, check_arguments, check_positive
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout
 from offtrace.modules.networks import Critic, DiagonalNormal, StateValue
 from offtrace.modules.returns import clipped_fraction
@@ -163,11 +170,11 @@ class ContinuousACERLoss(Loss):
         average_critic: bool = False,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
-        check_positive(reward_clip=reward_clip, clip=clip, delta=delta)
-        check_positive(num_samples=num_samples)
+        check_not_negative(value_coef=value_coef, entropy_coef=entropy_coef, bound_coef=bound_coef)
+        check_clip(clip=clip)
+        check_positive_or_none(reward_clip=reward_clip, delta=delta)
+        check_count(num_samples=num_samples)
         check_action_bounds(action_bounds)
-        if bound_coef < 0:
-            raise ValueError(f"bound_coef must be at least 0, got {bound_coef}")
         if entropy_coef and not learn_scale:
             raise ValueError(
                 f"entropy_coef is {entropy_coef}; the entropy of a normal is that of its scale, which "
@@ -178,6 +185,7 @@ class ContinuousACERLoss(Loss):
                 f"ContinuousACERLoss needs a policy that writes {k.LOC!r} and {k.SCALE!r} of a diagonal normal, got "
                 f"one that writes {policy.out_keys}: use build_policy(..., action_dim=..., critic=None)"
             )
+        _check_critics(value, advantage)
         super().__init__()
         self.add_network("policy", policy, target=True)
         self.bind_estimator(estimator, "action", gamma=gamma, discrete=False, every_step=True)
@@ -310,3 +318,14 @@ class ContinuousACERLoss(Loss):
             return statistics
         means, scales = statistics.chunk(2, -1)
         return torch.cat([means, torch.zeros_like(scales)], -1)
+
+
+def _check_critics(value: Any, advantage: Any) -> None:
+    """Refuse networks of which the loss cannot make V and A."""
+    if not isinstance(value, StateValue):
+        raise ValueError(f"ContinuousACERLoss needs a value of build_value, got {type(value).__name__}")
+    if not isinstance(advantage, Critic):
+        raise ValueError(f"ContinuousACERLoss needs an advantage of build_critic, got {type(advantage).__name__}")
+    critics = advantage.ensemble.last.members
+    if critics != 1:
+        raise ValueError(f"ContinuousACERLoss needs one advantage, got {critics}: use build_critic(critics=1)")

@@ -114,6 +114,8 @@ class Loss(LossModule):
             raise ValueError(
                 f"options of an estimator need its name, and {type(self).__name__} got {hyperparams} alone"
             )
+        if "gamma" in hyperparams:
+            raise ValueError(f"gamma is the loss's, {self.gamma}: make another {type(self).__name__} for another")
         before = self.estimator.diagnostic_keys
         self.bind_estimator(value_type, **self._binding, **hyperparams)
         if set(before) <= set(self.out_keys):

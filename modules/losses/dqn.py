@@ -10,22 +10,14 @@ from torch.nn import functional as F
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.losses.arguments import check_arguments, check_positive, check_positive_or_none
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import categorical_terms, divergence, mean_of, min_critic, min_q, of_action
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import (
-    States,
-    Steps,
-    check_arguments,
-    check_positive,
-    log_ratio,
-    read_log_prob,
-    read_steps,
-    weighted,
-    write_priority,
-)
+from offtrace.modules.losses.steps import States, Steps, log_ratio, read_log_prob, read_steps, weighted, write_priority
 from offtrace.modules.losses.views import (
     action_values_of,
+    check_feed_forward,
     check_indices,
     mask_key_of,
     state_keys_of,
@@ -56,8 +48,8 @@ class DQNLoss(Loss):
     smallest value counts, and all are learnt; 1 is usual.
 
     Args:
-        policy: the Q-network, which is also what acts: a policy with a greedy head, TorchRL's ``QValueActor`` with
-            categorical actions, or any TensorDict module that writes one of these entries.
+        policy: the Q-network, without a recurrent state, which also acts: a policy with a greedy head, TorchRL's
+            ``QValueActor`` with categorical actions, or any TensorDict module that writes one of these entries.
         estimator: of action values, by its name or an object.
         gamma: discount per step.
         double: the online network chooses the action that the target network values.
@@ -106,7 +98,8 @@ class DQNLoss(Loss):
         reward_clip: float | None = None,
         priorities: bool = False,
     ) -> None:
-        check_positive(reward_clip=reward_clip)
+        check_positive_or_none(reward_clip=reward_clip)
+        check_positive(reward_scale=reward_scale)
         check_arguments(reduction=reduction, gamma=gamma, epsilon_start=epsilon_start, epsilon_end=epsilon_end)
         if not 0 < epsilon_fraction <= 1:
             raise ValueError(f"epsilon_fraction must be above 0 and at most 1, got {epsilon_fraction}")
@@ -118,6 +111,7 @@ class DQNLoss(Loss):
                 f"DQNLoss needs a network that writes {k.ACTION_VALUE!r} or {k.VALUE_LOGITS!r}, got {policy.out_keys}"
             )
         check_indices(self, policy)
+        check_feed_forward(self, policy)
         super().__init__()
         self.bind_estimator(estimator, "action", gamma=gamma)
         self.add_network("policy", policy, target=True)

@@ -14,11 +14,13 @@ from offtrace.modules import keys as k
 from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.estimators.state_values import OF_THE_TRACE, StateValueEstimator
 from offtrace.modules.losses.acer import behaviour_parameter
+from offtrace.modules.losses.arguments import check_arguments, check_not_negative, check_positive_or_none
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics, trust_region
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, check_positive, entry
+from offtrace.modules.losses.steps import entry
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout, state_values
+from offtrace.modules.losses.views import check_entropy
 
 _OF_WHAT_IS_LEARNT = ("explained_variance", "advantage_std", "policy_clipped", *OF_THE_TRACE)
 
@@ -135,7 +137,9 @@ class ImpalaLoss(Loss):
         entropy_on_replay: bool = True,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
-        check_positive(reward_clip=reward_clip, policy_clip=policy_clip, max_kl=max_kl)
+        check_entropy(self, policy)
+        check_not_negative(value_coef=value_coef, entropy_coef=entropy_coef)
+        check_positive_or_none(reward_clip=reward_clip, policy_clip=policy_clip, max_kl=max_kl)
         if max_kl is not None and list(policy[-1].in_keys) != [k.LOGITS]:
             raise ValueError(
                 f"max_kl is {max_kl}; it needs a policy over discrete actions, and this one has {policy[-1].in_keys}: "

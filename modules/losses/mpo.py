@@ -13,21 +13,19 @@ from torch import Tensor, nn
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses import mpo_duals as m
+from offtrace.modules.losses.arguments import check_action_bounds, check_arguments, check_count, check_positive
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import categorical_terms, divergence, min_critic
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import (
-    States,
-    Steps,
-    check_action_bounds,
-    check_arguments,
-    log_ratio,
-    read_log_prob,
-    read_steps,
-    weighted,
-    write_priority,
+from offtrace.modules.losses.steps import States, Steps, log_ratio, read_log_prob, read_steps, weighted, write_priority
+from offtrace.modules.losses.views import (
+    check_feed_forward,
+    is_squashed,
+    parameters_of,
+    state_keys_of,
+    support_of,
+    values_of,
 )
-from offtrace.modules.losses.views import is_squashed, parameters_of, state_keys_of, support_of, values_of
 from offtrace.modules.networks.distributions import product
 
 LOSSES = ("loss_policy", "loss_dual", "loss_critic")
@@ -158,6 +156,7 @@ class MPOLoss(Loss):
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
         _check_gaussian(policy, covariance)
+        check_feed_forward(self, policy, critic)
         per_dimension = covariance == "diagonal" if per_dimension is None else per_dimension
         multipliers = _multipliers(policy, covariance, per_dimension=per_dimension, action_dim=action_dim)
         given = {"epsilon_mean": epsilon_mean, "epsilon_cov": epsilon_cov, "raw_alpha_cov": raw_alpha_cov}
@@ -324,9 +323,7 @@ def check_mpo(loss: object, critic: Any, value_keys: Sequence[str], *, policy_st
     """
     if policy_states not in ("next", "root"):
         raise ValueError(f"policy_states must be 'next' or 'root', got {policy_states!r}")
-    for name, value in bounds.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    check_positive(**bounds)
     for key in value_keys:
         if key in critic.out_keys:
             return key
@@ -352,8 +349,7 @@ def _multipliers(policy: Any, covariance: str, *, per_dimension: bool, action_di
 
 
 def _check_samples(num_samples: int, action_bounds: tuple[float, float]) -> None:
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
+    check_count(num_samples=num_samples)
     check_action_bounds(action_bounds)
 
 

@@ -13,22 +13,15 @@ from torch import Tensor, nn
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses import mpo_duals as m
+from offtrace.modules.losses.arguments import check_arguments
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import of_action
 from offtrace.modules.losses.mpo import LOSSES, VALUES, check_mpo, critic_terms, groups_with_duals
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import (
-    States,
-    Steps,
-    check_arguments,
-    log_ratio,
-    read_log_prob,
-    read_steps,
-    weighted,
-    write_priority,
-)
+from offtrace.modules.losses.steps import States, Steps, log_ratio, read_log_prob, read_steps, weighted, write_priority
 from offtrace.modules.losses.views import (
     check_categorical,
+    check_feed_forward,
     distribution_of,
     mask_key_of,
     state_keys_of,
@@ -93,6 +86,7 @@ class DiscreteMPOLoss(Loss):
         priorities: bool = False,
     ) -> None:
         check_categorical(self, policy, "MPOLoss")
+        check_feed_forward(self, policy, critic)
         check_arguments(reduction=reduction, gamma=gamma)
         bounds = {"epsilon": epsilon, "epsilon_policy": epsilon_policy}
         check_mpo(self, critic, (k.ACTION_VALUE,), policy_states=policy_states, **bounds)

@@ -12,12 +12,14 @@ from torchrl.modules import set_recurrent_mode
 
 from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.estimators.state_values import StateValueEstimator
-from offtrace.modules.keys import IS_INIT, NEXT
+from offtrace.modules.keys import IS_INIT
+from offtrace.modules.losses.arguments import check_arguments, check_not_negative, check_positive_or_none
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, check_positive, entry
+from offtrace.modules.losses.steps import entry
 from offtrace.modules.losses.unroll import EvaluatedPolicy, evaluate_rollout, state_values
+from offtrace.modules.losses.views import check_entropy, recurrent_keys
 from offtrace.modules.networks.normalise import RewardNormalizer
 from offtrace.modules.returns import effective_sample_size
 from offtrace.modules.returns.checks import ratio
@@ -99,7 +101,9 @@ class PPOLoss(Loss):
         normalize_reward: bool = False,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
-        check_positive(reward_clip=reward_clip, value_clip=value_clip)
+        check_entropy(self, policy)
+        check_not_negative(value_coef=value_coef, entropy_coef=entropy_coef)
+        check_positive_or_none(reward_clip=reward_clip, value_clip=value_clip)
         if normalize_reward and reward_clip is not None:
             raise ValueError(f"normalize_reward is True and reward_clip {reward_clip}; only one of them can be given")
         if not 0 < clip_epsilon < 1:
@@ -108,9 +112,7 @@ class PPOLoss(Loss):
         self.bind_estimator(estimator, "state", gamma=gamma)
         self.policy = policy
         self.state_keys = list(policy.in_keys)
-        # a state goes in and comes out again for the next step; a smoothed policy only writes into "next"
-        states = [key[1] for key in policy.out_keys if isinstance(key, tuple) and key[0] == NEXT]
-        self.is_recurrent = any(state in policy.in_keys for state in states)
+        self.is_recurrent = bool(recurrent_keys(policy))
         self.bind_networks()
         self.clip_epsilon, self.value_clip, self.anneal_clip = clip_epsilon, value_clip, anneal_clip
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction

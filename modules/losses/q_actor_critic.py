@@ -10,10 +10,11 @@ from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.estimators.names import check_ranges
+from offtrace.modules.losses.arguments import check_arguments, check_not_negative, check_positive_or_none
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics, trust_region
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, check_positive, entry
+from offtrace.modules.losses.steps import entry
 from offtrace.modules.losses.unroll import check_action_values, evaluate_action_values
 from offtrace.modules.returns import clipped_fraction, importance_trace
 
@@ -74,7 +75,8 @@ class QActorCriticLoss(Loss):
         policy_clip: float | None = None,
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
-        check_positive(reward_clip=reward_clip, policy_clip=policy_clip)
+        check_not_negative(value_coef=value_coef, entropy_coef=entropy_coef)
+        check_positive_or_none(reward_clip=reward_clip, policy_clip=policy_clip)
         check_ranges(pg_rho_clip=pg_rho_clip)
         check_action_values(policy, "QActorCriticLoss")
         super().__init__()

@@ -13,11 +13,12 @@ from torch import Tensor
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
 from offtrace.modules.losses.acer import behaviour_parameter
+from offtrace.modules.losses.arguments import check_arguments, check_clip, check_not_negative, check_positive_or_none
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import mean_of
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics, rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, check_positive, entry, read_weight, weighted, write_priority
+from offtrace.modules.losses.steps import entry, read_weight, weighted, write_priority
 from offtrace.modules.losses.unroll import check_action_values, evaluate_action_values
 from offtrace.modules.losses.views import critic_of, support_of
 
@@ -135,7 +136,9 @@ class ReactorLoss(Loss):
         priority: str = "td",
     ) -> None:
         check_arguments(reduction=reduction, gamma=gamma)
-        check_positive(reward_clip=reward_clip, clip=clip)
+        check_not_negative(value_coef=value_coef, entropy_coef=entropy_coef)
+        check_clip(clip=clip)
+        check_positive_or_none(reward_clip=reward_clip)
         check_action_values(policy, "ReactorLoss")
         distributional = k.VALUE_LOGITS in policy.out_keys
         if priority not in PRIORITIES:

@@ -10,12 +10,7 @@ from torch import Tensor
 from torchrl.modules.tensordict_module.rnn import set_recurrent_mode
 
 from offtrace.modules.keys import NEXT, RECURRENT_C, RECURRENT_H, VALID
-from offtrace.modules.losses.views import own_network_of
-
-
-def recurrent_keys(policy: Any) -> list[Any]:
-    """The entries of ``policy`` that are recurrent state: those it reads, and writes under ``"next"``."""
-    return [key for key in policy.in_keys if (NEXT, key) in policy.out_keys]
+from offtrace.modules.losses.views import own_network_of, recurrent_keys
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ from torch.distributions import Distribution
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.losses.arguments import check_arguments, check_count, check_positive
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import min_q
 from offtrace.modules.losses.stats import Stats
 from offtrace.modules.losses.steps import (
     Steps,
-    check_arguments,
     log_ratio,
     read_log_prob,
     read_pre_tanh,
@@ -27,7 +27,13 @@ from offtrace.modules.losses.steps import (
     weighted,
     write_priority,
 )
-from offtrace.modules.losses.views import distribution_of, keeps_pre_tanh, state_keys_of, values_of
+from offtrace.modules.losses.views import (
+    check_feed_forward,
+    distribution_of,
+    keeps_pre_tanh,
+    state_keys_of,
+    values_of,
+)
 
 ALPHA_LOSSES = ("alpha", "log_alpha")
 Sampler = Callable[[Distribution, int], tuple[Tensor, Tensor]]
@@ -118,8 +124,9 @@ class SACLoss(Loss):
         check_continuous(self, actor, critic)
         check_temperature(alpha_init, fixed_alpha, alpha_loss)
         check_arguments(reduction=reduction, gamma=gamma)
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be 1 or more, got {num_samples}")
+        check_positive(reward_scale=reward_scale)
+        check_count(num_samples=num_samples)
+        check_feed_forward(self, actor, critic)
         super().__init__()
         self.bind_estimator(estimator, "action", gamma=gamma, discrete=False)
         self.add_network("actor", actor)
@@ -273,12 +280,12 @@ def wanted_entropy(given: float | str) -> float | None:
     """``given``, or None where it is ``"auto"``, which depends on the actions.
 
     Raises:
-        ValueError: on another text.
+        ValueError: on another text, or a number that is not finite.
     """
-    if isinstance(given, str):
-        if given != "auto":
-            raise ValueError(f"target_entropy must be a number or 'auto', got {given!r}")
+    if given == "auto":
         return None
+    if isinstance(given, str) or not math.isfinite(given):
+        raise ValueError(f"target_entropy must be a finite number or 'auto', got {given!r}")
     return given
 
 
@@ -289,7 +296,7 @@ def check_temperature(alpha_init: float, fixed_alpha: float | None, alpha_loss: 
         ValueError: one sentence.
     """
     alpha = alpha_init if fixed_alpha is None else fixed_alpha
-    if alpha < 0 or (fixed_alpha is None and alpha == 0):
-        raise ValueError(f"the temperature must be positive (fixed: at least 0), got {alpha}")
+    if not 0 <= alpha < math.inf or (fixed_alpha is None and alpha == 0):
+        raise ValueError(f"the temperature must be positive (fixed: at least 0) and finite, got {alpha}")
     if alpha_loss not in ALPHA_LOSSES:
         raise ValueError(f"alpha_loss must be one of {ALPHA_LOSSES}, got {alpha_loss!r}")

@@ -11,21 +11,15 @@ from torch import Tensor, nn
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.losses.arguments import check_arguments, check_positive
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import min_q, of_action
 from offtrace.modules.losses.sac import add_temperature, check_temperature, temperature_loss, wanted_entropy, with_alpha
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import (
-    States,
-    check_arguments,
-    log_ratio,
-    read_log_prob,
-    read_steps,
-    weighted,
-    write_priority,
-)
+from offtrace.modules.losses.steps import States, log_ratio, read_log_prob, read_steps, weighted, write_priority
 from offtrace.modules.losses.views import (
     check_categorical,
+    check_feed_forward,
     distribution_of,
     mask_key_of,
     state_keys_of,
@@ -89,10 +83,12 @@ class DiscreteSACLoss(Loss):
         priorities: bool = False,
     ) -> None:
         check_categorical(self, actor, "SACLoss")
+        check_feed_forward(self, actor, critic)
         if k.ACTION_VALUE not in critic.out_keys:
             raise ValueError(f"DiscreteSACLoss needs a critic that writes {k.ACTION_VALUE!r}, got {critic.out_keys}")
         check_temperature(alpha_init, fixed_alpha, alpha_loss)
         check_arguments(reduction=reduction, gamma=gamma, entropy_fraction=entropy_fraction)
+        check_positive(reward_scale=reward_scale)
         super().__init__()
         self.bind_estimator(estimator, "action", gamma=gamma)
         self.add_network("actor", actor)

@@ -8,12 +8,13 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, T
 
 from offtrace.modules import keys as k
 from offtrace.modules.estimators.action_values import ActionValueEstimator
+from offtrace.modules.losses.arguments import check_arguments, check_positive
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.critics import min_q
 from offtrace.modules.losses.sac import behaviour_ratio, check_continuous, sampler_of
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, read_steps, weighted, write_priority
-from offtrace.modules.losses.views import distribution_of, keeps_pre_tanh, state_keys_of, values_of
+from offtrace.modules.losses.steps import read_steps, weighted, write_priority
+from offtrace.modules.losses.views import check_feed_forward, distribution_of, keeps_pre_tanh, state_keys_of, values_of
 
 
 class SACv1Loss(Loss):
@@ -70,6 +71,8 @@ class SACv1Loss(Loss):
     ) -> None:
         check_continuous(self, actor, critic)
         check_arguments(reduction=reduction, gamma=gamma)
+        check_positive(reward_scale=reward_scale)
+        check_feed_forward(self, actor, critic, value)
         if actor_value not in ("first", "min"):
             raise ValueError(f"actor_value must be 'first' or 'min', got {actor_value!r}")
         super().__init__()

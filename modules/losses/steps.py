@@ -198,36 +198,6 @@ def true_where_invalid(x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else x | ~valid.view(*valid.shape, *(1,) * (x.ndim - valid.ndim))
 
 
-def check_arguments(*, reduction: str, **unit_interval: float) -> None:
-    """Refuse a reduction that is not known and numbers outside [0, 1]."""
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    for name, value in unit_interval.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
-
-
-def check_positive(**numbers: float | None) -> None:
-    """Refuse numbers that are not above 0; None is none.
-
-    Raises:
-        ValueError: by the argument's name.
-    """
-    for name, value in numbers.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive or None, got {value}")
-
-
-def check_action_bounds(action_bounds: tuple[float, float]) -> None:
-    """Refuse bounds that are not (low, high).
-
-    Raises:
-        ValueError: by the argument's name.
-    """
-    if not action_bounds[0] < action_bounds[1]:
-        raise ValueError(f"action_bounds must be (low, high) with low < high, got {action_bounds}")
-
-
 def _check_shape(estimator: Any, shape: tuple[int, ...]) -> None:
     if len(shape) not in (1, 2):
         raise ValueError(f"the batch must be [N] or [N, T], got {list(shape)}")

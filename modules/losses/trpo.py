@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offtrace.modules.estimators.base import Outcome, zero_invalid
 from offtrace.modules.estimators.state_values import StateValueEstimator
-from offtrace.modules.keys import NEXT
+from offtrace.modules.losses.arguments import check_arguments, check_positive_or_none
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.natural_gradient import (
     conjugate_gradients,
@@ -24,9 +24,9 @@ from offtrace.modules.losses.natural_gradient import (
 )
 from offtrace.modules.losses.policy_gradient import ratio_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, check_positive, entry, read_outcome
+from offtrace.modules.losses.steps import entry, read_outcome
 from offtrace.modules.losses.unroll import EvaluatedPolicy, Unroll, evaluate_rollout
-from offtrace.modules.losses.views import state_keys_of
+from offtrace.modules.losses.views import check_entropy, check_feed_forward, state_keys_of
 from offtrace.modules.returns.checks import ratio
 
 
@@ -99,7 +99,8 @@ class TRPOLoss(Loss):
         reward_clip: float | None = None,
     ) -> None:
         check_arguments(reduction=self.reduction, gamma=gamma)
-        check_positive(reward_clip=reward_clip)
+        check_entropy(self, policy)
+        check_positive_or_none(reward_clip=reward_clip)
         if not 0 < delta < float("inf"):
             raise ValueError(f"delta must be above 0 and finite, got {delta}")
         if not 0 <= damping < float("inf"):
@@ -109,9 +110,7 @@ class TRPOLoss(Loss):
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if not 0 < shrink < 1:
             raise ValueError(f"shrink must be in (0, 1), got {shrink}")
-        states = [key[1] for key in policy.out_keys if isinstance(key, tuple) and key[0] == NEXT]
-        if any(state in policy.in_keys for state in states):
-            raise ValueError(f"TRPOLoss needs a policy without a recurrent state, got one that reads {states[0]!r}")
+        check_feed_forward(self, policy, value)
         if {*policy.parameters()} & {*value.parameters()}:
             raise ValueError(
                 "TRPOLoss needs a policy and a value without common parameters, got some that both have: use "

@@ -171,6 +171,38 @@ def check_categorical(loss: object, policy: ProbabilisticTensorDictSequential, c
         raise ValueError(f"{name} needs discrete actions, got a policy with {kind.__name__}: use {continuous}")
 
 
+def recurrent_keys(policy: Any) -> list[Any]:
+    """The entries of ``policy`` that are recurrent state: those it reads, and writes under ``"next"``."""
+    return [key for key in policy.in_keys if (k.NEXT, key) in policy.out_keys]
+
+
+def check_feed_forward(loss: object, *networks: Any) -> None:
+    """Refuse a network with a recurrent state, for a loss that reads states one by one.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    for network in networks:
+        if keys := recurrent_keys(network):
+            raise ValueError(
+                f"{type(loss).__name__} needs networks without a recurrent state, got one that reads {keys[0]!r}"
+            )
+
+
+def check_entropy(loss: object, policy: ProbabilisticTensorDictSequential) -> None:
+    """Refuse a policy whose distribution has no entropy in closed form, as behind a tanh.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    kind = action_distribution(policy)
+    if isinstance(kind, type) and issubclass(kind, Distribution) and kind.entropy is Distribution.entropy:
+        raise ValueError(
+            f"{type(loss).__name__} needs the entropy of its policy, which {kind.__name__} has not in closed form: use "
+            "a policy without tanh, as of build_policy(..., head='normal')"
+        )
+
+
 def check_indices(loss: object, policy: nn.Module) -> None:
     """Refuse a Q-network of TorchRL whose actions are no indices, or whose distributions are laid out otherwise.
 

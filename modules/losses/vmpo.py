@@ -14,10 +14,11 @@ from offtrace.modules import keys as k
 from offtrace.modules.estimators.base import zero_invalid
 from offtrace.modules.estimators.state_values import StateValueEstimator
 from offtrace.modules.losses import mpo_duals as m
+from offtrace.modules.losses.arguments import check_arguments, check_not_negative, check_positive
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import rollout_diagnostics
 from offtrace.modules.losses.stats import Stats
-from offtrace.modules.losses.steps import check_arguments, entry
+from offtrace.modules.losses.steps import entry
 from offtrace.modules.losses.unroll import evaluate_rollout, state_values
 from offtrace.modules.losses.views import is_squashed
 from offtrace.modules.networks.value_heads import PopArtHead
@@ -98,12 +99,9 @@ class VMPOLoss(Loss):
         bounds = {"kl": epsilon_kl} if params == [k.LOGITS] else {"mean": epsilon_mean, "cov": epsilon_cov}
         if params not in ([k.LOGITS], [k.LOC, k.SCALE], [k.LOC, k.SCALE_TRIL]) or is_squashed(policy):
             raise ValueError(f"VMPOLoss needs a discrete or an unsquashed normal policy, got parameters {params}")
-        for name, value in {"epsilon": epsilon, **{f"epsilon_{x}": y for x, y in bounds.items()}}.items():
-            if value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name, value in {"temperature": temperature, "alpha": alpha}.items():
-            if value <= 0:
-                raise ValueError(f"{name} must start positive, got {value}")
+        check_not_negative(value_coef=value_coef)
+        check_positive(epsilon=epsilon, temperature=temperature, alpha=alpha)
+        check_positive(**{f"epsilon_{name}": bound for name, bound in bounds.items()})
         super().__init__()
         self.bind_estimator(estimator, "state", gamma=gamma)
         self.policy = policy

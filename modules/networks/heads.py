@@ -173,8 +173,12 @@ class NormalHead(PolicyHead):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """``(loc, scale)``, both [*B, A]."""
         loc = self.loc(x)
-        log_scale = self.log_scale if self.scale is None else self.log_scale + self.scale(x)
-        return loc, log_scale.clamp(*_LOG_SCALE_RANGE).exp().expand_as(loc)
+        if self.scale is not None:
+            return loc, (self.log_scale + self.scale(x)).clamp(*_LOG_SCALE_RANGE).exp()
+        # a projection: clamped on the way alone, a parameter that has left the range would get no gradient ever again;
+        # through data: a graph that holds the parameter stays usable
+        self.log_scale.data.clamp_(*_LOG_SCALE_RANGE)
+        return loc, self.log_scale.exp().expand_as(loc)
 
 
 class TanhNormalHead(PolicyHead):

@@ -104,6 +104,8 @@ def trace_reach(
         rho = None if rho is None else rho.masked_fill(~valid, 0)
     # c of the step itself, or of the next one; nothing behind the end of an episode and of the rollout
     carried = torch.where(done, 0, trace if rho is not None else trace.roll(-1, 0))
+    if rho is not None and valid is not None:  # the next step's own trace is 0 there, and this step's is not
+        carried = torch.where(valid.roll(-1, 0), carried, 0)
     carried[-1].zero_()
     # both sums in one recurrence: its calls, not its elements, are what it costs
     weight = torch.stack([carried, gamma * carried], 1)

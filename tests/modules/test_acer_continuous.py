@@ -293,5 +293,14 @@ def test_networks_that_do_not_fit_are_refused() -> None:
         policy = build_policy(observation_shape=[FEATURES], action_dim=DIM, head=head, critic=None)
         with pytest.raises(ValueError, match="needs a policy that writes 'loc' and 'scale' of a diagonal normal"):
             ContinuousACERLoss(policy, value, advantage)
-    with pytest.raises(ValueError, match="num_samples must be positive"):
+    with pytest.raises(ValueError, match="num_samples must be 1 or more"):
         ContinuousACERLoss(*networks(), num_samples=0)
+    two = build_critic(observation_shape=[FEATURES], action_dim=DIM, hidden=[8], critics=2)
+    atoms = build_critic(observation_shape=[FEATURES], action_dim=DIM, hidden=[8], atoms=5)
+    policy, *_ = networks()
+    with pytest.raises(ValueError, match=r"needs one advantage, got 2: use build_critic\(critics=1\)"):
+        ContinuousACERLoss(policy, value, two)
+    with pytest.raises(ValueError, match="needs an advantage of build_critic, got CategoricalCritic"):
+        ContinuousACERLoss(policy, value, atoms)
+    with pytest.raises(ValueError, match="needs a value of build_value, got Critic"):
+        ContinuousACERLoss(policy, advantage, advantage)

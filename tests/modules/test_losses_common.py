@@ -10,12 +10,14 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torchrl.modules import TanhNormal as RLTanhNormal
 
 from offtrace.modules.estimators import VTrace
-from offtrace.modules.losses import A2CLoss, ImpalaLoss, PPOLoss
+from offtrace.modules.losses import A2CLoss, ACERLoss, ImpalaLoss, PPOLoss, TRPOLoss
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.vmpo import VMPOLoss
 from offtrace.modules.networks import critics, encoders, ensembles
+from offtrace.modules.networks.distributions import TanhNormal
 from tests.modules import test_dqn_loss as dqn
 from tests.modules import test_impala_loss as impala
 from tests.modules import test_laser as laser
@@ -39,6 +41,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "a2c-vtrace": lambda: (A2CLoss(impala.make(action_dim=2), estimator="vtrace"), impala.rollout(dim=2)),
     "ppo": lambda: (PPOLoss(impala.make()), impala.rollout()),
     "ppo-value-clip": lambda: (PPOLoss(impala.make(action_dim=2), value_clip=0.2), impala.rollout(dim=2)),
+    "acer": lambda: (ACERLoss(q_actor_critic.policy_of()).double(), reactor.stored()),
     "q-actor-critic": lambda: (q_actor_critic.QActorCriticLoss(q_actor_critic.policy_of()), impala.rollout()),
     "reactor": lambda: (reactor.reactor_loss(reactor.policy_of()), reactor.stored()),
     "reactor-values": lambda: (reactor.reactor_loss(reactor.policy_of("values")), reactor.stored()),
@@ -301,3 +304,60 @@ def test_observations_of_steps_that_are_no_data_reach_nothing(critic: str, recur
         td[key] = td[key].masked_fill(mask, math.nan)
     for found, wanted in zip(impala.gradients(loss, td), expected, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def remade(name: str, loss: Loss, **options: Any) -> Loss:
+    """A loss of the same class, on the same networks, with other options."""
+    if name == "mpo":
+        options |= {"action_dim": mpo.DIM}
+    parts = [getattr(loss, part) for part in ("policy", "actor", "critic", "value") if hasattr(loss, part)]
+    if name == "trpo":
+        parts = list(trpo.networks())
+    return type(loss)(*parts, **options)
+
+
+NUMBERS = {
+    "impala": ("value_coef", "entropy_coef"),
+    "a2c": ("value_coef", "entropy_coef"),
+    "ppo": ("value_coef", "entropy_coef"),
+    "q-actor-critic": ("value_coef", "entropy_coef"),
+    "acer": ("value_coef", "entropy_coef", "clip"),
+    "reactor": ("value_coef", "entropy_coef", "clip"),
+    "vmpo": ("value_coef", "epsilon", "epsilon_kl", "temperature", "alpha"),
+    "sac": ("alpha_init", "fixed_alpha", "target_entropy", "reward_scale", "num_samples"),
+    "sac-v1": ("reward_scale",),
+    "discrete-sac": ("alpha_init", "fixed_alpha", "target_entropy", "reward_scale"),
+    "mpo": ("epsilon", "epsilon_mean", "epsilon_cov", "epsilon_penalty", "num_samples"),
+    "discrete-mpo": ("epsilon", "epsilon_policy"),
+}
+WRITTEN = {"alpha_init": "temperature", "fixed_alpha": "temperature"}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_is_refused_by_name(name: str) -> None:
+    loss, _ = CASES[name]()
+    for option in NUMBERS[name]:
+        bad = [math.nan, -math.inf] + ([] if option == "clip" else [math.inf])
+        for number in bad:
+            with pytest.raises(ValueError, match=rf"{WRITTEN.get(option, option)} must be .* got {number}"):
+                remade(name, loss, **{option: number})
+    for option in {"clip", "num_samples"} & set(NUMBERS[name]):
+        with pytest.raises(ValueError, match=f"{option} must be .*, got None"):
+            remade(name, loss, **{option: None})
+
+
+def test_another_gamma_is_the_losss_and_not_its_estimators(case: Case) -> None:
+    loss, _ = case
+    with pytest.raises(ValueError, match=rf"gamma is the loss's, {loss.gamma}: make another {type(loss).__name__}"):
+        loss.make_value_estimator("one_step", gamma=0.5)
+
+
+@pytest.mark.parametrize("name", ["impala", "a2c", "ppo", "trpo"])
+@pytest.mark.parametrize("torchrls", [False, True], ids=["own", "torchrl"])
+def test_a_policy_without_an_entropy_is_refused(name: str, torchrls: bool) -> None:
+    policy: Any = impala.make(action_dim=2)
+    policy[-1].distribution_class = RLTanhNormal if torchrls else TanhNormal
+    value = [trpo.networks("continuous")[1]] if name == "trpo" else []
+    loss = {"impala": ImpalaLoss, "a2c": A2CLoss, "ppo": PPOLoss, "trpo": TRPOLoss}[name]
+    with pytest.raises(ValueError, match="needs the entropy of its policy, which TanhNormal has not in closed form"):
+        loss(policy, *value)

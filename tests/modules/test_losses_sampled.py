@@ -12,13 +12,25 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+)
 from torch import Tensor, nn
 from torchrl.data import Categorical as CategoricalSpec
-from torchrl.modules import MaskedCategorical, NormalParamExtractor, OneHotCategorical, ProbabilisticActor
+from torchrl.modules import (
+    LSTMModule,
+    MaskedCategorical,
+    NormalParamExtractor,
+    OneHotCategorical,
+    ProbabilisticActor,
+    QValueActor,
+)
 from torchrl.modules import TanhNormal as RLTanhNormal
 
-from offtrace.modules.losses import DiscreteMPOLoss, DiscreteSACLoss, MPOLoss, SACLoss
+from offtrace.modules.losses import DiscreteMPOLoss, DiscreteSACLoss, DQNLoss, MPOLoss, SACLoss
 from offtrace.modules.networks.distributions import Categorical, mask_logits
 from tests.modules import test_dqn_loss as dqn
 from tests.modules import test_mpo_loss as mpo
@@ -362,3 +374,20 @@ def test_actions_without_a_dimension_are_refused(make: Any) -> None:
     loss, td = CASES["sac" if make is SACLoss else "mpo"]()
     with pytest.raises(ValueError, match=r"'action' must be \[6, 'A'\], got \[6\]"):
         loss(td.clone().set("action", td["action"][:, 0]))
+
+
+@pytest.mark.parametrize("name", ["dqn", "discrete-sac", "discrete-mpo"])
+def test_torchrls_recurrent_networks_are_refused(name: str) -> None:
+    """Of single states an LSTM would take the batch for time."""
+    core = LSTMModule(input_size=4, hidden_size=8, in_key="observation", out_key="embed")
+    if name == "dqn":
+        spec = CategoricalSpec(3)
+        network = TensorDictSequential(core, QValueActor(nn.Linear(8, 3), in_keys=["embed"], spec=spec))
+        with pytest.raises(ValueError, match="DQNLoss needs networks without a recurrent state, got one that reads"):
+            DQNLoss(network)
+        return
+    head = TensorDictModule(nn.Linear(8, 3), in_keys=["embed"], out_keys=["logits"])
+    sampler = ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=Categorical)
+    loss, _ = CASES[name]()
+    with pytest.raises(ValueError, match=r"Loss needs networks without a recurrent state, got one that reads 'rec"):
+        type(loss)(ProbabilisticTensorDictSequential(core, head, sampler), loss.critic)

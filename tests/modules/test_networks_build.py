@@ -381,3 +381,20 @@ def test_networks_know_nothing_but_each_other_names_of_entries_and_what_the_host
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
                 assert not name.startswith("offtrace") or name.startswith(known), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("outside", [-9.0, 7.0])
+def test_a_scale_that_has_left_its_range_comes_back(outside: float) -> None:
+    """As a step of the optimiser may leave it; a clamp alone would hold it there for ever."""
+    policy = build_policy(observation_shape=[3], action_dim=2, hidden=[4])
+    scale = policy.module[0].head.log_scale
+    scale.data.fill_(outside)
+    optimizer = torch.optim.SGD([scale], lr=0.1)
+    for _ in range(5):
+        found = policy.get_dist_params(TensorDict({"observation": torch.zeros(1, 3)}, [1]))["scale"]
+        assert -5.001 < found.log().min() <= found.log().max() < 2.001
+        optimizer.zero_grad()
+        found.log().sum().mul(1.0 if outside > 0 else -1.0).backward()
+        optimizer.step()
+    # five steps of 0.1 from the bound, where the range begins
+    torch.testing.assert_close(scale.detach(), torch.full((2,), 1.5 if outside > 0 else -4.5))

@@ -385,6 +385,7 @@ BAD: list[tuple[Any, str, type[Exception], str]] = [
     ("one_step(n=3)", "action", ValueError, "estimator 'one_step' has no option 'n'"),
     ("gae(0.9)", "state", ValueError, r"options of an estimator go by their names, as .*, got 'gae\(0.9\)'"),
     ("gae(lmbda=x)", "state", ValueError, r"'x' is no literal that an estimator can be given, in 'gae\(lmbda=x\)'"),
+    ("gae(lmbda=1, lmbda=0)", "state", ValueError, r"takes an option once, and 'lmbda' is given twice, in 'gae"),
     ("gae(lambda=1)", "state", ValueError, r"\(lmbda, not lambda\), got 'gae\(lambda=1\)'"),
     ("gae(lmbda=1.5)", "state", ValueError, r"lmbda must be in \[0, 1\], got 1.5"),
     ("gae(lmbda=None)", "state", TypeError, "lmbda must be a number, got None"),

@@ -530,7 +530,7 @@ def test_one_call_of_each_network() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"clip": 0.0}, "clip must be positive or None, got 0"),
+        ({"clip": 0.0}, "clip must be positive; inf never clips, got 0"),
         ({"gamma": 1.5}, r"gamma must be in \[0, 1\]"),
         ({"reduction": "max"}, "reduction must be 'sum' or 'mean', got 'max'"),
         ({"estimator": "n_step(n=3)"}, "learns from every step of a rollout"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.losses import ImpalaLoss, burn_in
-from offtrace.modules.losses.recurrent_state import recurrent_keys
+from offtrace.modules.losses.views import recurrent_keys
 from offtrace.modules.networks import Policy, build_policy
 from offtrace.modules.replay import Prioritized, Replay
 

@@ -54,14 +54,14 @@ def sums(
         total += 1.0 if rho is None else rho[s]
         for t in range(s, len(trace) - 1):
             following = t if rho is not None else t + 1
-            if done[t] or not known[t] or not known[following]:
+            if done[t] or not known[t] or not known[t + 1]:  # what is left out teaches nothing
                 break
             weight *= trace[following]
             factor *= gamma
             length += weight
             if rho is None:
                 total += factor * weight
-            elif known[t + 1]:
+            else:
                 total += factor * weight * rho[t + 1]
     return length, total, count
 

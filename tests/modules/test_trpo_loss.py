@@ -490,7 +490,7 @@ def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
 
 
 def test_networks_and_batches_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="TRPOLoss needs a policy without a recurrent state, got one that reads 'rec"):
+    with pytest.raises(ValueError, match="TRPOLoss needs networks without a recurrent state, got one that reads 'rec"):
         TRPOLoss(*networks(recurrent=4))
     _, shared, both = torchrl_networks()
     with pytest.raises(ValueError, match="needs a policy and a value without common parameters"):

@@ -111,6 +111,51 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
     assert mistake("--config", str(path)) == f"train.seed is abc in {path}; it must be a whole number"
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train: {seed: null}", "train.seed is null; it must have a value, such as 0"),
+        ("train: {eval_every: null}", "train.eval_every is null; it must have a value, such as 1000000"),
+        ("collector: {num_workers: null}", "collector.num_workers is null; it must have a value, such as 1"),
+        ("env: {task: null}", "env.task is null; it must have a value, such as pong"),
+        ("loss: {gamma: null}", "loss.gamma is null; it must have a value, such as 0.99"),
+    ],
+)
+def test_a_null_where_there_is_none(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert mistake("--config", str(path)) == told
+    group, values = text.split(": ", 1)
+    assert mistake(f"--{group}", values) == told
+
+
+def test_a_flag_as_a_key_of_a_file_is_told_where_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("train.seed: 3")
+    assert mistake("--config", str(path)) == f"{path} has the key train.seed; it must be seed, in the group train"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argv", "told"),
+    [
+        ("sac_control", ["--loss.target_entropy", "nan"], "loss.target_entropy is nan; it must be finite, or auto"),
+        (
+            "sac_control",
+            ["--loss.fixed_alpha", "inf"],
+            "loss.fixed_alpha is inf; it must be finite, at least 0,",
+        ),
+        (
+            "mpo_control",
+            ["--network.init_scale", "inf"],
+            "network.init_scale is inf; it must be above 0 and finite",
+        ),
+        ("trpo", ["--network.init_scale", "50"], "network.init_scale is 50.0; it must be from 0.00674 to 7.39, where"),
+    ],
+)
+def test_numbers_that_no_network_could_take(recipe: str, argv: list[str], told: str) -> None:
+    assert mistake(*argv, recipe=recipe).startswith(told)
+
+
 def test_a_damaged_value_in_the_folder_of_a_run(tmp_path: Path) -> None:
     content = yaml.safe_load(config_text(atari_config()))
     content["train"]["seed"] = "abc"
