@@ -246,7 +246,8 @@ def _alone(folder: Path) -> Iterator[IO[str]]:
 
 def command(cell: Cell, folder: Path) -> list[str]:
     """What runs a cell in a folder."""
-    return [sys.executable, "-m", "offtrace.recipes.compare_run", json.dumps(asdict(cell)), str(folder)]
+    # -P: of the folder that one is in nothing stands before Python's own modules, such as a statistics.py
+    return [sys.executable, "-P", "-m", "offtrace.recipes.compare_run", json.dumps(asdict(cell)), str(folder)]
 
 
 def _run(

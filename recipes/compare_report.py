@@ -83,8 +83,8 @@ class Scores:
         return float(np.mean(found)) if found else None
 
     def normalised(self, agent: str) -> NDArray[np.float64] | None:
-        """Scores of an agent, 0 for random actions and 1 for the best known; None where one of these is missing."""
-        if self.best is None or self.random is None or self.best == self.random or not self.by_agent.get(agent):
+        """Scores of an agent, 0 for random actions and 1 for the best known; None without these, or the best below."""
+        if self.best is None or self.random is None or self.best <= self.random or not self.by_agent.get(agent):
             return None
         return (np.asarray(self.by_agent[agent]) - self.random) / (self.best - self.random)
 
@@ -120,6 +120,8 @@ def table(tasks: Sequence[Scores], agents: Sequence[str]) -> str:
 
 def _of_task(scores: Scores) -> Iterator[str]:
     told = "no best known score" if scores.best is None else f"best known {number(scores.best)}"
+    if scores.best is not None and scores.random is not None and scores.best <= scores.random:
+        told += f", which is not above random actions, {number(scores.random)}: not normalised; --best gives another"
     yield f"**{scores.task}**, {told}"
     yield ""
     yield line(["agent", "mean", "interquartile range", "normalised mean", "seeds", "steps/s"])
@@ -147,6 +149,8 @@ def draw(path: Path, tasks: Sequence[Scores], agents: Sequence[str]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    short = [task.task.rpartition(":")[2] for task in tasks]
+    titles = {task.task: name if short.count(name) == 1 else task.task for task, name in zip(tasks, short, strict=True)}
     shown = [name for name in agents if any(task.by_agent.get(name) for task in tasks)]
     found = overall(tasks, agents)
     figure = Figure(figsize=(3.2 * (len(tasks) + bool(found)) + 1, 0.32 * len(shown) + 1.5), layout="constrained")
@@ -161,7 +165,7 @@ def draw(path: Path, tasks: Sequence[Scores], agents: Sequence[str]) -> None:
         for value in (task.random, task.best):
             if value is not None:
                 axis.axvline(value, color="0.5", linestyle=":", linewidth=1)
-        axis.set_title(task.task.rpartition(":")[2])
+        axis.set_title(titles[task.task], parse_math=False)
         axis.set_xlabel("score; dotted: random, best known")
     if found:
         for name, (strata, mean) in found.items():

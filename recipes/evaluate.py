@@ -47,9 +47,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gif", type=Path, help="also write the first episode here, if the task has pictures")
     check_flags(argv, [option for option in parser._option_string_actions if option.startswith("--")])
     args = parser.parse_args(argv)
-    for name, least in (("episodes", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    if args.episodes < 1:
+        raise ConfigError(f"--episodes is {args.episodes}; it must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"--seed is {args.seed}; it must be at least 0 and below 2**32")
     if args.gif is not None and not args.gif.absolute().parent.is_dir():
         raise ConfigError(f"--gif is {args.gif}; there is no folder {args.gif.absolute().parent}")
     if args.gif is not None and args.gif.suffix != ".gif":

@@ -148,9 +148,9 @@ def sentence(text: str, types_of: dict[str, Any], argv: Sequence[str] = (), sour
     """
     flat = " ".join(text.split())
     keys = [key for key in re.findall(r'key "([\w.]+)"', flat) if key in types_of]
-    value = re.search(r"(?:Got|Given) value: (.*)$", flat)
+    value = re.search(r"(?:Got|Given) value: ?(.*)$", flat)
     if keys and value:
-        given = _given(f"--{keys[-1]}", argv) or value[1]
+        given = _given(f"--{keys[-1]}", argv) or value[1] or "empty"
         flags = {word.split("=")[0] for word in argv}
         in_file = source is not None and not flags & {f"--{keys[-1]}", f"--{keys[-1].split('.')[0]}"}
         where = f" in {source}" if in_file else ""

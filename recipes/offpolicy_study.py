@@ -244,6 +244,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name, value in (full | quick if args.quick else full).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name in full:
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     for name, known in (("tasks", tuple(TASKS)), ("arms", tuple(ARMS))):
         for word in getattr(args, name):
             if word not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -33,8 +34,8 @@ def run_study(
         study: trains what is missing, and returns the exit code.
 
     Returns:
-        that code; 2 for a wrong command line or folder; 1 for a training that ended the study; 130 when interrupted, by
-        Ctrl-C, SIGTERM or the end of the terminal.
+        that code; 2 for a wrong command line or folder; 1 for a training that ended the study, or a file that could not
+        be written; 130 when interrupted, by Ctrl-C, SIGTERM or the end of the terminal.
     """
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
@@ -48,7 +49,7 @@ def run_study(
                 signal.signal(end, signal.SIG_DFL)
     except ConfigError as error:
         return fail(str(error))
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -74,6 +75,8 @@ def usable_folder(folder: Path) -> None:
 def read_rows(path: Path, key: type[Key], value: type[Value]) -> dict[Key, Value]:
     """The rows of a file, of several with one key the last; none where there is no file.
 
+    Where the machine stopped while a row was written, that row is taken away.
+
     Args:
         path: a CSV file that :func:`append_row` wrote.
         key, value: dataclasses of texts and numbers, whose fields are the columns.
@@ -81,22 +84,30 @@ def read_rows(path: Path, key: type[Key], value: type[Value]) -> dict[Key, Value
     Raises:
         ConfigError: if the file has other columns, or is damaged.
     """
-    if not path.exists():
+    try:
+        text = path.read_bytes().decode() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_bytes(whole.encode())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read and written: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text: {error}; remove it, and the study begins anew") from error
+    if not whole:
         return {}
     columns = _columns(key, value)
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != columns:
-            raise ConfigError(f"{path} has columns {reader.fieldnames}; those of this study are {columns}")
-        try:
-            return {_build(key, row): _build(value, row) for row in reader}
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{path}, line {reader.line_num}, is damaged: {error}") from error
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    if reader.fieldnames != columns:
+        raise ConfigError(f"{path} has columns {reader.fieldnames}; those of this study are {columns}")
+    try:
+        return {_build(key, row): _build(value, row) for row in reader}
+    except (TypeError, ValueError, csv.Error) as error:
+        raise ConfigError(f"{path}, line {reader.line_num}, is damaged: {error}") from error
 
 
 def append_row(path: Path, key: Any, value: Any) -> None:
     """Adds a row to the file, which begins with the names of the columns."""
-    new = not path.exists()
+    new = not path.exists() or not path.stat().st_size
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, _columns(type(key), type(value)))
         if new:

@@ -146,11 +146,13 @@ def plot_curves(
         panel.set_xlabel(name)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("return of a whole episode")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     handles = [Line2D([], [], color=colour, label=label, **_DOTS) for colour, label in zip(colours, runs, strict=True)]
     columns = max(1, int(10 * figure.get_figwidth()) // (max(map(len, runs)) + 6))  # letters that a line holds
     # below the axes: several curves leave no corner free
-    figure.legend(
+    legend = figure.legend(
         handles=handles, title="evaluation (dots), training (thin)", loc="outside lower center", ncols=min(6, columns)
     )
+    for label in legend.get_texts():
+        label.set_parse_math(False)  # a label may hold any letter
     figure.savefig(out, dpi=130)

@@ -37,8 +37,8 @@ def new_run(config: Config) -> Path:
         RunError: if the folder exists with something in it, or cannot be written.
     """
     name = config.train.name
-    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
-        raise RunError(f"train.name is {name}; it must be the name of a folder inside {RUNS}")
+    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts):
+        raise RunError(f"train.name is {name or repr(name)}; it must be the name of a folder inside {RUNS}")
     try:
         folder = _fresh_folder(config) if name is None else RUNS / name
         if folder.exists() and any(folder.iterdir()):

@@ -20,10 +20,10 @@ import torch
 from offtrace.agents.config import ConfigError
 from offtrace.agents.registry import AGENTS
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY
-from offtrace.recipes import compare, compare_run
+from offtrace.recipes import compare, compare_report, compare_run
 from offtrace.recipes.compare_report import Scores, best_known, interquartile_mean, overall, stratified_interval, table
 from offtrace.recipes.compare_run import PRESETS, Cell, configuration, make_cell
-from offtrace.recipes.studies import read_rows
+from offtrace.recipes.studies import append_row, read_rows
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -112,6 +112,10 @@ def test_scores_are_normalised_by_random_actions_and_the_best_known() -> None:
     assert unknown.normalised("ppo") is None
     assert Scores("four", 2.0, {"random": [2.0], "ppo": [3.0]}).normalised("ppo") is None
     assert Scores("five", 2.0, {"ppo": [3.0]}).normalised("ppo") is None
+    # otherwise the worst agent would be the best
+    six = Scores("six", 2.0, {"random": [3.0], "ppo": [1.0]}, speed={"ppo": 1.0})
+    assert six.normalised("ppo") is None
+    assert "**six**, best known 2, which is not above random actions, 3: not normalised" in table([six], ["ppo"])
     found = overall([one, two, unknown], ["a2c", "ppo"])
     assert list(found) == ["ppo", "a2c"]
     assert found["ppo"] == ([[1.0, 0.5], [0.5, 1.0]], 0.75)
@@ -452,3 +456,39 @@ def test_real_trainings_in_a_task_of_ones_own_that_stops_one(
     assert [(cell.agent, result.score, result.trained, result.failed) for cell, result in found.items()] == [
         ("random", 3.0, 0, ""), ("trpo", 3.0, 4096, ""),
     ]  # fmt: skip
+
+
+def test_a_file_that_was_broken_off_goes_on_behind_its_last_whole_row(tmp_path: Path) -> None:
+    path = tmp_path / "compare.csv"
+    cells = [Cell("CartPole-v1", "ppo", "ppo", seed, 100, 2, "x") for seed in range(3)]
+    result = compare.Result(1.0, 100, 1.0, 1.0, "v", "why, so")
+    path.write_bytes(b"")  # a disk that was full
+    assert read_rows(path, Cell, compare.Result) == {}
+    for cell in cells[:2]:
+        append_row(path, cell, result)
+    path.write_bytes(path.read_bytes()[:-9])  # the machine stopped while the second was written
+    assert read_rows(path, Cell, compare.Result) == {cells[0]: result}
+    append_row(path, cells[2], result)
+    assert read_rows(path, Cell, compare.Result) == {cells[0]: result, cells[2]: result}
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ConfigError, match="is no text"):
+        read_rows(path, Cell, compare.Result)
+
+
+@pytest.mark.slow
+def test_a_module_of_ones_own_does_not_take_the_place_of_pythons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("statistics.py").write_text("raise RuntimeError('mine')")
+    Path("mytask.py").write_text("import gymnasium\n\ndef make():\n    return gymnasium.make('CartPole-v1')\n")
+    words = ["--tasks", "mytask:make", "--agents", "a2c", "--seeds", "1", "--frames", "100", "--episodes", "1"]
+    assert compare.main([*words, "--folder", "out"]) == 0
+
+
+def test_two_tasks_of_one_name_have_their_whole_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, title, **kwargs: titles.append(title))
+    tasks = [Scores(task, None, {"ppo": [1.0]}) for task in ("a:make", "b:make", "c:Other$x$")]
+    compare_report.draw(tmp_path / "c.png", tasks, ["ppo"])
+    assert titles == ["a:make", "b:make", "Other$x$"]

@@ -102,6 +102,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert Image.open("curves.png").width > 900
 
 
+def test_a_label_may_hold_any_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two $ matplotlib reads mathematics, and fails where it finds none."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", "1000,20,,90\n")
+    assert curves.main(["$\\x$=a", "--title", "$\\frac$"]) == 0
+
+
 def test_what_is_exported_is_drawn_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,7 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
             "as --config",
         ),
         (["--train", "3"], "--train is 3; it must be a YAML file, or keys and values such as {key: value}"),
+        (["--train.seed="], "train.seed is empty; it must be a whole number"),
         (["pong"], "pong stands behind no flag; flags are written --group.name value"),
     ],
 )
@@ -182,6 +183,7 @@ def test_a_resumed_run_keeps_what_no_preset_says(tmp_path: Path, capsys: pytest.
         (["x", "--episods", "3"], "there is no flag --episods; did you mean --episodes?"),
         (["x", "--mode", "foo"], "--mode: invalid choice: 'foo'"),
         (["x", "--episodes", "0"], "--episodes is 0; it must be at least 1"),
+        (["x", "--seed", str(2**64)], f"--seed is {2**64}; it must be at least 0 and below 2**32"),
         (["x", "--gif", "/no/such/folder/a.gif"], "there is no folder /no/such/folder"),
         (["x", "--gif", "a.mp4"], "--gif is a.mp4; it must be the name of a file that ends in .gif"),
         ([], "the following arguments are required: checkpoint"),

@@ -49,7 +49,7 @@ def test_a_start_that_is_interrupted_leaves_no_folder(
     assert not list((tmp_path / "runs").iterdir())
 
 
-@pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../out"])
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../out", "", "."])
 def test_a_name_stays_inside_the_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = control_config()
