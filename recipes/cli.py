@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
@@ -230,19 +230,28 @@ def fail(message: str) -> int:
 
 
 def run_command(
-    argv: list[str] | None, parse: Callable[[list[str]], argparse.Namespace], do: Callable[[argparse.Namespace], int]
+    argv: Sequence[str] | None,
+    parse: Callable[[list[str]], argparse.Namespace],
+    do: Callable[[argparse.Namespace], int],
+    interrupted: str = "interrupted",
 ) -> int:
-    """A command that trains nothing: ``do`` what ``parse`` finds on the command line, by default the process's.
+    """``do`` what ``parse`` finds on the command line, by default the process's.
+
+    Args:
+        argv: the command line.
+        parse: checks it.
+        do: returns the exit code.
+        interrupted: is told where Ctrl-C ends it.
 
     Returns:
         the exit code of ``do``; 2 for what either refuses, told in a sentence; 130 when interrupted.
     """
     try:
-        return do(parse(sys.argv[1:] if argv is None else argv))
+        return do(parse(list(sys.argv[1:] if argv is None else argv)))
     except (ConfigError, RunError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
 
 

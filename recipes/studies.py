@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from offtrace.agents.config import ConfigError
-from offtrace.recipes.cli import fail
+from offtrace.recipes.cli import run_command
 
 _ENDS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -37,24 +37,23 @@ def run_study(
         that code; 2 for a wrong command line or folder; 1 for a training that ended the study, or a file that could not
         be written; 130 when interrupted, by Ctrl-C, SIGTERM or the end of the terminal.
     """
-    try:
-        args = parse(sys.argv[1:] if argv is None else argv)
+
+    def do(args: argparse.Namespace) -> int:
         ends = [end for end in _ENDS if signal.getsignal(end) is signal.SIG_DFL]  # nohup ignores one
         for end in ends:
             signal.signal(end, signal.default_int_handler)
         try:
             return study(args)
+        except (OSError, RuntimeError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         finally:
             for end in ends:
                 signal.signal(end, signal.SIG_DFL)
-    except ConfigError as error:
-        return fail(str(error))
-    except (OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what has finished is kept, and the same command goes on", file=sys.stderr)
-        return 130
+
+    return run_command(
+        argv, parse, do, interrupted="interrupted; what has finished is kept, and the same command goes on"
+    )
 
 
 def usable_folder(folder: Path) -> None:

@@ -497,7 +497,7 @@ class Replay:
     def _check_starts(self) -> None:
         if len(self.sampler) or (self.whole_episodes and len(self._rings.starts)):
             return
-        if self.inserted and self._rings.longest < self.length:
+        if self.inserted and not self.pad and self._rings.longest < self.length:
             raise ValueError(
                 f"length is {self.length}, and the longest of the episodes so far has {self._rings.longest} steps; "
                 f"give a length of {self._rings.longest} or less, or pad=True"

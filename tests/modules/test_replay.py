@@ -627,6 +627,10 @@ def test_other_mistakes() -> None:
         filled().extend(Stream(2).rollout(80))
     with pytest.raises(ValueError, match=r"no sample of length 1 can begin anywhere: the replay has 0 steps"):
         Replay(100, num_envs=2, batch_size=4).sample()
+    padded = Replay(100, num_envs=2, batch_size=4, length=9, pad=True)
+    padded.extend(Stream(2).rollout(3).set("valid", torch.zeros(2, 3, 1, dtype=torch.bool)))
+    with pytest.raises(ValueError, match=r"no sample of length 9 can begin anywhere: the replay has 0 steps; insert"):
+        padded.sample()
     assert filled().sample(90).shape == (90,)  # drawn with replacement
     with pytest.raises(
         ValueError, match=r"length is 20, and the longest of the episodes so far has 9 steps; .* 9 or less, or pad=True"
