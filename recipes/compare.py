@@ -79,6 +79,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=whole_number, default=5, help="trainings of an agent in a task (default 5)")
     parser.add_argument("--frames", type=whole_number, default=100_000, help="of a training (default 1e5)")
     parser.add_argument("--episodes", type=whole_number, default=20, help="of the evaluation at its end (default 20)")
+    parser.add_argument(
+        "--recurrent", type=whole_number, default=0, help="width of an LSTM in every network (default 0)"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="for all that is written")
     parser.add_argument("--jobs", type=whole_number, default=1, help="trainings at a time (default 1)")
     parser.add_argument(
@@ -93,6 +96,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("seeds", "frames", "episodes", "jobs"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.recurrent < 0:
+        raise ConfigError(f"--recurrent is {args.recurrent}; it must be at least 0")
     import_from_here()
     for task in args.tasks:
         try:
@@ -128,6 +133,7 @@ def _epilog() -> str:
 _EPILOG = """\
 An agent has the preset of its recipe, as RECIPE/PRESET; a task has its usual options, and nothing is fitted to the
 machine. An agent that cannot act in a task, or has too few frames to begin to learn, is left out, which is told.
+With --recurrent so is one that can have no LSTM: for tasks that only a memory solves.
 
 {presets}
 
@@ -159,7 +165,7 @@ def choose(args: argparse.Namespace) -> Iterator[Cell]:
         )
     for seed in range(args.seeds):
         for task, agent, preset in chosen:
-            yield make_cell(agent, preset, task, args.frames, args.episodes, seed)
+            yield make_cell(agent, preset, task, args.frames, args.episodes, seed, args.recurrent)
 
 
 def _agents(task: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -175,8 +181,8 @@ def _agents(task: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     for agent in args.agents:
         presets = PRESETS[agent]
         preset = presets.continuous if info.kind == "continuous" else presets.images if images else presets.discrete
-        config = configuration(preset, task, args.frames, args.episodes, seed=0)
         try:
+            config = configuration(preset, task, args.frames, args.episodes, seed=0, recurrent=args.recurrent)
             config.validate()
             config.check_actions(info.kind)
         except ConfigError as error:

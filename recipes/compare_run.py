@@ -7,12 +7,12 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from offtrace.agents.config import Config, EnvConfig
+from offtrace.agents.config import Config, ConfigError, EnvConfig
 from offtrace.agents.runs.folders import config_text, write_config
 from offtrace.recipes.cli import prepare_process, run_in
 
@@ -58,6 +58,8 @@ class Cell:
     """Environment frames that it is given."""
     episodes: int
     """Whole episodes that its last policy is scored by."""
+    recurrent: int
+    """Width of the LSTM in its networks; 0: as the preset has it."""
     settings: str
     """A short name of the whole configuration: with other settings it is another training."""
 
@@ -68,7 +70,7 @@ class Cell:
         return f"{task}-{self.agent}-s{self.seed}-{self.settings}"
 
 
-def configuration(preset: str, task: str, frames: int, episodes: int, seed: int) -> Config:
+def configuration(preset: str, task: str, frames: int, episodes: int, seed: int, recurrent: int = 0) -> Config:
     """A preset for a task: as it is, for so many frames, scored once at their end. Nothing is fitted to the machine.
 
     Args:
@@ -77,6 +79,10 @@ def configuration(preset: str, task: str, frames: int, episodes: int, seed: int)
         frames: environment frames.
         episodes: whole ones of the evaluation.
         seed: of the run.
+        recurrent: width of an LSTM; 0: as the preset has it.
+
+    Raises:
+        ConfigError: the agent's network can have no LSTM.
     """
     recipe, _, name = preset.partition("/")
     config: Config = import_module(f"offtrace.recipes.{recipe}").main.keywords["presets"][name or "default"]()
@@ -85,16 +91,23 @@ def configuration(preset: str, task: str, frames: int, episodes: int, seed: int)
     changed.train = replace(
         config.train, total_frames=frames, seed=seed, eval_every=frames, eval_episodes=episodes, record=False
     )
+    if recurrent:
+        if not any(field.name == "recurrent" for field in fields(config.network)):
+            raise ConfigError(f"{config.algorithm} has no recurrent network")
+        changed.network.recurrent = recurrent
+        if hasattr(config.train, "deal"):  # PPO's single steps would tear sequences apart
+            changed.train.deal = "environments"
     return config
 
 
-def make_cell(agent: str, preset: str, task: str, frames: int, episodes: int, seed: int) -> Cell:
+def make_cell(agent: str, preset: str, task: str, frames: int, episodes: int, seed: int, recurrent: int = 0) -> Cell:
     """The cell of an agent, or of :data:`RANDOM`, for which ``preset`` is empty and ``frames`` counts nothing."""
     text = f"{task} {episodes}"
     if preset:
-        text = config_text(configuration(preset, task, frames, episodes, seed=0))
+        text = config_text(configuration(preset, task, frames, episodes, seed=0, recurrent=recurrent))
     settings = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Cell(task, agent, preset, seed, frames if preset else 0, episodes, settings)
+    frames, recurrent = (frames, recurrent) if preset else (0, 0)
+    return Cell(task, agent, preset, seed, frames, episodes, recurrent, settings)
 
 
 def finished(folder: Path, frames: int) -> dict[str, Any] | None:
@@ -115,7 +128,7 @@ def train(cell: Cell, folder: Path) -> int:
     A run that failed is begun again, and one at its end that has no score. Any other that is refused, such as for a
     full disk or damaged checkpoints, is left as it is.
     """
-    config = configuration(cell.preset, cell.task, cell.frames, cell.episodes, cell.seed)
+    config = configuration(cell.preset, cell.task, cell.frames, cell.episodes, cell.seed, cell.recurrent)
     checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
     if any(path.exists() for path in checkpoints) and not (folder / "error.txt").exists():
         _keep_seconds(folder)

@@ -206,10 +206,29 @@ def test_the_key_holds_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         return config
 
     with monkeypatch.context() as patched:
-        patched.setattr(compare_run, "configuration", lambda *words, seed: changed(*words, seed))
+        patched.setattr(compare_run, "configuration", lambda *words, seed, recurrent: changed(*words, seed, recurrent))
         others.append(make_cell("a2c", "a2c", "CartPole-v1", 1000, 20, 0))
     assert len({cell.settings for cell in (before, *others)}) == 6
     assert len({cell.name for cell in (before, *others)}) == 6
+
+
+def test_with_a_memory_for_all_the_others_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    task = "offtrace.modules.envs.memory:cartpole_positions"
+    args = compare.parse(["--tasks", task, "--recurrent", "16", "--seeds", "1"])
+    cells = list(compare.choose(args))
+    assert [cell.agent for cell in cells] == ["random", "a2c", "impala", "ppo", "q_actor_critic", "reactor", "vmpo"]
+    assert [cell.recurrent for cell in cells] == [0, 16, 16, 16, 16, 16, 16]
+    told = capsys.readouterr().out
+    for agent in ("acer", "dqn", "mpo", "sac", "trpo"):
+        assert f"{agent} is left out of {task}: {agent} has no recurrent network" in told
+    for cell in cells[1:]:
+        config = configuration(cell.preset, task, 100_000, 20, 0, 16)
+        config.validate()
+        assert config.network.recurrent == 16
+        plain = make_cell(cell.agent, cell.preset, task, 100_000, 20, 0)
+        assert plain.settings != cell.settings
+    with pytest.raises(ConfigError, match="--recurrent is -1; it must be at least 0"):
+        compare.parse(["--recurrent", "-1"])
 
 
 def test_who_cannot_act_is_left_out_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -460,7 +479,7 @@ def test_real_trainings_in_a_task_of_ones_own_that_stops_one(
 
 def test_a_file_that_was_broken_off_goes_on_behind_its_last_whole_row(tmp_path: Path) -> None:
     path = tmp_path / "compare.csv"
-    cells = [Cell("CartPole-v1", "ppo", "ppo", seed, 100, 2, "x") for seed in range(3)]
+    cells = [Cell("CartPole-v1", "ppo", "ppo", seed, 100, 2, 0, "x") for seed in range(3)]
     result = compare.Result(1.0, 100, 1.0, 1.0, "v", "why, so")
     path.write_bytes(b"")  # a disk that was full
     assert read_rows(path, Cell, compare.Result) == {}
