@@ -13,14 +13,15 @@ _FREE, _WAITING, _KNOWN = 0, 1, 2
 class _Sums(NamedTuple):
     """Of the items below a node, or of several nodes, ``[*B]`` each.
 
-    ``priority`` and ``known``: sum and number of the known priorities; ``waiting``: number of items that have none;
-    ``weight``: of all of them, where one priority at least is known; else 0.
+    ``priority`` and ``known``: sum and number of the known priorities; ``items``: number of all. Where one priority at
+    least is known, ``weight`` is that of all items, and ``blank`` 0; else weight is 0, and blank the number of items.
     """
 
     priority: np.ndarray
     known: np.ndarray
-    waiting: np.ndarray
+    items: np.ndarray
     weight: np.ndarray
+    blank: np.ndarray
 
 
 class NeighbourTree:
@@ -29,7 +30,7 @@ class NeighbourTree:
     An item whose priority is not known takes the mean of the known ones in the smallest block of 16, 256, 4096, ...
     slots around it that has one; a block begins at a multiple of its size. Where none is known at all, all items weigh
     1. The nodes of the tree are these blocks: of each it holds sum and number of the known priorities, the number of
-    items without, and the weight of them all, added up anew from its children in one order at every change. So it is a
+    items, and the weight of them all, added up anew from its children in one order at every change. So it is a
     function of the items alone, and a tree that is built from saved ones is the same tree.
 
     Args:
@@ -41,7 +42,7 @@ class NeighbourTree:
         self._power = power
         rows = max(1, -(-size // _FAN))
         self._kinds, self._priorities = np.zeros((rows, _FAN), np.uint8), np.zeros((rows, _FAN))
-        # of the nodes above: the four sums of each 16 neighbours
+        # of the nodes above: the sums of each 16 neighbours
         self._levels: list[np.ndarray] = []
         while rows > 1:
             rows = -(-rows // _FAN)
@@ -55,13 +56,13 @@ class NeighbourTree:
     def count(self) -> int:
         """Number of items."""
         self._mend()
-        return int(self._root.known[0] + self._root.waiting[0])
+        return int(self._root.items[0])
 
     @property
     def total(self) -> float:
         """Weight of all items."""
         self._mend()
-        return float((self._root.weight if self._root.known[0] else self._root.waiting)[0])
+        return float((self._root.weight + self._root.blank)[0])
 
     def add(self, slots: np.ndarray) -> None:
         """Items into ``slots`` ``[M]``, without priorities."""
@@ -91,20 +92,22 @@ class NeighbourTree:
         """
         self._mend()
         rows, node = np.arange(len(mass)), np.zeros(len(mass), np.int64)
-        here = _Sums(*(np.broadcast_to(x, mass.shape) for x in self._root))
-        mean, weight = np.ones(len(mass)), np.zeros(len(mass))
+        here, mean = self._root, np.ones(len(mass))
+        alike, some = uniform[:, None], bool(uniform.any())
         sums = np.zeros((len(mass), _FAN + 1))
         for level in range(len(self._levels), -1, -1):
             below = self._below(level, node)
             mean = np.where(here.known > 0, self._mean(here), mean)
             weights = _weights(below, mean)
-            np.cumsum(np.where(uniform[:, None], below.known + below.waiting, weights), 1, out=sums[:, 1:])
+            np.cumsum(np.where(alike, below.items, weights) if some else weights, 1, out=sums[:, 1:])
             mass = np.minimum(mass, np.nextafter(sums[:, -1], 0.0))
             child = (sums[:, 1:] <= mass[:, None]).sum(1)
+            if not level:
+                break
             mass = mass - sums[rows, child]
-            here, weight = _Sums(*(x[rows, child] for x in below)), weights[rows, child]
+            here = _Sums(*self._levels[level - 1][node, :, child].T)
             node = node * _FAN + child
-        return node, weight
+        return node * _FAN + child, weights[rows, child]
 
     def _set(self, slots: np.ndarray, kind: int, priority: np.ndarray | float) -> None:
         self._whole = False
@@ -116,13 +119,13 @@ class NeighbourTree:
         if level:
             return _Sums(*self._levels[level - 1].take(nodes, 0).transpose(1, 0, 2))
         kinds, priorities = self._kinds.take(nodes, 0), self._priorities.take(nodes, 0)
-        known = kinds == _KNOWN
-        return _Sums(priorities, known.astype(float), (kinds == _WAITING).astype(float), self._raised(priorities))
+        known, items, blank = ((kinds == _KNOWN) * 1.0, (kinds != _FREE) * 1.0, (kinds == _WAITING) * 1.0)
+        return _Sums(priorities, known, items, self._raised(priorities), blank)
 
     def _joined(self, below: _Sums) -> _Sums:
         """Of nodes ``[M]`` with these children."""
-        priority, known, waiting = (np.cumsum(x, 1)[:, -1] for x in below[:3])
-        here = _Sums(priority, known, waiting, priority)
+        priority, known, items = (np.cumsum(x, 1)[:, -1] for x in below[:3])
+        here = _Sums(priority, known, items, priority, np.where(known > 0, 0.0, items))
         weight = np.cumsum(_weights(below, self._mean(here)), 1)[:, -1]
         return here._replace(weight=np.where(known > 0, weight, 0.0))
 
@@ -155,4 +158,5 @@ class NeighbourTree:
 
 def _weights(below: _Sums, mean: np.ndarray) -> np.ndarray:
     """Of children ``[M, 16]``: their own, or that which the mean ``[M]`` gives all items of one that knows nothing."""
-    return np.where(below.known > 0, below.weight, below.waiting * mean[:, None])
+    found: np.ndarray = below.weight + below.blank * mean[:, None]
+    return found

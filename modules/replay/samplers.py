@@ -251,7 +251,7 @@ class LazyPrioritized:
         beta: the exponent as it is now, which :meth:`anneal` raises. It is saved with the replay.
     """
 
-    bytes_per_slot = 12  # a priority, a byte, and a sixteenth of four sums, rounded up
+    bytes_per_slot = 12  # a priority, a byte, and a sixteenth of five sums, rounded up
     block = 256
     prioritized = True
 
