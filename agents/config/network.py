@@ -28,7 +28,8 @@ class FeedForwardConfig(Group):
     normalize: bool = False
     """Running normalisation of vectors, saved with the policy; images are divided by 255 alone."""
     channels_last: bool | None = None
-    """Memory format of image encoders; null: channels last of resnet, and of all of them on a GPU."""
+    """Memory format of image encoders; null: channels last of resnet, of all of them on a GPU, and of shallow where a
+    CPU learns in float32."""
 
     # what auto takes for vectors; as the next two no field, and so no flag
     vector_encoder = "mlp"

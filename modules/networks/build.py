@@ -15,7 +15,8 @@ What the three builders take alike:
 ``activation``
     of ``"mlp"``.
 ``channels_last``
-    memory format of image networks; None: the faster one on a CPU, which is True for ``"resnet"``. On CUDA True is.
+    memory format of image networks; None: the faster one on a CPU, which is True for ``"resnet"``, and where it learns
+    in float32 for ``"shallow"``. On CUDA True is.
 ``normalize``, ``normalize_clip``
     running normalisation of observations, see :class:`ObservationNormalizer`.
 

@@ -35,10 +35,11 @@ def check_sizes(what: str, in_features: int, hidden: Sequence[int]) -> None:
 class _Image(nn.Module):
     """What the two image encoders share: cast, scale, and the memory format."""
 
-    def __init__(self, in_channels: int, image: Sequence[int], channels_last: bool) -> None:
+    def __init__(self, in_channels: int, image: Sequence[int], channels_last: bool | None) -> None:
         super().__init__()
         if in_channels < 1 or len(image) != 2:
             raise ValueError(f"an image is [channels, height, width], got {in_channels} channels of {tuple(image)}")
+        self._chosen = channels_last is not None
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     def _set_format(self) -> None:
@@ -48,10 +49,17 @@ class _Image(nn.Module):
 
     def _floats(self, x: Tensor, weight: Tensor) -> Tensor:
         """uint8 becomes [0, 1] at once in the dtype of the convolution: under autocast half the bytes move."""
-        dtype = compute_dtype(weight)
-        if x.dtype == torch.uint8:
-            return x.to(dtype, memory_format=self._format).mul_(1 / 255)
-        return x.to(dtype, memory_format=self._format)
+        dtype, scaled = compute_dtype(weight), x.dtype == torch.uint8
+        here = self._format
+        if x.device.type == "cpu":
+            # a CPU's backward pass of convolutions in float32 takes half the time in this format; acting, and bf16, do
+            # not gain. Weights may stay in the other one.
+            if not self._chosen and dtype == torch.float32 and torch.is_grad_enabled():
+                here = torch.channels_last
+            if here == torch.channels_last:  # torch's own copy into it takes three times as long
+                x = torch.stack(x.unbind(1), -1).permute(0, 3, 1, 2)
+        x = x.to(dtype, memory_format=here)
+        return x.mul_(1 / 255) if scaled else x
 
 
 class ShallowConv(_Image):
@@ -63,8 +71,8 @@ class ShallowConv(_Image):
         in_channels: channels (stacked frames) of an image.
         hidden: features out.
         image: height and width.
-        channels_last: memory format of activations and weights. Faster on CUDA under autocast; slower on a CPU, but for
-            learning in float32.
+        channels_last: memory format of activations and weights, faster on CUDA under autocast. None: channels last
+            where a CPU learns in float32, for which it is faster, and first else.
 
     Shapes: ``[N, in_channels, *image]`` uint8 (scaled here by 1/255) or floating (taken as it is) to ``[N, hidden]``.
     """
@@ -75,7 +83,7 @@ class ShallowConv(_Image):
         hidden: int = 256,
         image: Sequence[int] = (84, 84),
         *,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__(in_channels, image, channels_last)
         height, width = (((size - 8) // 4 + 1 - 4) // 2 + 1 for size in image)

@@ -24,6 +24,7 @@ from offtrace.modules.networks import (
     NETWORKS,
     LayerNormMLP,
     Policy,
+    ShallowConv,
     build_critic,
     build_policy,
     build_value,
@@ -174,13 +175,13 @@ def test_every_network_in_every_builder(network: str, hidden: Any) -> None:
     ("network", "given", "expected"),
     [
         ("resnet", None, True),
-        ("shallow", None, False),
+        ("shallow", False, False),
         pytest.param("resnet", False, False, marks=pytest.mark.slow),
         ("shallow", True, True),
     ],
 )
 def test_memory_format_of_an_image_network(network: str, given: bool | None, expected: bool) -> None:
-    """Of weights and of what the convolutions give; left to the network, the one that is faster on a CPU."""
+    """Of weights and of what the convolutions give; left to the ResNet, the one that is faster on a CPU."""
     values: dict[str, Any] = {"observation_shape": [4, 84, 84], "network": network, "channels_last": given}
     built = [build_policy(**values, **DISCRETE), build_value(**values), build_critic(**values, **CONTINUOUS)]
     for module in built:
@@ -197,6 +198,28 @@ def test_memory_format_of_an_image_network(network: str, given: bool | None, exp
         module(td)
         assert formats
         assert set(formats) == {expected}
+
+
+def test_the_shallow_net_has_its_channels_last_where_a_cpu_learns_in_float32() -> None:
+    torch.manual_seed(0)
+    net = ShallowConv()
+    formats: list[bool] = []
+    for layer in (net.conv1, net.conv2):
+        layer.register_forward_hook(
+            lambda layer, args, out: formats.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
+    x = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
+    learnt = net(x)
+    with torch.no_grad():
+        acted = net(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x)
+    learnt.sum().backward()
+    assert net.conv1.weight.is_contiguous()
+    assert net.conv1.weight.grad.is_contiguous()  # type: ignore[union-attr]
+    net.double()(x)
+    assert formats == [True, True] + [False] * 6
+    torch.testing.assert_close(learnt, acted)
 
 
 def test_widths_behind_a_convolutional_net_are_a_layer_norm_mlp() -> None:
