@@ -388,7 +388,9 @@ class Agent(pl.LightningModule):
             set_random_state(self._random_state)
             self._random_state = None
         if self.trainer.global_rank:  # the weights are the same on every rank; what is drawn in losses must not be
-            torch.manual_seed(torch.initial_seed() + self.updates + self.trainer.global_rank)
+            # a hash and not a sum: of which two would be one, of neighbouring ranks and seeds
+            own = np.random.SeedSequence([torch.initial_seed(), self.updates, self.trainer.global_rank])
+            torch.manual_seed(int(own.generate_state(1, np.uint64)[0]))
 
     def on_train_end(self) -> None:
         """Raises what no log line has told: a last gradient that was not finite."""

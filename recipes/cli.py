@@ -28,7 +28,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from offtrace.agents.config import Config, ConfigError, fit, may_have_gpu, this_machine
 from offtrace.agents.runs.folders import RunError, config_text, discard, new_run, read_config
 from offtrace.agents.runs.missing import no_checkpoint
-from offtrace.agents.runs.ranks import by_torchrun, check_launch, from_first, rank, tell_refusal
+from offtrace.agents.runs.ranks import by_lightning, by_torchrun, check_launch, from_first, rank, tell_refusal
 from offtrace.modules.envs.names import environment_module
 from offtrace.modules.fork_server import start_fork_server
 from offtrace.modules.naming import nearest
@@ -144,7 +144,7 @@ def run_in(folder: Path, config: Config, resume: Path | None) -> int:
 
 def _stopped_by(number: int) -> int:
     """The exit code. Where one that it started has another than 0, Lightning kills the first learner, which saves."""
-    return 0 if rank() and not by_torchrun() else 128 + number
+    return 0 if by_lightning() else 128 + number
 
 
 def _one_warning(
@@ -164,7 +164,8 @@ class _Signals:
     """Before training takes them over, Ctrl-C and SIGTERM end the program without a trace.
 
     What they raise may be lost, as in a callback of the import system, which prints and forgets it, or become an error
-    of what was being imported: so it is raised again every second until :meth:`restore`.
+    of what was being imported: so it is raised again every second until :meth:`restore`. A learner that Lightning
+    started goes on, since the first one waits for it where no signal is heard, and then ends both.
 
     Attributes:
         came: the first signal's number, 0 while none came.
@@ -189,6 +190,8 @@ class _Signals:
         self._before = {}
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
+        if by_lightning():
+            return
         self.came = self.came or number
         signal.setitimer(signal.ITIMER_REAL, 1.0)
         raise _Terminated if self.came == signal.SIGTERM else KeyboardInterrupt

@@ -73,7 +73,15 @@ class Checkpoints(pl.Callback):
         if agent.updates and self._began:  # before that, what was read is not all in place
             with contextlib.suppress(TrainingDivergedError):  # nothing may keep the checkpoint from being written
                 agent.check_guard()
-            self.save(trainer, agent, "last.ckpt", data=trainer.world_size == 1)
+            alone, saved = trainer.world_size == 1, agent.data.saved
+            if agent.data.saves and not alone:
+                warnings.warn(
+                    f"last.ckpt names the replays that all learners wrote last, {saved or 'none'}: one of them alone "
+                    "cannot save the others'",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            self.save(trainer, agent, "last.ckpt", data=alone)
 
     def on_score(self, trainer: pl.Trainer, agent: Agent, score: float, *, best: float) -> None:
         """Writes ``best.ckpt`` when ``score`` is the best, that of a ``best.ckpt`` before a resume included."""
@@ -103,6 +111,7 @@ class Checkpoints(pl.Callback):
         except (OSError, DamagedReplay) as error:
             warnings.warn(f"the replay was not saved: {error}", RuntimeWarning, stacklevel=2)
         if not trainer.strategy.reduce_boolean_decision(name is not None, all=True):
+            data.prune(trainer.global_rank)  # what this rank has written the others have not
             return False
         data.saved = name
         return True

@@ -20,14 +20,19 @@ class GracefulStop(pl.Callback):
     actors. ``with stop:`` around ``trainer.fit`` and what has to follow it keeps the signals until the block ends;
     without, the callback holds them for as long as the fit takes.
 
+    Args:
+        held: until :meth:`setup` a signal is nothing: the process group does not stand yet, and the first learner waits
+            for this one where it hears none. It then ends both.
+
     Attributes:
         signal: the signal's number, 0 while none came.
     """
 
     patience_s = 8.0
 
-    def __init__(self) -> None:
+    def __init__(self, held: bool = False) -> None:
         self.signal = 0
+        self._held = held
         self._training = self._finished = False
         self._kept = False
         self._before: dict[int, Any] = {}
@@ -43,6 +48,7 @@ class GracefulStop(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, agent: Agent, stage: str) -> None:
         """Takes the signals over before the actors start."""
+        self._held = False
         self._listen()
         if self._before:
             # Lightning would put its own handler in front: it loses the exit code, and waits for the other ranks
@@ -95,6 +101,8 @@ class GracefulStop(pl.Callback):
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._held:
+            return
         again = bool(self.signal)
         self.signal = number
         if again or not self._training:

@@ -78,6 +78,7 @@ class StoringData(ActingData):
         self._replay_fn = replay_fn
         self._failed = 0
         self._sampled: _Sampled | None = None
+        self._named: list[str] = []  # the last two that checkpoints were given
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -217,14 +218,18 @@ class StoringData(ActingData):
     def prune(self, rank: int) -> None:
         """As :meth:`ActingData.prune`.
 
-        The replay before the newest stays: it is that of the checkpoint before, and of several ranks one alone cannot
-        know that the first has written the newest one.
+        The replay that was named before the newest stays: it is that of the checkpoint before, and of several ranks one
+        alone cannot know that the first has written the newest one. One that this rank wrote and another could not is
+        named by no checkpoint.
         """
-        if self.folder is None or self.saved is None:
+        if self.folder is None:
             return
-        complete = sorted(path for path in self._place_of(rank, self.saved).parent.iterdir() if not path.suffix)
-        for old in complete[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
+        if self.saved is not None and self.saved not in self._named:
+            self._named = [*self._named[-1:], self.saved]
+        place = self._place_of(rank, "")
+        for path in place.iterdir() if place.exists() else ():
+            if not path.suffix and path.name not in self._named:
+                shutil.rmtree(path, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
         """As :class:`ActingData`, and the name of the saved replay."""
@@ -234,6 +239,7 @@ class StoringData(ActingData):
         """Continue the counters, and where training is set up already, fill the replay."""
         super().load_state_dict(state_dict)
         self.saved = state_dict["replay"]
+        self._named = [] if self.saved is None else [self.saved]
         if self.collector is not None:
             self.fill_replay(self.learner.rank)
 

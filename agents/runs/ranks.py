@@ -34,6 +34,11 @@ def rank() -> int:
     return int(os.environ.get("RANK" if by_torchrun() else "LOCAL_RANK", 0))
 
 
+def by_lightning() -> bool:
+    """Whether Lightning in the first learner started this process, which is another one."""
+    return rank() > 0 and not by_torchrun()
+
+
 def check_launch(train: TrainConfig) -> None:
     """Look whether the learners that are wanted were started.
 
@@ -47,6 +52,13 @@ def check_launch(train: TrainConfig) -> None:
                 f"train.num_nodes is {nodes}, and this learner would wait for those of the other nodes for ever: start "
                 f"it by torchrun --nnodes {nodes} --node_rank N --nproc_per_node {devices} --master_addr HOST "
                 f"--master_port 29500 RECIPE FLAGS on each node, N from 0 to {nodes - 1}, HOST that of node 0"
+            )
+        if train.learners > 1 and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "LOCAL_RANK" not in os.environ:
+            # Lightning would take each task for a learner, each of which would begin a run of its own
+            raise ConfigError(
+                f"train.devices is {devices}, and Slurm started {os.environ['SLURM_NTASKS']} tasks; start one task a "
+                f"node, and in it the learners by torchrun: srun --ntasks-per-node 1 torchrun --nproc_per_node "
+                f"{devices} RECIPE FLAGS"
             )
         return
     started, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])

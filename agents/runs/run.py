@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import sys
@@ -24,6 +25,9 @@ from offtrace.agents.runs.training import REPLAY, Summary, evaluation_env, train
 from offtrace.modules.envs import EnvironmentFailure, env_info
 from offtrace.modules.replay import DamagedReplay
 from offtrace.modules.replay.files import read_folder
+
+_PEER_GONE = re.compile(r"Connection (closed|reset) by peer|remote process exited")
+"""What gloo and NCCL say where another learner has ended."""
 
 
 class RunRefused(ValueError):
@@ -118,7 +122,7 @@ def prepare(config: Config, folder: Path, resume: Path | None) -> None:
         )
     if not rank():
         print(f"going on from {frames:,} frames", file=sys.stderr)
-        check_saved(checkpoint, folder / REPLAY)
+        check_saved(checkpoint, folder / REPLAY, config.train.learners)
         for files in folder.glob(f"{REPLAY}.live*"):  # of a process that was killed
             shutil.rmtree(files, ignore_errors=True)
         try:
@@ -140,19 +144,19 @@ def _check_network(config: Config, saved: dict[str, Any], resume: Path) -> None:
             )
 
 
-def check_saved(checkpoint: dict[str, Any], folder: Path) -> None:
-    """Reads the replays in ``folder`` that ``checkpoint`` names, and forgets them again.
+def check_saved(checkpoint: dict[str, Any], folder: Path, learners: int) -> None:
+    """Reads the replays in ``folder`` that ``checkpoint`` names, one of each learner, and forgets them again.
 
     Raises:
-        DamagedReplay: one of them cannot be read.
+        DamagedReplay: one of them cannot be read, or is not there.
     """
     if not folder.exists():
         return
     # Lightning keeps a data module's state by the name of its class, which may be one of the user's
     names = {x["replay"] for x in checkpoint.values() if isinstance(x, dict) and isinstance(x.get("replay"), str)}
     for saved in sorted(names):
-        for own in sorted(folder.iterdir()):
-            read_folder(own / saved)
+        for number in range(learners):
+            read_folder(folder / f"rank{number}" / saved)
 
 
 def record_episode(config: Config, checkpoint: Path, out: Path) -> None:
@@ -212,13 +216,18 @@ def _kept(error: Exception, folder: Path) -> str:
     text = "".join(traceback.format_exception(error))
     last = _last(folder)
     kept = f"the last checkpoint is kept: {last}; " if last.exists() else ""
+    # each learner has its own: the one that failed writes first, and the others that it is gone
+    path = folder / (f"error.rank{rank()}.txt" if rank() else "error.txt")
     try:
-        (folder / "error.txt").write_text(text)
+        path.write_text(text)
     except OSError:  # a full disk may be what ended the run
         where = f"the whole error:\n{text}"
     else:
-        where = f"the whole error is in {folder / 'error.txt'}"
-    return f"training stopped: {one_line(error)}\n{kept}{where}"
+        where = f"the whole error is in {path}"
+    told = one_line(error)
+    if _PEER_GONE.search(text):
+        told = f"another learner has ended; what it said, and {folder / 'error*.txt'}, tell why"
+    return f"training stopped: {told}\n{kept}{where}"
 
 
 def _safely(what: str, action: Callable[[], None]) -> None:

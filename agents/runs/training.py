@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from offtrace.agents.config import Config, available_cores
 from offtrace.agents.runs.checkpoint import CHECKPOINT_KEY, read_checkpoint, with_policy_transforms
 from offtrace.agents.runs.evaluation import EvaluationResult
 from offtrace.agents.runs.folders import config_text, keep_metrics
-from offtrace.agents.runs.ranks import check_launch, meet, rank
+from offtrace.agents.runs.ranks import by_lightning, check_launch, meet, rank
 from offtrace.modules.envs import make_env
 
 REPLAY = "replay"
@@ -112,7 +113,7 @@ def train(config: Config, run_dir: Path, resume: Path | None = None) -> Summary:
     sync = WeightSync(config.updates_per_push(), config.forced_lag())
     evaluation = _evaluation(config, agent.policy)
     meters = Meters(config.train.total_frames, config.train.log_every)
-    stop = GracefulStop()
+    stop = GracefulStop(held=by_lightning())
     # the order is that of the work after an update
     checkpoints = Checkpoints(run_dir / "checkpoints", config.train.checkpoint_every, resume)
     callbacks = [sync, meters, evaluation, checkpoints, stop]
@@ -194,7 +195,8 @@ def make_trainer(config: Config, run_dir: Path, callbacks: list[pl.Callback]) ->
     strategy: Any = "auto"
     if config.train.learners > 1:
         # target networks and meters are buffers; gradients are all that crosses ranks
-        strategy = pl.strategies.DDPStrategy(broadcast_buffers=False)
+        # the others wait while the first evaluates; one that has died is noticed at once
+        strategy = pl.strategies.DDPStrategy(broadcast_buffers=False, timeout=timedelta(hours=6))
     return pl.Trainer(
         accelerator=config.train.accelerator,
         devices=config.train.devices,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +13,13 @@ import torch
 from torch.distributed import HashStore
 
 from offtrace.agents.callbacks import GracefulStop
-from offtrace.agents.config import ConfigError
+from offtrace.agents.config import ConfigError, EnvConfig
 from offtrace.agents.config.off_policy import check_budget
 from offtrace.agents.config.train import TrainConfig
-from offtrace.agents.runs import ranks
+from offtrace.agents.runs import ranks, run
 from offtrace.agents.runs.folders import RunError
 from offtrace.agents.sac import SACConfig
+from offtrace.modules.replay import DamagedReplay
 from offtrace.recipes import cli
 
 
@@ -105,3 +108,64 @@ def test_a_learner_that_lightning_started_stops_with_code_0(monkeypatch: pytest.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("RANK", "1")
     assert cli._stopped_by(15) == 143
+
+
+def test_a_learner_that_lightning_started_hears_no_signal_before_the_first_one_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While it starts the first one waits for it in torch, where no handler runs: alone it would leave it there."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    signals = cli._Signals()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        with GracefulStop(held=ranks.by_lightning()) as stop:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            assert not stop.signal
+            trainer: Any = SimpleNamespace(_signal_connector=SimpleNamespace())
+            stop.setup(trainer, None, "fit")  # type: ignore[arg-type]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+    finally:
+        signals.restore()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert not ranks.by_lightning()
+
+
+def test_under_slurm_learners_are_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    ranks.check_launch(TrainConfig())
+    with pytest.raises(ConfigError, match=r"Slurm started 2 tasks; start one task a node, and in it .* torchrun"):
+        ranks.check_launch(TrainConfig(devices=2))
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    ranks.check_launch(TrainConfig(devices=2))
+
+
+def test_each_learner_keeps_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "training stopped: mine\nthe whole error is in" in run._kept(RuntimeError("mine"), tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    told = run._kept(RuntimeError("[pair.cc:5] Connection closed by peer [127.0.0.1]:5"), tmp_path)
+    assert "training stopped: another learner has ended; what it said, and" in told
+    assert "mine" in (tmp_path / "error.rank1.txt").read_text()
+    assert "pair.cc" in (tmp_path / "error.txt").read_text()
+
+
+def test_a_learners_replay_that_is_gone_is_found_before_any_starts(tmp_path: Path) -> None:
+    config = SACConfig(env=EnvConfig("CartPole-v1", num_envs=2))
+    config.loss.target_entropy = 0.2
+    _, data = config.build()
+    data.folder = tmp_path / "replay"
+    batches = iter(data.train_dataloader())
+    next(batches)
+    name = data.save(0)
+    data.shutdown()
+    checkpoint = {"ReplayData": {"replay": name}}
+    run.check_saved(checkpoint, data.folder, 1)
+    with pytest.raises(DamagedReplay, match=f"there is no replay in .*rank1/{name}"):
+        run.check_saved(checkpoint, data.folder, 2)
