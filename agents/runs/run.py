@@ -26,8 +26,8 @@ from offtrace.modules.envs import EnvironmentFailure, env_info
 from offtrace.modules.replay import DamagedReplay
 from offtrace.modules.replay.files import read_folder
 
-_PEER_GONE = re.compile(r"Connection (closed|reset) by peer|remote process exited")
-"""What gloo and NCCL say where another learner has ended."""
+_PEER_GONE = re.compile(r"gloo.*Connection (closed|reset) by peer|NCCL.*remote process exited")
+"""What gloo and NCCL say where another learner has ended; an actor that ends says only a part of it."""
 
 
 class RunRefused(ValueError):

@@ -150,9 +150,10 @@ def test_each_learner_keeps_its_own_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert "training stopped: mine\nthe whole error is in" in run._kept(RuntimeError("mine"), tmp_path)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    told = run._kept(RuntimeError("[pair.cc:5] Connection closed by peer [127.0.0.1]:5"), tmp_path)
+    told = run._kept(RuntimeError("[gloo/pair.cc:5] Connection closed by peer [127.0.0.1]:5"), tmp_path)
     assert "training stopped: another learner has ended; what it said, and" in told
     assert "mine" in (tmp_path / "error.rank1.txt").read_text()
+    assert "stopped: [Errno 104] Connection" in run._kept(OSError(104, "Connection reset by peer"), tmp_path / "no")
     assert "pair.cc" in (tmp_path / "error.txt").read_text()
 
 
