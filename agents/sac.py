@@ -193,7 +193,7 @@ def pixel_config() -> SACConfig:
 
 
 def v1_config() -> SACConfig:
-    """The first version: value network, and a reward scale for the temperature; Gym's rewards are larger: 5 to 20."""
+    """The first version: value network, and a reward scale for the temperature, 5 to 20 for Gym's larger rewards."""
     config = SACConfig()
     config.loss.version, config.loss.reward_scale = 1, 20.0
     config.optim.lr_critic = 1e-3  # as control_config

@@ -111,7 +111,6 @@ class Checkpoints(pl.Callback):
         except (OSError, DamagedReplay) as error:
             warnings.warn(f"the replay was not saved: {error}", RuntimeWarning, stacklevel=2)
         if not trainer.strategy.reduce_boolean_decision(name is not None, all=True):
-            data.prune(trainer.global_rank)  # what this rank has written the others have not
             return False
         data.saved = name
         return True

@@ -46,7 +46,8 @@ class A2CLoss(Loss):
     the behaviour policy's log-probabilities are missing.
 
     Raises:
-        ValueError: on an argument out of range, an estimator that does not fit, or a batch that is not [B, T].
+        ValueError: on an argument out of range, an estimator or policy that does not fit, or a batch that is not
+            [B, T].
         KeyError: when an entry is missing, by its name.
     """
 

@@ -106,7 +106,7 @@ class Loss(LossModule):
             hyperparams: options of the one that is named.
 
         Raises:
-            ValueError, TypeError: as the argument.
+            ValueError, TypeError: as the argument; gamma is no option of it, but the loss's.
         """
         if value_type is None and not hyperparams:
             return self

@@ -114,8 +114,8 @@ class ImpalaLoss(Loss):
     are none, and all that is about ratios stays about all valid steps.
 
     Raises:
-        ValueError: on an argument out of range, an estimator (or a policy, with ``max_kl``) that does not fit, or a
-            batch that is not [B, T].
+        ValueError: on an argument out of range, an estimator or a policy that does not fit, or a batch that is not
+            [B, T].
         KeyError: when an entry is missing, by its name.
     """
 

@@ -77,7 +77,7 @@ class PPOLoss(Loss):
     :meth:`prepare` returns, which PPO's agent logs as ``rollout/...``.
 
     Raises:
-        ValueError: on an argument out of range, an estimator that does not fit, or a batch of another shape.
+        ValueError: on an argument out of range, an estimator or policy that does not fit, or a batch of another shape.
         KeyError: when an entry is missing, by its name.
     """
 

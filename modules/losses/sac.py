@@ -93,7 +93,7 @@ class SACLoss(Loss):
     its clip, 1.
 
     Raises:
-        ValueError: on an argument out of range, networks for discrete actions, or a batch of another shape.
+        ValueError: on an argument out of range, networks that do not fit, or a batch of another shape.
         KeyError: when an entry is missing, by its name.
     """
 

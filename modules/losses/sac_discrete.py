@@ -54,7 +54,7 @@ class DiscreteSACLoss(Loss):
             :class:`offtrace.modules.losses.sac.SACLoss`.
 
     Raises:
-        ValueError: on an argument out of range, networks for continuous actions, or a batch of another shape.
+        ValueError: on an argument out of range, networks that do not fit, or a batch of another shape.
         KeyError: when an entry is missing, by its name.
     """
 

@@ -41,7 +41,7 @@ class SACv1Loss(Loss):
     and ``alpha``. Importance weights multiply all three terms.
 
     Raises:
-        ValueError: on an argument out of range, networks for discrete actions, or a batch of another shape.
+        ValueError: on an argument out of range, networks that do not fit, or a batch of another shape.
         KeyError: when an entry is missing, by its name.
     """
 

@@ -14,6 +14,7 @@ from offtrace.modules import host
 from offtrace.modules.estimators.base import Outcome, zero_invalid
 from offtrace.modules.keys import ACTION_MASK, ACTION_VALUE, FINALS, IS_INIT, LOGITS, NEXT
 from offtrace.modules.losses.steps import entry, read_outcome
+from offtrace.modules.losses.views import recurrent_keys
 
 if TYPE_CHECKING:
     from offtrace.modules.losses.base import Loss
@@ -62,7 +63,7 @@ class Unroll:
         self._extra, length = 0, self._time
         if successors:
             length = self._insert(terminated, done, valid, tensordict.get(FINALS, None))
-        states = {key[1] for key in policy.out_keys if isinstance(key, tuple) and key[0] == NEXT}
+        states = recurrent_keys(policy)
         # an invalid step's observation is read as the successor of the step before it, if that goes on to it
         read = valid
         if valid is not None and successors:

@@ -52,8 +52,8 @@ class _Image(nn.Module):
         dtype, scaled = compute_dtype(weight), x.dtype == torch.uint8
         here = self._format
         if x.device.type == "cpu":
-            # a CPU's backward pass of convolutions in float32 takes half the time in this format; acting, and bf16, do
-            # not gain. Weights may stay in the other one.
+            # torch's backward pass of convolutions in float32 is much faster in this format; acting, and bf16, do not
+            # gain. Weights may stay in the other one.
             if not self._chosen and dtype == torch.float32 and torch.is_grad_enabled():
                 here = torch.channels_last
             if here == torch.channels_last:  # torch's own copy into it takes three times as long
