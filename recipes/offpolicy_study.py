@@ -3,7 +3,7 @@
 In the spirit of table 2 of Espeholt et al. 2018, arXiv 1802.01561, on tasks of seconds: the actors' weights are a fixed
 number of updates old, and a share of every batch comes from a replay of recent rollouts. Everything happens in order in
 one process per training: a rollout, an update, a push of old weights. The first five arms differ in their estimator
-alone, without trust region and normalised advantages, which would hide what a correction does. The last three are the
+alone, without trust region and normalised advantages, which would hide what a correction does. The other three are the
 policy updates of ACER, LASER and Reactor, trust regions included, with what all arms share: a feed-forward network,
 uniform replay, one update a rollout, the task's value_coef and entropy_coef. Not as published, besides: LASER's bound
 is a guess, and its replay the share of the study; Reactor's critic has plain values, its policy no uniform share and no
@@ -66,8 +66,12 @@ ARMS = {
     "laser": Arm("ImpalaLoss", "vtrace", options={"max_kl": 0.2, "entropy_on_replay": False}),
     # the paper copies its target after 1,000 updates, three times as many as a training here has
     "reactor": Arm("ReactorLoss", "retrace", "q", tau=1.0, every=10),
+    "acer_no_region": Arm("ACERLoss", "retrace", "q", options={"delta": None}),
+    "reactor_clip_10": Arm("ReactorLoss", "retrace", "q", options={"clip": 10.0}, tau=1.0, every=10),
 }
 """Names in table and figure."""
+ABLATIONS = ("acer_no_region", "reactor_clip_10")
+"""Arms that differ from another in one part; only ``--arms`` adds them."""
 LAGS = (0, 1, 4, 16, 64)
 MEMORY = 100
 """Rollouts that the replay holds."""
@@ -223,11 +227,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: one sentence.
     """
+    arms = [name for name in ARMS if name not in ABLATIONS]
     parser = SentenceParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, three lags, no replay: a minute or two")
     parser.add_argument("--folder", type=Path, default=Path("runs/offpolicy_study"), help="for csv, table and figure")
     parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(TASKS)}")
-    parser.add_argument("--arms", nargs="+", help=f"default: {' '.join(ARMS)}")
+    parser.add_argument("--arms", nargs="+", help=f"default: {' '.join(arms)}; besides: {' '.join(ABLATIONS)}")
     parser.add_argument("--lags", nargs="+", type=int, help=f"in updates; default: {' '.join(map(str, LAGS))}")
     parser.add_argument("--replay", nargs="+", type=float, help="shares of a batch; default: 0 0.5")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2 3 4")
@@ -238,7 +243,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     quick: dict[str, Any] = {"lags": [0, 4, 64], "replay": [0.0], "seeds": [0]}
     full: dict[str, Any] = {
-        "tasks": list(TASKS), "arms": list(ARMS), "lags": list(LAGS), "replay": [0.0, 0.5],
+        "tasks": list(TASKS), "arms": arms, "lags": list(LAGS), "replay": [0.0, 0.5],
         "seeds": [0, 1, 2, 3, 4],
     }  # fmt: skip
     for name, value in (full | quick if args.quick else full).items():

@@ -188,6 +188,20 @@ def test_files_agree_and_what_has_finished_is_not_run_again(
         assert f"{np.mean(both):.3g} [{low:.3g}, {high:.3g}]" in text
 
 
+@pytest.mark.slow
+def test_without_its_region_acer_on_policy_is_the_q_actor_critic() -> None:
+    """Every ratio is 1: nothing is truncated, and no bias is left to correct."""
+    bare, retrace = (
+        study.train(Cell("Catch", 0.0, name, 0, 3, 12, ""), TINY["Catch"]) for name in ("acer_no_region", "retrace")
+    )
+    assert (bare.score, bare.final, bare.trace_length) == (retrace.score, retrace.final, retrace.trace_length)
+
+
+def test_ablations_are_asked_for_by_name() -> None:
+    assert not {*study.ABLATIONS} & {*study.parse([]).arms}
+    assert study.parse(["--arms", *study.ABLATIONS]).arms == [*study.ABLATIONS]
+
+
 def test_another_arm_of_the_same_name_is_another_training() -> None:
     task = study.TASKS["Catch"]
     arms = [study.ARMS["laser"], study.ARMS["laser"]._replace(options={"max_kl": 0.1}), study.ARMS["acer"]]
