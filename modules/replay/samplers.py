@@ -138,7 +138,7 @@ class Prioritized:
 
     Args:
         alpha: at least 0; 0 draws uniformly.
-        beta: at least 0; 1 corrects fully, 0 not at all.
+        beta: in [0, 1]; 1 corrects fully, 0 not at all.
         epsilon: at least 0; lets an item without error be drawn again.
 
     Raises:
@@ -153,7 +153,8 @@ class Prioritized:
     prioritized = True
 
     def __init__(self, alpha: float = 0.6, beta: float = 0.4, epsilon: float = 1e-6) -> None:
-        _check_finite(alpha=alpha, beta=beta, epsilon=epsilon)
+        _check_finite(alpha=alpha, epsilon=epsilon)
+        _check_fraction(beta=beta)
         self.alpha, self.beta, self.epsilon = alpha, beta, epsilon
         self._first_beta = beta
         self._largest = 1.0
@@ -241,7 +242,7 @@ class LazyPrioritized:
 
     Args:
         alpha: at least 0; the paper's is 1.
-        beta: at least 0; the paper's is 1 from the beginning.
+        beta: in [0, 1]; the paper's is 1 from the beginning.
         epsilon: share of the draws in which all items are alike, in [0, 1]. Weights are at most ``epsilon^-beta``.
 
     Raises:
@@ -256,9 +257,8 @@ class LazyPrioritized:
     prioritized = True
 
     def __init__(self, alpha: float = 1.0, beta: float = 1.0, epsilon: float = 0.1) -> None:
-        _check_finite(alpha=alpha, beta=beta)
-        if not 0 <= epsilon <= 1:
-            raise ValueError(f"epsilon is {epsilon}; it must be between 0 and 1")
+        _check_finite(alpha=alpha)
+        _check_fraction(beta=beta, epsilon=epsilon)
         self.alpha, self.beta, self.epsilon = alpha, beta, epsilon
         self._first_beta = beta
         self._tree = NeighbourTree(0, alpha)
@@ -320,6 +320,12 @@ def _check_finite(**numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} is {value}; it must be at least 0 and finite")
+
+
+def _check_fraction(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; it must be between 0 and 1")
 
 
 def _check_free(slots: int) -> None:

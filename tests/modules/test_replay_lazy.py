@@ -351,7 +351,8 @@ def test_where_all_priorities_are_zero_all_are_alike() -> None:
 def test_bad_numbers_are_named() -> None:
     for options, words in (
         ({"alpha": -1.0}, r"alpha is -1\.0; it must be at least 0 and finite"),
-        ({"beta": float("nan")}, "beta is nan; it must be at least 0 and finite"),
+        ({"beta": float("nan")}, "beta is nan; it must be between 0 and 1"),
+        ({"beta": 2.0}, r"beta is 2\.0; it must be between 0 and 1"),
         ({"epsilon": 1.5}, r"epsilon is 1\.5; it must be between 0 and 1"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -292,10 +292,13 @@ def test_updates_that_are_refused(change: Any, words: str) -> None:
 
 
 def test_other_mistakes() -> None:
-    for name in ("alpha", "beta", "epsilon"):
+    for name in ("alpha", "epsilon"):
         for value in (-0.1, float("inf"), float("nan")):
             with pytest.raises(ValueError, match=rf"{name} is {value}; it must be at least 0 and finite"):
                 Prioritized(**{name: value})
+    for value in (-0.1, 1.1, float("nan")):  # from above 1 it would fall, and not rise
+        with pytest.raises(ValueError, match=rf"beta is {value}; it must be between 0 and 1"):
+            Prioritized(beta=value)
     for sampler in (Uniform(), Prioritized()):
         filled(sampler=sampler)
         with pytest.raises(ValueError, match=r"belongs to a replay already; give each replay a sampler of its own"):
