@@ -9,8 +9,10 @@ from torchrl.objectives.common import LossModule
 from offtrace.modules.losses.updates import FastHardUpdate, FastSoftUpdate
 
 
-def soft_update(loss: LossModule, tau: float) -> Callable[[int], None]:
-    """target <- (1 - tau) target + tau source, after every update."""
+def soft_update(loss: LossModule, tau: float) -> Callable[[int], None] | None:
+    """target <- (1 - tau) target + tau source, after every update; None where ``loss`` has no target networks."""
+    if not any(name.startswith("target_") for name in loss._modules):
+        return None
     updater = FastSoftUpdate(loss, tau=tau)
     return lambda updates: updater.step()
 

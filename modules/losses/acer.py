@@ -204,7 +204,7 @@ class ACERLoss(Loss):
         value_coef, entropy_coef: weights of the two terms.
         reduction: ``"sum"`` or ``"mean"`` over valid steps.
         clip: c, of the importance weights in the policy gradient.
-        delta: bound of the trust region; None for none.
+        delta: bound of the trust region; None for none, and then there is no average policy.
         reward_clip: rewards are clipped to [-reward_clip, reward_clip]; None leaves them.
         normalize_advantage: divide g by the root mean square of Q^ret - V over the valid steps, before the projection:
             then ``delta`` does not depend on the size of the rewards. The paper does not.
@@ -252,7 +252,7 @@ class ACERLoss(Loss):
         super().__init__()
         self.bind_estimator(estimator, "action", gamma=gamma, every_step=True)
         self.state_keys = list(policy.in_keys)
-        self.add_network("policy", policy, target=True)
+        self.add_network("policy", policy, target=delta is not None)
         self.value_coef, self.entropy_coef, self.reduction = value_coef, entropy_coef, reduction
         self.clip, self.delta, self.reward_clip = clip, delta, reward_clip
         self.normalize_advantage = normalize_advantage

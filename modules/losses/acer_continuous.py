@@ -109,7 +109,7 @@ class ContinuousACERLoss(Loss):
         value_coef, entropy_coef: weights of the two terms.
         reduction: ``"sum"`` or ``"mean"`` over valid steps.
         clip: c, of the importance weights in the policy gradient; the paper's is 5 here.
-        delta: bound of the trust region; None for none.
+        delta: bound of the trust region; None for none, and then no average policy.
         num_samples: n.
         learn_scale: False leaves the scale as it is at the start, as in the paper; the entropy, which is that of the
             scale alone, then has no gradient, and ``entropy_coef`` must be 0.
@@ -187,7 +187,7 @@ class ContinuousACERLoss(Loss):
             )
         _check_critics(value, advantage)
         super().__init__()
-        self.add_network("policy", policy, target=True)
+        self.add_network("policy", policy, target=delta is not None)
         self.bind_estimator(estimator, "action", gamma=gamma, discrete=False, every_step=True)
         self.state_keys = list(policy.in_keys)
         self.add_network("value", value, target=average_critic)

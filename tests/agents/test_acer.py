@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from offtrace.agents.acer import ACERConfig, control_config, make_acer
+from offtrace.agents.acer import ACERConfig, control_config, make_acer, pendulum_config
 from offtrace.agents.callbacks import Checkpoints, WeightSync
 from offtrace.agents.config import ConfigError, NetworkConfig
 from offtrace.agents.config.base import NORMAL_SCALES
@@ -84,6 +84,22 @@ def test_the_average_policy_moves_by_its_share_after_every_update() -> None:
     agent._after_update(1)
     for old, average in zip(before, agent.loss.target_policy_params.values(True, True), strict=True):
         torch.testing.assert_close(average, old + 0.25)
+
+
+def test_without_a_trust_region_there_is_no_average_policy(tmp_path: Path) -> None:
+    config = small(4)
+    config.loss.delta = None
+    agent, _ = fit(config, tmp_path / "a", stop=4)
+    assert agent.updates > 4
+    assert not [name for name in agent.state_dict() if "target" in name]
+    config = pendulum_config()
+    config.loss.delta = None
+    agent, _ = make_acer(config)
+    follows = {name.split(".")[1] for name in agent.state_dict() if "target" in name}
+    assert follows == {"target_value_params", "target_advantage_params"}
+    config.loss.average_critic = False
+    agent, _ = make_acer(config)
+    assert agent._after_update is None
 
 
 def test_without_replay_the_data_are_rollouts() -> None:
