@@ -14,14 +14,15 @@ class _Sums(NamedTuple):
     """Of the items below a node, or of several nodes, ``[*B]`` each.
 
     ``priority`` and ``known``: sum and number of the known priorities; ``items``: number of all. Where one priority at
-    least is known, ``weight`` is that of all items, and ``blank`` 0; else weight is 0, and blank the number of items.
+    least is known, ``weight`` is that of all items, and ``mean`` that of one for which the mean priority stands in.
+    Else weight is minus the number of items, which wait for the mean of a larger block, and mean is -1.
     """
 
     priority: np.ndarray
     known: np.ndarray
     items: np.ndarray
     weight: np.ndarray
-    blank: np.ndarray
+    mean: np.ndarray
 
 
 class NeighbourTree:
@@ -42,11 +43,11 @@ class NeighbourTree:
         self._power = power
         rows = max(1, -(-size // _FAN))
         self._kinds, self._priorities = np.zeros((rows, _FAN), np.uint8), np.zeros((rows, _FAN))
-        # of the nodes above: the sums of each 16 neighbours
-        self._levels: list[np.ndarray] = []
+        # of the nodes above: the sums, 16 neighbours in a row
+        self._levels: list[_Sums] = []
         while rows > 1:
             rows = -(-rows // _FAN)
-            self._levels.append(np.zeros((rows, len(_Sums._fields), _FAN)))
+            self._levels.append(_Sums(*np.zeros((len(_Sums._fields), rows, _FAN))))
         self.kinds = self._kinds.reshape(-1)[:size]
         self.priorities = self._priorities.reshape(-1)[:size]
         self._root = _Sums(*np.zeros((len(_Sums._fields), 1)))
@@ -62,7 +63,7 @@ class NeighbourTree:
     def total(self) -> float:
         """Weight of all items."""
         self._mend()
-        return float((self._root.weight + self._root.blank)[0])
+        return float(np.abs(self._root.weight)[0])
 
     def add(self, slots: np.ndarray) -> None:
         """Items into ``slots`` ``[M]``, without priorities."""
@@ -92,46 +93,50 @@ class NeighbourTree:
         """
         self._mend()
         rows, node = np.arange(len(mass)), np.zeros(len(mass), np.int64)
-        here, mean = self._root, np.ones(len(mass))
         alike, some = uniform[:, None], bool(uniform.any())
+        mean = np.full(len(mass), self._root.mean if self._root.mean >= 0 else 1.0)
         sums = np.zeros((len(mass), _FAN + 1))
         for level in range(len(self._levels), -1, -1):
-            below = self._below(level, node)
-            mean = np.where(here.known > 0, self._mean(here), mean)
-            weights = _weights(below, mean)
-            np.cumsum(np.where(alike, below.items, weights) if some else weights, 1, out=sums[:, 1:])
+            weights = _weights(self._weight_below(level, node), mean)
+            counted = np.where(alike, self._items_below(level, node), weights) if some else weights
+            np.cumsum(counted, 1, out=sums[:, 1:])
             mass = np.minimum(mass, np.nextafter(sums[:, -1], 0.0))
-            child = (sums[:, 1:] <= mass[:, None]).sum(1)
-            if not level:
-                break
+            child = (sums[:, 1:] > mass[:, None]).argmax(1)  # the first
             mass = mass - sums[rows, child]
-            here = _Sums(*self._levels[level - 1][node, :, child].T)
             node = node * _FAN + child
-        return node * _FAN + child, weights[rows, child]
+            if level:
+                own = self._levels[level - 1].mean.reshape(-1)[node]
+                mean = np.where(own < 0, mean, own)
+        return node, weights[rows, child]
 
     def _set(self, slots: np.ndarray, kind: int, priority: np.ndarray | float) -> None:
         self._whole = False
         self.kinds[slots], self.priorities[slots] = kind, priority
         self._sum_up(slots)
 
-    def _below(self, level: int, nodes: np.ndarray) -> _Sums:
-        """Of the children of ``nodes`` ``[M]``, ``[M, 16]`` each; on level 0 they are the slots."""
+    def _weight_below(self, level: int, nodes: np.ndarray) -> np.ndarray:
+        """As ``weight`` of :class:`_Sums`, of the children of ``nodes`` ``[M]``, ``[M, 16]``; on level 0, of slots."""
         if level:
-            return _Sums(*self._levels[level - 1].take(nodes, 0).transpose(1, 0, 2))
-        kinds, priorities = self._kinds.take(nodes, 0), self._priorities.take(nodes, 0)
-        known, items, blank = ((kinds == _KNOWN) * 1.0, (kinds != _FREE) * 1.0, (kinds == _WAITING) * 1.0)
-        return _Sums(priorities, known, items, self._raised(priorities), blank)
+            return self._levels[level - 1].weight.take(nodes, 0)
+        kinds = self._kinds.take(nodes, 0)
+        return np.where(kinds == _KNOWN, self._raised(self._priorities.take(nodes, 0)), -1.0 * (kinds == _WAITING))
 
-    def _joined(self, below: _Sums) -> _Sums:
-        """Of nodes ``[M]`` with these children."""
-        priority, known, items = (np.cumsum(x, 1)[:, -1] for x in below[:3])
-        here = _Sums(priority, known, items, priority, np.where(known > 0, 0.0, items))
-        weight = np.cumsum(_weights(below, self._mean(here)), 1)[:, -1]
-        return here._replace(weight=np.where(known > 0, weight, 0.0))
+    def _items_below(self, level: int, nodes: np.ndarray) -> np.ndarray:
+        """Likewise, the number of items."""
+        if level:
+            return self._levels[level - 1].items.take(nodes, 0)
+        return 1.0 * (self._kinds.take(nodes, 0) != _FREE)
 
-    def _mean(self, here: _Sums) -> np.ndarray:
-        """The weight of an item for which the mean of the known priorities stands in."""
-        return self._raised(here.priority / np.maximum(here.known, 1.0))
+    def _joined(self, level: int, nodes: np.ndarray) -> _Sums:
+        """Of ``nodes`` ``[M]``, added up from their children."""
+        if level:
+            parts = (self._levels[level - 1].priority.take(nodes, 0), self._levels[level - 1].known.take(nodes, 0))
+        else:
+            parts = (self._priorities.take(nodes, 0), 1.0 * (self._kinds.take(nodes, 0) == _KNOWN))
+        priority, known, items = (np.cumsum(x, 1)[:, -1] for x in (*parts, self._items_below(level, nodes)))
+        mean = self._raised(priority / np.maximum(known, 1.0))
+        weight = np.cumsum(_weights(self._weight_below(level, nodes), mean), 1)[:, -1]
+        return _Sums(priority, known, items, np.where(known > 0, weight, -items), np.where(known > 0, mean, -1.0))
 
     def _raised(self, priority: np.ndarray) -> np.ndarray:
         raised: np.ndarray = priority if self._power == 1 else priority**self._power
@@ -143,11 +148,12 @@ class NeighbourTree:
             slots = slots // _FAN
             if len(slots) > 1:  # neighbours share their node
                 slots = slots[np.concatenate([[True], slots[1:] != slots[:-1]])]
-            joined = self._joined(self._below(level, slots))
+            joined = self._joined(level, slots)
             if level < len(self._levels):
-                self._levels[level][slots // _FAN, :, slots % _FAN] = np.stack(joined, 1)
+                for above, found in zip(self._levels[level], joined, strict=True):
+                    above.reshape(-1)[slots] = found
             elif len(slots):
-                self._root = _Sums(*(x[-1:] for x in joined))
+                self._root = joined
         self._whole = True
 
     def _mend(self) -> None:
@@ -156,7 +162,7 @@ class NeighbourTree:
             self._sum_up(np.arange(len(self.kinds)))
 
 
-def _weights(below: _Sums, mean: np.ndarray) -> np.ndarray:
+def _weights(weight: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Of children ``[M, 16]``: their own, or that which the mean ``[M]`` gives all items of one that knows nothing."""
-    found: np.ndarray = below.weight + below.blank * mean[:, None]
+    found: np.ndarray = np.maximum(weight, np.minimum(weight, 0.0) * -mean[:, None])
     return found

@@ -63,7 +63,7 @@ class SumTree:
         for level in reversed(self._levels):
             children = level.take(node, 0)
             np.cumsum(children, 1, out=sums[:, 1:])
-            child = (sums[:, 1:] <= mass[:, None]).sum(1)
+            child = (sums[:, 1:] > mass[:, None]).argmax(1)  # the first
             value = children[rows, child]
             mass = np.minimum(mass - sums[rows, child], np.nextafter(value, 0.0))
             node = node * _FAN + child

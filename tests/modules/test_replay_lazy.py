@@ -93,7 +93,7 @@ def error_of(tree: Any, hand: ByHand) -> float:
 def tree_error(module: dict[str, Any], sizes: list[int] = SIZES, turns: int = 60) -> float:
     worst = 0.0
     for size in sizes:
-        for power in (1.0, 0.6):
+        for power in (1.0, 0.6, 0.0):
             rng = np.random.default_rng(size)
             tree, hand = module["NeighbourTree"](size, power), ByHand(size, power)
             for turn in range(turns):
@@ -108,16 +108,15 @@ def test_weights_are_those_of_the_definition() -> None:
 
 
 MUTATIONS = {
-    "the next larger block": ("mean = np.where(here.known > 0, self._mean(here), mean)", "pass"),
-    "sum for mean": ("here.priority / np.maximum(here.known, 1.0)", "here.priority"),
-    "mean of all items": (
-        "here.priority / np.maximum(here.known, 1.0)",
-        "here.priority / np.maximum(here.items, 1.0)",
-    ),
-    "the items without weigh nothing": ("below.blank * mean[:, None]", "0 * below.blank"),
-    "one item of a block": ("below.blank * mean[:, None]", "(below.blank > 0) * mean[:, None]"),
+    "the next larger block": ("mean = np.where(own < 0, mean, own)", "pass"),
+    "a block inside counts for nothing": ("mean = np.where(own < 0, mean, own)", "mean = np.abs(own)"),
+    "sum for mean": ("priority / np.maximum(known, 1.0)", "priority"),
+    "mean of all items": ("priority / np.maximum(known, 1.0)", "priority / np.maximum(items, 1.0)"),
+    "the items without weigh nothing": ("* -mean[:, None]", "* 0"),
+    "one item of a block": ("np.minimum(weight, 0.0) * -mean[:, None]", "(weight < 0) * mean[:, None]"),
     "no power of the mean": ("self._power == 1", "self._power == 1 or priority.ndim == 1"),
-    "known ones do not count": ("alike, below.items, weights", "alike, below.items - below.known, weights"),
+    "free slots have the power of 0": ("np.where(kinds == _KNOWN, ", "np.where(kinds != _WAITING, "),
+    "known ones do not count": ("(self._kinds.take(nodes, 0) != _FREE)", "(self._kinds.take(nodes, 0) == _WAITING)"),
     "what went stays": ("self._set(slots, _FREE, 0.0)", "pass"),
     "what went stays known": ("self._set(slots, _FREE, 0.0)", "self._set(slots, _WAITING, 0.0)"),
     "new ones are known": ("self._set(slots, _WAITING, 0.0)", "self._set(slots, _KNOWN, 1.0)"),
