@@ -146,7 +146,7 @@ def _of_task(scores: Scores) -> Iterator[str]:
 
 
 def draw(path: Path, tasks: Sequence[Scores], agents: Sequence[str]) -> None:
-    """A PNG: of every task the mean with the interquartile range, and the interquartile mean with its interval."""
+    """A PNG: of every task each seed, their mean and interquartile range; and the interquartile mean, its interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -162,12 +162,13 @@ def draw(path: Path, tasks: Sequence[Scores], agents: Sequence[str]) -> None:
             values = task.by_agent.get(name)
             if values:
                 axis.hlines(place, *np.percentile(values, [25, 75]), color=f"C{place}", linewidth=6, alpha=0.35)
-                axis.plot(np.mean(values), place, "o", color=f"C{place}")
+                axis.plot(values, [place] * len(values), ".", color=f"C{place}")
+                axis.plot(np.mean(values), place, "|", color=f"C{place}", markersize=12, markeredgewidth=2)
         for value in (task.random, task.best):
             if value is not None:
                 axis.axvline(value, color="0.5", linestyle=":", linewidth=1)
         axis.set_title(titles[task.task], parse_math=False)
-        axis.set_xlabel("score; dotted: random, best known")
+        axis.set_xlabel("score of each seed, |: their mean\ndotted: random, best known")
     if found:
         for name, (strata, mean) in found.items():
             place = shown.index(name)
