@@ -69,7 +69,7 @@ class Checks:
     def normal_scale(self, *names: str) -> None:
         """Every number must be a standard deviation that the head of a normal policy does not clip, or null."""
         low, high = NORMAL_SCALES
-        right = f"from {low:.3g} to {high:.3g}, where the policy keeps it, or null"
+        right = f"from {low:.4g} to {high:.4g}, where the policy keeps it, or null"
         for name in names:
             self.require(name, lambda value: value is None or low <= value <= high, right)
 

@@ -12,6 +12,8 @@ from torchrl.data import Bounded, Categorical
 from offtrace.modules.envs.base import StepResult, VectorEnv
 from offtrace.modules.envs.names import ATARI_FRAME_SKIP, PROTOCOLS, Protocol, atari_name, unknown
 
+LAST_EMULATOR_SEED = 2**31 - 1
+
 
 class AtariEnv(VectorEnv):
     """``N`` games of one kind: four stacked 84x84 grey frames, four emulator frames a step, the last two of them maxed.
@@ -62,6 +64,11 @@ class AtariEnv(VectorEnv):
         for argument, number in (("num_envs", num_envs), ("num_threads", num_threads), ("max_frames", max_frames)):
             if number < 1:  # ale-py would crash the process
                 raise ValueError(f"{argument} is {number}; it must be at least 1")
+        if not 0 <= seed <= LAST_EMULATOR_SEED - num_envs + 1:  # ale-py would draw a seed of its own for -1
+            raise ValueError(
+                f"seed is {seed}, and those of {num_envs} games follow it; it must be from 0 to "
+                f"{LAST_EMULATOR_SEED - num_envs + 1}"
+            )
         classic = protocol == "classic"
         self._env = AtariVectorEnv(
             rom,
@@ -100,8 +107,9 @@ class AtariEnv(VectorEnv):
     def _advance(self, action: Tensor) -> StepResult:
         observation, reward, terminated, truncated, info = self._env.step(action.numpy())
         self._current = successor = torch.from_numpy(observation)
-        # Only a game that was over starts to count its frames anew; after a lost life it goes on.
-        over = info["episode_frame_number"] < self._frame_numbers
+        # Only a game that was over starts to count its frames anew; after a lost life it goes on. One that was cut off
+        # early may have had fewer frames than the no-ops of the next.
+        over = truncated | (info["episode_frame_number"] < self._frame_numbers)
         self._frame_numbers = info["episode_frame_number"]
         if over.any():
             ended = torch.from_numpy(over)

@@ -82,7 +82,7 @@ class GymEnv(VectorEnv):
         if rescale_actions and self._low is not None and self._high is not None:
             bounded = np.isfinite(self._high) & np.isfinite(self._low)
             low, high = np.where(bounded, self._low, -1), np.where(bounded, self._high, 1)
-            self._scale = (low + high) / 2, (high - low) / 2
+            self._scale = low / 2 + high / 2, high / 2 - low / 2  # the bounds may be the largest numbers
             action = Bounded(-1.0, 1.0, shape=action.shape, dtype=torch.float32)
         self.renders = first.render_mode == "rgb_array"
         self._mujoco = any(base.__name__ == "MujocoEnv" for base in type(first.unwrapped).__mro__)

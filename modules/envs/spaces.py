@@ -174,7 +174,11 @@ class Actions:
         box = self._box
         assert box is not None
         if not np.issubdtype(box.dtype, np.floating):
-            numbers = np.clip(np.rint(numbers), box.low, box.high)  # what the dtype does not hold would wrap around
+            # what the dtype does not hold would wrap around; its own largest number may be none of float64
+            whole = np.rint(numbers.astype(np.float64))
+            above, below = whole >= box.high.astype(np.float64), whole <= box.low.astype(np.float64)
+            inside = np.where(above | below, 0.0, whole).astype(box.dtype)
+            return np.where(above, box.high, np.where(below, box.low, inside))
         # float32 may round a bound, or a number, out of the space
         return np.clip(numbers.astype(box.dtype), box.low, box.high)
 

@@ -228,6 +228,9 @@ def build_value(
 def _check_actions(num_actions: int | None, action_dim: int | None) -> None:
     if (num_actions is None) == (action_dim is None):
         raise ValueError(f"give num_actions or action_dim, got num_actions={num_actions} and action_dim={action_dim}")
+    for name, number in (("num_actions", num_actions), ("action_dim", action_dim)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
 
 
 def _check_head(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,8 +112,10 @@ class CategoricalCritic(ActionCritic):
         super().__init__(
             ensemble, encoder, normalizer, observation_key=observation_key, observation_names=observation_names
         )
-        if not low < high or atoms < 2:
-            raise ValueError(f"a support needs low < high and atoms >= 2, got low={low}, high={high}, atoms={atoms}")
+        if not -math.inf < low < high < math.inf or atoms < 2:
+            raise ValueError(
+                f"a support needs finite low < high and atoms >= 2, got low={low}, high={high}, atoms={atoms}"
+            )
         self.register_buffer("support", torch.linspace(low, high, atoms))
 
 

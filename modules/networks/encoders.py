@@ -201,6 +201,8 @@ class LayerNormMLP(nn.Module):
     def __init__(self, in_features: int, hidden: Sequence[int] = (256, 256)) -> None:
         super().__init__()
         check_sizes("a LayerNorm MLP", in_features, hidden)
+        if hidden[0] < 2:
+            raise ValueError(f"a LayerNorm of one number is 0 whatever it is; the first layer needs 2, got {hidden[0]}")
         self.norm = nn.LayerNorm(hidden[0])
         sizes = (in_features, *hidden)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))

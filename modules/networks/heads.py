@@ -162,7 +162,7 @@ class NormalHead(PolicyHead):
             raise ValueError(f"action_dim is {action_dim}; it must be at least 1")
         if not low <= init_scale <= high:
             raise ValueError(
-                f"init_scale is {init_scale}; it must be from {low:.3g} to {high:.3g}, where the head keeps the scale"
+                f"init_scale is {init_scale}; it must be from {low:.4g} to {high:.4g}, where the head keeps the scale"
             )
         self.action_dim = action_dim
         self.loc = nn.Linear(in_features, action_dim)
@@ -238,7 +238,7 @@ class GaussianHead(PolicyHead):
 
     def __init__(self, in_features: int, action_dim: int, *, init_scale: float = 0.7, min_scale: float = 1e-6) -> None:
         super().__init__()
-        if action_dim < 1 or init_scale <= 0 or min_scale < 0:
+        if action_dim < 1 or not 0 < init_scale < math.inf or not 0 <= min_scale < math.inf:
             raise ValueError(
                 f"need action_dim, init_scale > 0 and min_scale >= 0, got {action_dim}, {init_scale}, {min_scale}"
             )
@@ -273,7 +273,7 @@ class CholeskyHead(PolicyHead):
 
     def __init__(self, in_features: int, action_dim: int, *, init_scale: float = 0.7, min_scale: float = 1e-4) -> None:
         super().__init__()
-        if action_dim < 1 or init_scale <= 0 or min_scale < 0:
+        if action_dim < 1 or not 0 < init_scale < math.inf or not 0 <= min_scale < math.inf:
             raise ValueError(
                 f"need action_dim > 0, init_scale > 0, min_scale >= 0; got {action_dim}, {init_scale}, {min_scale}"
             )

@@ -87,6 +87,8 @@ def _check(network: str, shape: Shape) -> None:
                 f"network {network!r} reads one image or vectors, and the observation has the entries {dict(shape)}; "
                 "give a network of your own as 'package.module:function', which gets all of them"
             )
+    elif not len(shape):
+        raise ValueError("observation_shape is (); it must have a dimension: (1,) for a single number")
     elif network in _IMAGE and len(shape) != 3:
         other = "; use 'mlp'" if len(shape) == 1 else ""
         raise ValueError(f"network {network!r} needs observations [channels, height, width], got {tuple(shape)}{other}")

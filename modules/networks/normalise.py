@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -34,6 +35,7 @@ class ObservationNormalizer(nn.Module):
         super().__init__()
         if clip is not None and clip <= 0:
             raise ValueError(f"clip must be positive or None, got {clip}")
+        _check_epsilon(epsilon)
         self.shape = tuple(shape)
         self.clip = clip
         self.epsilon = epsilon
@@ -132,6 +134,7 @@ class RewardNormalizer(nn.Module):
         super().__init__()
         if clip is not None and clip <= 0:
             raise ValueError(f"clip must be positive or None, got {clip}")
+        _check_epsilon(epsilon)
         self.gamma, self.clip, self.epsilon = gamma, clip, epsilon
         self.returns = ObservationNormalizer((), clip=None)
         self.register_buffer("running", torch.zeros(0, dtype=torch.float64), persistent=False)
@@ -185,6 +188,11 @@ class RewardNormalizer(nn.Module):
         """``[*B]``, divided, in the dtype of the input."""
         x = reward / (self.variance + self.epsilon).sqrt().to(reward.dtype)
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not 0 < epsilon < math.inf:  # what never varies would be divided by 0
+        raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
 
 
 def of_all_ranks(tensor: Tensor) -> Tensor:

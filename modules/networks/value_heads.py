@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -176,8 +177,8 @@ class CategoricalValueHead(_ActionHead):
         v_max: float = 10.0,
         masked: bool = False,
     ) -> None:
-        if atoms < 2 or v_max <= 0:
-            raise ValueError(f"a support needs atoms >= 2 and v_max > 0, got atoms={atoms} and v_max={v_max}")
+        if atoms < 2 or not 0 < v_max < math.inf:
+            raise ValueError(f"a support needs atoms >= 2 and a finite v_max > 0, got atoms={atoms} and v_max={v_max}")
         super().__init__(in_features, num_actions, atoms, dueling=dueling, masked=masked, gain=SMALL_GAIN)
         self.register_buffer("support", torch.linspace(-v_max, v_max, atoms))
 

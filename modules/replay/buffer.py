@@ -190,6 +190,8 @@ class Replay:
                 f"the replay has {self.num_envs} environments per actor; it takes rollouts [{self.num_envs}, T], "
                 f"got one of shape {list(rollout.shape)}"
             )
+        if not rollout.shape[1]:
+            return 0
         if worker is None:
             made_by = rollout.get(WORKER, None)
             worker = 0 if made_by is None or not made_by.numel() else int(made_by[0, 0])
@@ -308,17 +310,18 @@ class Replay:
         Raises:
             OSError: it cannot be written.
             DamagedReplay: an insertion was interrupted half-way.
-            ValueError: it is the folder in which this replay's own files lie.
+            ValueError: something else than a replay has that name, or this replay's own files lie in it.
         """
-        live = self._storage.path
-        if live is not None and Path(path).resolve() == Path(live).resolve():
+        folder = Path(path).absolute()
+        live = self._storage.path if self._storage.kind == "memmap" else None
+        if live is not None and Path(live).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{str(path)!r} holds the files this replay works on; dump it into another folder")
         rings = self._rings
         with self._lock:
             self._check_whole()
             arrays, numbers = self.sampler.save(rings.sampled(rings.starts))
             write_folder(
-                Path(path),
+                folder,
                 data=self._storage.by_ring(rings.number),
                 filled=rings.filled,
                 books={

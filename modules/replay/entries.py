@@ -35,6 +35,15 @@ from offtrace.modules.keys import (
 
 Key = tuple[str, ...]
 
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
+        torch.int64, torch.bool,
+    )
+}  # fmt: skip
+"""What a replay can hold."""
+
 # Bookkeeping of episodes and collectors, flags, of which one byte a step is kept, what a critic said while acting, and
 # states that only acting reads.
 _LEFT_OUT = {
@@ -72,13 +81,16 @@ def choose(entries: Mapping[Key, Tensor]) -> tuple[list[Key], dict[Key, tuple[tu
     for name in (INDEX, WEIGHT):
         if (name,) in entries:
             raise ValueError(f"the rollout has {name!r}, a name that the replay gives its samples; call it otherwise")
-    for key in ((ACTION,), (NEXT, REWARD), (NEXT, TERMINATED)):
-        if key not in entries:
-            raise ValueError(f"the rollout lacks {_say(key)}, which a replay needs")
+    for required in ((ACTION,), (NEXT, REWARD), (NEXT, TERMINATED)):
+        if required not in entries:
+            raise ValueError(f"the rollout lacks {_say(required)}, which a replay needs")
     state = [key for key in entries if _stored(key) and (NEXT, *key) in entries and _stored((NEXT, *key))]
     if not any(key[0] == OBSERVATION for key in state):
         raise ValueError(f"the rollout lacks {OBSERVATION!r}, at its root or under {NEXT!r}; a replay needs both")
     kept = {key: x for key, x in entries.items() if _kept(key, state)}
+    for key, x in kept.items():
+        if x.dtype not in DTYPES.values():
+            raise ValueError(f"{_say(key)} is {x.dtype} in the rollout; a replay holds {', '.join(DTYPES)}")
     return state, {key: (tuple(x.shape[2:]), x.dtype) for key, x in kept.items()}
 
 

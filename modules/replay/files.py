@@ -14,17 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Key = tuple[str, ...]
+from offtrace.modules.replay.entries import DTYPES, Key
 
 _FORMAT = 2
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,
-        torch.int64, torch.bool,
-    )
-}  # fmt: skip
 _CHUNK = 1 << 24  # bytes
+_FACTS = "replay.json"
 
 
 class DamagedReplay(RuntimeError):
@@ -39,7 +33,7 @@ def write_folder(
     books: Mapping[str, np.ndarray],
     facts: Mapping[str, Any],
 ) -> None:
-    """Writes a replay; a folder of that name is replaced once the new one is complete.
+    """Writes a replay; an older replay of that name is replaced once the new one is complete.
 
     Args:
         path: the folder.
@@ -47,7 +41,12 @@ def write_folder(
         filled: ``[rings]``, slots of each that hold something.
         books: arrays of bookkeeping.
         facts: what JSON can hold.
+
+    Raises:
+        ValueError: something else than a replay has that name.
     """
+    if path.exists() and not (path / _FACTS).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} is there and holds no replay; it would be lost: give another folder")
     new, old = (path.with_name(path.name + end) for end in (".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -85,7 +84,7 @@ def _write_new(
         {"format": _FORMAT, "filled": filled.tolist(), "data": entries, "books": arrays, "facts": dict(facts)}
     )
     # the sum stands before the text it is of
-    (new / "replay.json").write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
+    (new / _FACTS).write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
 
 
 def reserve(folder: Path) -> None:
@@ -115,7 +114,7 @@ class Folder:
 
     def leaves(self) -> dict[Key, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of one slot of each tensor."""
-        return {tuple(x["key"]): (tuple(x["shape"]), _DTYPES[x["dtype"]]) for x in self._data}
+        return {tuple(x["key"]): (tuple(x["shape"]), DTYPES[x["dtype"]]) for x in self._data}
 
     def fill(self, data: Mapping[Key, Tensor]) -> None:
         """Copies the numbers into tensors ``[rings, size, ...]``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from offtrace.modules.keys import NEXT, OBSERVATION
@@ -53,7 +54,7 @@ def check_shifted(entries: Mapping[Key, Tensor], frames: int, valid: np.ndarray,
         return  # said where every entry is looked for and compared with what is stored
     older, newer = slice(None, -(stacks.shape[2] // frames)), slice(stacks.shape[2] // frames, None)
     # numpy compares bytes several times faster than torch
-    states, successors = stacks.cpu().numpy(), next_stacks.cpu().numpy()
+    states, successors = _array(stacks), _array(next_stacks)
     wrong = np.zeros(valid.shape, bool)
     wrong[:, :-1] = joined & _differ(states[:, 1:, older], states[:, :-1, newer])
     last = valid.copy()  # of a run, or of the rollout: of these alone the successor is stored
@@ -65,6 +66,12 @@ def check_shifted(entries: Mapping[Key, Tensor], frames: int, valid: np.ndarray,
             f"frame_stack is {frames}, but from step {step} of environment {env} to the next the observation does not "
             "move by one frame: give the number of frames that it stacks, the newest last, or no frame_stack"
         )
+
+
+def _array(stacks: Tensor) -> np.ndarray:
+    stacks = stacks.cpu()  # numpy has no bfloat16; its bits will do
+    array: np.ndarray = (stacks.view(torch.int16) if stacks.dtype == torch.bfloat16 else stacks).numpy()
+    return array
 
 
 def _differ(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -76,10 +78,10 @@ class SamplesPerInsert:
             )
         steps = batch / self.ratio
         if steps > capacity:
+            least = _in_digits(batch / capacity, lambda ratio: batch / Fraction(ratio) <= capacity)
             raise ValueError(
                 f"a samples-per-insert ratio of {float(self.ratio):g} allows one batch of {batch} per "
-                f"{float(steps):g} inserted ones, more than the replay's {capacity}; raise it to "
-                f"{batch / capacity:g} at least"
+                f"{float(steps):g} inserted ones, more than the replay's {capacity}; raise it to {least} at least"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,11 +103,30 @@ def rows_of_share(fresh: int, share: float) -> int:
     Raises:
         ValueError: it is no whole number of rows.
     """
-    exact = fresh * share / (1 - share)
-    rows = max(1, round(exact))
-    if abs(exact - rows) > 0.02:
+
+    def rows_of(share: float) -> tuple[float, int]:
+        exact = fresh * share / (1 - share)
+        return exact, max(1, round(exact))
+
+    def is_whole(share: float) -> bool:
+        exact, rows = rows_of(share)
+        return abs(exact - rows) <= 0.02
+
+    exact, rows = rows_of(share)
+    if not is_whole(share):
+        nearest = _in_digits(rows / (fresh + rows), lambda text: is_whole(float(text)))
         raise ValueError(
             f"share is {share:g}; a batch of {fresh} fresh rows would have {exact:.2f} replayed ones: the nearest "
-            f"share that makes whole rows is {rows / (fresh + rows):.3g}"
+            f"share that makes whole rows is {nearest}"
         )
     return rows
+
+
+def _in_digits(number: float, fits: Callable[[str], bool]) -> str:
+    """``number``, or what is next above it, in the fewest digits, 3 or more, that fit: advice that can be taken."""
+    first = math.floor(math.log10(number))
+    for place in range(2 - first, 17 - first):
+        for text in (f"{number + up * 10.0**-place:.{max(place, 0)}f}" for up in (0, 1)):
+            if fits(text):
+                return text.rstrip("0").rstrip(".") if "." in text else text
+    return repr(number)

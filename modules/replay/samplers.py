@@ -202,12 +202,20 @@ class Prioritized:
         self.beta = self._first_beta + (1 - self._first_beta) * min(1.0, progress)
 
     def update(self, slots: np.ndarray, priority: np.ndarray) -> None:
-        """As :meth:`Sampler.update`; of a slot that is there twice the last priority counts."""
+        """As :meth:`Sampler.update`; of a slot that is there twice the last priority counts.
+
+        Raises:
+            ValueError: a priority to the power alpha is not finite; then none is set.
+        """
         if not len(slots):
             return
         priority = priority + self.epsilon
+        with np.errstate(over="ignore"):
+            powers = priority**self.alpha
+        if not np.isfinite(powers).all():
+            raise ValueError(f"a priority is {priority.max():g}; to the power alpha, {self.alpha}, it must be finite")
         self._largest = max(self._largest, float(priority.max()))
-        self._tree.set(slots, priority**self.alpha)
+        self._tree.set(slots, powers)
 
     def save(self, starts: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """As :meth:`Sampler.save`."""

@@ -150,6 +150,15 @@ def test_the_cap_is_a_truncation() -> None:
     assert torch.equal(truncated, torch.stack([step["next", "episode_end"] for step in steps]))
 
 
+@pytest.mark.parametrize("protocol", ["classic", "sticky"])
+def test_every_end_of_a_short_game_is_seen(protocol: Any) -> None:
+    """The no-ops of the next game are more frames than it had."""
+    for step in play(AtariEnv("pong", 3, max_frames=8, evaluation=True, protocol=protocol), 40):
+        following = step["next"]
+        assert torch.equal(following["truncated"], following["episode_end"])
+        assert (following["episode_length"] <= 2).all()
+
+
 def test_seeds_differ_by_environment_and_repeat() -> None:
     first, again, other = (play(AtariEnv("pong", 3, seed=seed), 20)[-1]["next", "observation"] for seed in (0, 0, 7))
     assert torch.equal(first, again)
@@ -178,6 +187,8 @@ def test_sticky_actions_stick() -> None:
     [
         ({"num_envs": 0}, "num_envs is 0; it must be at least 1"),
         ({"protocol": "clasic"}, "protocol must be 'classic' or"),
+        ({"seed": -1}, "seed is -1, and those of 1 games follow it; it must be from 0 to 2147483647"),
+        ({"seed": 2**31 - 1, "num_envs": 2}, "it must be from 0 to 2147483646"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -357,8 +358,10 @@ def test_what_no_builder_can_do_is_named(build: Any, values: dict[str, Any], mes
         ({"critic": "q", **CONTINUOUS}, "critic='q' needs discrete actions"),
         ({"masked": True, **CONTINUOUS}, "masked=True needs discrete actions"),
         ({"head_options": {"inti_scale": 0.1}, **CONTINUOUS}, "did you mean init_scale"),
-        ({"head_options": {"init_scale": 0.006}, **CONTINUOUS}, "init_scale is 0.006; it must be from 0.00674 to 7.39"),
-        ({"head_options": {"init_scale": 8.0}, **CONTINUOUS}, "init_scale is 8.0; it must be from 0.00674 to 7.39"),
+        ({"head_options": {"init_scale": 0.006}, **CONTINUOUS}, "is 0.006; it must be from 0.006738 to 7.389"),
+        ({"head_options": {"init_scale": 8.0}, **CONTINUOUS}, "init_scale is 8.0; it must be from 0.006738 to 7.389"),
+        ({"head": "gaussian", "head_options": {"init_scale": math.inf}, **CONTINUOUS}, "init_scale > 0"),
+        ({"head": "full_gaussian", "head_options": {"init_scale": math.nan}, **CONTINUOUS}, "init_scale > 0"),
         ({"head": "tanh", "head_options": {"init_scale": 0.1}, **CONTINUOUS}, "its options are ['log_scale']"),
         ({"head_options": {"masked": True}, **DISCRETE}, "head 'categorical' has no option 'masked'"),
         ({"critic_options": {"popartt": True}, **DISCRETE}, "did you mean popart"),
@@ -366,6 +369,9 @@ def test_what_no_builder_can_do_is_named(build: Any, values: dict[str, Any], mes
         ({"critic": "q", "critic_options": {"dualing": True}, **DISCRETE}, "did you mean dueling"),
         ({"critic_options": {"atoms": 51}, **DISCRETE}, "critic='v' has no option 'atoms'"),
         ({"critic": "q", "critic_options": {"atoms": 1}, **DISCRETE}, "atoms >= 2"),
+        ({"critic": "q", "critic_options": {"atoms": 2, "v_max": math.inf}, **DISCRETE}, "a finite v_max > 0"),
+        ({"observation_shape": [], **DISCRETE}, "observation_shape is (); it must have a dimension"),
+        ({"network": "layernorm_mlp", "hidden": 1, **DISCRETE}, "the first layer needs 2, got 1"),
         ({"head": "tanh", "head_options": {"log_scale": "none"}, **CONTINUOUS}, "log_scale must be one of"),
         ({"recurrent": 0, **DISCRETE}, "hidden_size of the recurrent core"),
         ({"smoothing": 1.0, **CONTINUOUS}, "smoothing must be in"),
@@ -374,13 +380,17 @@ def test_what_no_builder_can_do_is_named(build: Any, values: dict[str, Any], mes
 )
 def test_policies_that_make_no_sense_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        build_policy(observation_shape=[3], **values)
+        build_policy(**{"observation_shape": [3], **values})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"critics": 0, **DISCRETE}, "critics must be at least 1"),
+        ({"num_actions": 0}, "num_actions is 0; it must be at least 1"),
+        ({"action_dim": 0}, "action_dim is 0; it must be at least 1"),
+        ({"atoms": 51, "v_max": math.inf, **CONTINUOUS}, "finite low < high"),
+        ({"observation_shape": [], **CONTINUOUS}, "observation_shape is (); it must have a dimension"),
         ({"atoms": 51, **DISCRETE}, "needs continuous actions"),
         ({"network": "shallow", "observation_shape": IMAGE, "hidden": [16], **DISCRETE}, "got hidden=[16]"),
     ],

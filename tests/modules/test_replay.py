@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from offtrace.modules.collectors import make_collector
 from offtrace.modules.envs import make_env
 from offtrace.modules.replay import DamagedReplay, LazyPrioritized, Prioritized, Replay, SamplesPerInsert, Uniform
+from offtrace.modules.replay.limiter import rows_of_share
 from offtrace.modules.replay.rings import STEP
 
 
@@ -506,8 +509,38 @@ def test_a_folder_of_other_numbers_is_refused(tmp_path: Path) -> None:
         filled(length=3, pad=True, overlap=False).load(tmp_path / "overlapping")
     live = Replay(100, num_envs=2, batch_size=4, storage="memmap", path=tmp_path / "live")
     live.extend(Stream(2).rollout(20))
-    with pytest.raises(ValueError, match=r"holds the files this replay works on"):
-        live.dump(tmp_path / "live")
+    for folder in (tmp_path / "live", tmp_path):
+        with pytest.raises(ValueError, match=r"holds the files this replay works on"):
+            live.dump(folder)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_dump_replaces_replays_alone(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / "ckpt"
+    mine = place if kind == "file" else place / "policy.pt"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=r"ckpt' is there and holds no replay; it would be lost: give another folder"):
+        filled().dump(place)
+    assert mine.read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        filled().dump(tmp_path / "empty")
+    filled().load(tmp_path / "empty")
+
+
+def test_a_replay_says_what_types_it_holds() -> None:
+    rollout = Stream(2).rollout(5)
+    for where in (rollout, rollout["next"]):
+        where["observation"] = where["observation"].to(torch.complex64)
+    with pytest.raises(ValueError, match=r"'observation' is torch.complex64 in the rollout; a replay holds float32, "):
+        Replay(100, num_envs=2, batch_size=4).extend(rollout)
+
+
+def test_a_rollout_of_no_steps_changes_nothing() -> None:
+    replay, twin = filled(), filled()
+    assert replay.extend(Stream(2).rollout(3)[:, :0]) == 0
+    assert (replay.sample() == twin.sample()).all()
 
 
 def test_every_entry_of_the_state_is_stored_once() -> None:
@@ -696,3 +729,19 @@ def test_the_ratio_is_counted_exactly() -> None:
 def test_ratios_that_cannot_hold(numbers: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SamplesPerInsert(**{"ratio": 1.0, "min_size": 100, **numbers}).check(capacity=1000, batch=256)
+
+
+def test_the_advice_of_a_refusal_is_taken() -> None:
+    for capacity in range(600, 700):
+        with pytest.raises(ValueError, match="raise it to") as refused:
+            SamplesPerInsert(0.01, 0).check(capacity=capacity, batch=100)
+        least = re.findall(r"raise it to (\S+) at least", str(refused.value))[0]
+        SamplesPerInsert(float(least), 0).check(capacity=capacity, batch=100)
+        assert float(least) == pytest.approx(100 / capacity, rel=0.01)
+    for fresh, share in itertools.product([1, 3, 16, 30, 64, 128, 512], [0.05, 0.15, 0.35, 0.55, 0.85, 0.95]):
+        try:
+            rows_of_share(fresh, share)
+        except ValueError as refused:
+            near = float(str(refused).rpartition(" ")[2])
+            rows = rows_of_share(fresh, near)
+            assert near == pytest.approx(rows / (fresh + rows), abs=0.01)

@@ -291,6 +291,15 @@ def test_updates_that_are_refused(change: Any, words: str) -> None:
     assert (replay.sample(50) == twin.sample(50)).all()
 
 
+def test_a_priority_whose_power_is_not_finite_changes_nothing() -> None:
+    replay, twin = (filled(sampler=Prioritized(alpha=2.0)) for _ in range(2))
+    index = replay.sample()["index"]
+    twin.sample()
+    with pytest.raises(ValueError, match=r"a priority is 1e\+200; to the power alpha, 2.0, it must be finite"):
+        replay.update_priorities(index, torch.full((4,), 1e200, dtype=torch.float64))
+    assert (replay.sample(50) == twin.sample(50)).all()
+
+
 def test_other_mistakes() -> None:
     for name in ("alpha", "epsilon"):
         for value in (-0.1, float("inf"), float("nan")):

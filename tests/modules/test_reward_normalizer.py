@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from offtrace.modules.losses import PPOLoss
-from offtrace.modules.networks import RewardNormalizer
+from offtrace.modules.networks import ObservationNormalizer, RewardNormalizer
 from tests.modules.test_impala_loss import make, rollout
 from tests.modules.test_ppo_loss import OPTIONS
 
@@ -123,3 +124,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
         PPOLoss(make(), normalize_reward=True, reward_clip=1.0)
     with pytest.raises(ValueError, match="clip must be positive or None, got 0"):
         RewardNormalizer(GAMMA, clip=0)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, float("nan"), float("inf")])
+def test_an_epsilon_that_would_divide_by_zero(epsilon: float) -> None:
+    kinds: list[Any] = [partial(RewardNormalizer, 0.99), partial(ObservationNormalizer, [3])]
+    for kind in kinds:
+        with pytest.raises(ValueError, match=f"epsilon must be positive and finite, got {epsilon}"):
+            kind(epsilon=epsilon)

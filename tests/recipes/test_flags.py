@@ -150,7 +150,11 @@ def test_a_flag_as_a_key_of_a_file_is_told_where_it_goes(tmp_path: Path) -> None
             ["--network.init_scale", "inf"],
             "network.init_scale is inf; it must be above 0 and finite",
         ),
-        ("trpo", ["--network.init_scale", "50"], "network.init_scale is 50.0; it must be from 0.00674 to 7.39, where"),
+        (
+            "trpo",
+            ["--network.init_scale", "50"],
+            "init_scale is 50.0; it must be from 0.006738 to 7.389, where",
+        ),
     ],
 )
 def test_numbers_that_no_network_could_take(recipe: str, argv: list[str], told: str) -> None:
