@@ -6,7 +6,7 @@ import ast
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from offtrace.modules.naming import nearest
@@ -23,7 +23,7 @@ class Range(NamedTuple):
 
 _FRACTION = Range("in [0, 1]", lambda number: 0 <= number <= 1)
 _POSITIVE = Range("above 0", lambda number: number > 0)
-_COUNT = Range("1 or more, and whole", lambda number: isinstance(number, int) and number >= 1)
+_COUNT = Range("1 or more, and whole", lambda number: isinstance(number, Integral) and int(number) >= 1)
 
 RANGES: dict[str, Range] = {
     "gamma": _FRACTION,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -12,9 +12,7 @@ def check_arguments(*, reduction: str, **unit_interval: float) -> None:
     """Refuse a reduction that is not known and numbers outside [0, 1]."""
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    for name, value in unit_interval.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
+    _check(lambda value: 0 <= value <= 1, "in [0, 1]", unit_interval)
 
 
 def check_positive(**numbers: float) -> None:
@@ -36,13 +34,13 @@ def check_clip(**numbers: float) -> None:
 
 
 def check_positive_or_none(**numbers: float | None) -> None:
-    """Refuse numbers that are not above 0; None is none.
+    """Refuse what is no finite number above 0; None is none.
 
     Raises:
         ValueError: by the argument's name.
     """
     given = {name: value for name, value in numbers.items() if value is not None}
-    _check(lambda value: value > 0, "positive or None", given)
+    _check(lambda value: 0 < value < math.inf, "positive and finite, or None", given)
 
 
 def check_not_negative(**numbers: float) -> None:
@@ -60,13 +58,13 @@ def check_count(**numbers: int) -> None:
     Raises:
         ValueError: by the argument's name.
     """
-    _check(lambda value: 1 <= value < math.inf and value == int(value), "1 or more, and whole", numbers)
+    _check(lambda value: isinstance(value, Integral) and int(value) >= 1, "an int of 1 or more", numbers)
 
 
 def _check(holds: Callable[[Any], bool], right: str, numbers: Mapping[str, Any]) -> None:
     for name, value in numbers.items():
         if not isinstance(value, Real) or not holds(value):
-            raise ValueError(f"{name} must be {right}, got {value}")
+            raise ValueError(f"{name} must be {right}, got {value!r}")
 
 
 def check_action_bounds(action_bounds: tuple[float, float]) -> None:

@@ -21,7 +21,8 @@ def trust_region(advantage: Tensor, log_rho: Tensor, clip: float | None) -> tupl
     if clip is None:
         return advantage, torch.zeros_like(advantage)
     moved = torch.where(advantage > 0, log_rho, -log_rho)
-    limit = torch.where(advantage > 0, math.log1p(clip), -math.log1p(-min(clip, 1 - 1e-6)))
+    below = -math.log1p(-clip) if clip < 1 else math.inf  # no ratio is below 0
+    limit = torch.where(advantage > 0, math.log1p(clip), below)
     outside = moved > limit
     return advantage.masked_fill(outside, 0), outside.to(advantage.dtype)
 

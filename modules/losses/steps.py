@@ -80,7 +80,7 @@ def read_steps(
         observation[key] = x = zero_invalid(x, valid) if x.dtype != torch.bool else true_where_invalid(x, valid)
         # the successor of a terminal or invalid step may be anything, and no network may see it
         next_observation[key] = torch.where(bootstraps.view(-1, *(1,) * (x.ndim - 1)), next_x, x)
-    action = zero_invalid(selection.at(_action(loss, tensordict, shape, discrete=discrete)), valid)
+    action = zero_invalid(selection.at(read_action(loss, tensordict, shape, discrete=discrete)), valid)
     weight = read_weight(loss, tensordict, selection)
     return Steps(observation, next_observation, action, valid, weight, selection)
 
@@ -113,20 +113,20 @@ def read_log_prob(loss: Loss, tensordict: TensorDictBase, steps: Steps) -> Tenso
     key, shape = loss.tensor_keys.sample_log_prob, tuple(tensordict.batch_size)
     if not loss.estimator.uses_behaviour and tensordict.get(key, None) is None:
         return None
-    return steps.selection.at(entry(loss, tensordict, key, shape))
+    return steps.selection.at(entry(loss, tensordict, key, shape).detach())
 
 
 def read_weight(
     loss: Loss, tensordict: TensorDictBase, selection: Selection, *, relative: bool = True
 ) -> Tensor | None:
-    """Importance weights [M], or None where there are none.
+    """Importance weights [M], 0 where not valid, or None where there are none.
 
     Args:
         loss, tensordict: whose entry is read, and where.
         selection: the steps.
-        relative: divide by the largest of the batch, of all ranks, every one of which must call it alike. That bounds
-            them by 1, but the same item then counts less in some batches than in others: in small ones the correction
-            is partly lost. False takes them as the sampler gave them.
+        relative: divide by the largest of the valid steps, of all ranks, every one of which must call it alike. That
+            bounds them by 1, but the same item then counts less in some batches than in others: in small ones the
+            correction is partly lost. False takes them as the sampler gave them.
     """
     key = loss.tensor_keys.weight
     if tensordict.get(key, None) is None:
@@ -134,14 +134,13 @@ def read_weight(
     weight = entry(loss, tensordict, key, tuple(tensordict.batch_size))
     if not weight.is_floating_point():
         raise TypeError(f"{key!r} must be a floating-point tensor, got {weight.dtype}")
-    weight = weight.detach()
-    selected = selection.at(weight.to(loss.dtype))
+    selected = zero_invalid(selection.at(weight.detach().to(loss.dtype)), selection.valid)
     if not relative:
         return selected
-    largest = weight.max()
+    largest = selected.max()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return selected / largest
+    return selected / torch.where(largest > 0, largest, 1)  # where nothing counts, nothing is learnt
 
 
 def log_ratio(log_pi: Tensor | None, log_mu: Tensor | None) -> Tensor | None:
@@ -154,7 +153,7 @@ def read_pre_tanh(loss: Loss, tensordict: TensorDictBase, steps: Steps, *, neede
     key = loss.tensor_keys.pre_tanh
     if not needed and tensordict.get(key, None) is None:
         return None
-    return zero_invalid(steps.selection.at(entry(loss, tensordict, key)), steps.valid)
+    return zero_invalid(steps.selection.at(entry(loss, tensordict, key).detach()), steps.valid)
 
 
 def write_priority(loss: Loss, tensordict: TensorDictBase, error: Tensor, valid: Tensor | None) -> None:
@@ -208,9 +207,14 @@ def _check_shape(estimator: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"estimator {type(estimator).__name__} needs sequences of {steps} steps, got {shape[1]}")
 
 
-def _action(loss: Loss, tensordict: TensorDictBase, shape: tuple[int, ...], *, discrete: bool) -> Tensor:
+def read_action(loss: Loss, tensordict: TensorDictBase, shape: tuple[int, ...], *, discrete: bool) -> Tensor:
+    """The actions, int64 ``shape`` or [*shape, A], without the gradient that acting may have left in them.
+
+    Raises:
+        KeyError, TypeError, ValueError: as :func:`read_steps`.
+    """
     name = loss.tensor_keys.action
-    action = entry(loss, tensordict, name)
+    action = entry(loss, tensordict, name).detach()
     if action.is_floating_point() == discrete:
         kind = "discrete actions, as integers" if discrete else "continuous actions"
         raise TypeError(f"{type(loss).__name__} needs {kind}; {name!r} is {action.dtype}")

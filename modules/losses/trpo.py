@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offtrace.modules.estimators.base import Outcome, zero_invalid
 from offtrace.modules.estimators.state_values import StateValueEstimator
-from offtrace.modules.losses.arguments import check_arguments, check_positive_or_none
+from offtrace.modules.losses.arguments import check_arguments, check_count, check_positive_or_none
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.natural_gradient import (
     conjugate_gradients,
@@ -105,9 +105,7 @@ class TRPOLoss(Loss):
             raise ValueError(f"delta must be above 0 and finite, got {delta}")
         if not 0 <= damping < float("inf"):
             raise ValueError(f"damping must be at least 0 and finite, got {damping}")
-        for name, number in (("cg_iterations", cg_iterations), ("backtracks", backtracks)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        check_count(cg_iterations=cg_iterations, backtracks=backtracks)
         if not 0 < shrink < 1:
             raise ValueError(f"shrink must be in (0, 1), got {shrink}")
         check_feed_forward(self, policy, value)

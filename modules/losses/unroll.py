@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from offtrace.modules import host
 from offtrace.modules.estimators.base import Outcome, zero_invalid
 from offtrace.modules.keys import ACTION_MASK, ACTION_VALUE, FINALS, IS_INIT, LOGITS, NEXT
-from offtrace.modules.losses.steps import entry, read_outcome
+from offtrace.modules.losses.steps import entry, read_action, read_outcome
 from offtrace.modules.losses.views import recurrent_keys
 
 if TYPE_CHECKING:
@@ -216,13 +216,16 @@ def evaluate_rollout(
     output = policy.get_dist_params(unroll.inputs)
     params = {key: unroll.steps(output.get(key)) for key in sampler.in_keys}
     dist = sampler.build_dist_from_params(TensorDict(params, shape))
-    action = zero_invalid(entry(loss, tensordict, names.action), valid)
+    action = entry(loss, tensordict, names.action).detach()
     if action.shape != (expected := dist.batch_shape + dist.event_shape):
         raise ValueError(f"{names.action!r} must be {list(expected)}, got {list(action.shape)}")
+    if LOGITS in params and not dist.event_shape:
+        action = read_action(loss, tensordict, tuple(shape), discrete=True)
+    action = zero_invalid(action, valid)
     log_pi = dist.log_prob(action)
     log_rho = None
     if log_mu is not None:
-        log_rho = zero_invalid(log_pi.detach() - log_mu, valid).to(log_pi.dtype)
+        log_rho = zero_invalid(log_pi.detach() - log_mu.detach(), valid).to(log_pi.dtype)
     return EvaluatedPolicy(outcome, action, unroll, output, params, dist, log_pi, log_rho)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -251,7 +252,7 @@ def n_step_return(
     Source: Sutton 1988; Watkins 1989.
     """
     check({"reward": reward, "next_value": next_value}, {"terminated": terminated, "done": done, "valid": valid})
-    if not isinstance(n, int) or n < 1:
+    if not isinstance(n, Integral) or n < 1:
         raise ValueError(f"n must be at least 1, and whole, got {n!r}")
     number, discounts = discount(gamma, reward)
     dtype = reward.dtype

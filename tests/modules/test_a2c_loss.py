@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
     for options, message in (
         ({"reduction": "none"}, "reduction must be 'sum' or 'mean', got 'none'"),
         ({"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
-        ({"reward_clip": 0.0}, "reward_clip must be positive or None, got 0.0"),
+        ({"reward_clip": 0.0}, "reward_clip must be positive and finite, or None, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
             A2CLoss(make(), **options)

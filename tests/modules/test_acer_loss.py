@@ -461,7 +461,7 @@ def test_the_average_policy_is_computed_at_the_steps(recurrent: int | None) -> N
     ("options", "words"),
     [
         ({"clip": 0.0}, "clip must be positive; inf never clips, got 0"),
-        ({"delta": -1.0}, "delta must be positive or None, got -1"),
+        ({"delta": -1.0}, "delta must be positive and finite, or None, got -1"),
         ({"gamma": 1.5}, r"gamma must be in \[0, 1\]"),
         ({"estimator": "n_step(n=3)"}, "learns from every step of a rollout"),
     ],

@@ -463,7 +463,7 @@ def test_rewards_are_clipped_before_they_are_scaled() -> None:
     found = dqn(reward_clip=0.7)(td)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, equal_nan=True)
-    with pytest.raises(ValueError, match=r"reward_clip must be positive or None, got 0"):
+    with pytest.raises(ValueError, match=r"reward_clip must be positive and finite, or None, got 0"):
         dqn(reward_clip=0)
 
 

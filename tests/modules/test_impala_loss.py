@@ -443,7 +443,7 @@ def test_bf16_autocast_gives_float32_losses_close_to_exact(recurrent: int | None
         ({"gamma": 1.5}, "gamma"),
         ({"estimator": "vtrace(leak=-0.1)"}, "leak must be in"),
         ({"reward_clip": 0.0}, "reward_clip"),
-        ({"policy_clip": -1.0}, "policy_clip must be positive or None, got -1.0"),
+        ({"policy_clip": -1.0}, "policy_clip must be positive and finite, or None, got -1.0"),
         ({"estimator": "vtrace(pg_rho_clip=0)"}, "pg_rho_clip must be above 0, got 0"),
         ({"estimator": "one_step(rho_clip=2)"}, "'one_step' has no option 'rho_clip', .*; did you mean pg_rho_clip"),
         ({"estimator": "gae(pg_rho_clip=2)"}, "estimator 'gae' has no option 'pg_rho_clip', its options are 'lmbda'$"),

@@ -427,8 +427,8 @@ def test_without_an_index_all_rows_are_fresh() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_kl": 0.0}, "max_kl must be positive or None, got 0.0"),
-        ({"max_kl": -1.0}, "max_kl must be positive or None, got -1.0"),
+        ({"max_kl": 0.0}, "max_kl must be positive and finite, or None, got 0.0"),
+        ({"max_kl": -1.0}, "max_kl must be positive and finite, or None, got -1.0"),
         ({"max_kl": 0.1, "estimator": "gae"}, "max_kl is 0.1; it needs an estimator that truncates ratios, and GAE as"),
         (
             {"max_kl": 0.1, "estimator": "one_step"},

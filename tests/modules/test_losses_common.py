@@ -15,6 +15,7 @@ from torchrl.modules import TanhNormal as RLTanhNormal
 from offtrace.modules.estimators import VTrace
 from offtrace.modules.losses import A2CLoss, ACERLoss, ImpalaLoss, PPOLoss, TRPOLoss
 from offtrace.modules.losses.base import Loss
+from offtrace.modules.losses.policy_gradient import trust_region
 from offtrace.modules.losses.vmpo import VMPOLoss
 from offtrace.modules.networks import critics, encoders, ensembles
 from offtrace.modules.networks.distributions import TanhNormal
@@ -102,6 +103,76 @@ def test_entries_elsewhere_and_masks_of_another_kind_are_named(case: Case) -> No
             loss(td.clone().set("valid", mask))
     with pytest.raises(ValueError, match=r"the batch is empty, \[0"):
         loss(td[:0])
+
+
+def gradients(loss: Loss, td: TensorDictBase, *inputs: Tensor) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+    """Of the sum of the terms: by the parameters, and by ``inputs``."""
+    torch.manual_seed(0)
+    if isinstance(loss, PPOLoss):
+        loss.prepare(td)
+    out = loss(td)
+    total = torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum()
+    parameters = [p for p in loss.parameters() if p.requires_grad]
+    found = torch.autograd.grad(total, [*parameters, *inputs], allow_unused=True)
+    own = [torch.zeros_like(p) if x is None else x for p, x in zip(parameters, found, strict=False)]
+    return own, found[len(parameters) :]
+
+
+def test_a_batch_that_was_acted_with_gradients_is_learnt_from_alike(case: Case) -> None:
+    """No gradient goes into what the behaviour policy wrote, whose graph may lead to the same weights."""
+    loss, td = case
+    expected, _ = gradients(loss, td.clone())
+    names = {"action", "action_log_prob", "logits", "loc", "scale", "pre_tanh"}
+    keys = [key for key in loss.in_keys if key in names and td[key].is_floating_point()]
+    acted = td.clone()
+    for key in keys:
+        acted[key] = td[key].clone().requires_grad_()
+    found, into = gradients(loss, acted, *(acted[key] for key in keys))
+    assert dict(zip(keys, into, strict=True)) == dict.fromkeys(keys)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_actions_are_integers_of_any_kind(case: Case) -> None:
+    loss, td = case
+    if td["action"].is_floating_point():
+        return
+    expected, _ = gradients(loss, td.clone())
+    for dtype in (torch.uint8, torch.int32):
+        found, _ = gradients(loss, td.clone().set("action", td["action"].to(dtype)))
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    with pytest.raises(TypeError, match=r"needs discrete actions, as integers; 'action' is torch.float32"):
+        gradients(loss, td.clone().set("action", td["action"].float()))
+
+
+@pytest.mark.parametrize("clip", [1.0, 7.0])
+def test_no_ratio_is_below_a_clip_of_one(clip: float) -> None:
+    log_rho = torch.tensor([-300.0, -30.0, 0.0, 30.0])
+    kept, outside = trust_region(torch.full((4,), -2.0), log_rho, clip)
+    assert (kept == -2).all()
+    assert not outside.any()
+    _, outside = trust_region(torch.full((4,), 2.0), log_rho, clip)
+    assert outside.tolist() == [0, 0, 0, 1]
+
+
+def test_weights_of_steps_that_do_not_count_have_no_effect(case: Case) -> None:
+    loss, td = case
+    if not hasattr(loss.tensor_keys, "weight"):
+        return
+    shape = td.batch_size
+    valid = torch.ones(*shape, 1, dtype=torch.bool)
+    valid[0] = False
+    weight = torch.linspace(0.2, 0.9, shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+    td = td.clone().set("valid", valid)
+    expected, _ = gradients(loss, td.clone().set("weight", weight))
+    assert any(x.any() for x in expected)
+    for odd in (1e6, math.nan):
+        weight[0] = odd
+        found, _ = gradients(loss, td.clone().set("weight", weight))
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
+    found, _ = gradients(loss, td.clone().set("weight", torch.zeros(shape)))
+    assert all(x.isfinite().all() for x in found)
 
 
 def test_rewards_and_log_probabilities_of_another_precision_are_converted(case: Case) -> None:

@@ -287,7 +287,9 @@ def test_ratios_that_overflow_leave_no_nan() -> None:
 def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
     for options, message in (
         ({"clip_epsilon": 0.0}, r"clip_epsilon must be in \(0, 1\), got 0.0"),
-        ({"value_clip": -1.0}, "value_clip must be positive or None, got -1.0"),
+        ({"value_clip": -1.0}, "value_clip must be positive and finite, or None, got -1.0"),
+        ({"value_clip": float("inf")}, "value_clip must be positive and finite, or None, got inf"),
+        ({"gamma": "0.9"}, r"gamma must be in \[0, 1\], got '0.9'"),
         ({"estimator": "retrace"}, "estimator 'retrace' is of action values, and one of state values is needed"),
         ({"estimator": "gae(lmbda=2)"}, r"lmbda must be in \[0, 1\], got 2"),
     ):
