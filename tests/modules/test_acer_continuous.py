@@ -296,7 +296,7 @@ def test_networks_that_do_not_fit_are_refused() -> None:
         policy = build_policy(observation_shape=[FEATURES], action_dim=DIM, head=head, critic=None)
         with pytest.raises(ValueError, match="needs a policy that writes 'loc' and 'scale' of a diagonal normal"):
             ContinuousACERLoss(policy, value, advantage)
-    with pytest.raises(ValueError, match="num_samples must be 1 or more"):
+    with pytest.raises(ValueError, match="num_samples must be an int of 1 or more"):
         ContinuousACERLoss(*networks(), num_samples=0)
     two = build_critic(observation_shape=[FEATURES], action_dim=DIM, hidden=[8], critics=2)
     atoms = build_critic(observation_shape=[FEATURES], action_dim=DIM, hidden=[8], atoms=5)

@@ -617,7 +617,7 @@ def test_set_keys_and_the_masks_of_torchrl() -> None:
         ({"policy_states": "all"}, "policy_states must be 'next' or 'root'"),
         ({"reduction": "none"}, "reduction must be"),
         ({"epsilon_mean": 0.0}, "epsilon_mean must be positive"),
-        ({"num_samples": 0}, "num_samples must be 1 or more"),
+        ({"num_samples": 0}, "num_samples must be an int of 1 or more"),
         ({"estimator": "n_step(n=0)"}, "n must be 1 or more"),
         ({"gamma": 1.1}, "gamma must be in"),
         ({"action_bounds": (1.0, -1.0)}, "low < high"),
