@@ -74,7 +74,6 @@ class ACERNetworkConfig(FeedForwardConfig):
     """Continuous actions only: widths of the value's and the advantage's layers."""
     init_scale: float | None = None
     """Continuous actions only: their standard deviation at the start; null: 0.3."""
-
     critics = 1  # no field, and so no flag
 
     def check(self, at: str) -> None:
@@ -186,9 +185,10 @@ def pendulum_config() -> ACERConfig:
 
 
 def atari_config() -> ACERConfig:
-    """Pong on a small machine: 16 games, 5,000 steps of each in the replay; normalised advantages, Adam."""
-    config = ACERConfig(loss=LossConfig("retrace(lmbda=0.95)", entropy_coef=0.01, normalize_advantage=True))
-    config.loss.reward_clip, config.optim.lr, config.train.total_frames = 1.0, 4e-4, 10_000_000
+    """Pong on a small machine: 5,000 steps of each of 16 games in the replay; Adam. A trust region costs it frames."""
+    config = ACERConfig(loss=LossConfig(value_coef=2.5, entropy_coef=0.01, delta=None, normalize_advantage=True))
+    config.loss.estimator, config.loss.reward_clip, config.optim.lr = "retrace(lmbda=0.95)", 1.0, 4e-4
+    config.train.total_frames = 10_000_000
     return config
 
 
