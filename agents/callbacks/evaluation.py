@@ -29,7 +29,7 @@ class Evaluation(pl.Callback):
 
     Attributes:
         scores: ``(frames, mean score)`` of every evaluation, kept across a resume; of one number of frames two, where
-            the weights have changed in between.
+            a run ended before its last frame and the weights had changed in between.
         last: the newest result of this process; None before the first.
         seconds: spent evaluating.
     """
@@ -63,10 +63,11 @@ class Evaluation(pl.Callback):
         self._next = (agent.frames // self.every + 1) * self.every
 
     def on_train_batch_end(self, trainer: pl.Trainer, agent: Agent, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Evaluates when it is time."""
+        """Evaluates when it is time; behind the last frames, of which updates may be left, it is the final one's."""
         if agent.frames >= self._next:
             self._next = (agent.frames // self.every + 1) * self.every
-            self._run(trainer, agent)
+            if not (self.final and agent.frames >= agent.total_frames):
+                self._run(trainer, agent)
 
     def on_train_end(self, trainer: pl.Trainer, agent: Agent) -> None:
         """The final score, unless that of these weights was just measured or the run was stopped."""

@@ -33,8 +33,10 @@ def trainer(**more: Any) -> Any:
     )
 
 
-def agent(frames: int = 0, updates: int = 0) -> Any:
-    return SimpleNamespace(frames=frames, updates=updates, policy=nn.Linear(1, 1), device=torch.device("cpu"))
+def agent(frames: int = 0, updates: int = 0, total_frames: int = 1000) -> Any:
+    return SimpleNamespace(
+        frames=frames, updates=updates, total_frames=total_frames, policy=nn.Linear(1, 1), device=torch.device("cpu")
+    )
 
 
 def play(scores: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +61,7 @@ def test_one_evaluation_where_several_are_due_at_once(monkeypatch: pytest.Monkey
 
 
 def test_the_final_score_is_that_of_the_last_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replayed batches are learnt from behind the last frame, and once more where that had its evaluation already."""
+    """A run that ends before its time may have learnt from replayed batches behind its last evaluation."""
     play([1.0, 2.0], monkeypatch)
     evaluation, ours, its = Evaluation(lambda: None, every=100, episodes=1), trainer(), agent()  # type: ignore[arg-type, return-value]
     evaluation.on_train_start(ours, its)
@@ -74,6 +76,23 @@ def test_the_final_score_is_that_of_the_last_weights(monkeypatch: pytest.MonkeyP
     again.load_state_dict(evaluation.state_dict())
     again.on_train_end(ours, its)  # nor after a resume
     assert again.scores == evaluation.scores
+
+
+def test_behind_the_last_frame_there_is_one_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replayed batches are learnt from behind it."""
+    play([1.0, 2.0], monkeypatch)
+    evaluation, ours, its = Evaluation(lambda: None, every=100, episodes=1), trainer(), agent(total_frames=200)  # type: ignore[arg-type, return-value]
+    evaluation.on_train_start(ours, its)
+    for its.frames, its.updates in ((100, 8), (200, 16), (200, 24)):
+        evaluation.on_train_batch_end(ours, its, None, None, 0)
+    assert evaluation.scores == [(100, 1.0)]
+    evaluation.on_train_end(ours, its)
+    assert evaluation.scores == [(100, 1.0), (200, 2.0)]
+    alone = Evaluation(lambda: None, every=100, episodes=1, final=False)  # type: ignore[arg-type, return-value]
+    alone.on_train_start(ours, agent())
+    play([3.0], monkeypatch)
+    alone.on_train_batch_end(ours, its, None, None, 0)
+    assert alone.scores == [(200, 3.0)]
 
 
 def test_an_evaluation_leaves_every_generator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
