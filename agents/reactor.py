@@ -165,11 +165,10 @@ def make_reactor(config: ReactorConfig) -> tuple[Agent, ReplayData]:
 
 
 def control_config() -> ReactorConfig:
-    """CartPole, without LSTMs: sequences of 16 steps, returns up to 100."""
+    """CartPole, without LSTMs. With the paper's clip of 1 two of three seeds end below 500."""
     config = ReactorConfig(env=EnvConfig(task="CartPole-v1", num_envs=4))
     config.network = ReactorNetworkConfig(recurrent=0, hidden=[128, 128], activation="relu", v_max=100.0)
-    config.loss.clip = 10.0  # with 1, the paper's, two of three seeds end below 500
-    config.replay.capacity, config.replay.min_size = 50_000, 1_000
+    config.loss.clip, config.replay.capacity, config.replay.min_size = 10.0, 50_000, 1_000
     config.replay.length, config.replay.batch_size, config.replay.samples_per_insert = 16, 16 * 16, 32.0
     config.optim.lr, config.optim.target_every, config.optim.schedule = 1e-3, 100, "linear"
     config.train = _train(50_000, 5_000)

@@ -184,7 +184,7 @@ def test_what_only_continuous_actions_have_is_refused() -> None:
             "network",
             "init_scale",
             1e-4,
-            r"network\.init_scale is 0\.0001; it must be from 0\.00674 to 7\.39",
+            r"network\.init_scale is 0\.0001; it must be from 0\.006738 to 7\.389",
         ),
         ("Pendulum-v1", "network", "init_scale", 10.0, r"network\.init_scale is 10\.0; it must be from .* or null"),
     ],
@@ -199,7 +199,7 @@ def test_what_would_be_ignored_is_refused(task: str, group: str, name: str, valu
 
 
 def test_a_scale_at_the_start_is_one_that_the_head_keeps() -> None:
-    with pytest.raises(ConfigError, match=r"network\.init_scale is 8\.0; it must be from 0\.00674 to 7\.39, where"):
+    with pytest.raises(ConfigError, match=r"network\.init_scale is 8\.0; it must be from 0\.006738 to 7\.389, where"):
         NetworkConfig(init_scale=8.0).check("network")
     for scale in NORMAL_SCALES:
         NetworkConfig(init_scale=scale).check("network")

@@ -125,7 +125,7 @@ def weights() -> dict[str, Any]:
             ["--loss.estimator=retrace", "--replay.length=20", "--replay.batch_size=40"],
             "batches of 2 sequences of 20 steps from 1 environment it must be at least 21",
         ),
-        (sac, ["--replay.samples_per_insert=0.001"], "more than the replay's 300; raise it to 0.0266667 at least"),
+        (sac, ["--replay.samples_per_insert=0.001"], "more than the replay's 300; raise it to 0.0267 at least"),
         (mpo, ["--replay.samples_per_insert=0.1"], "64 steps of each learner's actors; the first update comes after 9"),
         (mpo, ["--env.task=pong"], "total_frames is 64, 16 steps of each learner's actors; the first update comes af"),
         (mpo, [f"--env.task={OWN}:repeated"], "total_frames is 64, 16 steps of each learner's actors; the first upda"),

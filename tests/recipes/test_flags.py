@@ -153,7 +153,7 @@ def test_a_flag_as_a_key_of_a_file_is_told_where_it_goes(tmp_path: Path) -> None
         (
             "trpo",
             ["--network.init_scale", "50"],
-            "init_scale is 50.0; it must be from 0.006738 to 7.389, where",
+            "network.init_scale is 50.0; it must be from 0.006738 to 7.389",
         ),
     ],
 )
