@@ -185,7 +185,7 @@ def pendulum_config() -> ACERConfig:
 
 
 def atari_config() -> ACERConfig:
-    """Pong on a small machine: 5,000 steps of each of 16 games in the replay; Adam. A trust region costs it frames."""
+    """Pong on a small machine: 5,000 steps of each of 16 games in the replay; Adam, and no trust region."""
     config = ACERConfig(loss=LossConfig(value_coef=2.5, entropy_coef=0.01, delta=None, normalize_advantage=True))
     config.loss.estimator, config.loss.reward_clip, config.optim.lr = "retrace(lmbda=0.95)", 1.0, 4e-4
     config.train.total_frames = 10_000_000

@@ -3,7 +3,7 @@
 In the spirit of table 2 of Espeholt et al. 2018, arXiv 1802.01561, on tasks of seconds: the actors' weights are a fixed
 number of updates old, and a share of every batch comes from a replay of recent rollouts. Everything happens in order in
 one process per training: a rollout, an update, a push of old weights. The first five arms differ in their estimator
-alone, without trust region and normalised advantages, which would hide what a correction does. The other three are the
+alone, without trust region and normalised advantages, which would hide what a correction does. The next three are the
 policy updates of ACER, LASER and Reactor, trust regions included, with what all arms share: a feed-forward network,
 uniform replay, one update a rollout, the task's value_coef and entropy_coef. Not as published, besides: LASER's bound
 is a guess, and its replay the share of the study; Reactor's critic has plain values, its policy no uniform share and no

@@ -41,7 +41,7 @@ class AtariEnv(VectorEnv):
         max_frames: emulator frames of a game.
 
     Raises:
-        ValueError: on an unknown game or protocol.
+        ValueError: on an unknown game or protocol, a number below 1, or a seed that an emulator cannot take.
     """
 
     def __init__(

@@ -102,9 +102,9 @@ class NeighbourTree:
             np.cumsum(counted, 1, out=sums[:, 1:])
             mass = np.minimum(mass, np.nextafter(sums[:, -1], 0.0))
             child = (sums[:, 1:] > mass[:, None]).argmax(1)  # the first
-            mass = mass - sums[rows, child]
             node = node * _FAN + child
             if level:
+                mass = mass - sums[rows, child]
                 own = self._levels[level - 1].mean.reshape(-1)[node]
                 mean = np.where(own < 0, mean, own)
         return node, weights[rows, child]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offtrace.modules.envs import env_info, make_env
 from offtrace.modules.replay import Replay
+from offtrace.modules.replay.frames import check_shifted
 from offtrace.modules.replay.rings import STEP, Rings
 
 SIDE = (2, 2)
@@ -380,3 +381,13 @@ def test_what_is_no_stack_is_refused() -> None:
         Replay(10, num_envs=2, batch_size=8, frame_stack=3).extend(Stream(2).rollout(9))
     with pytest.raises(ValueError, match=r"lacks 'observation', at its root or under 'next'"):
         Replay(60, num_envs=2, batch_size=8, frame_stack=3).extend(Stream(2).rollout(9).exclude("observation"))
+
+
+def test_stacks_of_bfloat16_are_compared_too() -> None:
+    frames = torch.arange(5.0).view(1, 5, 1, 1, 1).to(torch.bfloat16)
+    stacks = torch.cat([frames[:, :-1], frames[:, 1:]], 2)  # of two frames each
+    entries = {("observation",): stacks[:, :-1], ("next", "observation"): stacks[:, 1:]}
+    valid, joined = np.ones((1, 3), bool), np.ones((1, 2), bool)
+    check_shifted(entries, 2, valid, joined)
+    with pytest.raises(ValueError, match="from step 0 of environment 0 to the next the observation does not"):
+        check_shifted({key: x.flip(2) for key, x in entries.items()}, 2, valid, joined)

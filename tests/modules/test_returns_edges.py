@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from offtrace.modules.estimators import NStepReturn
 from offtrace.modules.returns import (
     distributional_return,
     effective_sample_size,
@@ -199,3 +200,11 @@ def test_what_is_no_number_is_named() -> None:
             function(log_rho=torch.zeros(3, dtype=torch.int64))
         with pytest.raises(TypeError, match="lmbda must be a number, got NoneType"):
             function(log_rho=x["reward"], lmbda=None)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_whole_too() -> None:
+    x = {"reward": torch.arange(4.0), "next_value": torch.ones(4)}
+    ends = {"terminated": torch.zeros(4, dtype=torch.bool), "done": torch.zeros(4, dtype=torch.bool)}
+    expected = n_step_return(**x, **ends, gamma=0.9, n=2)
+    assert torch.equal(n_step_return(**x, **ends, gamma=0.9, n=np.int64(2)), expected)  # type: ignore[arg-type]
+    assert NStepReturn(gamma=0.9, n=np.int64(2)).n == 2  # type: ignore[arg-type]
