@@ -17,6 +17,8 @@ from offtrace.modules.networks.distributions import product
 MIN_RAW = -18.0
 """Raw multipliers are kept at or above this, where softplus is 1.5e-8 and still has a gradient."""
 _MIN_MULTIPLIER = 1e-8
+_SMALLEST = 2e-8
+"""What a multiplier may start at; softplus(MIN_RAW) is a little below."""
 
 
 class EStep(NamedTuple):
@@ -191,10 +193,15 @@ class Multiplier(nn.Module):
         return F.softplus(self.raw) + _MIN_MULTIPLIER
 
     @classmethod
-    def at(cls, value: float, size: int = 1) -> Multiplier:
-        """The multiplier that starts at ``value`` itself."""
-        raw = value + math.log(-math.expm1(-value)) if value > 0 else -math.inf
-        return cls(raw, size)
+    def at(cls, value: float, size: int = 1, *, name: str = "a multiplier") -> Multiplier:
+        """The multiplier that starts at ``value`` itself.
+
+        Raises:
+            ValueError: ``value``, which ``name`` names, is too small or not finite.
+        """
+        if not _SMALLEST <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be at least {_SMALLEST} and finite")
+        return cls(value + math.log(-math.expm1(-value)), size)
 
 
 class KLPenalty(NamedTuple):

@@ -109,8 +109,8 @@ class VMPOLoss(Loss):
         self.epsilon, self.bounds, self.top_fraction = epsilon, bounds, top_fraction
         self.value_coef, self.reduction = value_coef, reduction
         self._sums: Tensor | None = None
-        self.temperature = m.Multiplier.at(temperature)
-        self.alphas = nn.ModuleDict({name: m.Multiplier.at(alpha) for name in bounds})
+        self.temperature = m.Multiplier.at(temperature, name="temperature")
+        self.alphas = nn.ModuleDict({name: m.Multiplier.at(alpha, name="alpha") for name in bounds})
         self.bind_networks()
         suffixes = ["" if name == "kl" else f"_{name}" for name in bounds]
         parts = [f"{name}{suffix}" for name in ("alpha", "kl") for suffix in suffixes]

@@ -105,6 +105,7 @@ class PolicyNetwork(ObservationNetwork):
 
         Raises:
             KeyError: when an entry is missing, by its name.
+            TypeError, ValueError: when the mask of legal actions is not bool, or one of another number of actions.
         """
         params, values, state = self.compute(tensordict)
         self.write(tensordict, params, values, state)
@@ -216,7 +217,7 @@ class PolicyNetwork(ObservationNetwork):
 
     def _features(self, states: States | TensorDictBase, dims: int) -> _Encoded:
         features = self.encode(self.observation(states, dims))
-        mask = states[ACTION_MASK] if self._masked else None
+        mask = _checked_mask(states[ACTION_MASK], self.head.num_actions) if self._masked else None
         features, exact = for_heads(features, *(head for head in (self.head, self.value_head) if head is not None))
         return _Encoded(features, mask, exact)
 
@@ -284,3 +285,11 @@ class PolicyNetwork(ObservationNetwork):
                 )
             h = c = features.new_zeros(*tensordict.batch_size, core.hidden_size)
         return h.reshape(-1, h.shape[-1]), c.reshape(-1, c.shape[-1])
+
+
+def _checked_mask(mask: Tensor, num_actions: int | None) -> Tensor:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{ACTION_MASK!r} must be a bool tensor, True where an action is legal, got {mask.dtype}")
+    if num_actions is not None and mask.shape[-1] != num_actions:
+        raise ValueError(f"{ACTION_MASK!r} is {list(mask.shape)}; its last size must be the {num_actions} actions")
+    return mask

@@ -11,20 +11,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from offtrace.modules.keys import (
-    DONE,
-    FINALS,
-    INDEX,
-    IS_INIT,
-    NEXT,
-    OBSERVATION,
-    TERMINATED,
-    TRUNCATED,
-    VALID,
-    WEIGHT,
-    WORKER,
-)
-from offtrace.modules.replay.entries import Key, check, choose, entries_of, nested
+from offtrace.modules.keys import INDEX, IS_INIT, NEXT, OBSERVATION, WEIGHT, WORKER
+from offtrace.modules.replay.batches import Batches
+from offtrace.modules.replay.entries import Key, check, choose, entries_of, flags_of
 from offtrace.modules.replay.files import DamagedReplay, read_folder, write_folder
 from offtrace.modules.replay.frames import STACK, check_shifted, newest_only
 from offtrace.modules.replay.rings import Rings, joined
@@ -137,25 +126,29 @@ class Replay:
         self.capacity, self.num_envs, self.num_workers = capacity, num_envs, num_workers
         self.batch_size, self.length, self.pad = batch_size, length, pad and length > 1
         self.overlap = overlap
-        self.device, self.frame_stack = torch.device(device), frame_stack
+        self.frame_stack = frame_stack
         self.inserted = self.sampled = self.dropped = 0
-        self._storage = Storage(rings * size, storage, path, self.device)
+        self._storage = Storage(rings * size, storage, path, torch.device(device))
         self.sampler: Sampler = Uniform() if sampler is None else sampler
         self._rings = Rings(
             rings, size, length, self.sampler, pad=self.pad, stride=1 if overlap else length, older=frame_stack - 1,
             before=self.burn_in, episodes=whole_episodes,
         )  # fmt: skip
+        self._batches = Batches(self._storage, self._rings, frame_stack)
         self.sampler.bind(self._rings.sampled_slots)
         self._begun = np.zeros(0, np.int64)  # with whole_episodes, the items with which the newest rows began
         self._generator = torch.Generator().manual_seed(seed)
         self._inserting = False
-        self._state: list[Key] = []  # entries of which a step has a successor
-        self._has_init = False
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Steps that are stored."""
         return self._rings.held
+
+    @property
+    def device(self) -> torch.device:
+        """Where samples come from."""
+        return self._storage.device
 
     @property
     def num_starts(self) -> int:
@@ -200,15 +193,15 @@ class Replay:
         with self._lock:
             self._check_whole()
             entries = whole = entries_of(rollout)
-            flags = _flags(entries, *rollout.shape)
+            flags = flags_of(entries, *rollout.shape)
             if self.frame_stack > 1:
                 entries = newest_only(whole, self.frame_stack)
                 check_shifted(whole, self.frame_stack, flags["valid"], joined(**flags))
             if not self._storage.leaves:
-                self._state, layout = choose(entries)
+                self._storage.state, layout = choose(entries)
                 self._storage.allocate(layout)
-            check(entries, self._state, self._storage.leaves)
-            self._has_init |= (IS_INIT,) in entries
+            check(entries, self._storage.state, self._storage.leaves)
+            self._storage.has_init |= (IS_INIT,) in entries
             self._inserting = True  # stays so where a signal's exception breaks in: the books are ahead of the data
             number = self._insert(entries, whole, flags, worker)
             self._inserting = False
@@ -237,10 +230,12 @@ class Replay:
             items = self._rings.items(slots)
             if self.whole_episodes:
                 self._begun = items
-            found = {INDEX: self._tensor(items)}
+            found = {INDEX: self._storage.tensor(items)}
             if weight is not None:
-                found[WEIGHT] = self._tensor(weight)
-            return self._transitions(slots, found) if self.length == 1 else self._sequences(slots, found)
+                found[WEIGHT] = self._storage.tensor(weight)
+            return (
+                self._batches.transitions(slots, found) if self.length == 1 else self._batches.sequences(slots, found)
+            )
 
     def renew(self, batch: TensorDictBase) -> None:
         """Stores the state of the newest batch's first steps again, but for the observation: what was computed anew.
@@ -267,8 +262,8 @@ class Replay:
                     "returned last, its rows in their order"
                 )
             slots, there = self._rings.slots_of(self._begun)
-            index, rows = self._tensor(slots[there]), self._tensor(there.nonzero()[0])
-            for key in self._state:
+            index, rows = self._storage.tensor(slots[there]), self._storage.tensor(there.nonzero()[0])
+            for key in self._storage.state:
                 if key[0] != OBSERVATION:
                     first = batch[key][:, 0].detach().to(self.device)
                     self._storage.leaves[key].index_copy_(0, index, first[rows])
@@ -338,8 +333,8 @@ class Replay:
                     **{name: getattr(self, name) for name in ("inserted", "sampled", "dropped")},
                     "held": rings.held,
                     "longest": rings.longest,
-                    "state": self._state,
-                    "has_init": self._has_init,
+                    "state": self._storage.state,
+                    "has_init": self._storage.has_init,
                     "sampler_numbers": numbers,
                 },
             )
@@ -360,8 +355,8 @@ class Replay:
                     )
             self._storage.allocate(folder.leaves())
             rings, books, facts = self._rings, folder.books, folder.facts
-            self._state = [tuple(key) for key in facts["state"]]
-            self._has_init = bool(facts["has_init"])
+            self._storage.state = [tuple(key) for key in facts["state"]]
+            self._storage.has_init = bool(facts["has_init"])
             folder.fill(self._storage.by_ring(rings.number))
             rings.flags[:] = books["flags"]
             rings.written[:], rings.open[:], rings.run[:] = books["written"], books["open"], books["run"]
@@ -407,89 +402,30 @@ class Replay:
             self._inserting = False
             raise
         every = len(plan.step_rows) == envs * steps
-        rows, slots, final_rows, final_slots = map(self._tensor, plan[:4])
+        rows, slots, final_rows, final_slots = map(self._storage.tensor, plan[:4])
         for key, leaf in self._storage.leaves.items():
             data = entries[key].flatten(0, 1).to(self.device)
             leaf.index_copy_(0, slots, data if every else data.index_select(0, rows))
-        for key in self._state if len(plan.final_slots) else ():
+        for key in self._storage.state if len(plan.final_slots) else ():
             data = entries[(NEXT, *key)].flatten(0, 1)
             self._storage.leaves[key].index_copy_(0, final_slots, data.to(self.device).index_select(0, final_rows))
         if plan.older_slots.size:
             leaf = self._storage.leaves[STACK]
-            stacks = whole[STACK].flatten(0, 1).to(self.device).index_select(0, self._tensor(plan.first_rows))
+            stacks = whole[STACK].flatten(0, 1).to(self.device).index_select(0, self._storage.tensor(plan.first_rows))
             frames = stacks.view(len(stacks), self.frame_stack, *leaf.shape[1:])[:, :-1]
-            leaf.index_copy_(0, self._tensor(plan.older_slots.ravel()), frames.flatten(0, 1))
+            leaf.index_copy_(0, self._storage.tensor(plan.older_slots.ravel()), frames.flatten(0, 1))
         self.inserted += len(plan.step_rows)
         self.dropped += envs * steps - len(plan.step_rows)
         return len(plan.step_rows)
 
     def _same_state(self, whole: dict[Key, Tensor], rings: slice, envs: int) -> np.ndarray:
-        slots = self._tensor(self._rings.provisional(rings))
+        slots = self._storage.tensor(self._rings.provisional(rings))
         same = np.ones(envs, bool)
-        for key in self._state:
+        for key in self._storage.state:
             if key[0] == OBSERVATION:
-                stored, first = self._take(key, slots), whole[key][:, 0].to(self.device)
+                stored, first = self._batches.take(key, slots), whole[key][:, 0].to(self.device)
                 same &= (stored == first).reshape(envs, -1).all(1).cpu().numpy()
         return same
-
-    def _take(self, key: Key, slots: Tensor) -> Tensor:
-        """What was inserted into ``slots`` ``[B]``, ``[B, ...]``; stacks of frames are whole again."""
-        leaf = self._storage.leaves[key]
-        if self.frame_stack == 1 or key != STACK:
-            return leaf.index_select(0, slots)
-        frames = leaf.index_select(0, self._rings.stacks(slots).flatten())
-        return frames.view(len(slots), self.frame_stack * leaf.shape[1], *leaf.shape[2:])
-
-    def _transitions(self, slots: np.ndarray, named: dict[str, Tensor]) -> TensorDict:
-        index, next_index = self._tensor(slots), self._tensor(self._rings.successors(slots))
-        found = {key: self._take(key, index) for key in self._storage.leaves}
-        successors = {key: self._take(key, next_index) for key in self._state}
-        return self._assemble(found, successors, named, self._rings.ends(slots))
-
-    def _sequences(self, slots: np.ndarray, named: dict[str, Tensor]) -> TensorDict:
-        states, steps, valid = self._rings.windows(slots)
-        index, both = self._tensor(steps.ravel()), self._tensor(states.ravel())
-        shape = steps.shape
-        found, successors = {}, {}
-        for key, leaf in self._storage.leaves.items():
-            if key not in self._state:
-                found[key] = leaf.index_select(0, index).view(*shape, *leaf.shape[1:])
-        for key in self._state:
-            window = self._take(key, both)
-            window = window.view(shape[0], shape[1] + 1, *window.shape[1:])
-            found[key], successors[key] = window[:, :-1], window[:, 1:]
-        named = {name: value.unsqueeze(1).expand(shape) for name, value in named.items()}
-        ends = self._rings.ends(steps)
-        room = 0
-        if valid is not None:
-            named[VALID] = self._tensor(valid).unsqueeze(-1)
-            terminated, truncated = ends[:2]
-            # a sequence never crosses episodes, so that an end within it has padding behind
-            room = int((truncated & ~terminated & valid)[:, :-1].any())
-        named[FINALS] = torch.empty(*shape, room, 0, device=self.device)
-        return self._assemble(found, successors, named, ends)
-
-    def _assemble(
-        self, found: dict[Key, Tensor], successors: dict[Key, Tensor], named: dict[str, Tensor], ends: np.ndarray
-    ) -> TensorDict:
-        shape = ends.shape[1:]
-        root = nested({key: value for key, value in found.items() if key[0] != NEXT})
-        successors.update({key[1:]: value for key, value in found.items() if key[0] == NEXT})  # rewards and the like
-        next_entries = nested(successors)
-        flags = self._tensor(ends).unsqueeze(-1)
-        next_entries[TERMINATED], next_entries[TRUNCATED], next_entries[DONE], init = flags.unbind()
-        if self._has_init:
-            # padding repeats a step, which may be an episode's first; a state that is reset there would be lost
-            root[IS_INIT] = init & named[VALID] if VALID in named else init
-        # as a dict it would be gone through twice
-        root[NEXT] = TensorDict(next_entries, shape, device=self.device)
-        return TensorDict({**root, **named}, shape, device=self.device)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cpu":  # where a copy that does nothing costs, too
-            return tensor
-        return tensor.to(self.device, non_blocking=True)
 
     def _check_whole(self) -> None:
         if self._inserting:
@@ -529,20 +465,6 @@ def _check_recurrent(burn_in: int, whole_episodes: bool, length: int, size: int,
         )
     if whole_episodes and sampler is not None and sampler.prioritized:
         raise ValueError(f"whole_episodes is True, and the sampler is {sampler}; rows that go on have no priorities")
-
-
-def _flags(entries: dict[Key, Tensor], envs: int, steps: int) -> dict[str, np.ndarray]:
-    """The flags of a rollout, bool ``[N, T]`` each."""
-
-    def flag(*keys: Key) -> np.ndarray:
-        found = next((entries[key] for key in keys if key in entries), None)
-        return np.zeros((envs, steps), bool) if found is None else found.reshape(envs, steps).cpu().numpy()
-
-    terminated = flag((NEXT, TERMINATED))
-    truncated = flag((NEXT, TRUNCATED)) if (NEXT, TRUNCATED) in entries else flag((NEXT, DONE)) & ~terminated
-    given = (NEXT, VALID) in entries or (VALID,) in entries
-    valid = flag((NEXT, VALID), (VALID,)) if given else np.ones((envs, steps), bool)
-    return {"valid": valid, "terminated": terminated, "truncated": truncated, "init": flag((IS_INIT,))}
 
 
 def _of_each(value: Tensor, name: str, dtype: torch.dtype) -> np.ndarray:

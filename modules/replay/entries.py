@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -127,3 +128,17 @@ def _kept(key: Key, state: list[Key]) -> bool:
 
 def _say(key: Key) -> str:
     return repr(key[0] if len(key) == 1 else key)
+
+
+def flags_of(entries: dict[Key, Tensor], envs: int, steps: int) -> dict[str, np.ndarray]:
+    """The flags of a rollout, bool ``[N, T]`` each."""
+
+    def flag(*keys: Key) -> np.ndarray:
+        found = next((entries[key] for key in keys if key in entries), None)
+        return np.zeros((envs, steps), bool) if found is None else found.reshape(envs, steps).cpu().numpy()
+
+    terminated = flag((NEXT, TERMINATED))
+    truncated = flag((NEXT, TRUNCATED)) if (NEXT, TRUNCATED) in entries else flag((NEXT, DONE)) & ~terminated
+    given = (NEXT, VALID) in entries or (VALID,) in entries
+    valid = flag((NEXT, VALID), (VALID,)) if given else np.ones((envs, steps), bool)
+    return {"valid": valid, "terminated": terminated, "truncated": truncated, "init": flag((IS_INIT,))}

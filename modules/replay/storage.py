@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -32,6 +33,8 @@ class Storage:
 
     Attributes:
         leaves: the tensors; empty at first.
+        state: which of them are states, so that a step has one and its successor another.
+        has_init: whether what was inserted says where episodes start.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class Storage:
             raise ValueError(f"a 'memmap' storage lies on the CPU, got device {str(device)!r}")
         self.slots, self.kind, self.path, self.device = slots, kind, path, device
         self.leaves: dict[Key, Tensor] = {}
+        self.state: list[Key] = []
+        self.has_init = False
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -69,6 +74,13 @@ class Storage:
         # Plain views of the memory: a lookup through the subclass of memory-mapped tensors costs twice as much.
         found = entries_of(mapped)
         self.leaves = {key: found[key].as_subclass(Tensor) for key in layout}
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """``array`` on the device of the storage."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cpu":  # where a copy that does nothing costs, too
+            return tensor
+        return tensor.to(self.device, non_blocking=True)
 
     def by_ring(self, rings: int) -> dict[Key, Tensor]:
         """The tensors as ``[rings, slots / rings, ...]``."""

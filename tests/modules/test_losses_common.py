@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrl.modules import TanhNormal as RLTanhNormal
 
 from offtrace.modules.estimators import VTrace
-from offtrace.modules.losses import A2CLoss, ACERLoss, ImpalaLoss, PPOLoss, TRPOLoss
+from offtrace.modules.losses import A2CLoss, ACERLoss, ImpalaLoss, PPOLoss, QActorCriticLoss, TRPOLoss
 from offtrace.modules.losses.base import Loss
 from offtrace.modules.losses.policy_gradient import trust_region
 from offtrace.modules.losses.vmpo import VMPOLoss
@@ -156,16 +156,18 @@ def test_no_ratio_is_below_a_clip_of_one(clip: float) -> None:
 
 
 def test_weights_of_steps_that_do_not_count_have_no_effect(case: Case) -> None:
+    """Of losses of replayed steps those of others have one; losses of whole rollouts read none."""
     loss, td = case
-    if not hasattr(loss.tensor_keys, "weight"):
-        return
+    rollouts = isinstance(loss, ImpalaLoss | A2CLoss | PPOLoss | ACERLoss | QActorCriticLoss | TRPOLoss | VMPOLoss)
     shape = td.batch_size
     valid = torch.ones(*shape, 1, dtype=torch.bool)
     valid[0] = False
     weight = torch.linspace(0.2, 0.9, shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
     td = td.clone().set("valid", valid)
+    plain, _ = gradients(loss, td.clone())
     expected, _ = gradients(loss, td.clone().set("weight", weight))
     assert any(x.any() for x in expected)
+    assert rollouts == all(torch.equal(x, y) for x, y in zip(plain, expected, strict=True))
     for odd in (1e6, math.nan):
         weight[0] = odd
         found, _ = gradients(loss, td.clone().set("weight", weight))

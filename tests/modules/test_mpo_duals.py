@@ -206,5 +206,9 @@ def test_multiplier_is_softplus_of_a_parameter_that_stays_above_its_bound() -> N
     torch.testing.assert_close(dual.raw.grad, 2 * torch.sigmoid(dual.raw.detach()))
     for value in (1e-3, 1.0, 5.0, 40.0):
         assert m.Multiplier.at(value)().item() == pytest.approx(value, rel=1e-4)
+    m.Multiplier.at(2e-8)
+    for value in (1.9e-8, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"alpha is {value}; it must be at least 2e-08 and finite"):
+            m.Multiplier.at(value, name="alpha")
     with pytest.raises(ValueError, match="-18"):
         m.Multiplier(-19.0)

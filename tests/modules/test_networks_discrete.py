@@ -97,6 +97,20 @@ def test_greedy_policy_explores_as_often_as_it_says_and_acts_by_the_largest_valu
         assert (policy(td.clone())["action"] == best).all()
 
 
+@pytest.mark.parametrize("critic", ["v", "q"])
+def test_masks_of_another_kind_or_size_are_named(critic: str) -> None:
+    """Gymnasium's own masks are int8; as an index ~1 would be -2."""
+    policy = build_policy(
+        network="mlp", observation_shape=[FEATURES], num_actions=ACTIONS, masked=True, critic=critic, hidden=[8]
+    )
+    td = states(5)
+    policy(td.clone())
+    with pytest.raises(TypeError, match=r"'action_mask' must be a bool tensor, .* got torch.int8"):
+        policy(td.clone().set("action_mask", td["action_mask"].to(torch.int8)))
+    with pytest.raises(ValueError, match=rf"'action_mask' is \[5, 1\]; .* the {ACTIONS} actions"):
+        policy(td.clone().set("action_mask", td["action_mask"][:, :1]))
+
+
 @pytest.mark.parametrize("options", [{}, {"recurrent": 6, "last_step": False}, {"critic_options": {"atoms": 5}}])
 def test_a_masked_greedy_policy_takes_legal_actions_only(options: dict[str, Any]) -> None:
     policy = dqn(masked=True, head_options={"epsilon": 1.0}, **options)

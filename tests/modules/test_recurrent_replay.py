@@ -101,7 +101,7 @@ def test_a_sequence_begins_with_the_state_that_the_actor_had() -> None:
     """Once a step, and bit for bit; the network then says what it said while acting."""
     policy = make_policy()
     replay, known = filled(policy)
-    assert {(key,) for key in STATE} <= set(replay._state)
+    assert {(key,) for key in STATE} <= set(replay._storage.state)
     batch = replay.sample(64)
     for row in batch:
         expected = known.state(row["observation"][0])
@@ -290,7 +290,7 @@ def test_on_a_device_the_host_waits_neither_for_a_batch_nor_for_its_renewal() ->
     """Of the device meta nothing can be read."""
     replay, _ = filled(make_policy(), 40, whole_episodes=True)
     expected = replay.sample(ENVS)
-    replay.device = torch.device("meta")
+    replay._storage.device = torch.device("meta")
     replay._storage.leaves = {key: leaf.to("meta") for key, leaf in replay._storage.leaves.items()}
     batch = replay.sample(ENVS)
     assert {str(value.device) for value in batch.values(True, True)} == {"meta"}

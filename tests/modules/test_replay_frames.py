@@ -165,7 +165,7 @@ def run(replay: Replay, padding: str, *, longest: int = 16, wild: bool = True) -
         hand.extend(rollout, worker * replay.num_envs)
         wanted = hand.starts()
         assert len(replay) == hand.steps()
-        starts = replay._take(("observation",), torch.from_numpy(rings.starts))
+        starts = replay._batches.take(("observation",), torch.from_numpy(rings.starts))
         assert sorted(map(number, starts)) == sorted(wanted)
         if wanted:
             check_batch(replay.sample(24), hand, wanted)

@@ -414,6 +414,8 @@ def test_recurrent_policies_run() -> None:
         ({"top_fraction": 0.0}, r"top_fraction must be in \(0, 1\], got 0.0"),
         ({"epsilon_kl": -1.0}, "epsilon_kl must be positive"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": 1e-9}, "temperature is 1e-09; it must be at least 2e-08"),
+        ({"alpha": 1e-9}, "alpha is 1e-09; it must be at least 2e-08"),
         ({"value_coef": -1.0}, "value_coef must be at least 0 and finite, got -1.0"),
         ({"estimator": "gae(lmbda=2)"}, "lmbda must be in"),
         ({"reduction": "none"}, "reduction must be"),
