@@ -36,7 +36,15 @@ from offtrace.agents.runs.folders import RUNS
 from offtrace.modules.envs import EnvInfo, env_info
 from offtrace.modules.keys import OBSERVATION, VALID
 from offtrace.modules.losses import burn_in
-from offtrace.modules.networks import Critic, DiscreteCritic, StateValue, build_critic, build_value
+from offtrace.modules.networks import (
+    Critic,
+    DiscreteCritic,
+    Policy,
+    StateValue,
+    build_critic,
+    build_value,
+    share_normalizer,
+)
 from offtrace.modules.networks.normalise import of_all_ranks
 from offtrace.modules.replay import LazyPrioritized, Prioritized, Replay, Sampler, Uniform
 
@@ -113,8 +121,8 @@ def policy_spec(config: Config, info: EnvInfo, **more: Any) -> dict[str, Any]:
     return {"builder": "build_policy", "arguments": arguments}
 
 
-def critics_of(config: Config, info: EnvInfo, **more: Any) -> Critic | DiscreteCritic:
-    """The critics that the group ``network`` of ``config`` describes.
+def critics_of(config: Config, info: EnvInfo, policy: Policy, **more: Any) -> Critic | DiscreteCritic:
+    """The critics that the group ``network`` of ``config`` describes; they normalise observations as ``policy`` does.
 
     Raises:
         ConfigError: on distributions over the values of discrete actions.
@@ -127,16 +135,22 @@ def critics_of(config: Config, info: EnvInfo, **more: Any) -> Critic | DiscreteC
         )
     arguments = network_arguments(config, info)
     del arguments["masked"]
-    return build_critic(**arguments, hidden=network.critic_hidden, critics=network.critics, **more)
+    critics = build_critic(**arguments, hidden=network.critic_hidden, critics=network.critics, **more)
+    if arguments["normalize"]:
+        share_normalizer(policy.network, critics)
+    return critics
 
 
-def value_of(config: Config, info: EnvInfo) -> StateValue:
-    """A state value with a network of its own, of the critics' sizes."""
+def value_of(config: Config, info: EnvInfo, policy: Policy) -> StateValue:
+    """A state value with a network of its own, of the critics' sizes; it normalises observations as ``policy`` does."""
     network: Any = config.network
     arguments = network_arguments(config, info)
     for name in ("num_actions", "action_dim", "masked"):
         del arguments[name]
-    return build_value(**arguments, hidden=network.critic_hidden)
+    value = build_value(**arguments, hidden=network.critic_hidden)
+    if arguments["normalize"]:
+        share_normalizer(policy.network, value)
+    return value
 
 
 def loss_options(loss: type[LossModule], group: Any, *ignored: str) -> dict[str, Any]:

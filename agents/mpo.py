@@ -156,14 +156,12 @@ def make_mpo(config: MPOConfig) -> tuple[Agent, ReplayData]:
     from offtrace.agents.assemble import critics_of, group_optimizer, loss_options, read_task, replay_agent
     from offtrace.agents.targets import hard_update
     from offtrace.modules.losses import DiscreteMPOLoss, MPOLoss
-    from offtrace.modules.networks import build_policy, share_normalizer
+    from offtrace.modules.networks import build_policy
 
     info = read_task(config)
     spec = config.policy_spec(info)
     policy = build_policy(**spec["arguments"])
-    critic = critics_of(config, info, atoms=config.network.atoms, v_max=config.network.v_max)
-    if spec["arguments"]["normalize"]:
-        share_normalizer(policy.network, critic)
+    critic = critics_of(config, info, policy, atoms=config.network.atoms, v_max=config.network.v_max)
     priorities = config.replay.prioritized
     kind: Any = MPOLoss if info.num_actions is None else DiscreteMPOLoss
     loss = kind(policy, critic, **loss_options(kind, config.loss, "epsilon_policy"), priorities=priorities)

@@ -120,7 +120,7 @@ def make_sac(config: SACConfig) -> tuple[Agent, ReplayData]:
     from offtrace.agents.assemble import critics_of, group_optimizer, loss_options, read_task, replay_agent, value_of
     from offtrace.agents.targets import soft_update
     from offtrace.modules.losses import DiscreteSACLoss, SACLoss, SACv1Loss
-    from offtrace.modules.networks import build_policy, share_normalizer
+    from offtrace.modules.networks import build_policy
 
     old = config.loss.version == 1
     info = read_task(config)
@@ -130,11 +130,10 @@ def make_sac(config: SACConfig) -> tuple[Agent, ReplayData]:
         )
     _check_entropy(config, info)
     spec = config.policy_spec(info)
-    networks = [build_policy(**spec["arguments"]), critics_of(config, info)]
+    policy = build_policy(**spec["arguments"])
+    networks = [policy, critics_of(config, info, policy)]
     if old:
-        networks.append(value_of(config, info))
-    if spec["arguments"]["normalize"]:
-        share_normalizer(networks[0].network, *networks[1:])
+        networks.append(value_of(config, info, policy))
     kind: Any = SACv1Loss if old else DiscreteSACLoss if info.num_actions is not None else SACLoss
     options = loss_options(kind, config.loss, "version", "entropy_fraction")
     loss = kind(*networks, priorities=config.replay.prioritized, **options)

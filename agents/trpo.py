@@ -141,13 +141,12 @@ def make_trpo(config: TRPOConfig) -> tuple[Agent, RolloutData]:
     """The agent and the data module of ``config``, as :meth:`Config.build`."""
     from offtrace.agents.assemble import make_optimizer, read_task, rollout_agent, value_of
     from offtrace.modules.losses import TRPOLoss
-    from offtrace.modules.networks import build_policy, share_normalizer
+    from offtrace.modules.networks import build_policy
 
     info = read_task(config)
     spec = config.policy_spec(info)
-    policy, value = build_policy(**spec["arguments"]), value_of(config, info)
-    if spec["arguments"]["normalize"]:  # of vectors alone
-        share_normalizer(policy.network, value)
+    policy = build_policy(**spec["arguments"])
+    value = value_of(config, info, policy)
     loss = TRPOLoss(policy, value, **asdict(config.loss))
     return rollout_agent(
         config, info, loss, loss.policy, spec,

@@ -216,11 +216,12 @@ def evaluate_rollout(
     output = policy.get_dist_params(unroll.inputs)
     params = {key: unroll.steps(output.get(key)) for key in sampler.in_keys}
     dist = sampler.build_dist_from_params(TensorDict(params, shape))
-    action = entry(loss, tensordict, names.action).detach()
-    if action.shape != (expected := dist.batch_shape + dist.event_shape):
-        raise ValueError(f"{names.action!r} must be {list(expected)}, got {list(action.shape)}")
     if LOGITS in params and not dist.event_shape:
         action = read_action(loss, tensordict, tuple(shape), discrete=True)
+    else:
+        action = entry(loss, tensordict, names.action).detach()
+        if action.shape != (expected := dist.batch_shape + dist.event_shape):
+            raise ValueError(f"{names.action!r} must be {list(expected)}, got {list(action.shape)}")
     action = zero_invalid(action, valid)
     log_pi = dist.log_prob(action)
     log_rho = None

@@ -189,7 +189,13 @@ def test_a_signal_while_the_actors_start(tmp_path: Path) -> None:
         """Whether there is a fork of the fork server."""
 
         def forks(parent: psutil.Process) -> list[psutil.Process]:  # what it imports may run programs
-            return [p for p in parent.children() if "forkserver" in " ".join(p.cmdline())]
+            return [p for p in parent.children() if is_fork(p)]
+
+        def is_fork(child: psutil.Process) -> bool:
+            try:
+                return "forkserver" in " ".join(child.cmdline())
+            except psutil.Error:  # a program that has ended since
+                return False
 
         return any(forks(server) for server in forks(psutil.Process(process.pid)))
 
