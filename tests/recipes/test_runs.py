@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -280,6 +281,33 @@ def test_a_run_on_ray_ends_and_leaves_nothing(tmp_path: Path, sockets: None, nam
     assert summary["restarts"] == 0
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
     assert not list(folder.glob("ray*"))
+
+
+def test_two_nodes_under_torchrun_make_one_run(tmp_path: Path) -> None:
+    """Both of this machine; the command is that of docs/cluster.md, without Ray."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+        "--master_addr", "127.0.0.1", "--master_port", port,
+    ]  # fmt: skip
+    flags = [*TINY, "--train.num_nodes", "2", "--train.accelerator", "cpu", "--train.total_frames", "1280"]
+    nodes = [
+        subprocess.Popen(
+            [*command, "--node_rank", rank, str(RECIPES / "impala_control.py"), *flags, "--train.name", "t"],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    (first, its_errors), (second, errors) = (node.communicate(timeout=200) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], its_errors + errors
+    assert "after 1,280 frames" in first
+    assert "frames" not in second + errors
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["t"]
+    summary = json.loads((tmp_path / "runs/t/summary.json").read_text())
+    assert (summary["frames"], summary["updates"]) == (1280, 1280 // 64 * 2)  # an update learns from both rollouts
+    load_policy(tmp_path / "runs/t/checkpoints/last.ckpt")
 
 
 def test_more_devices_than_there_are(tmp_path: Path) -> None:
