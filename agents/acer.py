@@ -33,7 +33,7 @@ class LossConfig(Group):
     gamma: float = 0.99
     """Discount per agent step."""
     value_coef: float = 0.5
-    """Weight of half the squared error of the action's value."""
+    """Weight of half the squared error of the action's value: little where returns are large, 0.01 on CartPole."""
     entropy_coef: float = 0.0
     """Weight of the policy's entropy, beside the trust region; on continuous actions it needs learn_scale."""
     reduction: Literal["sum", "mean"] = "mean"

@@ -1,4 +1,4 @@
-"""ACER's gradient updates a second: the recipe's own against the bare loop of bare_acer.py, in turns in one process.
+"""ACER's gradient updates a second: the library's against the bare loop of bare_acer.py, in turns in one process.
 
     python benchmarks/acer_updates.py                     16 sequences of 20 steps of images, as on Atari
     python benchmarks/acer_updates.py --vectors           8 of 4 numbers, as on CartPole

@@ -209,7 +209,7 @@ class ACERLoss(Loss):
         normalize_advantage: divide g by the root mean square of Q^ret - V over the valid steps, before the projection:
             then ``delta`` does not depend on the size of the rewards. The paper does not.
 
-    Reads (names change by :meth:`set_keys`) what the network reads, also under ``"next"``; ``"action"`` int64 [B, T];
+    Reads (names change by :meth:`set_keys`) what the network reads, also under ``"next"``; ``"action"`` [B, T];
     of the behaviour policy ``"action_log_prob"`` and all ``"logits"`` [B, T, A]; ``("next", ...)`` ``"reward"``,
     ``"terminated"``, ``"done"`` [B, T, 1]; where there is one, ``"valid"`` [B, T, 1].
 

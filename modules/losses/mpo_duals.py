@@ -18,7 +18,7 @@ MIN_RAW = -18.0
 """Raw multipliers are kept at or above this, where softplus is 1.5e-8 and still has a gradient."""
 _MIN_MULTIPLIER = 1e-8
 _SMALLEST = 2e-8
-"""What a multiplier may start at; softplus(MIN_RAW) is a little below."""
+"""The least that a multiplier may start at; softplus(MIN_RAW) is a little below."""
 
 
 class EStep(NamedTuple):
@@ -194,7 +194,7 @@ class Multiplier(nn.Module):
 
     @classmethod
     def at(cls, value: float, size: int = 1, *, name: str = "a multiplier") -> Multiplier:
-        """The multiplier that starts at ``value`` itself.
+        """The multiplier that starts at ``value`` itself, to 1e-8.
 
         Raises:
             ValueError: ``value``, which ``name`` names, is too small or not finite.

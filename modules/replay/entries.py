@@ -1,4 +1,4 @@
-"""Which entries of a rollout a replay stores, and the words for what is wrong with one."""
+"""Which entries of a rollout a replay stores, its flags, and the words for what is wrong with one."""
 
 from __future__ import annotations
 

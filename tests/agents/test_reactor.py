@@ -88,7 +88,7 @@ def test_k_and_k_updates_are_2k(tmp_path: Path, form: dict[str, Any]) -> None:
             assert not torch.equal(value, half.state_dict()[name]), name
     starts = data.replay._rings.starts
     assert (starts == resumed_data.replay._rings.starts).all()
-    one, other = (found.replay._sequences(starts, {}) for found in (data, resumed_data))
+    one, other = (found.replay._batches.sequences(starts, {}) for found in (data, resumed_data))
     assert {"recurrent_h", "recurrent_c"} <= set(one.keys())
     for key, value in one.items(True, True):
         assert torch.equal(value, other[key]), key

@@ -156,7 +156,7 @@ def test_no_ratio_is_below_a_clip_of_one(clip: float) -> None:
 
 
 def test_weights_of_steps_that_do_not_count_have_no_effect(case: Case) -> None:
-    """Of losses of replayed steps those of others have one; losses of whole rollouts read none."""
+    """Losses of replayed steps read the weights of the steps that count; losses of whole rollouts read none."""
     loss, td = case
     rollouts = isinstance(loss, ImpalaLoss | A2CLoss | PPOLoss | ACERLoss | QActorCriticLoss | TRPOLoss | VMPOLoss)
     shape = td.batch_size
@@ -289,6 +289,13 @@ def test_discrete_actions_may_have_a_last_dimension_of_one(case: Case) -> None:
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     with pytest.raises(ValueError, match=r"'action' must hold indices of actions, \[.*\], got \[.*, 2\]; of one-hot"):
         gradients(loss, td.clone().set("action", torch.stack([td["action"]] * 2, -1)))
+
+
+@pytest.mark.parametrize("name", ["impala-continuous", "trpo-continuous", "vmpo-diagonal"])
+def test_continuous_actions_of_another_shape_are_named(name: str) -> None:
+    loss, td = CASES[name]()
+    with pytest.raises(ValueError, match=r"'action' must be \[\d, \d, 2\], got \[\d, \d, 2, 1\]"):
+        loss(td.clone().set("action", td["action"].unsqueeze(-1)))
 
 
 def test_vtraces_clips_are_those_of_the_estimator() -> None:

@@ -99,7 +99,7 @@ def test_greedy_policy_explores_as_often_as_it_says_and_acts_by_the_largest_valu
 
 @pytest.mark.parametrize("critic", ["v", "q"])
 def test_masks_of_another_kind_or_size_are_named(critic: str) -> None:
-    """Gymnasium's own masks are int8; as an index ~1 would be -2."""
+    """Gymnasium's own masks are int8; one of a single column would be broadcast over all actions."""
     policy = build_policy(
         network="mlp", observation_shape=[FEATURES], num_actions=ACTIONS, masked=True, critic=critic, hidden=[8]
     )

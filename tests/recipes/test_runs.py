@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,16 @@ def test_a_run_on_ray_ends_and_leaves_nothing(tmp_path: Path, sockets: None, nam
     assert not list(folder.glob("ray*"))
 
 
+def _output(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it prints until it ends; with its children it is ended where it does not."""
+    try:
+        return process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
+        return process.communicate()
+
+
 def test_two_nodes_under_torchrun_make_one_run(tmp_path: Path) -> None:
     """Both of this machine; the command is that of docs/cluster.md, without Ray."""
     with socket.socket() as free:
@@ -300,13 +311,14 @@ def test_two_nodes_under_torchrun_make_one_run(tmp_path: Path) -> None:
         )
         for rank in ("0", "1")
     ]  # fmt: skip
-    (first, its_errors), (second, errors) = (node.communicate(timeout=200) for node in nodes)
+    with ThreadPoolExecutor() as readers:  # neither may wait for the other's pipe to be read
+        (first, its_errors), (second, errors) = readers.map(_output, nodes)
     assert [node.returncode for node in nodes] == [0, 0], its_errors + errors
     assert "after 1,280 frames" in first
     assert "frames" not in second + errors
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["t"]
     summary = json.loads((tmp_path / "runs/t/summary.json").read_text())
-    assert (summary["frames"], summary["updates"]) == (1280, 1280 // 64 * 2)  # an update learns from both rollouts
+    assert (summary["frames"], summary["updates"]) == (1280, 1280 // 64 * 2)  # of both nodes, not twice those of one
     load_policy(tmp_path / "runs/t/checkpoints/last.ckpt")
 
 
