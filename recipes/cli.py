@@ -71,13 +71,13 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
     """
     argv = sys.argv[1:] if argv is None else argv
     prepare_process()
-    new: Path | None = None
+    made: list[Path] = []
     signals = _Signals()
     try:
         config, resume, fitted = parse(argv, presets=presets, description=description)
         check(config)
         if resume is None:
-            folder = new = _folder(config, argv)
+            folder = _folder(config, argv, made)
             config = read_config(folder, type(config))  # what the first learner chose holds for all
         else:
             folder = resume.parent.parent
@@ -95,7 +95,7 @@ def run_recipe(argv: list[str] | None = None, *, presets: Presets, description: 
         number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signals.came
         if not number:
             raise
-        if new is not None:  # before training took the signals over: nothing to save yet
+        for new in made:  # before training took the signals over: nothing to save yet
             discard(new)
         print("terminated" if number == signal.SIGTERM else "interrupted", file=sys.stderr)
         return _stopped_by(number)
@@ -197,11 +197,12 @@ class _Signals:
         raise _Terminated if self.came == signal.SIGTERM else KeyboardInterrupt
 
 
-def _folder(config: Config, argv: list[str]) -> Path:
+def _folder(config: Config, argv: list[str], made: list[Path]) -> Path:
+    """The run's folder; where this learner is the one that makes it, ``made`` has it as soon as it is there."""
     # Lightning starts the other ranks with this command line again: they join the folder of the first
     if "LOCAL_RANK" in os.environ and _FOLDER in os.environ and not by_torchrun():
         return Path(os.environ[_FOLDER])
-    name, words = json.loads(from_first(lambda: json.dumps([str(new_run(config)), argv])))
+    name, words = json.loads(from_first(lambda: json.dumps([str(new_run(config, made)), argv])))
     if words != argv:
         raise RunError(
             f"the first learner was started with {' '.join(words)!r}, and this one with {' '.join(argv)!r}: give all "

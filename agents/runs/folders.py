@@ -27,11 +27,11 @@ class RunError(ValueError):
     """A run's folder that cannot be made or used; the message is one sentence."""
 
 
-def new_run(config: Config) -> Path:
+def new_run(config: Config, made: list[Path] | None = None) -> Path:
     """Makes ``runs/<name>`` with its ``config.yaml``.
 
     The name is ``config.train.name``, or made from task, algorithm, seed and time, counted up where two runs begin in
-    one second.
+    one second. ``made`` gets the folder as soon as it is there, for an interruption may come before it is returned.
 
     Raises:
         RunError: if the folder exists with something in it, or cannot be written.
@@ -44,6 +44,8 @@ def new_run(config: Config) -> Path:
         if folder.exists() and any(folder.iterdir()):
             raise RunError(_occupied(folder))
         folder.mkdir(parents=True, exist_ok=True)
+        if made is not None:
+            made.append(folder)
         try:
             write_config(config, folder)
         except BaseException:  # Ctrl-C as well

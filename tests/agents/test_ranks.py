@@ -85,7 +85,7 @@ def test_what_one_learner_refuses_another_tells(store: HashStore) -> None:
 def test_another_command_line_than_that_of_the_first_is_refused(store: HashStore) -> None:
     store.set("offtrace/first", json.dumps(["runs/a", ["--loss.gamma", "0.99"]]))
     with pytest.raises(RunError, match=r"started with '--loss.gamma 0.99', and this one with '--loss.gamma 0.9': give"):
-        cli._folder(SACConfig(), ["--loss.gamma", "0.9"])
+        cli._folder(SACConfig(), ["--loss.gamma", "0.9"], [])
 
 
 def test_a_signal_that_another_learner_got_is_the_signal_of_all() -> None:

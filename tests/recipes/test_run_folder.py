@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from offtrace.agents.impala import control_config
 from offtrace.agents.runs import folders
 from offtrace.agents.runs.curves import read_curves
 from offtrace.agents.runs.folders import RunError, commit_of, discard, keep_metrics, new_run, write_config
+from offtrace.recipes import cli
+from tests.recipes.recipes import main_of
 
 
 @pytest.fixture
@@ -31,6 +34,21 @@ def test_a_name_is_made_from_task_algorithm_and_seed(tmp_path: Path, monkeypatch
     assert [new_run(config).name for _ in range(3)] == [
         f"ALE-Pong-v5-impala-s7-20260101-000000{end}" for end in ("", "-2", "-3")
     ], "runs that begin in one second have folders of their own"
+
+
+def test_an_interruption_right_behind_the_making_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make_and_stop(make: Callable[[], str]) -> str:
+        make()
+        assert (tmp_path / "runs/s/versions.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "from_first", make_and_stop)
+    assert main_of("impala_control")(["--train.name", "s"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert not list((tmp_path / "runs").iterdir())
 
 
 @pytest.mark.parametrize("name", [None, "one"])
