@@ -193,7 +193,7 @@ class Multiplier(nn.Module):
         return F.softplus(self.raw) + _MIN_MULTIPLIER
 
     @classmethod
-    def at(cls, value: float, size: int = 1, *, name: str = "a multiplier") -> Multiplier:
+    def at(cls, value: float, *, name: str = "a multiplier") -> Multiplier:
         """The multiplier that starts at ``value`` itself, to 1e-8.
 
         Raises:
@@ -201,7 +201,7 @@ class Multiplier(nn.Module):
         """
         if not _SMALLEST <= value < math.inf:
             raise ValueError(f"{name} is {value}; it must be at least {_SMALLEST} and finite")
-        return cls(value + math.log(-math.expm1(-value)), size)
+        return cls(value + math.log(-math.expm1(-value)))
 
 
 class KLPenalty(NamedTuple):
